@@ -1,0 +1,267 @@
+"""What one part hands to the next: frozen records of plain numbers and strings, no torch, no Lightning.
+
+In the order in which they come to be: a training batch becomes a `StepRow`, a validation a `ValidationPoint`; detectors turn
+rows into `Episode`s and `Finding`s; actions leave an `Action`; the diagnosis ranks `Verdict`s, each with its `Evidence`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
+
+__all__ = [
+    "Action",
+    "Disabled",
+    "Episode",
+    "EpisodeKind",
+    "Evidence",
+    "Family",
+    "Finding",
+    "LayerRow",
+    "Moment",
+    "OptimizerFacts",
+    "Recovery",
+    "RunFacts",
+    "RunStatus",
+    "SchedulerFacts",
+    "StepRow",
+    "ValidationPoint",
+    "Verdict",
+]
+
+
+class EpisodeKind(StrEnum):
+    """The shapes of trouble that are told apart; the values are those of report.json."""
+
+    SPIKE = "spike"
+    DIVERGENCE = "divergence"
+    NONFINITE = "nonfinite"
+    OSCILLATION = "oscillation"
+    STALL = "stall"
+    OVERFIT = "overfit"
+
+
+class Recovery(StrEnum):
+    """How far the loss came back after an episode."""
+
+    WHOLE = "whole"
+    PART = "part"
+    NEVER = "never"
+    OPEN = "open"
+    """The run is still inside the episode, or ended there too early to tell."""
+
+
+class Family(StrEnum):
+    """The families of causes; the values are those of report.json."""
+
+    DATA = "data"
+    LEARNING_RATE = "learning_rate"
+    GRADIENT = "gradient"
+    NUMERICS = "numerics"
+    OPTIMIZER = "optimizer"
+    ENVIRONMENT = "environment"
+    GENERALIZATION = "generalization"
+
+
+class RunStatus(StrEnum):
+    """How a run ended; the values are those of report.json."""
+
+    RUNNING = "running"
+    FINISHED = "finished"
+    STOPPED_EARLY = "stopped_early"
+    EXCEPTION = "exception"
+    INTERRUPTED = "interrupted"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """Where in the run a batch stands."""
+
+    ordinal: int
+    """Batches begun in this run before this one, over all epochs: 0, 1, 2, … The axis of every recorded series."""
+    step: int
+    """`trainer.global_step` as it stood when the batch began."""
+    epoch: int
+    """`trainer.current_epoch`."""
+    batch_idx: int
+    """Position in the epoch; starts again at 0 in each."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepRow:
+    """One training batch, as numbers.
+
+    `values` maps signal names (see `lightning_spike.signals`) to floats; a signal that this batch did not have is absent, one
+    that was not finite is there as NaN or ±Inf.
+    """
+
+    at: Moment
+    values: Mapping[str, float]
+    batch_size: int | None = None
+    """Samples in the batch, `None` where it cannot be told."""
+    usual_batch_size: int | None = None
+    """The largest batch size seen so far: a short last batch of an epoch is noisier by sqrt(usual / size)."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRow:
+    """One vector-valued signal of one batch, as float32 numbers, e.g. the gradient norm of every parameter."""
+
+    at: Moment
+    signal: str
+    values: Any
+    """`numpy.ndarray`, shape `(len(names),)`, float32; the names are kept once in the store under the same signal."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationPoint:
+    """One finished validation run."""
+
+    at: Moment
+    """The last training batch before it."""
+    metric: str
+    value: float
+    train_loss: float | None = None
+    """Mean training loss since the validation before, `None` where there was none."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Episode:
+    """A stretch of the run in which the loss was not as it should be."""
+
+    id: int
+    """1, 2, 3, … in order of onset, unique in the run."""
+    kind: EpisodeKind
+    onset: Moment
+    """The first abnormal batch: dated back, not the batch at which it was noticed."""
+    noticed: Moment
+    """The batch at which the detector became sure."""
+    peak: Moment
+    end: Moment | None = None
+    """The last abnormal batch; `None` while the loss has not come back."""
+    loss_before: float | None = None
+    """Median of the accepted losses just before the onset."""
+    loss_peak: float | None = None
+    """The highest loss inside; ±Inf or NaN where the loss was not finite."""
+    recovery: Recovery = Recovery.OPEN
+    signal: str = "loss"
+    """The series in which it was seen: `"loss"`, `"loss/<name>"` or `"val_loss"`."""
+    period: int | None = None
+    """Batches between the members of the family of like episodes that this one belongs to, `None` for a single one."""
+    severity: float = 0.0
+    """How far outside the usual noise the peak is, in robust standard deviations, at most 99."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """Something that a detector other than the episode detector saw."""
+
+    detector: str
+    """The detector's name: `"learning_rate"`, `"overfit"`, …"""
+    kind: str
+    """What was seen, in the detector's own words: `"restart"`, `"unexplained_jump"`, …"""
+    at: Moment
+    detail: Mapping[str, Any] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+    """JSON-able facts; each detector's docstring lists its keys."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Action:
+    """Something that was done to the run, or written for it; as in report.json."""
+
+    action: str
+    """`"rollback"`, `"dump"`, `"early_stop"`, `"skip"`, `"restore_best"` or `"replay"`."""
+    at: Moment
+    detail: Mapping[str, Any] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Disabled:
+    """A part of the suite that broke and was switched off, so that the training could go on."""
+
+    part: str
+    reason: str
+    step: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerFacts:
+    """One optimizer as it was configured."""
+
+    name: str
+    """Lightning's name for it, as in `lr-<name>`: `"AdamW"`, `"SGD-1"` for the second SGD."""
+    class_name: str
+    groups: tuple[Mapping[str, Any], ...] = ()
+    """Per parameter group the hyperparameters that are numbers, booleans or tuples of numbers, as at the start: lr, betas, eps, momentum, …"""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerFacts:
+    """One learning-rate scheduler as Lightning has it configured."""
+
+    class_name: str
+    optimizer: str
+    """Name of its optimizer, as in `OptimizerFacts.name`."""
+    interval: str
+    """`"step"` or `"epoch"`."""
+    frequency: int
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+    """The scheduler's own plain numbers: T_0, T_mult, eta_min, step_size, max_lrs, …"""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RunFacts:
+    """The settings of a run that do not change while it goes on."""
+
+    started: str
+    """ISO 8601, with the offset from UTC."""
+    world_size: int = 1
+    precision: str = "32-true"
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float | None = None
+    gradient_clip_algorithm: str | None = None
+    """`"norm"` or `"value"`; `None` where Lightning does not clip."""
+    clips_by_hand: bool = False
+    """The module overrides `configure_gradient_clipping` or optimises by hand: what is clipped is measured, not known."""
+    automatic_optimization: bool = True
+    optimizers: tuple[OptimizerFacts, ...] = ()
+    schedulers: tuple[SchedulerFacts, ...] = ()
+    batches_per_epoch: int | None = None
+    """`None` for a loader without a length."""
+    max_steps: int | None = None
+    max_epochs: int | None = None
+    resumed_from: str | None = None
+    """The checkpoint that this run was resumed from."""
+    first_step: int = 0
+    """`global_step` at which this fit began; above 0 after a resume."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """One observation for or against a cause; as in report.json, plus its weight in the ranking."""
+
+    signal: str
+    step: int | None
+    observed: float | None
+    expected: float | None
+    text: str
+    """One sentence with the numbers in it, for a person."""
+    weight: float = 0.0
+    """Natural log of the likelihood ratio that this observation gives the cause: > 0 speaks for it, < 0 against it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """One cause as ranked, for one episode or over the run; as in report.json."""
+
+    cause: str
+    family: Family
+    probability: float
+    """In [0, 1]; what the verdicts of an episode leave open up to 1 is "unexplained"."""
+    episodes: tuple[int, ...]
+    summary: str
+    evidence: tuple[Evidence, ...] = ()
+    fixes: tuple[str, ...] = ()
+    confirmed: bool | None = None
+    """By replay: true, false, or `None` where none was run."""
