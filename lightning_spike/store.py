@@ -45,8 +45,8 @@ T = TypeVar("T")
 class History:
     """Scalar series over the run, one row a batch: recent rows in full, older ones thinned, marked stretches kept whole.
 
-    A row is kept as it came; when `capacity` rows are reached, every second unmarked row of the older half is dropped. So the
-    memory is bounded for a run of any length, and what is left of the far past is evenly thinned.
+    A row is kept as it came; when `capacity` rows are reached, the unmarked rows of the older half are thinned to every 2nd, 4th,
+    8th … one. So the memory is bounded for a run of any length, and what is left of the far past is evenly spaced.
 
     Args:
         capacity: Rows at which thinning sets in, at least 64.
@@ -146,20 +146,29 @@ class History:
         return Moment(ordinal=ordinal, step=step, epoch=epoch, batch_idx=batch_idx)
 
     def _thin(self) -> None:
-        half = self._size // 2
+        """Thin the older half to a quarter of the capacity: to every 2nd, 4th, 8th … ordinal, whichever first is few enough."""
+        half, stride = self._size // 2, 2
+        marked = self._is_marked()[:half]
+        if marked.sum() > self._capacity // 8:  # nearly all is marked: the oldest marks are given up, or memory would grow
+            self._marked = self._marked[len(self._marked) // 2 + 1 :]
+            marked = self._is_marked()[:half]
+            marked[: half - self._capacity // 8] = False
+        while ((self.ordinals[:half] % stride == 0) | marked).sum() > self._capacity // 4:
+            stride *= 2
         keep = np.ones(self._size, dtype=bool)
-        keep[1:half:2] = False
-        for first, last in self._marked:
-            low, high = np.searchsorted(self.ordinals, (first, last + 1))
-            keep[low:high] = True
-        if keep.all():  # every old row is marked: the oldest marks are given up, or memory would grow
-            keep[1:half:2] = False
-            self._marked = self._marked[len(self._marked) // 2 :]
+        keep[:half] = (self.ordinals[:half] % stride == 0) | marked
         kept = np.flatnonzero(keep)
         self._moments[: kept.size] = self._moments[kept]
         for column in (*self._columns.values(), *self._present.values()):
             column[: kept.size] = column[kept]
         self._size = int(kept.size)
+
+    def _is_marked(self) -> npt.NDArray[np.bool_]:
+        marked = np.zeros(self._size, dtype=bool)
+        for first, last in self._marked:
+            low, high = np.searchsorted(self.ordinals, (first, last + 1))
+            marked[low:high] = True
+        return marked
 
 
 class TrainerStateStore:

@@ -1,0 +1,67 @@
+"""Gradient norms, of every parameter and in all, in one fused pass."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+__all__ = ["NO_GRADIENT", "GradientNorms", "gradient_norms"]
+
+NO_GRADIENT: Final = -1.0
+"""Stands in the vector of norms for a parameter that has no gradient; NaN would be taken for a gradient that is NaN."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class GradientNorms:
+    """The L2 norms of one set of gradients."""
+
+    per_parameter: Tensor
+    """Shape `(n,)`, float32, on the first gradient's device; `NO_GRADIENT` where there is none, Inf where a norm exceeds 1.8e19."""
+    total: Tensor
+    """Shape `()`, the norm over all that are present; 0 where none is."""
+
+
+def gradient_norms(parameters: Sequence[Tensor]) -> GradientNorms:
+    """Read the gradients of `parameters`, whatever they have been through up to now.
+
+    One `torch._foreach_norm` per device and dtype, which is what `torch.nn.utils.get_total_norm` uses too. A gradient that is sharded
+    (a `DTensor`) gives its norm over all shards, by a collective that every rank must take part in. Never blocks.
+    """
+    with torch.no_grad():
+        present = [i for i, p in enumerate(parameters) if p.grad is not None]
+        if not present:
+            return GradientNorms(per_parameter=torch.full((len(parameters),), NO_GRADIENT), total=torch.zeros(()))
+        norms = _norms([_values(parameters[i].grad) for i in present])
+        missing = torch.full((), NO_GRADIENT, device=norms[0].device)
+        laid_out = [missing] * len(parameters)
+        for index, norm in zip(present, norms, strict=True):
+            laid_out[index] = norm
+        return GradientNorms(per_parameter=torch.stack(laid_out), total=torch.linalg.vector_norm(torch.stack(norms)))
+
+
+def _norms(grads: list[Tensor]) -> list[Tensor]:
+    """Norms in the order of the gradients, float32, on the first one's device; grouped, as the fused kernel wants one device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, grad in enumerate(grads):
+        groups.setdefault((grad.device, grad.dtype), []).append(index)
+    out: dict[int, Tensor] = {}
+    for (_, dtype), indices in groups.items():
+        wide = torch.promote_types(dtype, torch.float32)
+        out.update(zip(indices, torch._foreach_norm([grads[i] for i in indices], 2, dtype=wide), strict=True))  # noqa: SLF001 - public get_total_norm has no per-tensor form
+    return [_over_shards(out[i]).to(grads[0].device, torch.float32, non_blocking=True) for i in range(len(grads))]
+
+
+def _values(grad: Tensor | None) -> Tensor:
+    if grad is None:
+        msg = "a parameter lost its gradient between two reads"
+        raise RuntimeError(msg)
+    return grad.coalesce().values() if grad.is_sparse else grad
+
+
+def _over_shards(norm: Tensor) -> Tensor:
+    """The norm over all shards of a DTensor; any other tensor as it is."""
+    full = getattr(norm, "full_tensor", None)
+    whole: Tensor = norm if full is None else full()
+    return whole
