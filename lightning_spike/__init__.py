@@ -1,3 +1,91 @@
-"""Root causes for loss spikes, from inside the training run."""
+"""Root causes for loss spikes, from inside the training run.
+
+One training step, as the suite sees it; every step of the way is a file of that name:
+
+```
+on_train_batch_start      the batch: sample ids, random state, a reference into the ring        signals/batch
+on_before_optimizer_step  gradients as they are (synced, unscaled, unclipped), the LR in use     signals/gradients, learning_rate
+on_train_batch_end        the loss; the row starts its way to the host, and the rows that        signals/loss, recorder
+                          have arrived are stored and judged; whoever acts, acts here            store, detectors, actions, lab
+on_validation_end         the validation loss                                                    detectors/overfit
+on_fit_end, on_exception  rank the causes, render, write                                         diagnosis, report
+```
+
+`callbacks/flight.py` is that loop. Use `suite()`, or any of the callbacks by itself.
+"""
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import Callback
+
+from lightning_spike.callbacks.anomaly_rollback import AnomalyRollback
+from lightning_spike.callbacks.bad_batch_dumper import BadBatchDumper
+from lightning_spike.callbacks.counterfactual_replay import CounterfactualReplay
+from lightning_spike.callbacks.grad_norm_monitor import GradNormMonitor
+from lightning_spike.callbacks.lr_peak_detector import LRPeakDetector
+from lightning_spike.callbacks.overfit_watcher import OverfitWatcher
+from lightning_spike.callbacks.root_cause_report import RootCauseReport
+from lightning_spike.store import TrainerStateStore
+
+if TYPE_CHECKING:
+    from lightning_spike.cli import SpikeCLI
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AnomalyRollback",
+    "BadBatchDumper",
+    "CounterfactualReplay",
+    "GradNormMonitor",
+    "LRPeakDetector",
+    "OverfitWatcher",
+    "RootCauseReport",
+    "SpikeCLI",
+    "TrainerStateStore",
+    "suite",
+]
+
+
+def suite(
+    *own: Callback,
+    dirpath: str | Path | None = None,
+    rollback: bool = False,
+    early_stop: bool = False,
+    replay: bool = True,
+) -> list[Callback]:
+    """All callbacks, with defaults that fit together: `Trainer(callbacks=[*suite()])`.
+
+    By default the suite observes and reports and changes nothing: losses and weights are bit-identical with and without it.
+
+    Args:
+        own: Callbacks of your own choice; one of the suite's classes takes the place of the suite's own instance, any other is added.
+        dirpath: Where reports, batches and signals go; by default `<logger.log_dir, else trainer.default_root_dir>/spike`.
+        rollback: Heal the run: `AnomalyRollback` goes back to the last healthy snapshot when the loss does not come back.
+        early_stop: Let `OverfitWatcher` stop the run and restore the best weights once it overfits.
+        replay: Confirm by experiment: after an episode, run the moment again with one thing changed (`CounterfactualReplay`).
+
+    Returns:
+        The callbacks, in no order that matters.
+    """
+    defaults: list[Callback] = [
+        GradNormMonitor(),
+        LRPeakDetector(),
+        BadBatchDumper(dirpath=dirpath),
+        OverfitWatcher(stop=early_stop, restore_best=early_stop),
+        RootCauseReport(dirpath=dirpath),
+    ]
+    if rollback:
+        defaults.append(AnomalyRollback())
+    if replay:
+        defaults.append(CounterfactualReplay())
+    return [*(d for d in defaults if not any(isinstance(o, type(d)) for o in own)), *own]
+
+
+def __getattr__(name: str) -> object:
+    """`SpikeCLI` is loaded when it is asked for: it needs the extra `cli`."""
+    if name == "SpikeCLI":
+        return importlib.import_module("lightning_spike.cli").SpikeCLI
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)

@@ -1,0 +1,108 @@
+"""`GradNormMonitor`: gradient norms as the backward pass made them, and what clipping did to them."""
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_spike.callbacks.base import SpikeCallback
+from lightning_spike.callbacks.participant import TrainingBatch
+from lightning_spike.errors import ConfigurationError
+from lightning_spike.signals.gradients import gradient_norms
+from lightning_spike.signals.learning_rate import optimizer_names
+
+__all__ = ["GradNormMonitor"]
+
+
+class GradNormMonitor(SpikeCallback):
+    """Records the gradient norm of every step, in all and for every parameter, before clipping, and whether clipping acted.
+
+    The norms are read in `on_before_optimizer_step`: gradients are complete over the accumulation, averaged over the ranks, unscaled, and not yet
+    clipped. One fused pass over the gradients, no blocking read. What it sees is evidence for the ranking (explosion, vanishing, which
+    layer first) and is written to `signals/`.
+
+    Args:
+        per_layer_every: Record the norm of every single parameter at each so-manieth optimizer step, 1 for each step; the total is
+            recorded at every step in any case. Larger values save memory on models with very many parameters.
+
+    Raises:
+        ConfigurationError: `per_layer_every` is not a whole number of at least 1.
+    """
+
+    def __init__(self, per_layer_every: int = 1) -> None:
+        if not isinstance(per_layer_every, int) or isinstance(per_layer_every, bool) or per_layer_every < 1:
+            raise ConfigurationError.of(
+                "GradNormMonitor(per_layer_every)", expected="a whole number >= 1", given=per_layer_every, do="Use 1 for every step."
+            )
+        self.per_layer_every = per_layer_every
+        self._names: dict[int, str] = {}
+        self._totals: dict[int, Tensor] = {}
+        self._parameters: dict[int, list[nn.Parameter]] = {}
+        self._optimizer_names: dict[int, str] = {}
+        self._measures_after_clip = False
+
+    @override
+    def begin(self, trainer: Trainer, module: LightningModule) -> None:
+        names = {id(p): name.replace("_orig_mod.", "") for name, p in module.named_parameters()}
+        self._optimizer_names = dict(zip(map(id, trainer.optimizers), optimizer_names(trainer.optimizers), strict=True))
+        self._parameters = {id(o): [p for g in o.param_groups for p in g["params"]] for o in trainer.optimizers}
+        for optimizer in trainer.optimizers:
+            of_optimizer = tuple(names.get(id(p), "?") for p in self._parameters[id(optimizer)])
+            self.flight.store.layer_names[self._layer_signal(optimizer)] = of_optimizer
+        facts = self.flight.store.facts
+        self._measures_after_clip = facts.clips_by_hand or facts.gradient_clip_algorithm == "value"
+
+    @override
+    def sense_batch(self, batch: TrainingBatch) -> None:
+        self._totals = {}
+
+    @override
+    def sense_gradients(self, batch: TrainingBatch, optimizer: Optimizer) -> None:
+        norms = gradient_norms(self._parameters[id(optimizer)])
+        unscale = _left_scale(batch.trainer, optimizer)
+        self._totals[id(optimizer)] = norms.total / unscale
+        if len(self._parameters) > 1:
+            self.flight.recorder.put(f"grad_norm/{self._optimizer_names[id(optimizer)]}", norms.total / unscale)
+        if batch.at.step % self.per_layer_every == 0:
+            self.flight.recorder.put_vector(self._layer_signal(optimizer), norms.per_parameter / unscale)
+
+    @override
+    def sense_outcome(self, batch: TrainingBatch, outputs: object) -> None:
+        if not self._totals:  # no update in this batch: accumulation goes on, or the optimizer is stepped behind Lightning's back
+            return
+        total = _joined(list(self._totals.values()))
+        self.flight.recorder.put("grad_norm", total)
+        after = self._after_clip(total)
+        if after is not None:
+            self.flight.recorder.put("grad_norm/after_clip", after)
+
+    def _after_clip(self, total: Tensor) -> Tensor | None:
+        """Worked out where Lightning clips by norm, measured where it is not known what was done; `None` without clipping."""
+        facts = self.flight.store.facts
+        if self._measures_after_clip:
+            parameters = [p for key in self._totals for p in self._parameters[key]]
+            return gradient_norms(parameters).total
+        return None if facts.gradient_clip_val is None else total.clamp(max=facts.gradient_clip_val)
+
+    def _layer_signal(self, optimizer: Optimizer) -> str:
+        return "grad_norm" if len(self._parameters) <= 1 else f"grad_norm/{self._optimizer_names[id(optimizer)]}"
+
+
+def _joined(totals: Sequence[Tensor]) -> Tensor:
+    return totals[0] if len(totals) == 1 else torch.linalg.vector_norm(torch.stack(list(totals)))
+
+
+def _left_scale(trainer: Trainer, optimizer: Optimizer) -> Tensor | float:
+    """The loss scale that is still on the gradients: Lightning does not unscale for a fused optimizer under fp16 (it does so itself).
+
+    Read as a device tensor from the scaler, since its public `get_scale()` waits for the device.
+    """
+    plugin = trainer.precision_plugin
+    if not isinstance(plugin, MixedPrecision) or plugin.scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return 1.0
+    scale: Tensor | None = plugin.scaler._scale  # noqa: SLF001
+    return 1.0 if scale is None else scale
