@@ -11,7 +11,7 @@ on_validation_end         the validation loss                                   
 on_fit_end, on_exception  rank the causes, render, write                                         diagnosis, report
 ```
 
-`callbacks/flight.py` is that loop. Use `suite()`, or any of the callbacks by itself.
+`flight/loop.py` is that loop. Use `suite()`, or any of the callbacks by itself.
 """
 
 import importlib

@@ -1,1 +1,1 @@
-"""The callbacks: thin, one a file. `base` has the hooks that all share, `flight` the loop that they drive together."""
+"""The callbacks: thin, one a file. `base` has the Lightning hooks that all share and passes them on to the flight."""

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_spike.callbacks.flight import Flight
-from lightning_spike.callbacks.participant import Participant
+from lightning_spike.flight.loop import Flight
+from lightning_spike.flight.participant import Participant
 from lightning_spike.errors import ConfigurationError
 from lightning_spike.records import RunStatus
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_spike.callbacks.base import SpikeCallback
-from lightning_spike.callbacks.participant import TrainingBatch
+from lightning_spike.flight.participant import TrainingBatch
 from lightning_spike.errors import ConfigurationError
 from lightning_spike.signals.gradients import gradient_norms
 from lightning_spike.signals.learning_rate import optimizer_names

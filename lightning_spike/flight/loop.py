@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from lightning_spike.callbacks.facts import first_facts, run_facts
-from lightning_spike.callbacks.participant import Participant, TrainingBatch
+from lightning_spike.flight.facts import first_facts, run_facts
+from lightning_spike.flight.participant import Participant, TrainingBatch
 from lightning_spike.detectors.episodes import EpisodeDetector
 from lightning_spike.recorder import Arrival, Recorder
 from lightning_spike.records import Disabled, Episode, Moment, RunStatus

@@ -12,7 +12,7 @@ from lightning_spike.records import Episode, Moment, RunStatus
 from lightning_spike.recorder import Arrival
 
 if TYPE_CHECKING:
-    from lightning_spike.callbacks.flight import Flight
+    from lightning_spike.flight.loop import Flight
 
 __all__ = ["Participant", "TrainingBatch"]
 
