@@ -41,7 +41,7 @@ class _Transfer:
     event: torch.cuda.Event | None
 
     def has_arrived(self) -> bool:
-        return self.event is None or self.event.query()
+        return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
 
     def numbers(self) -> npt.NDArray[np.float64]:
         """Blocks only where the copy has not passed yet."""
@@ -145,7 +145,7 @@ def _send(vector: Tensor) -> _Transfer:
         return _Transfer(vector, None)
     host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
     host.copy_(vector, non_blocking=True)
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(vector.device))
     return _Transfer(host, event)
 

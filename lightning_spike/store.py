@@ -149,7 +149,9 @@ class History:
         """Thin the older half to a quarter of the capacity: to every 2nd, 4th, 8th … ordinal, whichever first is few enough."""
         half, stride = self._size // 2, 2
         marked = self._is_marked()[:half]
-        if marked.sum() > self._capacity // 8:  # nearly all is marked: the oldest marks are given up, or memory would grow
+        if (
+            marked.sum() > self._capacity // 8
+        ):  # nearly all is marked: the oldest marks are given up, or memory would grow
             self._marked = self._marked[len(self._marked) // 2 + 1 :]
             marked = self._is_marked()[:half]
             marked[: half - self._capacity // 8] = False

@@ -1,6 +1,7 @@
 """The hooks that every callback of the suite has: the first one in the trainer's list drives the flight for all."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -8,12 +9,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_spike.errors import ConfigurationError
 from lightning_spike.flight.loop import Flight
 from lightning_spike.flight.participant import Participant
-from lightning_spike.errors import ConfigurationError
 from lightning_spike.records import RunStatus
 
 __all__ = ["SpikeCallback"]
+
+A = ParamSpec("A")
 
 
 class SpikeCallback(Participant, Callback):
@@ -32,7 +35,9 @@ class SpikeCallback(Participant, Callback):
         flight = Flight.of(trainer)
         if flight.taking_part(type(self)) is not None:
             name = type(self).__name__
-            raise ConfigurationError.of("Trainer(callbacks=...)", expected=f"one {name}", given=f"two of {name}", do="Leave one of them out.")
+            raise ConfigurationError.of(
+                "Trainer(callbacks=...)", expected=f"one {name}", given=f"two of {name}", do="Leave one of them out."
+            )
         self._leads = flight.taking_part(SpikeCallback) is None
         flight.join(self, trainer, pl_module)
 
@@ -57,7 +62,9 @@ class SpikeCallback(Participant, Callback):
             self._drive(Flight.gradients, optimizer)
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if self._leads:
             self._drive(Flight.batch_end, outputs)
 
@@ -104,13 +111,15 @@ class SpikeCallback(Participant, Callback):
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Take up what `own_state` gave."""
 
-    def _drive(self, step: Any, *args: Any) -> None:
+    def _drive(self, step: Callable[Concatenate[Flight, A], None], *args: A.args, **kwargs: A.kwargs) -> None:
         """Pass a hook on; if the loop itself breaks, the whole suite is switched off and the training goes on."""
         try:
-            step(self.flight, *args)
+            step(self.flight, *args, **kwargs)
         except Exception as error:  # noqa: BLE001 - whatever it is, the training goes on
             self._leads = False
-            rank_zero_warn(f"lightning_spike broke and is switched off; the training goes on. {type(error).__name__}: {error}")
+            rank_zero_warn(
+                f"lightning_spike broke and is switched off; the training goes on. {type(error).__name__}: {error}"
+            )
 
 
 def _status(trainer: Trainer) -> RunStatus:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_spike.arguments import whole_number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.flight.participant import TrainingBatch
-from lightning_spike.errors import ConfigurationError
 from lightning_spike.signals.gradients import gradient_norms
 from lightning_spike.signals.learning_rate import optimizer_names
 
@@ -34,12 +34,9 @@ class GradNormMonitor(SpikeCallback):
     """
 
     def __init__(self, per_layer_every: int = 1) -> None:
-        if not isinstance(per_layer_every, int) or isinstance(per_layer_every, bool) or per_layer_every < 1:
-            raise ConfigurationError.of(
-                "GradNormMonitor(per_layer_every)", expected="a whole number >= 1", given=per_layer_every, do="Use 1 for every step."
-            )
-        self.per_layer_every = per_layer_every
-        self._names: dict[int, str] = {}
+        self.per_layer_every = whole_number(
+            "GradNormMonitor(per_layer_every)", per_layer_every, at_least=1, do="Use 1 for every step."
+        )
         self._totals: dict[int, Tensor] = {}
         self._parameters: dict[int, list[nn.Parameter]] = {}
         self._optimizer_names: dict[int, str] = {}
@@ -72,7 +69,9 @@ class GradNormMonitor(SpikeCallback):
 
     @override
     def sense_outcome(self, batch: TrainingBatch, outputs: object) -> None:
-        if not self._totals:  # no update in this batch: accumulation goes on, or the optimizer is stepped behind Lightning's back
+        if (
+            not self._totals
+        ):  # no update in this batch: accumulation goes on, or the optimizer is stepped behind Lightning's back
             return
         total = _joined(list(self._totals.values()))
         self.flight.recorder.put("grad_norm", total)
@@ -102,7 +101,11 @@ def _left_scale(trainer: Trainer, optimizer: Optimizer) -> Tensor | float:
     Read as a device tensor from the scaler, since its public `get_scale()` waits for the device.
     """
     plugin = trainer.precision_plugin
-    if not isinstance(plugin, MixedPrecision) or plugin.scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+    if (
+        not isinstance(plugin, MixedPrecision)
+        or plugin.scaler is None
+        or not getattr(optimizer, "_step_supports_amp_scaling", False)
+    ):
         return 1.0
     scale: Tensor | None = plugin.scaler._scale  # noqa: SLF001
     return 1.0 if scale is None else scale

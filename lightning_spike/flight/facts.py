@@ -1,6 +1,6 @@
 """The settings of a run, read off the trainer once when training starts."""
 
-import datetime
+import datetime as dt
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -12,7 +12,7 @@ __all__ = ["first_facts", "run_facts"]
 
 def first_facts() -> RunFacts:
     """What is known before anything is set up: the time."""
-    return RunFacts(started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+    return RunFacts(started=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"))
 
 
 def run_facts(trainer: Trainer, module: LightningModule, *, started: str) -> RunFacts:

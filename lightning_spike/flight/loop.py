@@ -1,6 +1,5 @@
 """The loop that all callbacks of a run drive together: sense, judge, act, explain."""
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,9 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from lightning_spike.detectors.episodes import EpisodeDetector
 from lightning_spike.flight.facts import first_facts, run_facts
 from lightning_spike.flight.participant import Participant, TrainingBatch
-from lightning_spike.detectors.episodes import EpisodeDetector
 from lightning_spike.recorder import Arrival, Recorder
 from lightning_spike.records import Disabled, Episode, Moment, RunStatus
 from lightning_spike.signals.loss import training_losses
@@ -82,7 +81,9 @@ class Flight:
 
     def batch_start(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
         """`on_train_batch_start`: a new row is opened."""
-        at = Moment(ordinal=self._next_ordinal, step=trainer.global_step, epoch=trainer.current_epoch, batch_idx=batch_idx)
+        at = Moment(
+            ordinal=self._next_ordinal, step=trainer.global_step, epoch=trainer.current_epoch, batch_idx=batch_idx
+        )
         self._next_ordinal += 1
         self._backward_losses = []
         size = batch_size(batch)
@@ -128,8 +129,7 @@ class Flight:
             return
         self.closed = True
         self._judge(self.recorder.flush())
-        for episode in self.episodes.finish():
-            self.store.replace_episode(episode)
+        self.update_episodes(self.episodes.finish())
         self._each(lambda p: p.conclude(trainer, status, error))
         self.release()
 
@@ -154,13 +154,17 @@ class Flight:
         self._next_ordinal = state["next_ordinal"]
         self._usual_batch_size = state["usual_batch_size"]
         self.episodes.load_state_dict(state["episodes"])
-        for episode in self.episodes.episodes:
-            self.store.replace_episode(episode)
+        self.update_episodes(self.episodes.episodes)
 
     def last_moment(self, trainer: Trainer) -> Moment:
         """The batch that was begun last, or the present position where none was."""
         ordinal = max(self._next_ordinal - 1, 0)
-        return Moment(ordinal=ordinal, step=trainer.global_step, epoch=trainer.current_epoch, batch_idx=max(trainer.fit_loop.batch_idx, 0))
+        return Moment(
+            ordinal=ordinal,
+            step=trainer.global_step,
+            epoch=trainer.current_epoch,
+            batch_idx=max(trainer.fit_loop.batch_idx, 0),
+        )
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -172,7 +176,9 @@ class Flight:
     def _put_losses(self, outputs: object) -> None:
         """The returned loss, else what manual backward passes were called with; a single one of those is the loss."""
         facts = self.store.facts
-        losses = training_losses(outputs, divided_by=facts.accumulate_grad_batches if facts.automatic_optimization else 1)
+        losses = training_losses(
+            outputs, divided_by=facts.accumulate_grad_batches if facts.automatic_optimization else 1
+        )
         if "loss" not in losses:
             single = len(self._backward_losses) == 1
             losses |= {"loss" if single else f"loss/backward{k}": loss for k, loss in enumerate(self._backward_losses)}
@@ -180,14 +186,18 @@ class Flight:
             self.recorder.put(name, loss)
 
     def _judge(self, arrivals: Sequence[Arrival]) -> list[Episode]:
+        """Store and judge what has arrived; the episodes that are new or changed, each once, in its newest version."""
         changed: dict[int, Episode] = {}
         for arrival in arrivals:
-            self.store.append(arrival.row, arrival.layers)
-            for episode in self.episodes.observe(arrival.row):
-                changed[episode.id] = episode
-                self.store.replace_episode(episode)
-            self._each(lambda p, a=arrival: p.judge(a))
+            changed |= {episode.id: episode for episode in self._take_in(arrival)}
         return list(changed.values())
+
+    def _take_in(self, arrival: Arrival) -> list[Episode]:
+        self.store.append(arrival.row, arrival.layers)
+        changed = self.episodes.observe(arrival.row)
+        self.update_episodes(changed)
+        self._each(lambda p: p.judge(arrival))
+        return changed
 
     def _each(self, phase: Callable[[Participant], object]) -> None:
         """Run one phase for all; who raises is switched off, for an observer that breaks must never break the training."""
@@ -202,7 +212,9 @@ class Flight:
         name = type(participant).__name__
         where = self._batch.at.step if self._batch else None
         self.store.note(Disabled(part=name, reason=f"{type(error).__name__}: {error}", step=where))
-        rank_zero_warn(f"lightning_spike: {name} broke and is switched off; the training goes on. {type(error).__name__}: {error}")
+        rank_zero_warn(
+            f"lightning_spike: {name} broke and is switched off; the training goes on. {type(error).__name__}: {error}"
+        )
 
 
 def batch_size(batch: object) -> int | None:

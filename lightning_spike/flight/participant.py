@@ -8,8 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_spike.records import Episode, Moment, RunStatus
 from lightning_spike.recorder import Arrival
+from lightning_spike.records import Episode, Moment, RunStatus
 
 if TYPE_CHECKING:
     from lightning_spike.flight.loop import Flight

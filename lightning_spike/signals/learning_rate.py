@@ -41,7 +41,9 @@ def optimizer_facts(optimizers: Sequence[Optimizer]) -> tuple[OptimizerFacts, ..
     """The hyperparameters of every optimizer as they stand."""
     names = optimizer_names(optimizers)
     return tuple(
-        OptimizerFacts(name=name, class_name=type(optimizer).__name__, groups=tuple(_plain(g) for g in optimizer.param_groups))
+        OptimizerFacts(
+            name=name, class_name=type(optimizer).__name__, groups=tuple(_plain(g) for g in optimizer.param_groups)
+        )
         for name, optimizer in zip(names, optimizers, strict=True)
     )
 
@@ -72,7 +74,7 @@ def _rate(lr: float | Tensor) -> float | Tensor:
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that are numbers, strings or short sequences of them; private ones are a library's own business."""
-    out = {}
+    out: dict[str, Any] = {}
     for key, value in settings.items():
         if key.startswith("_"):
             continue
