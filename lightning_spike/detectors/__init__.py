@@ -1,0 +1,1 @@
+"""Detectors: numbers in, findings out; resumable, bounded, no torch."""

@@ -1,0 +1,142 @@
+"""Swings: the loss goes up and down by several times its usual noise, again and again.
+
+Every 16 losses the spread (10th to 90th percentile) of the last 64 is compared with what it was before. A burst also widens the
+spread, but crosses the middle twice; spikes in a row cross it often, but most losses between them are low. Swings cross it often
+and spend their time on both sides.
+"""
+
+import math
+from typing import Any, Final
+
+from lightning_spike.rolling import median, quantile
+
+__all__ = ["SwingDetector"]
+
+BLOCK: Final = 16
+WINDOW: Final = 64
+"""Losses that are judged together: swings of up to 25 batches cross the middle five times in it."""
+HISTORY: Final = 20
+"""Spreads that are remembered."""
+LAG: Final = 4
+"""Youngest spreads left out of the reference: they overlap with the window that is judged."""
+LEAST_HISTORY: Final = 6
+WIDER: Final = 3.0
+"""Times the usual spread from which it is called a swing; science.md 1.8 takes a variance ratio of 4 (2 in spread) as a hint."""
+CALMER: Final = 1.6
+"""Times the usual spread below which the swings are over."""
+LEAST_SPREAD: Final = 0.15
+"""Spread, as a share of the level, that matters at all."""
+LEAST_CROSSINGS: Final = 5
+LEAST_HIGH: Final = 0.2
+"""Share of the losses in the upper third of the range."""
+MOST_LOW: Final = 0.65
+"""Share of the losses in the lower third."""
+
+
+def _crossings(values: list[float], low: float, high: float) -> tuple[int, float, float]:
+    """How often the series goes from below `low` to above `high` or back; shares above `high` and below `low`."""
+    side = crossings = highs = lows = 0
+    for value in values:
+        now = 1 if value > high else -1 if value < low else 0
+        highs += now == 1
+        lows += now == -1
+        if now and now != side:
+            crossings += side != 0
+            side = now
+    return crossings, highs / len(values), lows / len(values)
+
+
+class SwingDetector:
+    """Compares the spread of the last 64 losses with that before; `raised` while they swing."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._window: list[float] = []
+        self._new = 0
+        self._history: list[list[float]] = []
+        self._logarithmic = True
+        self.raised = False
+
+    def push(self, value: float) -> int | None:
+        """Take a finite loss. Does its work once every 16 losses.
+
+        Returns:
+            When swings have just been noticed: how many losses ago they began (0 for this one); else `None`.
+        """
+        self._window.append(value)
+        self._new += 1
+        if self._new < BLOCK:
+            return None
+        self._new = 0
+        self._window = self._window[-WINDOW:]
+        if len(self._window) < WINDOW:
+            return None
+        return self._watch() if self.raised else self._look()
+
+    def _scaled(self) -> list[float]:
+        """The window on a logarithmic scale; as it is once there was a loss that is not positive."""
+        middle = median(self._window)
+        if self._logarithmic and (min(self._window) < 0.0 or middle <= 0.0):
+            self._logarithmic = False
+            self._history.clear()
+        if not self._logarithmic:
+            return list(self._window)
+        return [math.log(value + 0.25 * middle) for value in self._window]
+
+    def _reference(self) -> tuple[float, float] | None:
+        older = self._history[:-LAG]
+        if len(older) < LEAST_HISTORY:
+            return None
+        return median(spread for spread, _ in older), median(middle for _, middle in older[-LEAST_HISTORY:])
+
+    def _look(self) -> int | None:
+        values = self._scaled()
+        ordered = sorted(values)
+        low, high = quantile(ordered, 0.1), quantile(ordered, 0.9)
+        reference = self._reference()
+        if reference is None or not self._swings(values, low, high, reference[0]):
+            self._history = [*self._history, [high - low, quantile(ordered, 0.5)]][-HISTORY:]
+            return None
+        self.raised = True
+        usual, middle = reference
+        first = next((place for place, value in enumerate(values) if abs(value - middle) > 1.2 * usual), 0)
+        return len(values) - 1 - first
+
+    def _swings(self, values: list[float], low: float, high: float, usual: float) -> bool:
+        spread = high - low
+        least = LEAST_SPREAD * (1.0 if self._logarithmic else abs(median(self._window)))
+        if spread <= max(WIDER * usual, least):
+            return False
+        crossings, above, below = _crossings(values, low + 0.35 * spread, high - 0.35 * spread)
+        return crossings >= LEAST_CROSSINGS and above >= LEAST_HIGH and below <= MOST_LOW
+
+    def _watch(self) -> int | None:
+        reference = self._reference()
+        values = self._scaled()
+        recent = sorted(values[-2 * BLOCK :])
+        if reference is None or quantile(recent, 0.9) - quantile(recent, 0.1) < CALMER * reference[0]:
+            self.raised = False
+        return None
+
+    def rebase(self) -> None:
+        """Take the swings as they are for the usual noise."""
+        self.raised = False
+        self._history.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state."""
+        return {
+            "window": list(self._window),
+            "new": self._new,
+            "history": [list(pair) for pair in self._history],
+            "logarithmic": self._logarithmic,
+            "raised": self.raised,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` left off."""
+        self._window = list(state["window"])
+        self._new = state["new"]
+        self._history = [list(pair) for pair in state["history"]]
+        self._logarithmic = state["logarithmic"]
+        self.raised = state["raised"]

@@ -1,0 +1,269 @@
+"""One loss series, judged by all detectors together: when an episode opens, what it is, when it is over."""
+
+import math
+from collections import deque
+from itertools import islice
+from typing import Any, Final
+
+from lightning_spike.detectors.draft import Draft, moment_state, restored_moment
+from lightning_spike.detectors.fast import FastDetector
+from lightning_spike.detectors.onset import ramp_onset
+from lightning_spike.detectors.oscillation import SwingDetector
+from lightning_spike.detectors.slow import SlowDetector
+from lightning_spike.detectors.stall import StallDetector
+from lightning_spike.records import EpisodeKind, Moment, Recovery
+from lightning_spike.rolling import median, theil_sen
+
+__all__ = ["MOST_SEVERE", "SeriesTracker"]
+
+MOST_SEVERE: Final = 99.0
+"""Cap of `Episode.severity`; a loss that is not finite has it."""
+HISTORY: Final = 1280
+"""Losses kept to date an onset back; spans the longest window in which a stall is seen."""
+CALM: Final = 24
+"""Accepted losses in a row after which an episode is over; two spikes 30 batches apart are two episodes."""
+ABSORB: Final = 32
+"""Losses outside in a row after which they are the new level (science.md 1.6: re-baseline after 32 rejected steps)."""
+LEADING: Final = 2.5
+"""A loss just before the first flagged one belongs to the episode if its score is above this."""
+WHOLE: Final = 0.2
+"""Share of the rise that may be left for the recovery to be whole (science.md 1.8)."""
+PART: Final = 0.8
+"""Share of the rise from which on nothing recovered (science.md 1.8)."""
+SHARP: Final = 4
+"""Batches from the onset to half of the peak within which a rise is a jump."""
+
+
+class SeriesTracker:
+    """Feeds the detectors of one series and writes the drafts of its episodes."""
+
+    def __init__(self, signal: str) -> None:
+        """Start empty.
+
+        Args:
+            signal: The name of the series, for `Episode.signal`.
+        """
+        self.signal = signal
+        self.fast = FastDetector()
+        self.slow = SlowDetector()
+        self.swing = SwingDetector()
+        self.stall = StallDetector()
+        self.draft: Draft | None = None
+        self.standing: Draft | None = None
+        """The open stall."""
+        self._history: deque[tuple[Moment, float, float]] = deque(maxlen=HISTORY)
+        self._pending: list[float] = []
+
+    def observe(self, at: Moment, value: float, noise: float) -> list[Draft]:
+        """Judge one loss; returns the drafts that were opened or changed by it."""
+        if not math.isfinite(value):
+            self._history.append((at, value, MOST_SEVERE))
+            return [self._abnormal(at, value, MOST_SEVERE)]
+        score = self.fast.baseline.score(value, noise)
+        self._history.append((at, value, score))
+        inside_episode = self.draft is not None and not self.draft.absorbed
+        if self.fast.outside(value, score, inside_episode=inside_episode):
+            self._pending.append(value)
+            changed = [self._abnormal(at, value, min(score, MOST_SEVERE))]
+            if len(self._pending) >= ABSORB:
+                self._absorb(changed[0])
+        else:
+            self.fast.accept(value, noise)
+            self._pending.clear()
+            changed = self._calm()
+        return changed + self._slowly(at, value)
+
+    def _slowly(self, at: Moment, value: float) -> list[Draft]:
+        changed = []
+        if self.slow.push(value):
+            changed.append(self._drifted(at))
+        since = self.swing.push(value)
+        if since is not None:
+            changed.append(self._swung(at, since))
+        changed += self._stalled(at, self.stall.push(value))
+        return changed
+
+    def _abnormal(self, at: Moment, value: float, severity: float) -> Draft:
+        draft = self.draft
+        if draft is None:
+            onset = self._first_of_run(at)
+            kind = EpisodeKind.SPIKE if math.isfinite(value) else EpisodeKind.NONFINITE
+            draft = self.draft = self._new(kind, onset, at, value, severity)
+        elif not math.isfinite(value) and draft.kind is EpisodeKind.SPIKE and not draft.absorbed:
+            draft.kind = EpisodeKind.NONFINITE
+        draft.worsen(at, value, severity)
+        return draft
+
+    def _new(self, kind: EpisodeKind, onset: Moment, at: Moment, value: float, severity: float) -> Draft:
+        return Draft(
+            kind=kind,
+            onset=onset,
+            noticed=at,
+            peak=at,
+            last_bad=at,
+            before=self.fast.baseline.level,
+            peak_value=value,
+            signal=self.signal,
+            severity=severity,
+        )
+
+    def _first_of_run(self, at: Moment) -> Moment:
+        """The earliest of the abnormal losses that end with the newest."""
+        first = at
+        for moment, _, score in islice(reversed(self._history), 1, ABSORB):
+            if score < LEADING:
+                break
+            first = moment
+        return first
+
+    def _absorb(self, draft: Draft) -> None:
+        """Take the losses that stayed outside for the new level, unless they are on their way back."""
+        travelled = theil_sen(self._pending) * len(self._pending)
+        if travelled < -0.25 * (median(self._pending) - (draft.before or 0.0)):
+            del self._pending[: ABSORB // 2]
+            return
+        pending, self._pending = self._pending, []
+        rising = travelled > self.fast.baseline.spread
+        self.fast.baseline.rebase(pending)
+        if draft.kind is EpisodeKind.SPIKE:
+            draft.kind = EpisodeKind.DIVERGENCE
+        draft.absorbed = True
+        if rising:
+            self._redate(draft)
+
+    def _redate(self, draft: Draft) -> None:
+        """Date a slow rise back to where the level begins to climb."""
+        recent = [(moment, value) for moment, value, _ in self._history if math.isfinite(value)][-256:]
+        first = next((i for i, (m, _) in enumerate(recent) if m.ordinal >= draft.onset.ordinal), len(recent))
+        recent = recent[max(0, first - 128) :]
+        place = min(ramp_onset([value for _, value in recent]) + 1, len(recent) - 1)
+        draft.onset = recent[place][0]
+
+    def _drifted(self, at: Moment) -> Draft:
+        recent = [value for _, value, _ in islice(reversed(self._history), 32) if math.isfinite(value)]
+        draft = self.draft
+        if draft is None:
+            draft = self.draft = self._new(EpisodeKind.DIVERGENCE, at, at, recent[0], 0.0)
+            draft.before = self.slow.reference
+            draft.absorbed = True
+            self._redate(draft)
+            draft.worsen(at, max(recent), min(self.fast.baseline.limit, MOST_SEVERE))
+        elif draft.kind is EpisodeKind.SPIKE and draft.calm == 0:
+            draft.kind = EpisodeKind.DIVERGENCE
+        return draft
+
+    def _swung(self, at: Moment, since: int) -> Draft:
+        onset = self._history[-1 - min(since, len(self._history) - 1)][0]
+        draft = self.draft
+        if draft is None:
+            draft = self.draft = self._new(EpisodeKind.OSCILLATION, onset, at, self._history[-1][1], 0.0)
+            draft.worsen(at, self._history[-1][1], min(self.fast.baseline.limit, MOST_SEVERE))
+        if draft.kind in {EpisodeKind.SPIKE, EpisodeKind.DIVERGENCE}:
+            draft.kind = EpisodeKind.OSCILLATION
+            if onset.ordinal < draft.onset.ordinal:
+                draft.onset = onset
+        return draft
+
+    def _stalled(self, at: Moment, since: int | None) -> list[Draft]:
+        if self.standing is not None and not self.stall.raised:
+            draft, self.standing = self.standing, None
+            draft.end, draft.recovery = draft.last_bad, Recovery.WHOLE
+            return [draft]
+        if self.standing is not None:
+            self.standing.last_bad = at
+        if since is None or self.draft is not None:
+            return []
+        window = [(m, v) for m, v, _ in islice(reversed(self._history), since + 1) if math.isfinite(v)]
+        values = [v for _, v in window]
+        flat = ramp_onset(values) if max(values) > min(values) else len(values) - 1
+        self.standing = self._new(EpisodeKind.STALL, window[flat][0], at, values[0], 1.0)
+        return [self.standing]
+
+    def _calm(self) -> list[Draft]:
+        draft = self.draft
+        if draft is None:
+            return []
+        draft.calm += 1
+        if draft.calm < CALM or self.slow.raised or self.swing.raised:
+            return []
+        self._close(draft)
+        return [draft]
+
+    def _close(self, draft: Draft) -> None:
+        after = median(value for _, value, _ in islice(reversed(self._history), max(1, min(draft.calm, CALM))))
+        draft.recovery = self._recovery(draft, after)
+        draft.end = None if draft.recovery is Recovery.NEVER else draft.last_bad
+        if draft.kind is EpisodeKind.DIVERGENCE and draft.end is not None and self._jumped(draft):
+            draft.kind = EpisodeKind.SPIKE
+        self.draft = None
+
+    def _recovery(self, draft: Draft, after: float) -> Recovery:
+        if draft.before is None:
+            return Recovery.WHOLE
+        left = after - draft.before
+        if left <= max(0.05 * abs(draft.before), min(2.0 * self.fast.baseline.spread, 0.5 * abs(draft.before))):
+            return Recovery.WHOLE
+        rise = draft.peak_value - draft.before if math.isfinite(draft.peak_value) else math.inf
+        share = left / rise if rise > 0.0 else 1.0
+        if math.isinf(rise):
+            return Recovery.PART
+        return (
+            Recovery.WHOLE
+            if share < WHOLE and not draft.absorbed
+            else Recovery.PART
+            if share < PART
+            else Recovery.NEVER
+        )
+
+    def _jumped(self, draft: Draft) -> bool:
+        half = 0.5 * ((draft.before or 0.0) + draft.peak_value)
+        for moment, value, _ in self._history:
+            if draft.onset.ordinal <= moment.ordinal < draft.onset.ordinal + SHARP and value >= half:
+                return True
+        return False
+
+    def finish(self) -> list[Draft]:
+        """The run has ended: settle what is open."""
+        settled = []
+        draft = self.draft
+        if draft is not None:
+            if draft.calm >= SHARP and not (self.slow.raised or self.swing.raised):
+                self._close(draft)
+            elif self._history[-1][0].ordinal - draft.onset.ordinal >= ABSORB:
+                draft.recovery = Recovery.NEVER
+            self.draft = None
+            settled.append(draft)
+        if self.standing is not None:
+            self.standing.recovery = Recovery.NEVER
+            settled.append(self.standing)
+            self.standing = None
+        return settled
+
+    @property
+    def healthy(self) -> bool:
+        """Nothing is open, save a stall, and the last loss was accepted."""
+        return self.draft is None and not self._pending
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state; open drafts go by their id, the caller keeps them."""
+        return {
+            "fast": self.fast.state_dict(),
+            "slow": self.slow.state_dict(),
+            "swing": self.swing.state_dict(),
+            "stall": self.stall.state_dict(),
+            "draft": None if self.draft is None else self.draft.state_dict(),
+            "standing": None if self.standing is None else self.standing.state_dict(),
+            "history": [[*moment_state(moment), value, score] for moment, value, score in self._history],
+            "pending": list(self._pending),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` left off."""
+        self.fast.load_state_dict(state["fast"])
+        self.slow.load_state_dict(state["slow"])
+        self.swing.load_state_dict(state["swing"])
+        self.stall.load_state_dict(state["stall"])
+        self.draft = None if state["draft"] is None else Draft.restored(state["draft"])
+        self.standing = None if state["standing"] is None else Draft.restored(state["standing"])
+        self._history = deque(((restored_moment(row[:4]), row[4], row[5]) for row in state["history"]), maxlen=HISTORY)
+        self._pending = list(state["pending"])

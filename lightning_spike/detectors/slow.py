@@ -1,0 +1,126 @@
+"""The slow detector: has the level crept up in a way that the fast one gets used to?
+
+Works on medians of 16 losses, flagged ones included: a CUSUM of their distance from the level of some blocks ago, in units of
+the spread between blocks. A falling loss keeps the sum at zero, a heavy tail does not move a median, and the clip keeps one
+block from ringing alone.
+"""
+
+import math
+from typing import Any, Final
+
+from lightning_spike.rolling import MAD_TO_SIGMA, Cusum, median
+
+__all__ = ["SlowDetector"]
+
+BLOCK: Final = 16
+HISTORY: Final = 32
+"""Blocks that make the reference and the spread."""
+LEAST_BLOCKS: Final = 6
+SLACK: Final = 1.0
+CLIP: Final = 3.0
+ALARM: Final = 6.0
+"""science.md 1.6: k = 1, h = 6 on clipped scores; average run length to a false alarm 8e5 blocks for normal noise."""
+LEAST_RISE: Final = 0.15
+"""Share of the reference by which the level must have risen to matter."""
+SETTLED: Final = 16
+"""Blocks without a further rise after which a raised level is the new reference."""
+
+
+def _spread(blocks: list[float]) -> float:
+    """Standard deviation of block medians, from differences one and four blocks apart: a wandering level widens the latter."""
+    spreads = [
+        median(abs(later - earlier) for earlier, later in zip(blocks, blocks[lag:], strict=False))
+        * MAD_TO_SIGMA
+        / math.sqrt(2.0)
+        for lag in (1, 4)
+        if len(blocks) > lag
+    ]
+    return max(spreads, default=0.0)
+
+
+class SlowDetector:
+    """Compares the level of the last blocks with that before; `raised` while it is up."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._block: list[float] = []
+        self._blocks: list[float] = []
+        self._pending: list[float] = []
+        self._cusum = Cusum(slack=SLACK, clip=CLIP)
+        self.raised = False
+        self.reference: float | None = None
+        """The level before the rise; set while `raised`."""
+        self._top = -math.inf
+        self._since_top = 0
+
+    def push(self, value: float) -> bool:
+        """Take a finite loss; true when a rise has just been noticed. Does its work once every 16 losses."""
+        self._block.append(value)
+        if len(self._block) < BLOCK:
+            return False
+        block = median(self._block)
+        self._block.clear()
+        return self._watch(block) if self.raised else self._look(block)
+
+    def _look(self, block: float) -> bool:
+        if len(self._blocks) < LEAST_BLOCKS:
+            self._blocks.append(block)
+            return False
+        reference = median(self._blocks[-LEAST_BLOCKS:])
+        unit = max(_spread(self._blocks), 1e-3 * abs(reference), 1e-30)
+        total = self._cusum.push((block - reference) / unit)
+        self._pending.append(block)
+        if total == 0.0:
+            self._blocks = (self._blocks + self._pending)[-HISTORY:]
+            self._pending.clear()
+        elif total >= ALARM and median(self._pending[-2:]) - reference > LEAST_RISE * abs(reference):
+            self.raised, self.reference = True, reference
+            self._top, self._since_top = block, 0
+            return True
+        elif len(self._pending) > HISTORY:
+            self.rebase()
+        return False
+
+    def _watch(self, block: float) -> bool:
+        self._pending = [*self._pending, block][-HISTORY:]
+        reference = self.reference or 0.0
+        unit = _spread(self._blocks)
+        if block > self._top + unit:
+            self._top, self._since_top = block, 0
+        else:
+            self._since_top += 1
+        back = median(self._pending[-2:]) - reference <= max(2.0 * unit, 0.25 * (self._top - reference))
+        if back or self._since_top >= SETTLED:
+            self.rebase()
+        return False
+
+    def rebase(self) -> None:
+        """Take the level as it is now for the reference."""
+        self._blocks = (self._pending or self._blocks)[-LEAST_BLOCKS:]
+        self._pending.clear()
+        self._cusum.total = 0.0
+        self.raised, self.reference = False, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state."""
+        return {
+            "block": list(self._block),
+            "blocks": list(self._blocks),
+            "pending": list(self._pending),
+            "cusum": self._cusum.total,
+            "raised": self.raised,
+            "reference": self.reference,
+            "top": self._top,
+            "since_top": self._since_top,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` left off."""
+        self._block = list(state["block"])
+        self._blocks = list(state["blocks"])
+        self._pending = list(state["pending"])
+        self._cusum.total = state["cusum"]
+        self.raised = state["raised"]
+        self.reference = state["reference"]
+        self._top = state["top"]
+        self._since_top = state["since_top"]

@@ -1,0 +1,145 @@
+"""A loss that was falling and stops from one moment to the next, or that never moved at all.
+
+Every training slows down, so "it no longer falls" is no finding. What healthy curves do not do is to break off: their decrements
+shrink smoothly. So five decrements in a row are continued geometrically, and if the loss then stays flat where a good part of that
+was due, it has stalled. The same is looked for at four time scales.
+"""
+
+import math
+from typing import Any, Final
+
+from lightning_spike.rolling import MAD_TO_SIGMA, median
+
+__all__ = ["StallDetector"]
+
+BLOCK: Final = 16
+SCALES: Final = (1, 2, 4, 8)
+"""Blocks per group."""
+GROUPS: Final = 9
+"""Groups that are looked at: five decrements that fall, one in which the break may lie, two that are flat."""
+FALLING: Final = 5
+CONSTANT_AFTER: Final = 128
+"""Equal losses from the very first one on after which the training is said to stand still."""
+FLAT: Final = 0.15
+"""Share of the decrement that was due below which the loss stands."""
+SURE: Final = 6.0
+"""Standard errors that the missing decrement must have."""
+SMOOTH: Final = 0.3
+"""Share by which a decrement may differ from the geometric course, besides its noise."""
+NEAR_ZERO: Final = 0.1
+"""Share of the first level below which a flat loss has simply arrived."""
+
+
+def _groups(blocks: list[float], scale: int) -> list[float]:
+    tail = blocks[-GROUPS * scale :]
+    return [sum(tail[start : start + scale]) / scale for start in range(0, len(tail), scale)]
+
+
+def _noise(blocks: list[float]) -> float:
+    """Standard deviation of a block, from second differences: they leave out trend."""
+    bends = [abs(a - 2.0 * b + c) for a, b, c in zip(blocks, blocks[1:], blocks[2:], strict=False)]
+    return median(bends) * MAD_TO_SIGMA / math.sqrt(6.0)
+
+
+def _broke_off(groups: list[float], noise: float) -> bool:
+    """Whether five decrements in a row run on a smooth course and the last two, due on it, are missing."""
+    drops = [earlier - later for earlier, later in zip(groups, groups[1:], strict=False)]
+    noise *= math.sqrt(2.0)
+    falling = drops[:FALLING]
+    if min(falling) <= 2.0 * noise:
+        return False
+    first, last = sum(falling[:2]) / 2.0, sum(falling[-2:]) / 2.0
+    ratio = (last / first) ** (1.0 / (FALLING - 2))
+    if not 0.5 < ratio < 1.1:  # noqa: PLR2004 - slower than by half per group, and not speeding up
+        return False
+    middle = (first * last) ** 0.5
+    course = [middle * ratio ** (place - (FALLING - 1) / 2) for place in range(FALLING)]
+    if any(abs(drop - due) > SMOOTH * due + noise for drop, due in zip(falling, course, strict=True)):
+        return False
+    due = sum(course[-1] * ratio ** (place + 1) for place in range(1, len(drops) - FALLING))
+    got = groups[FALLING + 1] - groups[-1]
+    return due > SURE * noise and abs(got) < FLAT * due + 0.5 * noise
+
+
+class StallDetector:
+    """Looks for a break in the fall of block medians; `raised` while the loss stands."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._block: list[float] = []
+        self._blocks: list[float] = []
+        self._first: float | None = None
+        self._equal = 0
+        self._start: float | None = None
+        self._level = 0.0
+        self._unit = 0.0
+        self.raised = False
+
+    def push(self, value: float) -> int | None:
+        """Take a finite loss. Does its work once every 16 losses.
+
+        Returns:
+            When a stall has just been noticed: how many losses ago it began, at most 16 * 72; else `None`.
+        """
+        if self._first is None:
+            self._first = value
+        if self._equal >= 0:
+            self._equal = self._equal + 1 if abs(value - self._first) <= 1e-7 * abs(self._first) else -1
+            if self._equal == CONSTANT_AFTER and self._first != 0.0 and not self.raised:
+                self._raise(value, 1e-6 * abs(value))
+                return CONSTANT_AFTER - 1
+        self._block.append(value)
+        if len(self._block) < BLOCK:
+            return None
+        block = median(self._block)
+        self._block.clear()
+        self._blocks = [*self._blocks, block][-GROUPS * SCALES[-1] :]
+        if self._start is None:
+            self._start = block
+        if self.raised:
+            self._watch(block)
+            return None
+        return self._look()
+
+    def _look(self) -> int | None:
+        for scale in SCALES:
+            if len(self._blocks) < GROUPS * scale:
+                return None
+            groups, noise = _groups(self._blocks, scale), _noise(self._blocks) / math.sqrt(scale)
+            if abs(groups[-1]) > NEAR_ZERO * abs(self._start or 0.0) and _broke_off(groups, noise):
+                self._raise(groups[-1], max(0.25 * (groups[FALLING - 1] - groups[FALLING]), 3.0 * _noise(self._blocks)))
+                return GROUPS * scale * BLOCK - 1
+        return None
+
+    def _raise(self, level: float, unit: float) -> None:
+        self.raised = True
+        self._level, self._unit = level, unit
+
+    def _watch(self, block: float) -> None:
+        if abs(block - self._level) > 2.0 * self._unit:
+            self.raised = False
+            self._blocks.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state."""
+        return {
+            "block": list(self._block),
+            "blocks": list(self._blocks),
+            "first": self._first,
+            "equal": self._equal,
+            "start": self._start,
+            "level": self._level,
+            "unit": self._unit,
+            "raised": self.raised,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` left off."""
+        self._block = list(state["block"])
+        self._blocks = list(state["blocks"])
+        self._first = state["first"]
+        self._equal = state["equal"]
+        self._start = state["start"]
+        self._level = state["level"]
+        self._unit = state["unit"]
+        self.raised = state["raised"]

@@ -1,0 +1,127 @@
+"""Robust statistics over the recent past of one series: plain Python, JSON-able state, a few microseconds per value.
+
+Everything here takes finite floats; whoever calls keeps NaN and Inf out. `SortedWindow` is the workhorse: a ring of the last
+values beside the same values in order, so that any quantile is one look-up and an insertion is one `bisect`.
+"""
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import numpy as np
+
+__all__ = ["MAD_TO_SIGMA", "Cusum", "SortedWindow", "mad", "median", "quantile", "theil_sen"]
+
+MAD_TO_SIGMA: Final = 1.4826022185056018
+"""1 / Phi^-1(3/4): makes the median absolute deviation an estimate of the standard deviation of normal noise."""
+
+
+def quantile(ordered: Sequence[float], q: float) -> float:
+    """Quantile of values that are in order already, linear between neighbours (numpy's default).
+
+    Args:
+        ordered: At least one finite value, ascending.
+        q: In [0, 1].
+    """
+    position = q * (len(ordered) - 1)
+    below = int(position)
+    if below + 1 >= len(ordered):
+        return ordered[-1]
+    share = position - below
+    return ordered[below] * (1.0 - share) + ordered[below + 1] * share
+
+
+def median(values: Iterable[float]) -> float:
+    """Median of at least one finite value, in any order."""
+    return quantile(sorted(values), 0.5)
+
+
+def mad(values: Sequence[float]) -> float:
+    """Median absolute deviation from the median; multiply by `MAD_TO_SIGMA` for a standard deviation."""
+    centre = median(values)
+    return median(abs(value - centre) for value in values)
+
+
+def theil_sen(values: Sequence[float]) -> float:
+    """Median of the slopes between all pairs, in units of value per place; 0.0 for fewer than two values.
+
+    Takes O(n^2) memory: for some hundred values. Breaks down only when 29 % of the values are wild (Sen 1968).
+    """
+    if len(values) < 2:  # noqa: PLR2004 - one value has no slope
+        return 0.0
+    series = np.asarray(values, dtype=np.float64)
+    first, second = np.triu_indices(len(series), k=1)
+    return float(np.median((series[second] - series[first]) / (second - first)))
+
+
+class SortedWindow:
+    """The last `size` values, in the order they came and in the order of their size.
+
+    A push costs one `bisect` and two `memmove`s of at most `size` pointers: under 2 µs for 1,024 values.
+    """
+
+    def __init__(self, size: int) -> None:
+        """Make an empty window that holds at most `size` >= 1 values."""
+        self.size = size
+        self.ordered: list[float] = []
+        """Ascending; read it freely, change it only by `push` and `replace`."""
+        self._ring: list[float] = []
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self.ordered)
+
+    def push(self, value: float) -> float | None:
+        """Take in a finite value; returns the oldest, which leaves when the window is full."""
+        oldest = None
+        if len(self._ring) < self.size:
+            self._ring.append(value)
+        else:
+            oldest = self._ring[self._next]
+            del self.ordered[bisect_left(self.ordered, oldest)]
+            self._ring[self._next] = value
+            self._next = (self._next + 1) % self.size
+        insort(self.ordered, value)
+        return oldest
+
+    def replace(self, values: Sequence[float]) -> None:
+        """Forget everything and take the last `size` of these instead."""
+        self._ring = list(values[-self.size :])
+        self._next = 0
+        self.ordered = sorted(self._ring)
+
+    def values(self) -> list[float]:
+        """Oldest first."""
+        return self._ring[self._next :] + self._ring[: self._next]
+
+    def median(self) -> float:
+        """Median; the window must not be empty."""
+        ordered = self.ordered
+        half, odd = divmod(len(ordered), 2)
+        return ordered[half] if odd else 0.5 * ordered[half - 1] + 0.5 * ordered[half]
+
+    def quantile(self, q: float) -> float:
+        """Quantile, linear between neighbours; the window must not be empty."""
+        return quantile(self.ordered, q)
+
+
+class Cusum:
+    """One-sided cumulative sum `S = max(0, S + min(z, clip) - slack)`: adds up small evidence for a rise (Page 1954)."""
+
+    def __init__(self, *, slack: float, clip: float) -> None:
+        """Start at zero.
+
+        Args:
+            slack: Standard deviations per value that are taken as noise; half of the shift to be found is best.
+            clip: Most that one value can say: keeps a heavy tail from ringing the alarm alone.
+        """
+        self.slack = slack
+        self.clip = clip
+        self.total = 0.0
+
+    def push(self, z: float) -> float:
+        """Add one standardised value; returns the new sum."""
+        if math.isfinite(z):
+            self.total = max(0.0, self.total + max(-self.clip, min(self.clip, z)) - self.slack)
+        return self.total
