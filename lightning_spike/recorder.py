@@ -66,7 +66,16 @@ class _Closed:
     """A row whose device values are under way: per device and dtype the names, sizes and the vector."""
 
     row: _OpenRow
-    transfers: list[tuple[list[tuple[str, int]], _Transfer]]
+    transfers: list[tuple[list["_Part"], _Transfer]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Part:
+    """What a stretch of a transferred vector is."""
+
+    signal: str
+    size: int
+    is_vector: bool
 
 
 class Recorder:
@@ -129,14 +138,15 @@ class Recorder:
         return all(t.has_arrived() for _, t in closed.transfers)
 
 
-def _start(row: _OpenRow) -> Iterator[tuple[list[tuple[str, int]], _Transfer]]:
+def _start(row: _OpenRow) -> Iterator[tuple[list[_Part], _Transfer]]:
     """Join the row's tensors, one vector for each device and dtype (nearly always one in all), and send them off."""
-    groups: dict[Key, list[tuple[str, Tensor]]] = {}
-    for name, tensor in (*row.scalars.items(), *row.vectors.items()):
-        groups.setdefault((tensor.device, tensor.dtype), []).append((name, tensor))
+    groups: dict[Key, list[tuple[_Part, Tensor]]] = {}
+    for is_vector, signals in ((False, row.scalars), (True, row.vectors)):
+        for name, tensor in signals.items():
+            part = _Part(name, tensor.numel(), is_vector)
+            groups.setdefault((tensor.device, tensor.dtype), []).append((part, tensor))
     for members in groups.values():
-        names = [(name, tensor.numel()) for name, tensor in members]
-        yield names, _send(torch.cat([tensor for _, tensor in members]))
+        yield [part for part, _ in members], _send(torch.cat([tensor for _, tensor in members]))
 
 
 def _send(vector: Tensor) -> _Transfer:
@@ -153,14 +163,14 @@ def _send(vector: Tensor) -> _Transfer:
 def _arrival(closed: _Closed) -> Arrival:
     row = closed.row
     values, layers = dict(row.numbers), []
-    for names, transfer in closed.transfers:
+    for parts, transfer in closed.transfers:
         numbers, start = transfer.numbers(), 0
-        for name, size in names:
-            if name in row.vectors:
-                part = numbers[start : start + size].astype(np.float32)
-                layers.append(LayerRow(at=row.at, signal=name, values=part))
+        for part in parts:
+            if part.is_vector:
+                vector = numbers[start : start + part.size].astype(np.float32)
+                layers.append(LayerRow(at=row.at, signal=part.signal, values=vector))
             else:
-                values[name] = float(numbers[start])
-            start += size
+                values[part.signal] = float(numbers[start])
+            start += part.size
     step_row = StepRow(at=row.at, values=values, batch_size=row.batch_size, usual_batch_size=row.usual_batch_size)
     return Arrival(step_row, tuple(layers))

@@ -25,7 +25,12 @@ class Digits(LightningModule):
         super().__init__()
         self.lr = lr
         self.net = nn.Sequential(
-            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2), nn.Linear(512, 10)
+            nn.Conv2d(1, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(512, 10),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,7 +99,10 @@ class TwoByHand(LightningModule):
 TASKS: dict[str, tuple[Callable[[], LightningModule], dict[str, Any]]] = {
     "cnn": (Digits, {}),
     "transformer": (DigitsTransformer, {"gradient_clip_val": 1.0}),
-    "accumulation": (Digits, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"}),
+    "accumulation": (
+        Digits,
+        {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"},
+    ),
     "two_by_hand": (TwoByHand, {}),
 }
 """Name → (module, further arguments of the Trainer)."""

@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_spike.arguments import whole_number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.flight.participant import TrainingBatch
+from lightning_spike.records import RunStatus
 from lightning_spike.signals.gradients import gradient_norms
 from lightning_spike.signals.learning_rate import optimizer_names
 
@@ -78,6 +79,15 @@ class GradNormMonitor(SpikeCallback):
         after = self._after_clip(total)
         if after is not None:
             self.flight.recorder.put("grad_norm/after_clip", after)
+
+    @override
+    def conclude(self, trainer: Trainer, status: RunStatus, error: BaseException | None) -> None:
+        store = self.flight.store
+        if len(store.history) > store.facts.accumulate_grad_batches and "grad_norm" not in store.history.signals:
+            store.note(
+                f"In {len(store.history)} batches there was no optimizer step that Lightning could announce, so gradients and learning rates were "
+                "not seen. Step the optimizers that self.optimizers() returns, not the raw ones (use_pl_optimizer=False)."
+            )
 
     def _after_clip(self, total: Tensor) -> Tensor | None:
         """Worked out where Lightning clips by norm, measured where it is not known what was done; `None` without clipping."""

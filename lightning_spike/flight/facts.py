@@ -25,7 +25,7 @@ def run_facts(trainer: Trainer, module: LightningModule, *, started: str) -> Run
         precision=str(trainer.precision),
         accumulate_grad_batches=trainer.accumulate_grad_batches,
         gradient_clip_val=float(clip) if clip else None,
-        gradient_clip_algorithm=str(trainer.gradient_clip_algorithm or "norm") if clip else None,
+        gradient_clip_algorithm=_algorithm(trainer) if clip else None,
         clips_by_hand=clips_by_hand(module),
         automatic_optimization=module.automatic_optimization,
         optimizers=optimizer_facts(trainer.optimizers),
@@ -42,3 +42,9 @@ def clips_by_hand(module: LightningModule) -> bool:
     """Whether the module may clip in a way that Lightning's settings do not tell."""
     overridden = type(module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping
     return overridden or not module.automatic_optimization
+
+
+def _algorithm(trainer: Trainer) -> str:
+    """Lightning keeps the algorithm as an enum or, where it was left out, as `None`, which means the norm."""
+    algorithm = trainer.gradient_clip_algorithm
+    return "norm" if algorithm is None else str(getattr(algorithm, "value", algorithm))
