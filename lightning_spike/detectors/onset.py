@@ -39,4 +39,5 @@ def ramp_onset(values: Sequence[float]) -> int:
 def _explained(shapes: FloatArray, deviation: FloatArray) -> FloatArray:
     """Sum of squares that each row of `shapes` explains of the deviation; falls explain nothing."""
     shapes = shapes - shapes.mean(axis=1, keepdims=True)
-    return np.maximum(0.0, shapes @ deviation) ** 2 / (shapes**2).sum(axis=1)
+    explained: FloatArray = np.maximum(0.0, shapes @ deviation) ** 2 / (shapes**2).sum(axis=1)
+    return explained

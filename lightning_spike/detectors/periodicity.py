@@ -1,5 +1,6 @@
 """Whether things that happened again and again happened at equal distances."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Final
 
@@ -24,7 +25,7 @@ def period_of(ordinals: Sequence[int]) -> int | None:
     """
     if len(ordinals) < LEAST_MEMBERS:
         return None
-    gaps = [later - earlier for earlier, later in zip(ordinals, ordinals[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(ordinals)]
     period = sorted(gaps)[(len(gaps) - 1) // 4]
     if period < SHORTEST or (period < 16 and len(gaps) < LEAST_MEMBERS):  # noqa: PLR2004 - see the docstring
         return None

@@ -5,6 +5,7 @@ shrink smoothly. So five decrements in a row are continued geometrically, and if
 was due, it has stalled. The same is looked for at four time scales.
 """
 
+import itertools
 import math
 from typing import Any, Final
 
@@ -43,22 +44,22 @@ def _noise(blocks: list[float]) -> float:
 
 def _broke_off(groups: list[float], noise: float) -> bool:
     """Whether five decrements in a row run on a smooth course and the last two, due on it, are missing."""
-    drops = [earlier - later for earlier, later in zip(groups, groups[1:], strict=False)]
+    drops = [earlier - later for earlier, later in itertools.pairwise(groups)]
     noise *= math.sqrt(2.0)
     falling = drops[:FALLING]
     if min(falling) <= 2.0 * noise:
         return False
     first, last = sum(falling[:2]) / 2.0, sum(falling[-2:]) / 2.0
-    ratio = (last / first) ** (1.0 / (FALLING - 2))
+    ratio: float = (last / first) ** (1.0 / (FALLING - 2))
     if not 0.5 < ratio < 1.1:  # noqa: PLR2004 - slower than by half per group, and not speeding up
         return False
-    middle = (first * last) ** 0.5
+    middle: float = (first * last) ** 0.5
     course = [middle * ratio ** (place - (FALLING - 1) / 2) for place in range(FALLING)]
     if any(abs(drop - due) > SMOOTH * due + noise for drop, due in zip(falling, course, strict=True)):
         return False
     due = sum(course[-1] * ratio ** (place + 1) for place in range(1, len(drops) - FALLING))
     got = groups[FALLING + 1] - groups[-1]
-    return due > SURE * noise and abs(got) < FLAT * due + 0.5 * noise
+    return bool(due > SURE * noise and abs(got) < FLAT * due + 0.5 * noise)
 
 
 class StallDetector:
