@@ -1,0 +1,113 @@
+"""The most recent batches, by reference: what the dump writes and the lab trains on again, if it comes to that."""
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Final
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from typing_extensions import override
+
+from lightning_spike.actions.sample_ids import SampleIds, SampleIdWatch
+from lightning_spike.flight.participant import Participant, TrainingBatch
+from lightning_spike.records import Moment
+from lightning_spike.signals.random_state import RandomState
+
+__all__ = ["BatchRing", "RingEntry"]
+
+DEPTH: Final = 8
+"""Batches kept beyond those of one optimizer step and those whose numbers are still under way: how far an onset may be dated back."""
+
+MAX_BYTES: Final = 1 << 30
+"""Bytes of tensors kept; beyond, older batches are let go early, down to those that must stay for the onset to be in reach at all."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RingEntry:
+    """One batch as it was when its forward pass began."""
+
+    at: Moment
+    batch: Any
+    """The batch in its own structure, containers copied, tensors by reference: on the device where the training has them."""
+    ids: SampleIds | None
+    rng: RandomState
+    """Taken before the forward pass."""
+    mutated: bool = False
+    """`training_step` (or what it called) has changed a tensor of the batch in place: the values are not what the forward pass first saw."""
+
+
+class BatchRing(Participant):
+    """Keeps the last batches with their sample ids and random states, until newer ones take their place.
+
+    Nothing is copied but the containers (so that a step which pops its labels out of a dictionary does not empty the entry) and the random
+    states, some kilobytes. A batch changed in place is noticed by its tensors' version counters and marked.
+
+    Args:
+        depth: Batches kept beyond those of one optimizer step and those still on their way through the recorder.
+        max_bytes: Bytes of tensors kept in all.
+    """
+
+    def __init__(self, depth: int = DEPTH, max_bytes: int = MAX_BYTES) -> None:
+        self._depth = depth
+        self._max_bytes = max_bytes
+        self._entries: dict[int, RingEntry] = {}
+        self._bytes: dict[int, int] = {}
+        self._versions: list[tuple[Tensor, int]] = []
+        self._ids: SampleIdWatch | None = None
+
+    @override
+    def attach(self, trainer: Trainer, module: LightningModule) -> None:
+        self._ids = self.flight.share(SampleIdWatch, SampleIdWatch, trainer, module)
+
+    def entry(self, ordinal: int) -> RingEntry | None:
+        """The batch with this ordinal, `None` where it is gone or has not come."""
+        return self._entries.get(ordinal)
+
+    def entries(self) -> list[RingEntry]:
+        """All that are held, oldest first."""
+        return list(self._entries.values())
+
+    @override
+    def sense_batch(self, batch: TrainingBatch) -> None:
+        ids = self._ids.current if self._ids is not None else None
+        leaves, structure = pytree.tree_flatten(batch.batch)
+        kept = pytree.tree_unflatten([_own(leaf) for leaf in leaves], structure)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+        self._versions = [(tensor, tensor._version) for tensor in tensors]  # noqa: SLF001 - the only witness of a change in place
+        ordinal = batch.at.ordinal
+        self._entries[ordinal] = RingEntry(at=batch.at, batch=kept, ids=ids, rng=RandomState.take())
+        self._bytes[ordinal] = sum(leaf.nbytes for leaf in leaves if _has_bytes(leaf))
+        self._let_go(batch.trainer.accumulate_grad_batches)
+
+    @override
+    def sense_outcome(self, batch: TrainingBatch, outputs: object) -> None:
+        if any(tensor._version != version for tensor, version in self._versions):  # noqa: SLF001 - as above
+            ordinal = batch.at.ordinal
+            self._entries[ordinal] = dataclasses.replace(self._entries[ordinal], mutated=True)
+        self._versions = []
+
+    @override
+    def release(self) -> None:
+        self._entries.clear()
+        self._bytes.clear()
+        self._versions = []
+
+    def _let_go(self, per_step: int) -> None:
+        """Drop the oldest: beyond the depth always, beyond the bytes only what is not needed for the step under judgement and one before."""
+        needed = per_step + self.flight.recorder.lag + 2
+        total = sum(self._bytes.values())
+        while len(self._entries) > needed and (len(self._entries) > needed + self._depth or total > self._max_bytes):
+            oldest = next(iter(self._entries))
+            total -= self._bytes.pop(oldest)
+            del self._entries[oldest]
+
+
+def _own(leaf: object) -> object:
+    """A mapping of the user's own class (a tokenizer's output, say) is copied one level deep; anything else is kept as it is."""
+    return copy.copy(leaf) if isinstance(leaf, Mapping) else leaf
+
+
+def _has_bytes(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and not leaf.is_sparse and not leaf.is_nested
