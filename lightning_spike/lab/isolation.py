@@ -1,0 +1,182 @@
+"""Run `training_step` again and leave no trace: afterwards everything is as before, to the bit."""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+
+from lightning_spike.lab.errors import CannotReplay
+from lightning_spike.lab.kept import Kept
+from lightning_spike.signals.random_state import RandomState
+
+__all__ = ["Bench", "eagerly", "isolated", "loss_of"]
+
+SHARDED: Final = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+"""Strategies under which a forward pass outside their own wrapper sees pieces of the weights only."""
+
+MUTED: Final = ("log", "log_dict", "print")
+"""What a `LightningModule` says to the outside in `training_step`."""
+
+
+class Bench:
+    """What the lab works with inside `isolated`: steps that can be run, and a state to come back to.
+
+    Not made by hand; see `isolated`.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, *, with_optimizers: bool) -> None:
+        self.trainer = trainer
+        self.module = module
+        self._random = RandomState.take()
+        self._state = Kept(_roots(trainer, module, with_optimizers), leave=_left(trainer, with_optimizers))
+        self._loggers = list(trainer.loggers)
+        self._should_stop = trainer.should_stop
+        self._batches: dict[int, tuple[object, Kept]] = {}
+
+    def step(self, batch: object, batch_idx: int, *, random: RandomState | None = None) -> Any:  # noqa: ANN401 - as training_step
+        """Run `training_step` once, with gradients, under the run's own precision, without `torch.compile`.
+
+        Buffers, counters and random states move on as they do in training; `rewind` takes them back. What the step writes into the batch stays
+        there until the next step on this batch, `rewind` or the end, for a backward pass may need it.
+
+        Args:
+            batch: The batch, on the module's device.
+            batch_idx: What is handed to `training_step` if it takes it.
+            random: The state of the random generators to begin with; as it stands where none is given.
+
+        Returns:
+            What `training_step` returned, with its graph. Blocks as much as the step itself does.
+
+        Raises:
+            CannotReplay: The batch holds something that cannot be put back.
+        """
+        self._keep(batch)
+        if random is not None:
+            random.restore()
+        arguments = (batch, batch_idx) if _takes_index(self.module) else (batch,)
+        with torch.enable_grad(), eagerly(), self.trainer.precision_plugin.train_step_context():
+            return self.module.training_step(*arguments)
+
+    def rewind(self) -> None:
+        """Bring weights, buffers, gradients, modes, attributes and batches back to what they were when the isolation began."""
+        self._put_back()
+        self._mute()
+
+    def _put_back(self) -> None:
+        self._state.put_back()
+        for _, kept in self._batches.values():
+            kept.put_back()
+        self._batches.clear()
+
+    def _keep(self, batch: object) -> None:
+        if id(batch) in self._batches:
+            self._batches[id(batch)][1].put_back()
+        else:
+            self._batches[id(batch)] = (batch, Kept([("batch", batch)]))
+
+    def _mute(self) -> None:
+        for part in self.module.modules():
+            if isinstance(part, LightningModule):
+                part.__dict__.update(dict.fromkeys(MUTED, _swallow))
+        self.module.__dict__["_current_fx_name"] = "training_step"
+        self.trainer.loggers = [DummyLogger() for _ in self._loggers]
+
+    def _end(self) -> None:
+        try:
+            self._put_back()
+        finally:
+            self.trainer.loggers = self._loggers
+            self.trainer.should_stop = self._should_stop
+            self._random.restore()
+
+
+@contextlib.contextmanager
+def isolated(trainer: Trainer, module: LightningModule, *, with_optimizers: bool = False) -> Iterator[Bench]:
+    """Run `training_step` again, any number of times; on leaving, however that comes about, everything is as it was.
+
+    As it was, to the bit: weights, buffers (also those that are not persistent), gradients, `requires_grad`, the mode of every submodule, hooks, all random
+    generators (global ones, and those that hang on the module), torchmetrics and every attribute of the module tree down through lists, dicts,
+    arrays and objects of the user's own, the batch, `trainer.should_stop`, the trainer's metrics, the optimizers' param groups and the
+    schedulers. `self.log`, `self.log_dict`, `self.print` and the loggers hear nothing.
+
+    Not undone, since nobody can: what `training_step` writes to a file, a socket or a writer object of its own, prints itself, keeps in a global or
+    in the cell of a closure, and what forward hooks of other parties keep outside the module.
+
+    Takes a copy of all this state on its own device, and blocks; for use after an episode, between two batches.
+
+    Args:
+        trainer: The trainer, in `on_train_batch_end` or another place between two batches.
+        module: Its module.
+        with_optimizers: Keep the state of the optimizers too, for they will be stepped.
+
+    Yields:
+        The bench to run steps on.
+
+    Raises:
+        CannotReplay: The module optimises by hand, is sharded, reads the data itself, or holds what cannot be put back. Nothing has been touched then.
+    """
+    _refuse(trainer, module)
+    bench = Bench(trainer, module, with_optimizers=with_optimizers)
+    try:
+        bench._mute()  # noqa: SLF001 - the two are one
+        yield bench
+    finally:
+        bench._end()  # noqa: SLF001
+
+
+def loss_of(outputs: object) -> Tensor | None:
+    """The training loss in what `training_step` returned, with its graph; `None` where it returned none. Never blocks."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
+
+
+@contextlib.contextmanager
+def eagerly() -> Iterator[None]:
+    """Without `torch.compile`, so that hooks and modes see every operation; torch before 2.6 has no such switch, and none is set there."""
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    with set_stance("force_eager") if set_stance else contextlib.nullcontext():
+        yield
+
+
+def _refuse(trainer: Trainer, module: LightningModule) -> None:
+    if not module.automatic_optimization:
+        msg = "the module optimises by hand: its training_step steps the optimizers, so it cannot be run without changing the weights"
+        raise CannotReplay(msg)
+    if isinstance(trainer.strategy, SHARDED):
+        msg = f"under {type(trainer.strategy).__name__} the weights are in pieces; single processes cannot run a step by themselves"
+        raise CannotReplay(msg)
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        msg = "training_step takes dataloader_iter: it draws the data itself, and what it drew cannot be put back"
+        raise CannotReplay(msg)
+
+
+def _roots(trainer: Trainer, module: LightningModule, with_optimizers: bool) -> list[tuple[str, object]]:
+    optimizers = [vars(o) if with_optimizers else o.param_groups for o in trainer.optimizers]
+    return [
+        ("module", module),
+        ("trainer results", trainer._results),  # noqa: SLF001 - what `callback_metrics` is computed from, and cached in
+        ("trainer metrics", vars(trainer._logger_connector)),  # noqa: SLF001 - holds the dicts behind `callback_metrics`
+        ("optimizers", optimizers),
+        ("schedulers", [vars(c.scheduler) for c in trainer.lr_scheduler_configs]),
+    ]
+
+
+def _left(trainer: Trainer, with_optimizers: bool) -> list[object]:
+    """Nobody but a stepping optimizer changes its state, and a copy of it would be twice that of the weights."""
+    return [] if with_optimizers else [o.state for o in trainer.optimizers]
+
+
+def _takes_index(module: LightningModule) -> bool:
+    """Lightning's own rule for whether to hand on `batch_idx`."""
+    return bool(is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2))
+
+
+def _swallow(*_: object, **__: object) -> None:
+    """Stands in for `self.log` and its like."""
