@@ -1,0 +1,270 @@
+"""Snapshots of the training state, taken now and then, and believed only once they are proven healthy."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_spike.actions import state_copy
+from lightning_spike.actions.running_means import RunningMean, take_running_means
+from lightning_spike.flight.participant import Participant, TrainingBatch
+from lightning_spike.recorder import Arrival
+from lightning_spike.records import Episode, EpisodeKind, Moment
+from lightning_spike.signals.random_state import RandomState
+
+__all__ = ["Snapshot", "Snapshots", "refuses_snapshots"]
+
+FLAG: Final = "snapshot/finite"
+"""Signal that says whether everything in the snapshot taken at this batch is finite: 1 or 0; one a device, `snapshot/finite/<device>` for further ones."""
+CONFIRM: Final = 8
+"""Batches after a snapshot whose losses must be accepted before it is believed: what poisons weights shows in the next loss, or the one after
+that; a rise that is slower is dated back by the detector, and then takes the snapshot with it."""
+SLOTS: Final = 4
+"""Snapshots held at most, where memory allows: one that waits for its proof, and three to go back to."""
+LEAST_SLOTS: Final = 2
+"""One to go back to while the next waits for its proof."""
+REACH: Final = 8
+"""The oldest snapshot is kept until it is this many cadences old: troubles that are noticed late are dated back past the recent ones."""
+ON_DEVICE_MB: Final = 256
+"""Up to this size in all, snapshots stay on the device; larger ones go to pinned host memory (12 bytes a parameter under Adam: 5 M parameters)."""
+MB: Final = 1 << 20
+LOSS_TROUBLES: Final = frozenset(
+    {EpisodeKind.SPIKE, EpisodeKind.DIVERGENCE, EpisodeKind.NONFINITE, EpisodeKind.OSCILLATION}
+)
+"""Kinds of episodes whose weights are not to be gone back to."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Snapshot:
+    """The training state as it was before the forward pass of one batch; clones, on the device or in pinned host memory."""
+
+    at: Moment
+    """The batch before which it was taken."""
+    model: dict[str, Tensor]
+    """Parameters and buffers by name, non-persistent buffers included."""
+    optimizers: list[dict[str, Any]]
+    """One a `trainer.optimizers`, in the form of `Optimizer.state_dict()`."""
+    scaler: dict[str, Tensor | None] | None
+    """`scale` and `growth_tracker` of the GradScaler, `None` without one."""
+    rng: RandomState
+    averages: dict[str, dict[str, Tensor]]
+    """Averaged models that callbacks hold (EMA, SWA), by place."""
+    means: dict[str, RunningMean]
+    """The running means of `self.log(on_epoch=True)` as they stood."""
+
+    def load_into(self, trainer: Trainer, module: LightningModule, *, hyperparameters: bool = False) -> None:
+        """Put weights, buffers, optimizers, loss scale and averaged models back, in place; never aliases, so it can be done again.
+
+        Random states, gradients, schedulers, loops and logged means are left alone. Does not wait for the device.
+
+        Args:
+            trainer: The trainer whose optimizers and precision plugin are written to.
+            module: The module that the snapshot was taken of.
+            hyperparameters: Put back what schedulers write into parameter groups too (lr, betas, momentum, weight decay).
+        """
+        state_copy.load_module(module, self.model)
+        for optimizer, saved in zip(trainer.optimizers, self.optimizers, strict=True):
+            state_copy.load_optimizer(optimizer, saved, hyperparameters=hyperparameters)
+        state_copy.load_scaler(trainer, self.scaler)
+        state_copy.load_averages(trainer, module, self.averages)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Held:
+    snapshot: Snapshot
+    is_first: bool
+    """The state a run began with is what the user gave: one accepted loss is proof enough."""
+    is_finite: bool = False
+    is_verified: bool = False
+
+    @property
+    def ordinal(self) -> int:
+        return self.snapshot.at.ordinal
+
+
+class Snapshots(Participant):
+    """Takes snapshots and proves them; shared by all callbacks that need some.
+
+    A snapshot is taken before the forward pass of the first batch of an accumulation window, on a grid of every `every` batches that is the same on
+    all ranks, and not while the loss is in trouble. It is verified once a flag computed on the device has arrived that says that parameters, buffers and
+    optimizer states are all finite, and the losses of its batch and of the `CONFIRM` batches after it were accepted. An episode
+    takes with it all snapshots from its onset on. Nothing blocks: clones are queued on the stream of the training.
+
+    Args:
+        every: Batches between two snapshots.
+        memory_mb: Memory for all snapshots together; where two do not fit, none are taken and the report says so.
+    """
+
+    def __init__(self, every: int = 50, memory_mb: int = 4096) -> None:
+        self.every = every
+        self.memory_mb = memory_mb
+        self.unavailable: str | None = None
+        """Why there are no snapshots in this run, as a sentence; `None` where there are."""
+        self._held: list[_Held] = []
+        self._grid = -1
+        self._is_first = True
+
+    def want(self, *, every: int, memory_mb: int) -> None:
+        """What one of those who share it needs: the densest cadence and the largest memory asked for count, whoever came first."""
+        self.every = min(self.every, every)
+        self.memory_mb = max(self.memory_mb, memory_mb)
+
+    def latest_healthy(self, before: int | None = None) -> Snapshot | None:
+        """The newest verified snapshot whose `at.ordinal` is below `before`; `None` where there is none."""
+        return next(reversed(self.verified(before)), None)
+
+    def verified(self, before: int | None = None) -> list[Snapshot]:
+        """All verified snapshots whose `at.ordinal` is below `before`, oldest first."""
+        return [h.snapshot for h in self._held if h.is_verified and (before is None or h.ordinal < before)]
+
+    def rewound(self, to: Snapshot) -> None:
+        """The run has gone back to this snapshot: later ones are of a course that was given up."""
+        self._held = [h for h in self._held if h.ordinal <= to.at.ordinal]
+
+    @override
+    def attach(self, trainer: Trainer, module: LightningModule) -> None:
+        self.unavailable = refuses_snapshots(trainer)
+        if self.unavailable is not None:
+            self.flight.store.note(f"No snapshots: {self.unavailable}")
+
+    @override
+    def sense_batch(self, batch: TrainingBatch) -> None:
+        if self._is_due(batch) and self._make_room(batch):
+            self._take(batch)
+
+    @override
+    def judge(self, arrival: Arrival) -> None:
+        healthy = self.flight.episodes.healthy
+        self._held = [h for h in self._held if h.is_verified or self._stands(h, arrival, healthy=healthy)]
+
+    @override
+    def act(self, batch: TrainingBatch, changed: Sequence[Episode]) -> None:
+        for episode in changed:
+            if episode.kind in LOSS_TROUBLES:
+                self._held = [h for h in self._held if not _inside(h.ordinal, episode)]
+
+    @override
+    def release(self) -> None:
+        self._held = []
+
+    def _is_due(self, batch: TrainingBatch) -> bool:
+        opens_window = batch.at.batch_idx % batch.trainer.accumulate_grad_batches == 0
+        return (
+            self.unavailable is None
+            and opens_window
+            and batch.at.ordinal // self.every > self._grid
+            and self.flight.episodes.healthy
+        )
+
+    def _make_room(self, batch: TrainingBatch) -> bool:
+        """Let go of what is held too many; false where the memory is too small for two."""
+        slots = min(SLOTS, self.memory_mb * MB // max(_size(batch.trainer, batch.module), 1))
+        if slots < LEAST_SLOTS:
+            self._give_up(batch)
+            return False
+        while len(self._held) >= slots:
+            self._held.pop(self._dispensable(batch.at.ordinal))
+        return True
+
+    def _dispensable(self, ordinal: int) -> int:
+        """Index of the snapshot to let go: the second oldest while the oldest still reaches back further, else the oldest."""
+        verified = [i for i, h in enumerate(self._held) if h.is_verified]
+        if len(verified) > LEAST_SLOTS:
+            return verified[0] if ordinal - self._held[verified[0]].ordinal > REACH * self.every else verified[1]
+        return (
+            verified[0]
+            if len(verified) == LEAST_SLOTS
+            else next(i for i, h in enumerate(self._held) if not h.is_verified)
+        )
+
+    def _give_up(self, batch: TrainingBatch) -> None:
+        need = LEAST_SLOTS * _size(batch.trainer, batch.module) // MB + 1
+        self._held = []
+        self.unavailable = (
+            f"two snapshots of this model and its optimizer take {need} MB, and memory_mb is {self.memory_mb}."
+        )
+        self.flight.store.note(f"No snapshots: {self.unavailable}")
+
+    def _take(self, batch: TrainingBatch) -> None:
+        trainer, module = batch.trainer, batch.module
+        to_host = _size(trainer, module) * SLOTS > ON_DEVICE_MB * MB
+        snapshot = Snapshot(
+            at=batch.at,
+            model=state_copy.copy_module(module, to_host=to_host),
+            optimizers=[state_copy.copy_optimizer(o, to_host=to_host) for o in trainer.optimizers],
+            scaler=state_copy.copy_scaler(trainer),
+            rng=RandomState.take(),
+            averages=state_copy.copy_averages(trainer, module, to_host=to_host),
+            means=take_running_means(trainer),
+        )
+        for name, flag in _finite_flags(trainer, module).items():
+            self.flight.recorder.put(name, flag)
+        self._held.append(_Held(snapshot, self._is_first))
+        self._grid, self._is_first = batch.at.ordinal // self.every, False
+
+    def _stands(self, held: _Held, arrival: Arrival, *, healthy: bool) -> bool:
+        """Whether a waiting snapshot can still be believed after this batch; marks it once it is."""
+        age = arrival.row.at.ordinal - held.ordinal
+        if age < 0:
+            return True
+        if age == 0:
+            held.is_finite = _says_finite(arrival.row.values)
+        held.is_verified = healthy and held.is_finite and age >= (0 if held.is_first else CONFIRM)
+        return healthy and held.is_finite
+
+
+def refuses_snapshots(trainer: Trainer) -> str | None:
+    """Why this strategy's state cannot be put back in memory, as a sentence; `None` where it can.
+
+    Sharded strategies (FSDP, FSDP2 as ModelParallel, DeepSpeed, XLA FSDP) load model and optimizer from disk only: their in-memory loading does
+    nothing, silently.
+    """
+    lineage = [kind.__name__ for kind in type(trainer.strategy).__mro__]
+    sharded = next((name for name in lineage if any(s in name for s in ("FSDP", "DeepSpeed", "ModelParallel"))), None)
+    if sharded is None:
+        return None
+    return (
+        f"{sharded} shards weights and optimizer over the ranks and can put them back from a checkpoint on disk only."
+    )
+
+
+def _inside(ordinal: int, episode: Episode) -> bool:
+    return episode.onset.ordinal <= ordinal and (episode.end is None or ordinal <= episode.end.ordinal)
+
+
+def _live_tensors(trainer: Trainer, module: LightningModule) -> list[Tensor]:
+    states = [dict(o.state) for o in trainer.optimizers]
+    return [*module.parameters(), *module.buffers(), *state_copy.tensors_in(*(list(s.values()) for s in states))]
+
+
+def _size(trainer: Trainer, module: LightningModule) -> int:
+    """Bytes that a snapshot takes, read off the shapes."""
+    return sum(t.numel() * t.element_size() for t in _live_tensors(trainer, module))
+
+
+def _finite_flags(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
+    """A flag a device, float32 of shape `()`, 1 where every floating value is finite; not read here.
+
+    The largest magnitude of a tensor is finite exactly if all of it is, and cannot overflow as a sum of squares can.
+    """
+    groups: dict[torch.device, list[Tensor]] = {}
+    for tensor in _live_tensors(trainer, module):
+        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel():
+            groups.setdefault(tensor.device, []).append(tensor.detach())
+    flags = {device: _all_finite(members) for device, members in groups.items()}
+    home = module.device if module.device in flags else next(iter(flags), None)
+    return {FLAG if device == home else f"{FLAG}/{device}": flag for device, flag in flags.items()}
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    largest = [torch.linalg.vector_norm(t, float("inf")).float() for t in tensors]
+    return torch.stack(largest).isfinite().all().float()
+
+
+def _says_finite(values: Mapping[str, float]) -> bool:
+    flags = [value for name, value in values.items() if name == FLAG or name.startswith(f"{FLAG}/")]
+    return all(flag == 1.0 for flag in flags)

@@ -1,0 +1,199 @@
+"""Copies of what a training step changes, and the way back: always clones, always into the objects that are there.
+
+DDP, compiled graphs and optimizers hold references to the live tensors, so loading writes into them and never swaps them; and a copy
+never shares memory with what is live, neither after taking nor after loading, so that it can be loaded any number of times.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+__all__ = [
+    "copy_averages",
+    "copy_module",
+    "copy_optimizer",
+    "copy_scaler",
+    "load_averages",
+    "load_module",
+    "load_optimizer",
+    "load_scaler",
+    "tensors_in",
+]
+
+SCHEDULED: Final = frozenset(
+    {
+        "lr",
+        "initial_lr",
+        "max_lr",
+        "min_lr",
+        "swa_lr",
+        "momentum",
+        "base_momentum",
+        "max_momentum",
+        "betas",
+        "weight_decay",
+    }
+)
+"""Entries of a parameter group that schedulers write (torch.optim.lr_scheduler and swa_utils; weight decay by users' own): kept as they are now, since
+the schedule itself is not wound back. Any other entry (Prodigy's `d`, a step count) is state and goes back."""
+
+
+def copy_module(module: nn.Module, *, to_host: bool = False) -> dict[str, Tensor]:
+    """All parameters and buffers by name, those that `state_dict` leaves out included.
+
+    Args:
+        module: Where to copy from.
+        to_host: Copy CUDA tensors into pinned host memory, without waiting for the copy.
+    """
+    return {name: _copy(tensor, to_host=to_host) for name, tensor in _named_tensors(module)}
+
+
+def load_module(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Write the copies into the live parameters and buffers; a tensor that did not exist when they were taken is left alone."""
+    with torch.no_grad():
+        for name, tensor in _named_tensors(module):
+            if name in saved:
+                tensor.copy_(saved[name], non_blocking=True)
+
+
+def copy_optimizer(optimizer: Optimizer, *, to_host: bool = False) -> dict[str, Any]:
+    """State and parameter groups in the form of `optimizer.state_dict()`, without its hooks and collectives."""
+    index = {parameter: i for i, parameter in enumerate(_parameters(optimizer))}
+    state = {index[p]: _copy_tree(entry, to_host=to_host) for p, entry in optimizer.state.items() if p in index}
+    groups = [
+        {key: _copy_tree(value, to_host=False) for key, value in group.items() if key != "params"}
+        | {"params": [index[p] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    return {"state": state, "param_groups": groups}
+
+
+def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], *, hyperparameters: bool = False) -> None:
+    """Put an optimizer back, in place.
+
+    State that has come to be since is removed. What schedulers write into parameter groups (`SCHEDULED`) stays as it is now, unless
+    `hyperparameters` asks for it. A parameter group that was added since keeps its settings and loses its state.
+    """
+    with torch.no_grad():
+        for index, parameter in enumerate(_parameters(optimizer)):
+            if index in saved["state"]:
+                _load_entry(optimizer.state[parameter], saved["state"][index], parameter.device)
+            else:
+                optimizer.state.pop(parameter, None)
+        for group, old in zip(optimizer.param_groups, saved["param_groups"], strict=False):
+            for key, value in old.items():
+                if key != "params" and (hyperparameters or key not in SCHEDULED):
+                    group[key] = _loaded(group.get(key), value, torch.device("cpu"))
+
+
+def copy_scaler(trainer: Trainer) -> dict[str, Tensor | None] | None:
+    """The loss scale and its growth count, `None` without a GradScaler.
+
+    Its own `state_dict` waits for the device; these are its device tensors, themselves `None` until it has scaled a loss.
+    """
+    scaler = _scaler(trainer)
+    if scaler is None:
+        return None
+    held = {"scale": scaler._scale, "growth_tracker": scaler._growth_tracker}  # noqa: SLF001 - see above
+    return {name: None if tensor is None else _copy(tensor, to_host=False) for name, tensor in held.items()}
+
+
+def load_scaler(trainer: Trainer, saved: Mapping[str, Tensor | None] | None) -> None:
+    """Put the loss scale back; one that was copied before its first use goes back to its initial value."""
+    scaler = _scaler(trainer)
+    if scaler is None or saved is None or scaler._scale is None:  # noqa: SLF001 - as in copy_scaler
+        return
+    scale, tracker = saved["scale"], saved["growth_tracker"]
+    if scale is None or tracker is None:
+        scaler._scale.fill_(scaler._init_scale)  # noqa: SLF001
+        scaler._growth_tracker.fill_(scaler._init_growth_tracker)  # noqa: SLF001
+    else:
+        scaler._scale.copy_(scale)  # noqa: SLF001
+        scaler._growth_tracker.copy_(tracker)  # noqa: SLF001
+
+
+def copy_averages(trainer: Trainer, module: LightningModule, *, to_host: bool = False) -> dict[str, dict[str, Tensor]]:
+    """The averaged models (EMA, SWA) that the trainer's callbacks hold: one poisoned update spoils an average for ever."""
+    return {name: copy_module(held, to_host=to_host) for name, held in _averages(trainer, module)}
+
+
+def load_averages(trainer: Trainer, module: LightningModule, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Put the averaged models back that there were."""
+    for name, held in _averages(trainer, module):
+        if name in saved:
+            load_module(held, saved[name])
+
+
+def tensors_in(*trees: object) -> list[Tensor]:
+    """All tensors in nested dicts and lists."""
+    return [leaf for leaf in pytree.tree_leaves(list(trees)) if isinstance(leaf, Tensor)]
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What can be copied and written in place: not what has no shape yet, nor what is one number seen many times (`expand`)."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        overlaps = any(stride == 0 and size > 1 for stride, size in zip(_strides(tensor), _shape(tensor), strict=True))
+        if not is_lazy(tensor) and not overlaps:
+            yield name, tensor
+
+
+def _strides(tensor: Tensor) -> Sequence[int]:
+    return () if is_lazy(tensor) or tensor.layout is not torch.strided else tensor.stride()
+
+
+def _shape(tensor: Tensor) -> Sequence[int]:
+    return () if is_lazy(tensor) or tensor.layout is not torch.strided else tensor.shape
+
+
+def _copy(tensor: Tensor, *, to_host: bool) -> Tensor:
+    with torch.no_grad():
+        live = tensor.detach()
+        if not (to_host and live.is_cuda):
+            return live.clone()
+        host = torch.empty_like(live, device="cpu", pin_memory=True)
+        host.copy_(live, non_blocking=True)
+        return host
+
+
+def _copy_tree(tree: Any, *, to_host: bool) -> Any:
+    return pytree.tree_map(lambda leaf: _copy(leaf, to_host=to_host) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _load_entry(live: dict[str, Any], saved: Mapping[str, Any], device: torch.device) -> None:
+    for key in [key for key in live if key not in saved]:
+        del live[key]
+    for key, value in saved.items():
+        live[key] = _loaded(live.get(key), value, device)
+
+
+def _loaded(live: Any, saved: Any, device: torch.device) -> Any:
+    """The live object with the saved values in it where it can take them, else a copy on the device the saved one came from."""
+    if not isinstance(saved, Tensor):
+        return pytree.tree_map(lambda leaf: _loaded(None, leaf, device) if isinstance(leaf, Tensor) else leaf, saved)
+    if isinstance(live, Tensor) and live.shape == saved.shape and live.dtype == saved.dtype:
+        return live.copy_(saved, non_blocking=True)
+    pinned = saved.device.type == "cpu" and device.type == "cuda" and saved.is_pinned()
+    return saved.to(device, non_blocking=True) if pinned else saved.clone()
+
+
+def _scaler(trainer: Trainer) -> Any:
+    """The `torch.amp.GradScaler` of fp16 training, `None` in any other precision."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _averages(trainer: Trainer, module: LightningModule) -> Iterator[tuple[str, nn.Module]]:
+    callbacks: list[object] = list(trainer.callbacks)  # type: ignore[attr-defined]  # Lightning sets it without declaring it
+    for place, callback in enumerate(callbacks):
+        for name, held in vars(callback).items():
+            if isinstance(held, nn.Module) and held is not module:
+                yield f"{place}.{name}", held
