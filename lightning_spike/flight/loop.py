@@ -131,6 +131,7 @@ class Flight:
         self._judge(self.recorder.flush())
         self.update_episodes(self.episodes.finish())
         self._each(lambda p: p.conclude(trainer, status, error))
+        self._each(lambda p: p.explain(trainer, status, error))
         self.release()
 
     def release(self) -> None:

@@ -45,6 +45,7 @@ class Participant:
     act               on_train_batch_end        every batch, on every rank: the one phase that may change the run
     sense_validation  on_validation_end
     conclude          on_fit_end, on_exception  once, however the run ended
+    explain           on_fit_end, on_exception  once, when all have concluded: rank, render, write
     release           teardown, on_exception    undo what `attach` installed
     ```
     """
@@ -81,6 +82,9 @@ class Participant:
 
     def conclude(self, trainer: Trainer, status: RunStatus, error: BaseException | None) -> None:
         """The run is over, all rows have arrived. No collective: other ranks may be gone."""
+
+    def explain(self, trainer: Trainer, status: RunStatus, error: BaseException | None) -> None:
+        """All have concluded and the store is as it will stay; only the report takes part in this one. No collective either."""
 
     def release(self) -> None:
         """Undo what `attach` installed; may be called twice."""
