@@ -1,12 +1,13 @@
 """A small causal Transformer that predicts the next byte."""
 
-__all__ = ["ByteTransformer"]
-
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import AdamW
+from typing_extensions import override
+
+__all__ = ["ByteTransformer"]
 
 _BYTES = 256
 
@@ -52,6 +53,7 @@ class ByteTransformer(LightningModule):
         self.mask: Tensor
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(context), persistent=False)
 
+    @override
     def forward(self, window: Tensor) -> Tensor:
         """Return the logits of the next byte, ``(B, T, 256)``, for bytes of shape ``(B, T)``, int64, T up to `context`."""
         length = window.shape[1]
@@ -61,16 +63,19 @@ class ByteTransformer(LightningModule):
         logits: Tensor = self.head(self.norm(hidden))
         return logits
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
+    @override
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the mean cross-entropy in nats per byte, a scalar."""
         loss = self._loss(batch)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: ARG002 - Lightning's signature
+    @override
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Log the mean cross-entropy in nats per byte."""
         self.log("val_loss", self._loss(batch), prog_bar=True)
 
+    @override
     def configure_optimizers(self) -> AdamW:
         """Return AdamW over all parameters."""
         return AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)

@@ -1,12 +1,13 @@
 """The handwritten digits that come with scikit-learn: 1797 real images of 8 x 8 pixels, no download."""
 
-__all__ = ["DigitsData"]
-
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, TensorDataset
+from typing_extensions import override
 
 from lightning_spike.errors import MissingExtraError
+
+__all__ = ["DigitsData"]
 
 _IMAGES = 1797
 _BRIGHTEST = 16.0
@@ -43,7 +44,8 @@ class DigitsData(LightningDataModule):
         self.val_images = val_images
         self.split_seed = split_seed
 
-    def setup(self, stage: str) -> None:  # noqa: ARG002 - every stage needs both splits
+    @override
+    def setup(self, stage: str) -> None:
         """Read the images and split them; the same split each time.
 
         Raises:
@@ -55,10 +57,12 @@ class DigitsData(LightningDataModule):
         self.train_set = TensorDataset(images[train], labels[train])
         self.val_set = TensorDataset(images[val], labels[val])
 
+    @override
     def train_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
         """Shuffled batches; the last one may be smaller."""
         return DataLoader(self.train_set, batch_size=self.batch_size, shuffle=True)
 
+    @override
     def val_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
         """The validation images in their order."""
         return DataLoader(self.val_set, batch_size=self.batch_size)

@@ -1,7 +1,5 @@
 """A small convolutional network for 8 x 8 images, with SGD or AdamW and an optional cosine schedule with warm restarts."""
 
-__all__ = ["DigitsCNN"]
-
 from typing import Literal
 
 from lightning.pytorch import LightningModule
@@ -10,6 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
+from typing_extensions import override
+
+__all__ = ["DigitsCNN"]
 
 
 class DigitsCNN(LightningModule):
@@ -59,25 +60,29 @@ class DigitsCNN(LightningModule):
             nn.Linear(4 * width, 10),
         )
 
+    @override
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits, ``(B, 10)``, of images ``(B, 1, 8, 8)``."""
         logits: Tensor = self.net(images)
         return logits
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
+    @override
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the mean cross-entropy of the batch, a scalar."""
         images, labels = batch
         loss = functional.cross_entropy(self(images), labels)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: ARG002 - Lightning's signature
+    @override
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Log the mean cross-entropy and the accuracy."""
         images, labels = batch
         logits = self(images)
         self.log("val_loss", functional.cross_entropy(logits, labels), prog_bar=True)
         self.log("val_accuracy", (logits.argmax(1) == labels).float().mean(), prog_bar=True)
 
+    @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer, with its schedule stepped after every optimizer step."""
         optimizer = self._optimizer()

@@ -1,7 +1,5 @@
 """The Python standard library's own source files as a stream of bytes: real text on every machine, no download."""
 
-__all__ = ["ByteWindows", "SourceCodeData"]
-
 import random
 import sysconfig
 import zlib
@@ -12,6 +10,9 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
+
+__all__ = ["ByteWindows", "SourceCodeData"]
 
 _LEFT_OUT = frozenset({"dist-packages", "encodings", "pydoc_data", "site-packages", "test", "tests"})
 """Folders that are not the library's own program text: installed packages, tables, generated help, tests."""
@@ -45,6 +46,7 @@ class ByteWindows(Dataset[tuple[Tensor, Tensor]]):
         """Return the number of windows."""
         return len(self._windows)
 
+    @override
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Return the bytes of one window and the bytes that follow each of them."""
         window = self._windows[index].long()
@@ -95,7 +97,8 @@ class SourceCodeData(LightningDataModule):
         self.corrupt_files = corrupt_files
         self.seed = seed
 
-    def setup(self, stage: str) -> None:  # noqa: ARG002 - every stage needs both splits
+    @override
+    def setup(self, stage: str) -> None:
         """Read the files, in the order of the stream, and put corrupt ones where asked.
 
         Raises:
@@ -116,10 +119,12 @@ class SourceCodeData(LightningDataModule):
             index for index, file in enumerate(self.train_set.file_of) if self.train_paths[file] in self.corrupt_paths
         ]
 
+    @override
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """The stream in its order."""
         return DataLoader(self.train_set, batch_size=self.batch_size)
 
+    @override
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """The validation files in their order."""
         return DataLoader(self.val_set, batch_size=self.batch_size)
