@@ -36,12 +36,12 @@ class LearningRateCut:
             handle.remove()
         self._handles = []
 
-    def _cut(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _cut(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self._restore(optimizer, args, kwargs)  # a step that raised has left the cut rate behind
         self._planned[id(optimizer)] = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * self.factor
 
-    def _restore(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG002 - torch's signature
+    def _restore(self, optimizer: Optimizer, args: object, kwargs: object) -> None:  # noqa: ARG002 - torch's signature
         for group, planned in zip(optimizer.param_groups, self._planned.pop(id(optimizer), []), strict=False):
             group["lr"] = planned

@@ -97,7 +97,9 @@ class RollbackPolicy:
             return self._nonfinite(store.episodes)
         lasting = [e for e in changed if e.kind in WAITS_FOR and self._still_out(e)]
         lasting += [e for e in store.episodes if e.kind is EpisodeKind.DIVERGENCE and self._still_up(e, store)]
-        lasting += [e for e in changed if e.recovery is Recovery.NEVER and e.kind in {*WAITS_FOR, EpisodeKind.DIVERGENCE}]
+        lasting += [
+            e for e in changed if e.recovery is Recovery.NEVER and e.kind in {*WAITS_FOR, EpisodeKind.DIVERGENCE}
+        ]
         first = next((e for e in lasting if self._patience_is_over(e)), None)
         return None if first is None else Wish(reason=str(first.kind), onset=first.onset.ordinal, episode=first.id)
 

@@ -5,10 +5,10 @@
 """
 
 import dataclasses
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
@@ -69,17 +69,17 @@ def reset_poisoned_metrics(module: LightningModule) -> list[str]:
     return poisoned
 
 
-def _logged(trainer: Trainer) -> list[tuple[str, Any]]:
+def _logged(trainer: Trainer) -> list[tuple[str, _ResultMetric]]:
     """Lightning's accumulators of the training epoch that hold a tensor and a reduction over the epoch."""
     results = trainer.fit_loop.epoch_loop._results  # noqa: SLF001 - there is no public way to them
     return [(k, m) for k, m in results.items() if m.is_tensor and m.meta.on_epoch and not m.has_reset]
 
 
-def _weight(metric: Any) -> Tensor | None:
+def _weight(metric: _ResultMetric) -> Tensor | None:
     return metric.cumulated_batch_size.detach().clone() if metric.meta.is_mean_reduction else None
 
 
-def _put_back(metric: Any, saved: RunningMean) -> None:
+def _put_back(metric: _ResultMetric, saved: RunningMean) -> None:
     metric.value = saved.value.clone()
     if saved.weight is not None:
         metric.cumulated_batch_size = saved.weight.clone()

@@ -107,15 +107,18 @@ def copy_scaler(trainer: Trainer) -> dict[str, Tensor | None] | None:
 def load_scaler(trainer: Trainer, saved: Mapping[str, Tensor | None] | None) -> None:
     """Put the loss scale back; one that was copied before its first use goes back to its initial value."""
     scaler = _scaler(trainer)
-    if scaler is None or saved is None or scaler._scale is None:  # noqa: SLF001 - as in copy_scaler
+    if scaler is None or saved is None:
+        return
+    live_scale, live_tracker = scaler._scale, scaler._growth_tracker  # noqa: SLF001 - as in copy_scaler
+    if live_scale is None or live_tracker is None:
         return
     scale, tracker = saved["scale"], saved["growth_tracker"]
     if scale is None or tracker is None:
-        scaler._scale.fill_(scaler._init_scale)  # noqa: SLF001
-        scaler._growth_tracker.fill_(scaler._init_growth_tracker)  # noqa: SLF001
+        live_scale.fill_(scaler._init_scale)  # noqa: SLF001
+        live_tracker.fill_(scaler._init_growth_tracker)  # noqa: SLF001
     else:
-        scaler._scale.copy_(scale)  # noqa: SLF001
-        scaler._growth_tracker.copy_(tracker)  # noqa: SLF001
+        live_scale.copy_(scale)
+        live_tracker.copy_(tracker)
 
 
 def copy_averages(trainer: Trainer, module: LightningModule, *, to_host: bool = False) -> dict[str, dict[str, Tensor]]:
@@ -161,7 +164,7 @@ def _copy(tensor: Tensor, *, to_host: bool) -> Tensor:
         return host
 
 
-def _copy_tree(tree: Any, *, to_host: bool) -> Any:
+def _copy_tree(tree: Any, *, to_host: bool) -> Any:  # noqa: ANN401 - optimizer states nest as they like
     return pytree.tree_map(lambda leaf: _copy(leaf, to_host=to_host) if isinstance(leaf, Tensor) else leaf, tree)
 
 
@@ -176,7 +179,7 @@ def _load_entry(live: dict[str, Any], saved: Mapping[str, Any], device: torch.de
         live[key] = _loaded(live.get(key), value, device)
 
 
-def _loaded(live: Any, saved: Any, device: torch.device) -> Any:
+def _loaded(live: Any, saved: Any, device: torch.device) -> Any:  # noqa: ANN401 - as above
     """The live object with the saved values in it where it can take them, else a copy on the device the saved one came from."""
     if not isinstance(saved, Tensor):
         return pytree.tree_map(lambda leaf: _loaded(None, leaf, device) if isinstance(leaf, Tensor) else leaf, saved)
@@ -186,7 +189,7 @@ def _loaded(live: Any, saved: Any, device: torch.device) -> Any:
     return saved.to(device, non_blocking=True) if pinned else saved.clone()
 
 
-def _scaler(trainer: Trainer) -> Any:
+def _scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
     """The `torch.amp.GradScaler` of fp16 training, `None` in any other precision."""
     return getattr(trainer.precision_plugin, "scaler", None)
 

@@ -1,8 +1,11 @@
 """Decisions that all ranks take together, and the end of a training that Lightning itself carries out."""
 
+import math
+
+import torch
 from lightning.pytorch import Trainer
 
-__all__ = ["decide_together", "stop_training"]
+__all__ = ["decide_together", "mean_over_ranks", "stop_training"]
 
 
 def decide_together(trainer: Trainer, *, wanted: bool) -> bool:
@@ -24,3 +27,16 @@ def stop_training(trainer: Trainer, *, wanted: bool) -> bool:
     if stop:
         trainer.should_stop = True
     return stop
+
+
+def mean_over_ranks(trainer: Trainer, value: float | None) -> float | None:
+    """The mean of what the ranks have, `None` where none has anything; the same on every rank, so that they can decide alike by it.
+
+    A collective on several ranks, which blocks; nothing in a single process.
+    """
+    if trainer.world_size == 1:
+        return value
+    mine = torch.tensor(math.nan if value is None else value, device=trainer.strategy.root_device)
+    gathered = trainer.strategy.all_gather(mine).reshape(-1).tolist()
+    present = [v for v in gathered if not math.isnan(v)]
+    return sum(present) / len(present) if present else None

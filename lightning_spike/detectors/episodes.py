@@ -7,7 +7,7 @@ from lightning_spike.detectors.draft import Draft
 from lightning_spike.detectors.overfit import OverfitDetector
 from lightning_spike.detectors.periodicity import period_of
 from lightning_spike.detectors.series import MOST_SEVERE, SeriesTracker
-from lightning_spike.records import Episode, EpisodeKind, Recovery, StepRow, ValidationPoint
+from lightning_spike.records import Episode, EpisodeKind, Finding, Recovery, StepRow, ValidationPoint
 
 __all__ = ["EpisodeDetector"]
 
@@ -36,6 +36,7 @@ class EpisodeDetector:
         self._next_id = 1
         self._dropped = 0
         self._overfit: dict[str, OverfitDetector] = {}
+        self._findings: list[Finding] = []
 
     @property
     def episodes(self) -> tuple[Episode, ...]:
@@ -86,9 +87,14 @@ class EpisodeDetector:
             self._overfit[point.metric] = OverfitDetector()
         detector = self._overfit.get(point.metric)
         if detector is not None:
-            detector.observe(point)
+            self._findings += detector.observe(point)
             changed += self._note_overfit(detector, point)
         return self._report(changed)
+
+    def new_findings(self) -> list[Finding]:
+        """What the validations since the last call have shown besides episodes; see `OverfitDetector`."""
+        new, self._findings = self._findings, []
+        return new
 
     def _note_overfit(self, detector: OverfitDetector, point: ValidationPoint) -> list[Draft]:
         """Open, continue or end the episode of an overfit."""
