@@ -1,0 +1,1 @@
+"""One file for every cause that the suite knows; `lightning_spike.diagnosis.catalogue` finds them."""

@@ -1,0 +1,161 @@
+"""`lr_too_high`: the step size is beyond what the loss surface bears."""
+
+from typing import ClassVar, Final
+
+import numpy as np
+from typing_extensions import override
+
+from lightning_spike.diagnosis.case import Case
+from lightning_spike.diagnosis.cause import Cause, Examination
+from lightning_spike.diagnosis.constants import FAIR, SLIGHT, STRONG
+from lightning_spike.diagnosis.fixes import clip_fix, lower_peak
+from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, rate_event
+from lightning_spike.diagnosis.tells import batch_value, finite, lone_batch, split_verdict, tell, without_none
+from lightning_spike.records import EpisodeKind, Evidence, Family, Recovery
+
+__all__ = ["LrTooHigh"]
+
+BORNE: Final = 2.0
+"""A rate so many times higher that the run has borne before, at this level of the loss, clears the present one."""
+ROUGH: Final = 2.0
+"""Growth of the loss's noise over the last quarter of the reference that speaks of swings across a valley (edge of stability: Cohen et al. 2022)."""
+ROSE: Final = 1.2
+"""Level just before the episode over the best level of the run from which training was going backwards already."""
+OFTEN: Final = 3
+"""Episodes in a run from which it is more than an accident."""
+GROWTH: Final = 3
+"""Batches over which a rise must go on to be called growth."""
+
+
+class LrTooHigh(Cause):
+    """The step size is beyond what the loss surface bears, with no event of the schedule to blame.
+
+    Seen by: a loss that grows over several batches and does not come back, or swings; several episodes under one rate; noise that grows, or a level that had
+    stopped falling, before the onset; a rate at its highest so far; ordinary batches; a replay that gives the jump to the weights.
+
+    Against it: a restart or a jump of the rate just before (it has its own cause); a rate half as high as one that the run bore at the same level of the loss;
+    a loss that was back with the next batch; an odd batch.
+
+    Thresholds: a chronically high rate hardly shows in one step (science.md 2.3), so this is judged by trend and by what is *not* there; no
+    single observation is decisive.
+
+    To do: lower the rate to the highest that the run has borne, else by a factor of 3, by 10 where the loss was lost for good.
+    """
+
+    id: ClassVar = "lr_too_high"
+    family: ClassVar = Family.LEARNING_RATE
+    title: ClassVar = "The learning rate is too high"
+    explains: ClassVar = frozenset({"gradient_explosion", "numerical_instability"})
+
+    @override
+    def examine(self, case: Case) -> Examination:
+        signal = _highest_signal(case)
+        evidence = without_none(
+            _event(case),
+            _borne(case, signal),
+            _shape(case),
+            _growth(case),
+            _before_onset(case),
+            _often(case),
+            lone_batch(case, -STRONG),
+            batch_value(case, ordinary=SLIGHT, odd=-FAIR),
+            split_verdict(case, {"data": -STRONG, "weights": FAIR, "noise": -FAIR}),
+        )
+        rate = case.rate(signal) if signal is not None else None
+        at = f" at {signal} = {rate:.3g}" if rate is not None else ""
+        return Examination(
+            evidence=evidence,
+            summary=f"The steps are too long{at}: from step {case.step} on {case.loss_text}, with no event of the schedule to blame.",
+            fixes=_fixes(case, signal, rate),
+            confirmed=False if case.split == "data" else None,
+        )
+
+
+def _highest_signal(case: Case) -> str | None:
+    rates = {s: rate for s in case.rate_signals if (rate := case.rate(s)) is not None}
+    return max(rates, key=lambda s: rates[s], default=None)
+
+
+def _event(case: Case) -> Evidence | None:
+    event = rate_event(case, SCHEDULED + JUMPS)
+    if event is None:
+        return None
+    return tell(event.signal, f"There is an event to blame: {event.text}.", -STRONG, step=event.step)
+
+
+def _borne(case: Case, signal: str | None) -> Evidence | None:
+    """Whether the run has borne a higher rate before, or the present one is its highest."""
+    rate = case.rate(signal) if signal is not None else None
+    highest = case.highest_healthy(signal) if signal is not None else None
+    if signal is None or rate is None or highest is None or not rate > 0.0:
+        return None
+    if highest >= BORNE * rate:
+        text = f"{signal} was {rate:.3g}; up to {highest:.3g} had been borne before, at the same level of the loss."
+        return tell(signal, text, -STRONG, step=case.step, observed=rate, expected=highest)
+    if rate > 1.05 * highest:
+        text = f"{signal} was {rate:.3g}, higher than at any time before at this level of the loss ({highest:.3g})."
+        return tell(signal, text, FAIR, step=case.step, observed=rate, expected=highest)
+    return None
+
+
+def _shape(case: Case) -> Evidence | None:
+    if case.kind in {EpisodeKind.DIVERGENCE, EpisodeKind.OSCILLATION}:
+        text = "The loss " + ("swings." if case.kind is EpisodeKind.OSCILLATION else "rose and did not come back.")
+        return tell(case.episode.signal, text, FAIR, step=case.step, expected=case.episode.loss_before)
+    if case.episode.recovery is Recovery.NEVER and case.kind is EpisodeKind.SPIKE:
+        return tell(case.episode.signal, "The loss did not come back.", SLIGHT, step=case.step)
+    return None
+
+
+def _growth(case: Case) -> Evidence | None:
+    """Whether the loss grew over several batches, as under a step that is a little too long each time, or was out at one blow."""
+    if case.sudden is None or case.lone:
+        return None
+    losses = case.store.history.between(case.episode.signal, case.onset, case.episode.peak.ordinal)
+    losses = losses[np.isfinite(losses)]
+    if case.sudden or losses.size < GROWTH:
+        return None
+    text = f"The loss grew over {losses.size} batches to its peak."
+    return tell(
+        case.episode.signal, text, FAIR, step=case.step, observed=float(losses[-1]), expected=case.episode.loss_before
+    )
+
+
+def _before_onset(case: Case) -> Evidence | None:
+    """Whether training had gone rough or backwards before the episode."""
+    losses = case.before(case.episode.signal, 128)
+    if losses.size < 64 or not (losses > 0.0).all():  # noqa: PLR2004 - four quarters of 16
+        return None
+    bends = np.abs(np.diff(np.log(losses), n=2))
+    quarter = losses.size // 4
+    calm, recent = float(np.median(bends[:-quarter])), float(np.median(bends[-quarter:]))
+    if calm > 0.0 and recent / calm >= ROUGH:
+        text = f"Before the onset the noise of the loss had grown {recent / calm:.2g} times."
+        return tell(case.episode.signal, text, FAIR, step=case.step, observed=recent, expected=calm)
+    levels = [float(np.median(losses[k : k + quarter])) for k in range(0, losses.size - quarter + 1, quarter)]
+    if levels[-1] >= ROSE * min(levels[:-1]):
+        text = f"The loss was going up before the onset already: {levels[-1]:.3g} after {min(levels[:-1]):.3g}."
+        return tell(case.episode.signal, text, FAIR, step=case.step, observed=levels[-1], expected=min(levels[:-1]))
+    return None
+
+
+def _often(case: Case) -> Evidence | None:
+    like = [
+        e for e in case.store.episodes if e.kind not in {EpisodeKind.OVERFIT, EpisodeKind.STALL} and e.period is None
+    ]
+    if len(like) < OFTEN or not finite(case.episode.severity):
+        return None
+    return tell(
+        case.episode.signal,
+        f"It is one of {len(like)} episodes in this run.",
+        SLIGHT,
+        step=case.step,
+        observed=float(len(like)),
+    )
+
+
+def _fixes(case: Case, signal: str | None, rate: float | None) -> tuple[str, ...]:
+    if signal is None or rate is None or not rate > 0.0:
+        return tuple(filter(None, ("Lower the learning rate by a factor of 3.", clip_fix(case))))
+    value, why = lower_peak(case, signal, rate)
+    return tuple(filter(None, (f"Lower {signal} from {rate:.3g} to {value:g}: {why}.", clip_fix(case))))

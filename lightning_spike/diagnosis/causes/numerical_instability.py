@@ -1,0 +1,203 @@
+"""`numerical_instability`: a non-finite or huge value is born inside the model or the loss."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final
+
+from typing_extensions import override
+
+from lightning_spike.diagnosis.case import Case
+from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
+from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, SLIGHT, STRONG
+from lightning_spike.diagnosis.tells import batch_value, early_gradient, gradient_in_range, tell, without_none
+from lightning_spike.records import EpisodeKind, Evidence, Family
+
+__all__ = ["NumericalInstability"]
+
+HUGE: Final = 1e4
+"""Factor over the loss before from which a finite loss in an ordinary batch is the work of an operation (x / ~0, exp), not of training."""
+BIRTHPLACE: Final = frozenset({"forward", "loss", "backward"})
+REMEDIES: Final[Mapping[str, str]] = {
+    "log": "replace torch.log(x) by torch.log(x.clamp_min({eps:g})), or use log_softmax / logsigmoid",
+    "div": "replace a / b by a / b.clamp_min({eps:g})",
+    "reciprocal": "replace 1 / x by 1 / x.clamp_min({eps:g})",
+    "sqrt": "replace torch.sqrt(x) by torch.sqrt(x + {eps:g}): its gradient at 0 is infinite",
+    "norm": "replace x.norm() by (x.square().sum() + {eps:g}).sqrt(): its gradient at 0 is NaN",
+    "exp": "subtract the maximum before torch.exp, or clamp its argument to at most {top:g}",
+    "pow": "keep the base of the power above {eps:g}",
+    "acos": "clamp the argument to within ±(1 - {eps:g})",
+}
+"""What to write in place of an operation, by a part of its name."""
+EPS: Final = {"16": 1e-4, "bf16": 1e-6}
+"""Smallest safe epsilon by precision; 1e-7 in float32, 2e-4 of whose square root float32 still resolves."""
+EXP_LIMIT: Final = {"16": 11.0, "bf16": 88.0}
+"""Argument at which exp overflows: 11.09 in float16, 88.72 in float32 and bfloat16 (science.md 2.2)."""
+
+
+class NumericalInstability(Cause):
+    """A non-finite or huge value is born inside the model or the loss: log(0), exp overflow, x / 0, sqrt at 0.
+
+    Seen by: a loss that was in its range and is not finite in the next batch, though the batch itself is finite; a gradient that is not finite while the loss
+    still is (born in the backward pass); the lab's re-run of that batch, which names the module and the operation.
+
+    Against it: NaN or Inf in the batch; a loss or gradient that grew over several batches first (then weights ran away, and overflow is the end of it);
+    an event of the learning rate, which takes this evidence away.
+
+    Thresholds: none but finiteness; a finite loss counts from 10,000 times its level in an ordinary batch.
+
+    To do: the safe form of the operation with an epsilon that suits the precision; back to a checkpoint from before.
+    """
+
+    id: ClassVar = "numerical_instability"
+    family: ClassVar = Family.NUMERICS
+    title: ClassVar = "A value that is not finite is born in the model or the loss"
+    applies_to: ClassVar = LOSS_ROSE - {EpisodeKind.OSCILLATION}
+    explains: ClassVar = frozenset({"gradient_explosion"})
+
+    @override
+    def examine(self, case: Case) -> Examination:
+        born = _birth(case)
+        if born is None:
+            return Examination(
+                evidence=(
+                    tell(
+                        case.episode.signal,
+                        "Loss and gradient stayed finite and of the usual order.",
+                        -STRONG,
+                        step=case.step,
+                    ),
+                )
+            )
+        told = case.lab("nonfinite_origin")
+        phase = told.get("phase") if told is not None else None
+        evidence = without_none(
+            born,
+            _origin(case, told),
+            _input(case),
+            _grew(case),
+            gradient_in_range(case, SLIGHT),
+            batch_value(case, ordinary=SLIGHT, odd=-SLIGHT),
+            _precision(case),
+        )
+        return Examination(
+            evidence=evidence,
+            summary=_summary(case, told),
+            fixes=_fixes(case, told),
+            confirmed=None if not isinstance(phase, str) else phase in BIRTHPLACE,
+        )
+
+
+def _birth(case: Case) -> Evidence | None:
+    """The moment at which a non-finite or huge value appeared."""
+    for ordinal in range(max(case.onset - GUARD, 0), case.onset + 1):
+        norm, loss = case.at("grad_norm", ordinal), case.at(case.episode.signal, ordinal)
+        if norm is not None and not math.isfinite(norm) and loss is not None and math.isfinite(loss):
+            return tell(
+                "grad_norm",
+                "The gradient was not finite while the loss still was: born in the backward pass.",
+                FAIR,
+                step=case.step,
+            )
+    loss = case.at_onset(case.episode.signal)
+    if case.kind is EpisodeKind.NONFINITE or (loss is not None and not math.isfinite(loss)):
+        return tell(
+            case.episode.signal,
+            f"At step {case.step} {case.loss_text}.",
+            SLIGHT,
+            step=case.step,
+            expected=case.episode.loss_before,
+        )
+    if case.jump is not None and case.jump >= HUGE and case.sudden:
+        text = f"The loss was {case.jump:.2g} times as high from one batch to the next."
+        return tell(
+            case.episode.signal,
+            text,
+            FAIR,
+            step=case.step,
+            observed=case.episode.loss_peak,
+            expected=case.episode.loss_before,
+        )
+    return None
+
+
+def _origin(case: Case, told: Mapping[str, Any] | None) -> Evidence | None:
+    if told is None or not isinstance(told.get("phase"), str):
+        return None
+    text = told.get("text")
+    words = (
+        text if isinstance(text, str) and text else f"Replayed, the first non-finite value appears in: {told['phase']}."
+    )
+    return tell("lab/nonfinite_origin", words, DECISIVE if told["phase"] in BIRTHPLACE else -DECISIVE, step=case.step)
+
+
+def _input(case: Case) -> Evidence | None:
+    counts = [
+        count for leaf in case.leaves("nonfinite") if (count := case.at_onset(f"batch/{leaf}/nonfinite")) is not None
+    ]
+    if not counts:
+        return None
+    if any(count != 0.0 for count in counts):  # NaN as well
+        return tell("batch", f"The batch at step {case.step} holds NaN or Inf already.", -DECISIVE, step=case.step)
+    return tell(
+        "batch",
+        f"All values of the batch at step {case.step} are finite.",
+        FAIR,
+        step=case.step,
+        observed=0.0,
+        expected=0.0,
+    )
+
+
+def _grew(case: Case) -> Evidence | None:
+    """Whether loss or gradient grew over some batches before the value was born, or it came out of the blue."""
+    first = case.at_onset(case.episode.signal)
+    lead = early_gradient(case)
+    grew = first is not None and math.isfinite(first) and case.kind is EpisodeKind.NONFINITE
+    if grew or (lead is not None and math.isfinite(lead.observed)):
+        return tell(
+            case.episode.signal, "Loss or gradient had left their range some batches before.", -FAIR, step=case.step
+        )
+    before = case.at(case.episode.signal, case.onset - 1)
+    if before is None or not math.isfinite(before):
+        return None
+    text = f"The loss of the batch before was {before:.3g}, in its range: it came out of the blue."
+    return tell(case.episode.signal, text, FAIR, step=case.step, observed=before, expected=case.episode.loss_before)
+
+
+def _precision(case: Case) -> Evidence | None:
+    if not case.facts.precision.startswith("16"):
+        return None
+    return tell("precision", "float16 overflows at 65,504, exp already at 11.", SLIGHT, step=case.step)
+
+
+def _where(told: Mapping[str, Any] | None) -> str:
+    if told is None:
+        return "inside the model or the loss"
+    module, operation = told.get("module"), told.get("operation")
+    parts = [
+        f"in {module}" if isinstance(module, str) and module else "",
+        f"by {operation}" if isinstance(operation, str) and operation else "",
+    ]
+    return " ".join(filter(None, parts)) or f"in the {told.get('phase')} pass"
+
+
+def _summary(case: Case, told: Mapping[str, Any] | None) -> str:
+    return f"A value that is not finite, or huge, was born {_where(told)} at step {case.step}: {case.loss_text}."
+
+
+def _fixes(case: Case, told: Mapping[str, Any] | None) -> tuple[str, ...]:
+    kind = (
+        "bf16" if case.facts.precision.startswith("bf16") else "16" if case.facts.precision.startswith("16") else "32"
+    )
+    eps, top = EPS.get(kind, 1e-7), EXP_LIMIT.get(kind, 88.0)
+    operation = str(told.get("operation") or "").lower() if told is not None else ""
+    remedy = next((words.format(eps=eps, top=top) for part, words in REMEDIES.items() if part in operation), None)
+    safe = (
+        f"Where the value is born ({_where(told)}): {remedy}."
+        if remedy is not None
+        else f"Find where it is born ({_where(told)}) and keep logarithms, divisions and roots above {eps:g} and the arguments of exp below {top:g}: "
+        f"torch.autograd.set_detect_anomaly(True) for batch {case.episode.onset.batch_idx} of epoch {case.episode.onset.epoch} only."
+    )
+    low = "Run that operation in float32: with torch.autocast(device_type, enabled=False)." if kind != "32" else None
+    back = f"Go on from a checkpoint from before step {case.step}: weights that took in NaN do not recover."
+    return tuple(filter(None, (safe, low, back)))

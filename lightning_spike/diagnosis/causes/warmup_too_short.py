@@ -1,0 +1,163 @@
+"""`warmup_too_short`: the early spike of a warm-up that is missing or ends too soon."""
+
+import math
+from typing import ClassVar, Final
+
+import numpy as np
+from typing_extensions import override
+
+from lightning_spike.diagnosis.case import Case
+from lightning_spike.diagnosis.cause import Cause, Examination
+from lightning_spike.diagnosis.constants import DECISIVE, FAIR, NEAR, SLIGHT, STRONG
+from lightning_spike.diagnosis.fixes import clip_fix, warmup_steps
+from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, rate_event
+from lightning_spike.diagnosis.tells import batch_value, lone_batch, split_verdict, tell, without_none
+from lightning_spike.records import Evidence, Family
+
+__all__ = ["WarmupTooShort"]
+
+EARLY: Final = 64
+"""Updates that are early in any run."""
+EARLY_SHARE: Final = 0.1
+"""… and this share of the run so far."""
+MOST_OF_PEAK: Final = 0.5
+"""Share of its later peak at which the rate counts as up (science.md 2.1: LR above 50 % of the peak within 2 / (1 - beta2) steps)."""
+AFTER_PEAK: Final = 32
+"""Updates after the end of a warm-up that are still its doing."""
+
+
+class WarmupTooShort(Cause):
+    """The early spike of a warm-up that is missing or ends too soon.
+
+    Seen by: an onset in the first updates of the run, with the rate at more than half of its peak from the start, or just come to the end of a short
+    ramp; above all by what follows: later the loss is lower than ever under the very same rate, so it is not the rate but its coming too soon.
+
+    Against it: an onset later on (decisive); a rate that is far below its peak; a loss that never came back under that rate (then it is
+    too high throughout); an odd batch; a run that was resumed.
+
+    Thresholds: Adam's second moment needs 2 / (1 - beta2) steps to settle (Ma & Yarats), so an onset up to there counts as early, but not past
+    64 updates or a tenth of the run.
+
+    To do: let the rate rise over so many updates.
+    """
+
+    id: ClassVar = "warmup_too_short"
+    family: ClassVar = Family.LEARNING_RATE
+    title: ClassVar = "The warm-up is missing or too short"
+    explains: ClassVar = frozenset({"lr_too_high", "gradient_explosion", "numerical_instability"})
+
+    @override
+    def examine(self, case: Case) -> Examination:
+        early = _early(case)
+        if early is None or early.weight < 0.0:
+            return Examination(evidence=without_none(early))
+        signal = max(case.rate_signals, key=lambda s: case.rate(s) or 0.0, default=None)
+        if signal is None:
+            return Examination()
+        ramp = _ramp(case, signal)
+        evidence = without_none(
+            early,
+            ramp,
+            _bearable_later(case, signal),
+            _event(case),
+            lone_batch(case, -FAIR),
+            batch_value(case, ordinary=SLIGHT, odd=-STRONG),
+            split_verdict(case, {"data": -STRONG, "weights": FAIR, "noise": -FAIR}),
+        )
+        updates = _updates(case)
+        return Examination(
+            evidence=evidence,
+            summary=f"{updates} updates into the run {signal} was at {case.rate(signal) or math.nan:.3g} already, and {case.loss_text}.",
+            fixes=_fixes(case, signal),
+            confirmed=False if case.split == "data" else None,
+        )
+
+
+def _updates(case: Case) -> int:
+    return case.step - case.facts.first_step
+
+
+def _early(case: Case) -> Evidence | None:
+    run = case.store.history.ordinals.size
+    settled = 2.0 / (1.0 - case.beta2) if case.beta2 is not None and case.beta2 < 1.0 else math.inf
+    limit = min(settled, max(EARLY, EARLY_SHARE * run / max(case.facts.accumulate_grad_batches, 1)))
+    if case.facts.first_step > 0:
+        return tell(
+            "lr", "The run was resumed: its first updates are not those of an untrained model.", -STRONG, step=case.step
+        )
+    updates = _updates(case)
+    if updates > limit:
+        return tell("lr", f"It began {updates} updates into the run, long after its start.", -DECISIVE, step=case.step)
+    return tell(
+        "lr",
+        f"It began {updates} updates into the run.",
+        SLIGHT,
+        step=case.step,
+        observed=float(updates),
+        expected=None,
+    )
+
+
+def _ramp(case: Case, signal: str) -> Evidence | None:
+    """Whether the rate was up from the start, had just come up, or was still low."""
+    rates = case.store.history.before(signal, case.onset, case.onset)
+    rate, peak = case.rate(signal), _peak(case, signal)
+    if rates.size == 0 or rate is None or not peak > 0.0:
+        return None
+    if rate < MOST_OF_PEAK * peak:
+        text = f"{signal} was {rate:.3g}, far below its later peak of {peak:.3g}."
+        return tell(signal, text, -FAIR, step=case.step, observed=rate, expected=peak)
+    up = int(np.argmax(rates >= MOST_OF_PEAK * peak))
+    if up <= NEAR:
+        text = f"There is no warm-up: {signal} was {rates[0]:.3g} from the first update on."
+        return tell(signal, text, FAIR, step=case.step, observed=float(rates[0]), expected=None)
+    since = rates.size - up
+    if since > AFTER_PEAK:
+        return None
+    text = f"The warm-up took {signal} past half of its peak of {peak:.3g} {since} updates before the loss rose."
+    return tell(signal, text, STRONG, step=case.step, observed=rate, expected=peak)
+
+
+def _peak(case: Case, signal: str) -> float:
+    """The highest rate of the first part of the run: a warm-up's end; later peaks are a schedule's own."""
+    rates = case.store.history.between(signal, 0, 4 * max(case.onset, EARLY))
+    rates = rates[np.isfinite(rates)]
+    return float(rates.max()) if rates.size else 0.0
+
+
+def _bearable_later(case: Case, signal: str) -> Evidence | None:
+    """The best level that the loss reached later, at about the same rate."""
+    rate, before, history = case.rate(signal), case.episode.loss_before, case.store.history
+    if rate is None or before is None or not before > 0.0:
+        return None
+    later = (
+        (history.ordinals > case.last)
+        & (history.series(signal) >= 0.8 * rate)
+        & np.isfinite(history.series(case.episode.signal))
+    )
+    losses = history.series(case.episode.signal)[later]
+    if case.episode.end is None or losses.size < EARLY:
+        gone = case.episode.end is None and case.last - case.onset >= EARLY
+        return tell(signal, "The loss never came back under this rate.", -FAIR, step=case.step) if gone else None
+    level = float(np.median(losses[-EARLY:]))
+    if level >= before:
+        return None
+    text = f"Later the loss came down to {level:.3g} at about the same rate, so the rate itself can be borne."
+    return tell(signal, text, STRONG, step=case.step, observed=level, expected=before)
+
+
+def _event(case: Case) -> Evidence | None:
+    event = rate_event(case, SCHEDULED + JUMPS)
+    if event is None or event.ordinal <= NEAR:
+        return None
+    return tell(event.signal, f"The schedule has an event of its own there: {event.text}.", -FAIR, step=event.step)
+
+
+def _fixes(case: Case, signal: str) -> tuple[str, ...]:
+    steps, why = warmup_steps(case)
+    peak = _peak(case, signal)
+    first = (
+        f"Let {signal} rise from {0.01 * peak:.2g} to {peak:.3g} over the first {steps} updates ({why}): "
+        f"torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters={steps}), interval 'step'."
+    )
+    return tuple(filter(None, (first, clip_fix(case))))

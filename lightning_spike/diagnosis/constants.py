@@ -1,0 +1,56 @@
+"""The numbers by which evidence is weighed, all in one place.
+
+They are set by hand: the shape of the model and the order of the weights follow published likelihoods (science.md 2, 2b.6 and 3: tempered log-linear
+naive Bayes, the lab's answers with likelihood ratios of 20 to 50), their exact values are judgement. They are *not* calibrated: a probability of 0.9 has not
+yet been shown to be right nine times in ten. That comes with the diagnosis benchmark, which replaces the values here.
+"""
+
+from typing import Final
+
+__all__ = [
+    "AFTERSHOCK",
+    "DECISIVE",
+    "FAIR",
+    "GUARD",
+    "LEAST_PROBABILITY",
+    "LEAST_RATIO",
+    "NEAR",
+    "REACH",
+    "REFERENCE",
+    "SLIGHT",
+    "STRONG",
+    "TEMPER",
+    "UNEXPLAINED",
+    "UPSTREAM",
+]
+
+SLIGHT: Final = 0.7
+"""Log likelihood ratio of an observation that is twice as common under the cause as without it."""
+FAIR: Final = 1.6
+"""… five times as common."""
+STRONG: Final = 3.0
+"""… twenty times: the lower end of what a replay is worth (science.md 3.3)."""
+DECISIVE: Final = 4.6
+"""… a hundred times: the cause itself was seen, not its trace."""
+
+TEMPER: Final = 0.65
+"""Factor on the sum of log likelihood ratios: observations of one moment depend on one another (science.md 3.2: 0.5 to 0.7)."""
+UNEXPLAINED: Final = 0.30
+"""Share of episodes, before anything is known of them, that no cause of the catalogue explains; the causes share the rest in equal parts."""
+LEAST_PROBABILITY: Final = 0.02
+"""Verdicts below are left out."""
+UPSTREAM: Final = STRONG
+"""Evidence for a cause from which on none of its symptoms may rank above it."""
+
+REACH: Final = 16
+"""Batches before the onset in which an event of the learning rate may have begun the trouble: its damage grows over some updates."""
+NEAR: Final = 4
+"""… and in which it nearly certainly has."""
+GUARD: Final = 8
+"""Batches before the onset that are not taken as healthy: gradients and update sizes lead the loss by 1 to 8 batches (Wortsman et al. 2023)."""
+REFERENCE: Final = 128
+"""Healthy values with which one of an episode is compared."""
+LEAST_RATIO: Final = 1.25
+"""A value that differs from its expectation by a smaller factor is not called odd, however steady its series was."""
+AFTERSHOCK: Final = 24
+"""An episode that begins within so many batches of the end of another may be the rest of the same trouble."""

@@ -1,0 +1,80 @@
+"""Remedies whose values are worked out from the run, in words."""
+
+import math
+
+import numpy as np
+
+from lightning_spike.diagnosis.case import Case
+from lightning_spike.diagnosis.constants import REFERENCE
+
+__all__ = ["clip_fix", "clip_value", "dataset_fix", "lower_peak", "warmup_steps"]
+
+HEADROOM = 1.5
+"""Clip this far above the 95th percentile of the healthy norms: ordinary steps stay as they are."""
+CAUTIOUS_CUT = 3.0
+"""Factor by which a rate is lowered where the run never used a lower one: half an order of magnitude, the usual step of a rate search."""
+SGD_WARMUP = 200
+"""Updates of warm-up that are advised where no second moment has to settle, at the least."""
+WARMUP_SHARE = 0.05
+"""… and this share of the run."""
+
+
+def clip_value(case: Case) -> float | None:
+    """1.5 times the 95th percentile of the healthy gradient norms before the episode; `None` where they are not known."""
+    norms = case.before("grad_norm", REFERENCE)
+    norms = norms[norms > 0.0]
+    return _two_digits(HEADROOM * float(np.quantile(norms, 0.95))) if norms.size >= 4 else None  # noqa: PLR2004 - as Case.excess asks
+
+
+def clip_fix(case: Case) -> str | None:
+    """Clip by norm at `clip_value`; `None` where the run clips as low already or has shown no norms."""
+    value, now = clip_value(case), case.facts.gradient_clip_val
+    if value is None or (now is not None and case.facts.gradient_clip_algorithm == "norm" and now <= value):
+        return None
+    return f"Clip the gradient norm: Trainer(gradient_clip_val={value:g}), which is {HEADROOM:g} times the 95th percentile of this run's healthy norms."
+
+
+def lower_peak(case: Case, signal: str, culprit: float) -> tuple[float, str]:
+    """A rate to use in place of `culprit`, and why that one."""
+    bearable = case.bearable(signal, culprit)
+    if bearable is not None:
+        return _two_digits(bearable), "the loss stayed in its range up to that rate in this run"
+    return _two_digits(
+        culprit / CAUTIOUS_CUT
+    ), f"{CAUTIOUS_CUT:g} times lower, as this run never used a lower rate at this level of the loss"
+
+
+def warmup_steps(case: Case) -> tuple[int, str]:
+    """Updates over which the rate should rise, and why so many: 2 / (1 - beta2) for Adam (Ma & Yarats), but at most a fifth of the run."""
+    longest = case.facts.max_steps
+    if longest is None and case.facts.max_epochs is not None and case.facts.batches_per_epoch is not None:
+        longest = case.facts.max_epochs * case.facts.batches_per_epoch // max(case.facts.accumulate_grad_batches, 1)
+    share = WARMUP_SHARE * longest if longest is not None else 0.0
+    beta2 = case.beta2
+    if beta2 is not None and beta2 < 1.0:
+        steps, why = (
+            math.ceil(2.0 / (1.0 - beta2) - 1e-6),
+            f"2 / (1 - beta2) with beta2 = {beta2:g}, the time Adam's second moment takes to settle",
+        )
+    else:
+        steps, why = max(SGD_WARMUP, math.ceil(share)), "5 % of the run and at least 200"
+    if longest is not None and steps > longest // 5 > 0:
+        return max(
+            longest // 5, 1
+        ), f"a fifth of this run's {longest} steps; {why} would be more than the run can spare"
+    return steps, why
+
+
+def dataset_fix(case: Case) -> str:
+    """Which samples to look at or leave out."""
+    indices = case.suspect_indices
+    if not indices:
+        at = case.episode.onset
+        return f"Look at batch {at.batch_idx} of epoch {at.epoch} (step {at.step}) and drop or mend what is wrong in it; BadBatchDumper writes it to disk."
+    shown = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")  # noqa: PLR2004 - one line
+    return f"Drop or mend dataset indices [{shown}]."
+
+
+def _two_digits(value: float) -> float:
+    """Rounded to two significant digits: more would feign a precision that is not there."""
+    return float(f"{value:.2g}")

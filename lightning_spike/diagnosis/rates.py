@@ -1,0 +1,99 @@
+"""Events of the learning rate that stand near an episode, with their numbers read off the series."""
+
+import dataclasses
+import math
+from typing import Final
+
+import numpy as np
+
+from lightning_spike.diagnosis.case import Case
+from lightning_spike.diagnosis.constants import NEAR, REACH
+from lightning_spike.records import EpisodeKind
+
+__all__ = ["JUMPS", "SCHEDULED", "RateEvent", "rate_event", "steady_rate"]
+
+SCHEDULED: Final = ("restart", "cyclic_peak")
+"""Kinds of finding of a rate that comes back up because its schedule says so."""
+JUMPS: Final = ("unexplained_jump", "nonfinite")
+"""… that rises though no schedule says so."""
+LONG_REACH: Final = 4 * REACH
+"""Batches before the onset in which an event still counts, as long as the rate has stayed up since."""
+STAYED_UP: Final = 0.6
+"""Share of its height after the event at which a rate still counts as up."""
+LATE: Final = {EpisodeKind.DIVERGENCE: NEAR, EpisodeKind.OSCILLATION: NEAR}
+"""Batches by which the onset of a slow episode may be dated too early."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RateEvent:
+    """The learning rate moved, and soon after the trouble began."""
+
+    kind: str
+    signal: str
+    ordinal: int
+    step: int
+    before: float | None
+    """The rate before the event: of the update before a jump, the trough before a cyclic peak."""
+    after: float
+    """The highest rate from the event to the onset; NaN or Inf where the rate was not finite."""
+    lag: int
+    """Batches from the event to the onset; the first loss that an update at t can touch is that of t + 1."""
+
+    @property
+    def factor(self) -> float | None:
+        """After / before, `None` where it means nothing."""
+        if self.before is None or not self.before > 0.0 or not math.isfinite(self.after):
+            return None
+        return self.after / self.before
+
+    @property
+    def text(self) -> str:
+        """`"lr-SGD went from 0.001 to 0.1 at step 400"`."""
+        start = "" if self.before is None else f" from {self.before:.3g}"
+        return f"{self.signal} went{start} to {self.after:.3g} at step {self.step}"
+
+
+def rate_event(case: Case, kinds: tuple[str, ...]) -> RateEvent | None:
+    """The event of these kinds that is nearest to the onset, `None` where none is near enough to have begun the trouble."""
+    first, last = case.onset - LONG_REACH, case.onset + LATE.get(case.kind, 0)
+    peaks = case.findings("learning_rate", "cyclic_peak", first=first, last=case.onset + LONG_REACH)
+    found = [f for f in case.findings("learning_rate", *kinds, first=first, last=last) if f.kind != "cyclic_peak"]
+    found += [f for f in peaks if "cyclic_peak" in kinds]
+    events = [_event(case, f.kind, f.detail.get("name"), f.at.ordinal, f.at.step) for f in found]
+    near = [e for e in events if e is not None and _bears_on(case, e)]
+    return min(near, key=lambda e: (abs(e.lag), -e.after if math.isfinite(e.after) else -math.inf), default=None)
+
+
+def steady_rate(case: Case) -> bool:
+    """Whether rates are known, and no event of any kind stands near the onset."""
+    return bool(case.rate_signals) and rate_event(case, SCHEDULED + JUMPS) is None
+
+
+def _event(case: Case, kind: str, named: object, ordinal: int, step: int) -> RateEvent | None:
+    signals = [s for s in case.rate_signals if s == f"lr-{named}"] or list(case.rate_signals)
+    moved = [e for s in signals if (e := _of_series(case, kind, s, ordinal, step)) is not None]
+    return max(moved, key=lambda e: e.factor or 0.0, default=None)
+
+
+def _of_series(case: Case, kind: str, signal: str, ordinal: int, step: int) -> RateEvent | None:
+    history = case.store.history
+    until = max(case.onset - 1, ordinal)
+    since = history.between(signal, ordinal, until)
+    since = since[~np.isnan(since)] if kind != "nonfinite" else since
+    if since.size == 0:
+        return None
+    after = float(since.max())
+    earlier = history.before(signal, ordinal, LONG_REACH if kind == "cyclic_peak" else 1)
+    before = float(earlier.min()) if earlier.size else None
+    return RateEvent(
+        kind=kind, signal=signal, ordinal=ordinal, step=step, before=before, after=after, lag=case.onset - ordinal
+    )
+
+
+def _bears_on(case: Case, event: RateEvent) -> bool:
+    """The rate was up in the last update before the onset; a rate that is not finite needs no height."""
+    if not math.isfinite(event.after):
+        return event.lag >= 0
+    rate = case.rate(event.signal)
+    up = rate is not None and rate >= STAYED_UP * event.after
+    return up or -NEAR <= event.lag <= REACH

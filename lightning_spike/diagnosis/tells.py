@@ -1,0 +1,128 @@
+"""Observations that bear on more than one cause, each put into words once; what they weigh is for each cause to say."""
+
+import math
+from collections.abc import Iterator, Mapping
+
+from lightning_spike.diagnosis.case import Case, Excess
+from lightning_spike.diagnosis.constants import GUARD, NEAR
+from lightning_spike.diagnosis.rates import RateEvent
+from lightning_spike.records import Evidence
+
+__all__ = [
+    "batch_value",
+    "early_gradient",
+    "finite",
+    "gradient_in_range",
+    "lone_batch",
+    "rate_text",
+    "split_verdict",
+    "tell",
+    "without_none",
+]
+
+CLEARLY_ODD = 2.0
+"""Factor between a batch's value and its expectation below which it may well be chance or harmless."""
+
+
+def tell(
+    signal: str,
+    text: str,
+    weight: float,
+    *,
+    step: int | None = None,
+    observed: float | None = None,
+    expected: float | None = None,
+) -> Evidence:
+    """An `Evidence`, in one line."""
+    return Evidence(signal=signal, step=step, observed=observed, expected=expected, text=text, weight=weight)
+
+
+def without_none(*items: Evidence | None) -> tuple[Evidence, ...]:
+    """The observations that could be made."""
+    return tuple(item for item in items if item is not None)
+
+
+def finite(value: float | None) -> bool:
+    """Whether there is a value and it is finite."""
+    return value is not None and math.isfinite(value)
+
+
+def rate_text(event: RateEvent) -> str:
+    """What the rate did, and how soon the loss followed."""
+    factor = event.factor
+    times = f", {factor:.3g} times as high," if factor is not None else ","
+    if event.lag <= 0:
+        return f"{event.text}{times} with the loss"
+    return f"{event.text}{times} {event.lag} {'batch' if event.lag == 1 else 'batches'} before the loss rose"
+
+
+def split_verdict(case: Case, weights: Mapping[str, float]) -> Evidence | None:
+    """The lab's split of the jump into the share of the batch and that of the weights; `weights` by verdict."""
+    told, verdict = case.lab("split"), case.split
+    if told is None or verdict is None or verdict not in weights:
+        return None
+    share = told.get("data")
+    observed = float(share) if isinstance(share, int | float) and math.isfinite(share) else None
+    text = told.get("text")
+    words = text if isinstance(text, str) and text else f"The replay gives the jump to: {verdict}."
+    return tell("lab/split", words, weights[verdict], step=case.step, observed=observed)
+
+
+def batch_value(case: Case, *, ordinary: float, odd: float) -> Evidence | None:
+    """Whether the values of the batch at the onset are like those of the batches before; `None` where they were not recorded."""
+    if not case.batch_is_known:
+        return None
+    clearly = [o for o in case.oddities(case.onset) if o.excess.ratio >= CLEARLY_ODD]
+    if not clearly:
+        return tell("batch", f"The values of the batch at step {case.step} are as usual.", ordinary, step=case.step)
+    worst = clearly[0]
+    return tell(
+        worst.signal,
+        f"The batch at step {case.step} is itself unusual: {worst.statistic} of '{worst.leaf}' is {worst.excess.observed:.3g}, "
+        f"usually {worst.excess.expected:.3g}.",
+        odd,
+        step=case.step,
+        observed=worst.excess.observed,
+        expected=worst.excess.expected,
+    )
+
+
+def lone_batch(case: Case, weight: float) -> Evidence | None:
+    """The loss was back at once: the weights bore no damage."""
+    if not case.lone:
+        return None
+    return tell(
+        case.episode.signal,
+        f"The loss was out of its range for {case.last - case.onset + 1} batch(es) only and then wholly back, so the weights were not damaged.",
+        weight,
+        step=case.step,
+        observed=case.episode.loss_peak if finite(case.episode.loss_peak) else None,
+        expected=case.episode.loss_before,
+    )
+
+
+def early_gradient(case: Case) -> Excess | None:
+    """The highest gradient norm of the updates just before the onset, if it was out of its range: it led the loss."""
+    found = [e for e in _gradients(case, case.onset - GUARD, case.onset - 1) if e.above]
+    return max(found, key=lambda e: e.ratio, default=None)
+
+
+def gradient_in_range(case: Case, weight: float) -> Evidence | None:
+    """The gradient norms of the updates just before the onset were ordinary."""
+    recent = list(_gradients(case, case.onset - NEAR, case.onset - 1))
+    if not recent or any(e.above for e in recent):
+        return None
+    highest = max(recent, key=lambda e: e.z)
+    return tell(
+        "grad_norm",
+        f"Up to the batch before, the gradient norm was in its range ({highest.observed:.3g}, usually {highest.expected:.3g}).",
+        weight,
+        step=case.step,
+        observed=highest.observed,
+        expected=highest.expected,
+    )
+
+
+def _gradients(case: Case, first: int, last: int) -> Iterator[Excess]:
+    excesses = (case.excess("grad_norm", ordinal) for ordinal in range(max(first, 0), last + 1))
+    return (e for e in excesses if e is not None)
