@@ -224,6 +224,7 @@ class _WatchedSampler:
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the sampler has
         return getattr(object.__getattribute__(self, "_watched")[0], name)
 
+    @override
     def __setattr__(self, name: str, value: object) -> None:
         setattr(object.__getattribute__(self, "_watched")[0], name, value)
 

@@ -1,0 +1,300 @@
+"""A batch on disk: a folder with the tensors as safetensors and all else as JSON, and the way back.
+
+```
+step000123_epoch2_batch17_rank0/
+    manifest.json         what the batch is: structure, leaves and their statistics, random states, and the facts that the writer adds
+    tensors.safetensors   the tensors: batch/<path>, random/torch, random/<device>
+```
+
+Both files are readable without this package. In the manifest, numbers that JSON does not have are the strings "nan", "inf" and "-inf".
+"""
+
+import base64
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lightning_spike.files import whole_folder
+from lightning_spike.signals.batch import children
+from lightning_spike.signals.random_state import RandomState
+
+__all__ = ["FORMAT", "LoadedDump", "Unreadable", "content_hash", "load_dump", "tensor_bytes", "write_dump"]
+
+FORMAT: Final = "lightning_spike.batch"
+FORMAT_VERSION: Final = 1
+MANIFEST: Final = "manifest.json"
+TENSORS: Final = "tensors.safetensors"
+
+LONGEST_REPR: Final = 2000
+"""Characters of `repr` kept of an object that has no other form."""
+
+MAX_DEPTH: Final = 64
+"""Levels of nesting; a structure that holds itself ends in a repr here."""
+
+SAFETENSORS_DTYPES: Final = frozenset(
+    {
+        torch.bool,
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+    }
+)
+"""What every version of safetensors that we allow can write; complex tensors go as pairs of reals."""
+
+Node = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Unreadable:
+    """Stands in a loaded batch for an object of the user's own that could not be written."""
+
+    class_name: str
+    repr: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedDump:
+    """A batch as it comes back from disk."""
+
+    batch: Any
+    """In its original structure of dicts, lists, tuples, None, strings, numbers, numpy arrays and tensors (on the CPU). A mapping or dataclass of
+    the user's own is a dict, a namedtuple a tuple, any other object an `Unreadable`."""
+    random: RandomState
+    """As it was before the batch's forward pass."""
+    manifest: Mapping[str, Any]
+    """All of manifest.json."""
+
+
+def write_dump(path: Path, *, batch: object, random: RandomState, facts: Mapping[str, Any]) -> int:
+    """Write a batch into the folder `path`, whole or not at all; a dump that is there already is replaced.
+
+    Copies device tensors to the host, so it blocks: for use after an episode.
+
+    Args:
+        path: The folder to make; its parents are made where missing.
+        batch: Anything that a loader yields.
+        random: The random states to write along.
+        facts: JSON-able entries for the manifest, under their own names.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        OSError: It could not be written; nothing is left of it then.
+    """
+    tensors: dict[str, Tensor] = {}
+    structure = _encode(batch, "batch", tensors, MAX_DEPTH)
+    tensors["random/torch"] = _on_host(random.torch)
+    tensors |= {f"random/{device}": _on_host(state) for device, state in random.devices.items()}
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        **facts,
+        "structure": structure,
+        "random": {"python": _jsonable(random.python), "numpy": _jsonable(random.numpy)},
+    }
+    with whole_folder(path) as folder:
+        save_file(tensors, folder / TENSORS)
+        (folder / MANIFEST).write_text(json.dumps(_jsonable(manifest), indent=1, allow_nan=False), encoding="utf-8")
+        return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def load_dump(path: str | Path) -> LoadedDump:
+    """Read a dump back.
+
+    Args:
+        path: The dump's folder.
+
+    Raises:
+        FileNotFoundError: There is no dump.
+        ValueError: The folder holds something else, or a dump of a newer version than this package reads.
+    """
+    folder = Path(path)
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    found = (manifest.get("format"), manifest.get("format_version"))
+    if found != (FORMAT, FORMAT_VERSION):
+        msg = f"{folder}: expected a manifest of format {FORMAT!r}, version {FORMAT_VERSION}; found {found[0]!r}, {found[1]!r}"
+        raise ValueError(msg)
+    tensors = load_file(folder / TENSORS)
+    devices = {
+        name.removeprefix("random/"): state
+        for name, state in tensors.items()
+        if name.startswith("random/") and name != "random/torch"
+    }
+    random = RandomState(
+        python=_python_state(manifest["random"]["python"]),
+        numpy=_numpy_state(manifest["random"]["numpy"]),
+        torch=tensors["random/torch"],
+        devices=devices,
+    )
+    return LoadedDump(batch=_decode(manifest["structure"], tensors), random=random, manifest=manifest)
+
+
+def tensor_bytes(batch: object, depth: int = MAX_DEPTH) -> int:
+    """Bytes of all tensors and arrays in a batch: nearly what its dump will take."""
+    if isinstance(batch, Tensor):
+        return batch.numel() * batch.element_size()
+    if isinstance(batch, np.ndarray):
+        return batch.nbytes
+    return sum(tensor_bytes(item, depth - 1) for _, item in (children(batch) if depth else None) or [])
+
+
+def content_hash(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 over dtypes, shapes and bytes of some tensors, in order, hexadecimal: names a sample that has no index. Blocks."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        host = _on_host(tensor)
+        digest.update(f"{host.dtype}{tuple(host.shape)}".encode())
+        digest.update(host.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _encode(value: object, path: str, tensors: dict[str, Tensor], depth: int) -> Node:
+    """One node of the structure; tensors go into `tensors` under their path."""
+    if isinstance(value, Tensor):
+        return _encode_tensor(value, path, tensors)
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _encode_array(value, path, tensors)
+    if isinstance(value, float):
+        return {"kind": "float", "value": value if math.isfinite(value) else str(value)}
+    if value is None or isinstance(value, (bool, int, str)):
+        return {"kind": "value", "value": value}
+    if isinstance(value, bytes):
+        return {"kind": "bytes", "base64": base64.b64encode(value).decode("ascii")}
+    return _encode_container(value, path, tensors, depth) if depth else _encode_repr(value)
+
+
+def _encode_container(value: object, path: str, tensors: dict[str, Tensor], depth: int) -> Node:
+    if isinstance(value, (list, tuple)):
+        items = [_encode(item, f"{path}.{k}", tensors, depth - 1) for k, item in enumerate(value)]
+        return {"kind": "list" if isinstance(value, list) else "tuple", "class": _class(value), "items": items}
+    if isinstance(value, Mapping):
+        pairs = [
+            [_encode(key, path, {}, 0), _encode(item, f"{path}.{key}", tensors, depth - 1)]
+            for key, item in value.items()
+        ]
+        return {"kind": "dict", "class": _class(value), "items": pairs}
+    held = children(value)
+    if held is None:
+        return _encode_repr(value)
+    named = [[_encode(key, path, {}, 0), _encode(item, f"{path}.{key}", tensors, depth - 1)] for key, item in held]
+    return {"kind": "dict", "class": _class(value), "items": named}
+
+
+def _encode_repr(value: object) -> Node:
+    return {"kind": "repr", "class": _class(value), "repr": _short_repr(value)}
+
+
+def _encode_tensor(value: Tensor, path: str, tensors: dict[str, Tensor]) -> Node:
+    """A plain tensor by its values; one with a layout or dtype that cannot be written by its repr."""
+    readable = value.layout is torch.strided and not value.is_nested and not value.is_quantized
+    dtype = torch.float32 if value.is_complex() else value.dtype
+    if not readable or hasattr(value, "full_tensor") or value.device.type == "meta" or dtype not in SAFETENSORS_DTYPES:
+        return _encode_repr(value)
+    host = _on_host(value)
+    return _keep(host, path, tensors, "tensor")
+
+
+def _encode_array(value: np.ndarray[Any, Any] | np.generic, path: str, tensors: dict[str, Tensor]) -> Node:
+    try:
+        host = torch.from_numpy(np.array(value))
+    except TypeError:  # strings, objects, dates
+        return _encode_repr(value)
+    kind = "array" if isinstance(value, np.ndarray) else "scalar"
+    return _keep(host, path, tensors, kind) if host.dtype in SAFETENSORS_DTYPES else _encode_repr(value)
+
+
+def _keep(host: Tensor, path: str, tensors: dict[str, Tensor], kind: str) -> Node:
+    key = path
+    while key in tensors:  # {"a.b": x, "a": {"b": y}}
+        key += "'"
+    is_complex = host.is_complex()
+    tensors[key] = torch.view_as_real(host).contiguous() if is_complex else host
+    return {"kind": kind, "key": key, "complex": is_complex}
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy of its own: safetensors refuses tensors that share memory, and the training goes on writing to the original's."""
+    plain = tensor.detach().as_subclass(Tensor).cpu().resolve_conj().resolve_neg()
+    return plain.clone(memory_format=torch.contiguous_format)
+
+
+def _decode(node: Node, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401 - anything that a batch may hold
+    value: Any
+    match node["kind"]:
+        case "value":
+            value = node["value"]
+        case "float":
+            value = float(node["value"])
+        case "bytes":
+            value = base64.b64decode(node["base64"])
+        case "list":
+            value = [_decode(item, tensors) for item in node["items"]]
+        case "tuple":
+            value = tuple(_decode(item, tensors) for item in node["items"])
+        case "dict":
+            value = {_decode(key, tensors): _decode(item, tensors) for key, item in node["items"]}
+        case "repr":
+            value = Unreadable(class_name=node["class"], repr=node["repr"])
+        case _:
+            value = _decode_tensor(node, tensors)
+    return value
+
+
+def _decode_tensor(node: Node, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401 - a tensor, an array or its scalar
+    stored = tensors[node["key"]]
+    value = torch.view_as_complex(stored) if node["complex"] else stored
+    if node["kind"] == "tensor":
+        return value
+    return value.numpy() if node["kind"] == "array" else value.numpy()[()]
+
+
+def _class(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _short_repr(value: object) -> str:
+    try:
+        return repr(value)[:LONGEST_REPR]
+    except Exception as error:  # noqa: BLE001 - a repr of the user's own may do anything
+        return f"<repr raised {type(error).__name__}>"
+
+
+def _jsonable(value: object) -> Any:  # noqa: ANN401 - JSON
+    """The same in JSON's own types; what has none is told by its repr."""
+    if isinstance(value, (np.ndarray, np.generic, Tensor)):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    return _short_repr(value)
+
+
+def _python_state(state: list[Any]) -> tuple[Any, ...]:
+    version, words, gauss = state
+    return (version, tuple(words), gauss)
+
+
+def _numpy_state(state: list[Any]) -> tuple[Any, ...]:
+    name, words, *rest = state
+    return (name, np.array(words, dtype=np.uint32), *rest)

@@ -1,0 +1,142 @@
+"""What the manifest of a dumped batch says beside the batch itself."""
+
+import dataclasses
+import functools
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final
+
+import torch
+
+from lightning_spike.actions.batch_dump import content_hash
+from lightning_spike.actions.batch_ring import RingEntry
+from lightning_spike.actions.suspect_samples import SampleValues, Suspect
+from lightning_spike.records import Moment
+from lightning_spike.signals.batch import BatchLeaf, value_statistics
+from lightning_spike.store import TrainerStateStore
+
+__all__ = ["LISTED_SAMPLES", "ExaminedBatch", "dump_facts", "package_versions"]
+
+LISTED_SAMPLES: Final = 4096
+"""Samples of a batch that are listed one by one; more are nodes or points rather than samples."""
+
+PACKAGES: Final = ("lightning-spike", "lightning", "torch", "torchmetrics", "numpy", "safetensors")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ExaminedBatch:
+    """A batch of the ring, looked at sample by sample."""
+
+    entry: RingEntry
+    leaves: tuple[BatchLeaf, ...]
+    size: int | None
+    """Samples in the batch, `None` where it cannot be told."""
+    values: Mapping[str, SampleValues]
+    suspects: tuple[Suspect, ...] = ()
+    losses: tuple[float, ...] | None = None
+    """One a sample, `None` where they were not computed or could not be."""
+    weights: str | None = None
+    """Under which weights the losses were computed, in words."""
+
+    @property
+    def indices(self) -> tuple[Any, ...]:
+        """Dataset indices by position, empty where they are not known."""
+        return () if self.entry.ids is None else self.entry.ids.indices
+
+    def index_of(self, position: int) -> Any:  # noqa: ANN401 - what the sampler drew
+        """Dataset index of a sample; `None` unless there is one index for every sample (a collate function may have dropped some)."""
+        return self.indices[position] if len(self.indices) == self.size else None
+
+
+def dump_facts(
+    batch: ExaminedBatch, store: TrainerStateStore, *, episode: int, role: str, rank: int, last_of_step: Moment
+) -> dict[str, Any]:
+    """Everything that is known about a batch, JSON-able.
+
+    Blocks where the batch is on a device.
+
+    Args:
+        batch: The batch.
+        store: Where the batch's signals are.
+        episode: Id of the episode that the batch is dumped for.
+        role: `"onset"`, `"micro_batch"` (of the same optimizer step) or `"neighbour"`.
+        rank: Global rank of this process.
+        last_of_step: The last batch of the same optimizer step: the one that has the gradient norm.
+    """
+    at = batch.entry.at
+    signals = _signals(store, at.ordinal)
+    step_signals = _signals(store, last_of_step.ordinal)
+    return {
+        **dataclasses.asdict(at),
+        "rank": rank,
+        "episode": episode,
+        "role": role,
+        "loss": signals.get("loss"),
+        "grad_norm": step_signals.get("grad_norm"),
+        "learning_rates": {name: value for name, value in step_signals.items() if name.startswith("lr-")},
+        "signals": signals,
+        "changed_in_place": batch.entry.mutated,
+        "batch_size": batch.size,
+        "dataset_indices": _listed(batch.indices),
+        "loaders": [{"loader": ids.loader, "dataset_indices": _listed(ids.indices)} for ids in _loaders(batch.entry)],
+        "content_sha256": content_hash(leaf.value for leaf in batch.leaves if leaf.value.layout is torch.strided),
+        "leaves": [_leaf_facts(leaf) for leaf in batch.leaves],
+        "samples": _samples(batch),
+        "suspects": [dataclasses.asdict(suspect) for suspect in batch.suspects],
+        "losses_under": batch.weights,
+        "versions": package_versions(),
+    }
+
+
+@functools.cache
+def package_versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that matter here, `None` for one that is not installed as a package."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _signals(store: TrainerStateStore, ordinal: int) -> dict[str, float]:
+    values = {name: store.history.at(name, ordinal) for name in store.history.signals}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _loaders(entry: RingEntry) -> Sequence[Any]:
+    return () if entry.ids is None else entry.ids.loaders
+
+
+def _listed(indices: tuple[Any, ...]) -> list[Any]:
+    return list(indices[:LISTED_SAMPLES])
+
+
+def _leaf_facts(leaf: BatchLeaf) -> dict[str, Any]:
+    return {
+        "name": leaf.name,
+        "part": leaf.part.value,
+        "path": list(leaf.path),
+        "dtype": str(leaf.value.dtype).removeprefix("torch."),
+        "shape": list(leaf.value.shape),
+        "device": str(leaf.value.device),
+        "statistics": {name: float(value) for name, value in value_statistics(leaf.value).items()},
+    }
+
+
+def _samples(batch: ExaminedBatch) -> dict[str, Any]:
+    """Columns with one entry a sample."""
+    if batch.size is None or batch.size > LISTED_SAMPLES:
+        return {}
+    columns: dict[str, Any] = {"loss": batch.losses} if batch.losses is not None else {}
+    for name, values in batch.values.items():
+        columns |= {
+            f"{name}/max_abs": values.max_abs,
+            f"{name}/std": values.std,
+            f"{name}/nonfinite": values.nonfinite,
+        }
+    known = len(batch.indices) == batch.size
+    return columns | {"dataset_index": _listed(batch.indices) if known else [None] * batch.size}
