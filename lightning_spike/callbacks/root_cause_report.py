@@ -1,0 +1,133 @@
+"""`RootCauseReport`: says at the end of the run, however it ends, what went wrong and why."""
+
+import importlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import rich
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
+
+from lightning_spike.callbacks.base import SpikeCallback
+from lightning_spike.errors import ConfigurationError, MissingExtraError
+from lightning_spike.records import RunStatus
+from lightning_spike.report.json_file import write_report
+from lightning_spike.report.model import Report, build_report
+from lightning_spike.report.signals_file import write_signals
+from lightning_spike.report.terminal import TerminalReport
+
+__all__ = ["RootCauseReport"]
+
+Format = Literal["terminal", "json", "html", "signals"]
+
+
+class RootCauseReport(SpikeCallback):
+    """Prints and writes the ranked root causes when training ends: finished, stopped early, by an exception or by Ctrl-C.
+
+    A healthy run gives one line. It works alone; what the suite's other callbacks see makes the ranking sharper. Rank 0 prints and writes; a run that
+    ended before its first batch gives no report. Afterwards `report` holds the report (on every rank). Nothing that goes wrong in here
+    reaches the training: what could not be written is named in the terminal, and an exception of your own passes through untouched.
+
+    Args:
+        dirpath: Folder for `report.json`, `report.html` and `signals/`; by default `<logger.log_dir, else trainer.default_root_dir>/spike`. What an earlier run
+            left there is replaced.
+        formats: Which forms the report takes, of `terminal` (printed), `json`, `html` (needs the extra `html`) and `signals` (the recorded series).
+
+    Raises:
+        ConfigurationError: `formats` is empty or names a form that there is not, or `dirpath` is a file.
+    """
+
+    report: Report | None
+    """The report, once the run has ended; `None` before."""
+
+    def __init__(
+        self, dirpath: str | Path | None = None, formats: Sequence[Format] = ("terminal", "json", "html", "signals")
+    ) -> None:
+        known = get_args(Format)
+        if isinstance(formats, str) or not formats or any(f not in known for f in formats):
+            raise ConfigurationError.of(
+                "RootCauseReport(formats)",
+                expected=f"a list of some of {', '.join(known)}",
+                given=formats,
+                do="Leave it out for all of them.",
+            )
+        if dirpath is not None and Path(dirpath).is_file():
+            raise ConfigurationError.of(
+                "RootCauseReport(dirpath)",
+                expected="a folder",
+                given=str(dirpath),
+                do="Give a folder; it is made where missing.",
+            )
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.formats = tuple(formats)
+        self.report = None
+        self._started = time.monotonic()
+        self._device: str | None = None
+
+    @override
+    def attach(self, trainer: Trainer, module: LightningModule) -> None:
+        self.report = None
+        self._started = time.monotonic()
+
+    @override
+    def begin(self, trainer: Trainer, module: LightningModule) -> None:
+        self._device = str(trainer.strategy.root_device)
+
+    @override
+    def explain(self, trainer: Trainer, status: RunStatus, error: BaseException | None) -> None:
+        if not len(self.flight.store.history):
+            return
+        self.report = build_report(
+            self.flight.store,
+            status=status,
+            seconds=time.monotonic() - self._started,
+            steps=trainer.global_step,
+            device=self._device,
+            error=error,
+        )
+        if trainer.is_global_zero:
+            self._hand_out(self.report)
+
+    def _hand_out(self, report: Report) -> None:
+        """Each form by itself, the most durable first: one that fails is named in the next and costs no other."""
+        folder = self.dirpath or self.flight.default_dirpath
+        ways: dict[Format, Callable[[], Path]] = {
+            "json": lambda: write_report(report, folder / "report.json"),
+            "signals": lambda: write_signals(self.flight.store, folder / "signals"),
+            "html": lambda: _write_page(report, folder / "report.html"),
+        }
+        files: list[Path] = []
+        notes: list[str] = []
+        for form, write in ways.items():
+            if form not in self.formats:
+                continue
+            try:
+                files.append(write())
+            except MissingExtraError as missing:
+                notes.append(str(missing))
+            except Exception as broken:  # noqa: BLE001 - a full disk must not cost the printed report
+                notes.append(f"{form} could not be written: {type(broken).__name__}: {broken}")
+        if "terminal" in self.formats:
+            _print(TerminalReport(report=report, files=files, notes=notes))
+        else:
+            for note in notes:
+                rank_zero_warn(f"lightning_spike: {note}")
+
+
+def _print(text: TerminalReport) -> None:
+    """On the console that Lightning's bar lives in: another one would write into the bar's line."""
+    try:
+        rich.get_console().print(text)
+    except (
+        SystemExit
+    ):  # rich leaves the program when nobody reads its output any more (`| head`): that is not ours to decide
+        rank_zero_warn("lightning_spike: the report could not be printed, its output is closed. It is in the files.")
+
+
+def _write_page(report: Report, path: Path) -> Path:
+    """Loaded when needed: it brings matplotlib, which takes a second and may be absent."""
+    written: Path = importlib.import_module("lightning_spike.report.html").write_page(report, path)
+    return written

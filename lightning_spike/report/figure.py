@@ -1,0 +1,164 @@
+"""The curves of a run as one SVG, to be set into a page: needs matplotlib.
+
+Colours are left to the page's style sheet: matplotlib draws in colours that stand for `var(--…)` and are replaced in the text.
+"""
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from lightning_spike.records import Episode
+from lightning_spike.report.model import Curve, Report
+from lightning_spike.report.wording import number
+
+__all__ = ["draw_svg"]
+
+INK, GRID, BAD = "#010101", "#020202", "#030303"
+LINES: Final = ("#040404", "#050505", "#060606", "#070707")
+"""One colour a curve in a panel; more curves than colours begin again."""
+
+VARIABLES: Final = {
+    INK: "var(--ink)", GRID: "var(--grid)", BAD: "var(--bad)",
+    LINES[0]: "var(--line-1)", LINES[1]: "var(--line-2)", LINES[2]: "var(--line-3)", LINES[3]: "var(--line-4)",
+}  # fmt: skip
+
+MOST_POINTS: Final = 1600
+"""Points a curve is drawn with: two for each of the 800 or so pixels that it is wide."""
+LOG_FROM: Final = 20.0
+"""A positive series that spans more than this factor is drawn on a log scale, as in the terminal."""
+
+SETTINGS: Final[dict[Any, Any]] = {
+    "svg.fonttype": "none", "text.parse_math": False, "text.usetex": False, "font.family": "sans-serif", "font.size": 9,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GRID, "axes.labelcolor": INK, "axes.titlecolor": INK,
+    "text.color": INK, "xtick.color": INK, "ytick.color": INK, "xtick.labelsize": 8, "ytick.labelsize": 8, "axes.formatter.use_mathtext": False,
+    "axes.facecolor": "none", "figure.facecolor": "none", "grid.color": GRID, "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.1,
+    "path.simplify": True, "axes.unicode_minus": True,
+}  # fmt: skip
+
+
+def draw_svg(report: Report, *, width: float, panel_height: float) -> str:
+    """Loss with its validations, learning rates and gradient norm under one another, the episodes shaded.
+
+    Neither the user's matplotlib settings nor their backend have a part in it, and neither is changed.
+
+    Args:
+        report: What to draw.
+        width: Inches; at 72 pixels each the size at which the text is meant to be read.
+        panel_height: Inches for each of the up to three panels.
+
+    Returns:
+        An `<svg>` element, empty text where nothing was recorded.
+    """
+    panels = [*_panels(report)]
+    if not panels:
+        return ""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(SETTINGS | {"svg.hashsalt": f"{width}"})
+        figure = Figure(figsize=(width, panel_height * len(panels) + 0.3), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes: list[Axes] = list(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0])
+        for ax, (title, curves, points) in zip(axes, panels, strict=True):
+            _panel(ax, title, curves, points)
+            _shade(ax, report.episodes, curves[0] if curves else points[0])
+        _number(axes[0], report.episodes)
+        _step_axis(axes[-1], panels[0][1] or panels[0][2])
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return _for_page(out.getvalue())
+
+
+Panel = tuple[str, Sequence[Curve], Sequence[Curve]]
+
+
+def _panels(report: Report) -> Iterator[Panel]:
+    """Title, curves drawn as lines, curves drawn as points."""
+    losses = [report.loss] if report.loss is not None else []
+    if losses or report.validation:
+        yield "loss", losses, report.validation
+    if report.rates:
+        yield "learning rate", report.rates, ()
+    if report.grad_norm is not None:
+        yield "gradient norm", [report.grad_norm], ()
+
+
+def _panel(ax: Axes, title: str, curves: Sequence[Curve], points: Sequence[Curve]) -> None:
+    ax.set_title(title, loc="left", fontsize=9)
+    ax.grid(visible=True, axis="y", linewidth=0.5)
+    values = []
+    for i, curve in enumerate([*curves, *points]):
+        x, y = _thinned(curve)
+        ax.plot(
+            x, y, color=LINES[i % len(LINES)], label=curve.name, marker="o" if curve in points else "", markersize=3.5
+        )
+        values.append(y[np.isfinite(y)])
+    finite = np.concatenate(values)
+    if finite.size and finite.min() > 0 and finite.max() / finite.min() >= LOG_FROM:
+        ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: number(y)))
+    if len(values) > 1:
+        ax.legend(loc="lower left", ncols=3)  # a loss falls: that corner is the emptiest
+
+
+def _thinned(curve: Curve) -> tuple[Any, Any]:
+    """At most `MOST_POINTS` points; of each stretch the lowest and the highest value, and where one is not finite a gap."""
+    n = len(curve.values)
+    if n <= MOST_POINTS:
+        return curve.ordinals, np.where(np.isfinite(curve.values), curve.values, np.nan)
+    kept: list[int] = []
+    for stretch in np.array_split(np.arange(n), MOST_POINTS // 2):
+        values = curve.values[stretch]
+        broken = np.flatnonzero(~np.isfinite(values))
+        finite = np.flatnonzero(np.isfinite(values))
+        ends = [finite[values[finite].argmin()], finite[values[finite].argmax()]] if finite.size else []
+        kept.extend(stretch[sorted({*ends, *broken[:1]})])
+    values = curve.values[kept]
+    return curve.ordinals[kept], np.where(np.isfinite(values), values, np.nan)
+
+
+def _shade(ax: Axes, episodes: Sequence[Episode], curve: Curve) -> None:
+    for episode in episodes:
+        last = int(curve.ordinals[-1]) if episode.end is None else episode.end.ordinal
+        ax.axvspan(episode.onset.ordinal, max(last, episode.onset.ordinal + 1), color=BAD, alpha=0.16, linewidth=0)
+        ax.axvline(episode.onset.ordinal, color=BAD, linewidth=0.8)
+
+
+def _number(ax: Axes, episodes: Sequence[Episode]) -> None:
+    """Above the panel, where no curve runs through them."""
+    for episode in episodes:
+        place = (episode.onset.ordinal, 1)
+        ax.annotate(
+            str(episode.id),
+            place,
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            color=BAD,
+            fontsize=8,
+        )
+
+
+def _step_axis(ax: Axes, curves: Sequence[Curve]) -> None:
+    """Batches are drawn in order, and labelled with their step: under accumulation several share one."""
+    ordinals, steps = curves[0].ordinals, curves[0].steps
+    name: Callable[[float, int], str] = lambda x, _: f"{round(float(np.interp(x, ordinals, steps))):,}"  # noqa: E731 - typed for FuncFormatter
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    ax.xaxis.set_major_formatter(FuncFormatter(name))
+    ax.set_xlim(float(ordinals[0]), float(max(ordinals[-1], ordinals[0] + 1)))
+    ax.set_xlabel("step")
+
+
+def _for_page(svg: str) -> str:
+    """The element alone, in the page's colours."""
+    element = svg[svg.index("<svg") :]
+    for colour, variable in VARIABLES.items():
+        element = element.replace(colour, variable)
+    return element

@@ -1,0 +1,138 @@
+"""`signals/`: the recorded series as columns, for NumPy or anything that reads its `.npz` format (a zip of arrays)."""
+
+import dataclasses
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_spike.files import whole_folder
+from lightning_spike.store import TrainerStateStore
+
+__all__ = ["LayerTable", "Signals", "read_signals", "write_signals"]
+
+Array = npt.NDArray[np.generic]
+
+README: Final = """\
+# Recorded signals
+
+Three tables as .npz files, each array a column; read them with NumPy:
+
+    import numpy as np
+    series = np.load("series.npz")
+    series["step"], series["loss"]
+
+- `series.npz`: one row for each training batch that is still held (of a long run the older ones are thinned evenly, the stretches around an episode
+  are whole). `ordinal` counts the batches of the run from 0; `step` is `trainer.global_step` as the batch began; `epoch`, `batch_idx`. The other columns are signals,
+  float64, NaN where a batch had none: {signals}.
+- `layers.npz`: vector-valued signals of the latest batches; for each signal `<signal>:names` (n), `<signal>:ordinal` (rows) and
+  `<signal>:values` (rows, n), float32: {layers}.
+- `validation.npz`: one row for each validation: `metric`, `value`, the mean training loss since the one before (`train_loss`), and `ordinal`, `step`, `epoch`,
+  `batch_idx` of the last training batch before it.
+"""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerTable:
+    """One vector-valued signal."""
+
+    names: tuple[str, ...]
+    ordinals: npt.NDArray[np.int64]
+    """Shape `(rows,)`."""
+    values: npt.NDArray[np.float32]
+    """Shape `(rows, len(names))`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Signals:
+    """What `signals/` holds."""
+
+    series: Mapping[str, Array]
+    """Columns of equal length, one row a batch."""
+    layers: Mapping[str, LayerTable]
+    """By signal."""
+    validation: Mapping[str, Array]
+    """Columns of equal length, one row a validation."""
+
+
+def write_signals(store: TrainerStateStore, folder: Path) -> Path:
+    """Write all recorded series, whole or not at all; an older folder is replaced as a whole.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        OSError: It could not be written.
+    """
+    tables = {"series": store.history.columns(), "layers": _layers(store), "validation": _validation(store)}
+    with whole_folder(folder) as hidden:
+        for name, columns in tables.items():
+            _write_table(hidden / f"{name}.npz", columns)
+        signals, layers = (
+            ", ".join(f"`{n}`" for n in names) or "none" for names in (store.history.signals, store.layers)
+        )
+        (hidden / "README.md").write_text(README.format(signals=signals, layers=layers), encoding="utf-8")
+    return folder
+
+
+def read_signals(folder: str | Path) -> Signals:
+    """Read back what `write_signals` wrote.
+
+    Raises:
+        OSError: The folder or one of its tables cannot be read.
+    """
+    tables = {name: _read_table(Path(folder) / f"{name}.npz") for name in ("series", "layers", "validation")}
+    columns = tables["layers"]
+    signals = [name.removesuffix(":names") for name in columns if name.endswith(":names")]
+    layers = {
+        s: LayerTable(
+            names=tuple(str(n) for n in columns[f"{s}:names"]),
+            ordinals=columns[f"{s}:ordinal"].astype(np.int64),
+            values=columns[f"{s}:values"].astype(np.float32),
+        )
+        for s in signals
+    }
+    return Signals(series=tables["series"], layers=layers, validation=tables["validation"])
+
+
+def _layers(store: TrainerStateStore) -> dict[str, Array]:
+    columns: dict[str, Array] = {}
+    for signal, rows in store.layers.items():
+        names = store.layer_names.get(signal, ())
+        fitting = [row for row in rows if len(row.values) == len(names)]
+        columns[f"{signal}:names"] = np.array(names, dtype=np.str_)
+        columns[f"{signal}:ordinal"] = np.array([row.at.ordinal for row in fitting], dtype=np.int64)
+        values = np.array([row.values for row in fitting], dtype=np.float32)
+        columns[f"{signal}:values"] = values.reshape(len(fitting), len(names))
+    return columns
+
+
+def _validation(store: TrainerStateStore) -> dict[str, Array]:
+    points = store.validations
+    place = {
+        name: np.array([getattr(p.at, name) for p in points], dtype=np.int64)
+        for name in ("ordinal", "step", "epoch", "batch_idx")
+    }
+    losses = [np.nan if p.train_loss is None else p.train_loss for p in points]
+    return {
+        **place,
+        "metric": np.array([p.metric for p in points], dtype=np.str_),
+        "value": np.array([p.value for p in points], dtype=np.float64),
+        "train_loss": np.array(losses, dtype=np.float64),
+    }
+
+
+def _write_table(path: Path, columns: Mapping[str, Array]) -> None:
+    """As `numpy.savez_compressed`, whose keyword arguments cannot carry every name ("file" is taken)."""
+    with zipfile.ZipFile(path, "w", compression=zipfile.ZIP_DEFLATED) as archive:
+        for name, column in columns.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as handle:
+                np.lib.format.write_array(handle, np.asarray(column), allow_pickle=False)
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as archive:
+        return dict(archive)

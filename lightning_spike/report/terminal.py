@@ -1,0 +1,306 @@
+"""The report in the terminal: one line for a healthy run, else what a tired reader needs, the likeliest cause first and in full."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.padding import Padding
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
+
+from lightning_spike.records import Episode, RunStatus, Verdict
+from lightning_spike.report.braille import Drawing, draw
+from lightning_spike.report.model import LEAST_PROBABILITY, Curve, Report
+from lightning_spike.report.wording import (
+    action_words,
+    confirmed_words,
+    count,
+    duration,
+    ending,
+    episodes_words,
+    evidence_words,
+    family_words,
+    headline,
+    loss_words,
+    number,
+    percent,
+    recovery_words,
+    setting,
+    steps_words,
+    suspects_words,
+)
+
+__all__ = ["TerminalReport"]
+
+WIDEST: Final = 120
+"""Columns used at most: longer lines are hard to read, however wide the terminal."""
+CURVE_ROWS: Final = 6
+LABEL: Final = 9
+"""Columns left of a curve, for its axis."""
+BAR: Final = 20
+MOST_EPISODES: Final = 6
+MOST_CAUSES: Final = 4
+MOST_EVIDENCE: Final = 5
+MOST_ACTIONS: Final = 6
+MOST_SUSPECTS: Final = 4
+ASCII: Final = str.maketrans(
+    {
+        "─": "-", "│": "|", "┤": "|", "└": "+", "█": "#", "░": ".", "▔": "~", "•": "*", "→": ">", "×": "x", "✓": "+", "✗": "x", "–": "-", "−": "-", "…": ".", "·": "-",
+        "’": "'",
+    }
+    | {chr(code): "*" for code in range(0x2801, 0x2900)}
+)  # fmt: skip
+"""For terminals that cannot show more: one character for one, so that columns stay in line."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TerminalReport:
+    """A rich renderable; reads well from 60 columns on, with and without colour."""
+
+    report: Report
+    files: Sequence[Path] = ()
+    """What was written."""
+    notes: Sequence[str] = ()
+    """What was not written, and why."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """As rich calls it."""
+        options = options.update(width=min(options.max_width, WIDEST))
+        parts = [self._one_line()] if self.report.healthy else [*_parts(self.report, options.max_width)]
+        whole = Group(*parts, *self._endings())
+        for line in console.render_lines(whole, options, pad=False):
+            for segment in _without_trailing_space(line):
+                yield _in_ascii(segment, options.encoding) if options.ascii_only else segment
+            yield Segment.line()
+
+    def _one_line(self) -> Text:
+        report = self.report
+        done = f"{count(report.steps, 'step')} ({count(report.epochs, 'epoch')}, {duration(report.seconds)})"
+        line = Text.assemble(("lightning-spike", "bold"), ": ", ("no trouble", "green"), f" in {done}")
+        if report.status is RunStatus.EXCEPTION:
+            line.append(f" before {report.error or 'an exception'}")
+        elif report.status is not RunStatus.FINISHED:
+            line.append(f", {report.status.value.replace('_', ' ')}")
+        if self.files:
+            line.append(f". Files: {_common(self.files)}", style="dim")
+        return line
+
+    def _endings(self) -> Iterator[RenderableType]:
+        """What broke, and where the files are; on a healthy run the one line has said the latter."""
+        for part in self.report.disabled:
+            at = "" if part.step is None else f" at step {part.step:,}"
+            yield _hanging("! ", Text(f"{part.part} broke{at} and was switched off: {part.reason}", style="yellow"))
+        for note in self.notes:
+            yield _hanging("! ", Text(note, style="yellow"))
+        if self.files and not self.report.healthy:
+            names = ", ".join(path.name for path in self.files)
+            yield Text.assemble(("Files: ", "bold"), f"{names} in {_common(self.files)}")
+
+
+def _parts(report: Report, width: int) -> Iterator[RenderableType]:
+    yield Text()
+    yield _title(report, width)
+    yield Text(" · ".join(filter(None, [ending(report), setting(report)])), style="dim")
+    if report.error:
+        yield _hanging("! ", Text(report.error, style="red"))
+    for curve in _curves(report):
+        yield Text()
+        yield from _curve(curve, report.episodes, width)
+    if report.episodes:
+        yield Text()
+        yield _episodes(report)
+    for rank, verdict in enumerate(report.likely[:MOST_CAUSES], start=1):
+        yield Text()
+        yield _cause_line(rank, verdict, width)
+        yield from _in_full(verdict) if rank == 1 else [_hanging("   ", Text(verdict.summary))]
+    yield from _rest(report)
+    yield from _listed("Samples that stand out", *_suspects(report))
+    yield from _listed("What was done", [action_words(a) for a in report.actions[:MOST_ACTIONS]], len(report.actions))
+    yield from _listed("Could not be seen", report.remarks, len(report.remarks))
+    yield Text()
+
+
+def _title(report: Report, width: int) -> Text:
+    title = Text.assemble(
+        ("lightning-spike", "bold"), " ── ", (headline(report), "bold red"), " ", overflow="ellipsis", no_wrap=True
+    )
+    return title.append("─" * max(0, width - title.cell_len))
+
+
+# -- the curve -----------------------------------------------------------------------------------------------------------
+
+
+def _curves(report: Report) -> Iterator[Curve]:
+    if report.loss is not None:
+        yield report.loss
+    if any(e.signal == "val_loss" for e in report.episodes):
+        yield from report.validation[:1]
+
+
+def _curve(curve: Curve, episodes: Sequence[Episode], width: int) -> Iterator[Text]:
+    drawing = draw(curve.ordinals, curve.values, width=width - LABEL - 2, height=CURVE_ROWS)
+    if drawing is None:
+        yield Text(f"{curve.name}: no finite value", style="dim")
+        return
+    yield Text(f"{curve.name}{', log scale' if drawing.log else ''}", style="dim")
+    spans = [_span(e, drawing) for e in episodes]
+    for i, row in enumerate(drawing.rows):
+        label = number(drawing.high) if i == 0 else number(drawing.low) if i == CURVE_ROWS - 1 else ""
+        line = Text(row, style="cyan")
+        for start, stop in spans:
+            line.stylize("bold red", start, stop)
+        yield Text.assemble((f"{label:>{LABEL}} {'┤' if label else '│'}", "dim"), line)
+    yield Text.assemble(" " * (LABEL + 2), (_marks(episodes, spans, drawing.width), "bold red"))
+    left, right = f"step {curve.steps[0]:,}", f"{curve.steps[-1]:,}"
+    yield Text(f"{'':{LABEL + 2}}{left}{right:>{drawing.width - len(left)}}", style="dim")
+
+
+def _span(episode: Episode, drawing: Drawing) -> tuple[int, int]:
+    stop = drawing.width - 1 if episode.end is None else drawing.column(episode.end.ordinal)
+    return drawing.column(episode.onset.ordinal), stop + 1
+
+
+def _marks(episodes: Sequence[Episode], spans: Sequence[tuple[int, int]], width: int) -> str:
+    """The line under a curve: each episode's stretch, its number at the onset where there is room."""
+    marks = [" "] * width
+    for start, stop in spans:
+        marks[start:stop] = "▔" * (stop - start)
+    for episode, (start, _) in zip(episodes, spans, strict=True):
+        name = str(episode.id)
+        room = marks[start : start + len(name)]
+        if len(room) == len(name) and not any(mark.isdigit() for mark in marks[max(start - 1, 0) : start + len(name)]):
+            marks[start : start + len(name)] = name
+    return "".join(marks)
+
+
+# -- the episodes --------------------------------------------------------------------------------------------------------
+
+
+def _episodes(report: Report) -> RenderableType:
+    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim")
+    table.add_column("#", justify="right")
+    table.add_column("kind", no_wrap=True)
+    table.add_column("steps", no_wrap=True)
+    table.add_column("loss", no_wrap=True)
+    table.add_column("after", overflow="fold")
+    table.add_column("likeliest cause", overflow="fold")
+    worst = sorted(report.episodes, key=lambda e: -e.severity)[:MOST_EPISODES]
+    for episode in sorted(worst, key=lambda e: (e.onset.ordinal, e.id)):
+        causes = report.causes_of.get(episode.id, ())
+        likeliest = f"{causes[0].cause} {percent(causes[0].probability)}" if causes else "unexplained"
+        cells = [
+            str(episode.id),
+            episode.kind.value,
+            steps_words(episode),
+            loss_words(episode),
+            recovery_words(episode),
+            likeliest,
+        ]
+        table.add_row(*map(Text, cells))
+    more = len(report.episodes) - len(worst)
+    return Group(table, Text(f"and {count(more, 'milder episode')} in the files", style="dim")) if more else table
+
+
+# -- the causes ----------------------------------------------------------------------------------------------------------
+
+
+def _cause_line(rank: int, verdict: Verdict, width: int) -> Text:
+    filled = round(BAR * min(max(verdict.probability, 0.0), 1.0))
+    mark = {True: "green", False: "red", None: "dim"}[verdict.confirmed]
+    line = Text.assemble(
+        (f"{rank}  {verdict.cause}", "bold"),
+        (f"  {family_words(verdict.family)}, {episodes_words(verdict.episodes)}", "dim"),
+        no_wrap=True,
+        overflow="ellipsis",
+    )
+    tail = Text.assemble(
+        ("█" * filled, "cyan"), ("░" * (BAR - filled), "dim"), f" {percent(verdict.probability):>5}  ", (confirmed_words(verdict)[0], mark)
+    )  # fmt: skip
+    line.truncate(max(width - tail.cell_len - 2, 1), overflow="ellipsis", pad=True)
+    return Text.assemble(line, "  ", tail)
+
+
+def _in_full(verdict: Verdict) -> Iterator[RenderableType]:
+    yield _hanging("   ", Text(verdict.summary))
+    if verdict.confirmed is not None:
+        yield _hanging("   ", Text(confirmed_words(verdict), style="green" if verdict.confirmed else "red"))
+    strongest = sorted(verdict.evidence, key=lambda e: -abs(e.weight))[:MOST_EVIDENCE]
+    if strongest:
+        yield Text("   evidence", style="dim")
+    for evidence in strongest:
+        sign = "   − " if evidence.weight < 0 else "   + "
+        yield _hanging(sign, Text.assemble(evidence.text, (f"  [{evidence_words(evidence)}]", "dim")))
+    if verdict.fixes:
+        yield Text("   what to change", style="dim")
+    for fix in verdict.fixes:
+        yield _hanging("   → ", Text(fix, style="bold"))
+
+
+def _rest(report: Report) -> Iterator[RenderableType]:
+    """What the shown causes leave: the fainter ones, and what nothing explains."""
+    fainter = len(report.causes) - len(report.likely[:MOST_CAUSES])
+    said = [f"{count(fainter, 'fainter cause')} in the files"] if fainter else []
+    if report.unexplained >= LEAST_PROBABILITY:
+        said.append(f"unexplained: {percent(report.unexplained)}")
+    if said:
+        yield Text()
+        yield Text("   " + " · ".join(said), style="dim")
+
+
+# -- the rest ------------------------------------------------------------------------------------------------------------
+
+
+def _suspects(report: Report) -> tuple[list[str], int]:
+    """One line for each batch, the worst samples of each, and how many batches there are."""
+    batches = [list(group) for _, group in itertools.groupby(report.suspects, key=lambda s: s.step)]
+    return [suspects_words(batch[:MOST_SUSPECTS]) for batch in batches[:MOST_ACTIONS]], len(batches)
+
+
+def _listed(heading: str, lines: Sequence[str], total: int) -> Iterator[RenderableType]:
+    if not lines:
+        return
+    yield Text()
+    yield Text(heading, style="bold")
+    yield from (_hanging("   • ", Text(line)) for line in lines)
+    if total > len(lines):
+        yield Text(f"     and {total - len(lines):,} more in the files", style="dim")
+
+
+def _hanging(lead: str, text: Text) -> RenderableType:
+    """A paragraph whose further lines start under its first word."""
+    if not lead.strip():
+        return Padding(text, (0, 0, 0, len(lead)))
+    grid = Table.grid(padding=0)
+    grid.add_column(no_wrap=True, width=len(lead))
+    grid.add_column(ratio=1)
+    grid.add_row(Text(lead, style=text.style), text)
+    return grid
+
+
+def _common(files: Sequence[Path]) -> str:
+    """The folder of the files, relative to the working directory where it is inside."""
+    folder = files[0].parent
+    try:
+        return f"{folder.resolve().relative_to(Path.cwd())}/"
+    except (ValueError, OSError):  # elsewhere, or the working directory is gone
+        return f"{folder}/"
+
+
+def _without_trailing_space(line: list[Segment]) -> list[Segment]:
+    """So that a report that is copied, or written to a log, carries no blanks that nobody sees."""
+    while line and not line[-1].text.strip() and not line[-1].control:
+        line = line[:-1]
+    if line and not line[-1].control:
+        line = [*line[:-1], Segment(line[-1].text.rstrip(), line[-1].style)]
+    return line
+
+
+def _in_ascii(segment: Segment, encoding: str) -> Segment:
+    if segment.control:
+        return segment
+    plain = segment.text.translate(ASCII)
+    return Segment(plain.encode(encoding, errors="replace").decode(encoding), segment.style)

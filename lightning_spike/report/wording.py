@@ -1,0 +1,186 @@
+"""How numbers and facts are put into words, the same in the terminal and on the page."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_spike.records import Action, Episode, Evidence, Family, Recovery, RunStatus, Verdict
+from lightning_spike.report.model import Report, Suspect
+
+__all__ = [
+    "action_words",
+    "confirmed_words",
+    "count",
+    "duration",
+    "ending",
+    "episodes_words",
+    "evidence_words",
+    "family_words",
+    "headline",
+    "loss_words",
+    "number",
+    "percent",
+    "recovery_words",
+    "setting",
+    "steps_words",
+    "suspects_words",
+]
+
+ENDINGS = {
+    RunStatus.RUNNING: "still running after",
+    RunStatus.FINISHED: "finished after",
+    RunStatus.STOPPED_EARLY: "stopped early after",
+    RunStatus.EXCEPTION: "ended by an exception after",
+    RunStatus.INTERRUPTED: "interrupted after",
+}
+
+RECOVERIES = {
+    Recovery.WHOLE: "came back",
+    Recovery.PART: "came back in part",
+    Recovery.NEVER: "never came back",
+    Recovery.OPEN: "not over at the end",
+}
+
+
+def number(value: float | None) -> str:
+    """Three significant digits; `–` for none."""
+    if value is None:
+        return "–"
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Inf" if value > 0 else "-Inf")
+    if value == int(value) and abs(value) < 1e6:  # noqa: PLR2004 - whole numbers up to here read best as they are
+        return f"{int(value):,}"
+    return f"{value:.3g}"
+
+
+def count(n: int, noun: str) -> str:
+    """`1 step`, `1,200 steps`."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+def percent(probability: float) -> str:
+    """Whole percent; 0 and 100 only where it is exactly that."""
+    if 0 < probability < 0.01:  # noqa: PLR2004 - less than what can be shown
+        return "<1 %"
+    if 0.99 < probability < 1:  # noqa: PLR2004 - more than what can be shown
+        return ">99 %"
+    return f"{round(100 * probability)} %"
+
+
+def duration(seconds: float) -> str:
+    """`0.8 s`, `12 s`, `3 min 20 s`, `2 h 5 min`."""
+    if seconds < 9.95:  # noqa: PLR2004 - shown with a decimal below ten seconds
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
+    if minutes < 60:  # noqa: PLR2004 - minutes in an hour
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def ending(report: Report) -> str:
+    """How the run ended: `finished after 1,200 steps, 4 epochs, 12 s`."""
+    done = [count(report.steps, "step"), count(report.epochs, "epoch"), duration(report.seconds)]
+    return f"{ENDINGS[report.status]} {', '.join(done)}"
+
+
+def setting(report: Report) -> str:
+    """Where it ran: `cpu, 32-true`."""
+    ranks = [f"{report.facts.world_size} ranks"] if report.facts.world_size > 1 else []
+    resumed = [f"resumed at step {report.facts.first_step:,}"] if report.facts.first_step else []
+    return ", ".join([*filter(None, [report.device, report.facts.precision]), *ranks, *resumed])
+
+
+def headline(report: Report) -> str:
+    """What happened, in one line: the number of episodes, and the first cause."""
+    if report.healthy:
+        return "no trouble"
+    found = [count(len(report.episodes), "episode")] if report.episodes else []
+    if not report.causes:
+        return ", ".join([*found, "unexplained"])
+    first = report.causes[0]
+    return ", ".join([*found, f"most likely {first.cause} ({percent(first.probability)})"])
+
+
+def steps_words(episode: Episode) -> str:
+    """`400–431`, `400` for a single step, `400–…` where the loss never came back."""
+    if episode.end is None:
+        return f"{episode.onset.step:,}–…"
+    if episode.end.step == episode.onset.step:
+        return f"{episode.onset.step:,}"
+    return f"{episode.onset.step:,}–{episode.end.step:,}"
+
+
+def loss_words(episode: Episode) -> str:
+    """`0.31 → 4.2 (×14)`."""
+    before, peak = episode.loss_before, episode.loss_peak
+    words = f"{number(before)} → {number(peak)}"
+    if before is None or peak is None or not math.isfinite(peak) or before <= 0 or peak / before < 1.05:  # noqa: PLR2004 - no ratio worth naming
+        return words
+    return f"{words} (×{number(float(f'{peak / before:.2g}'))})"
+
+
+def recovery_words(episode: Episode) -> str:
+    """How far the loss came back, and when."""
+    return RECOVERIES[episode.recovery]
+
+
+def family_words(family: Family) -> str:
+    """`learning rate`."""
+    return family.value.replace("_", " ")
+
+
+def confirmed_words(verdict: Verdict) -> str:
+    """What the replay said."""
+    return {True: "✓ confirmed by replay", False: "✗ not confirmed by replay", None: "– no replay"}[verdict.confirmed]
+
+
+def episodes_words(ids: tuple[int, ...]) -> str:
+    """`episode 1`, `episodes 1–3, 7`."""
+    if not ids:
+        return "the whole run"
+    ordered = sorted(set(ids))
+    starts = [i for i in ordered if i - 1 not in ordered]
+    ends = [i for i in ordered if i + 1 not in ordered]
+    spans = [str(a) if a == b else f"{a}–{b}" for a, b in zip(starts, ends, strict=True)]
+    return ("episode " if len(ordered) == 1 else "episodes ") + ", ".join(spans)
+
+
+def evidence_words(evidence: Evidence) -> str:
+    """Where the observation is from: `lr-AdamW at step 400: 0.1, expected 0.001`."""
+    where = evidence.signal if evidence.step is None else f"{evidence.signal} at step {evidence.step:,}"
+    if evidence.observed is None:
+        return where
+    expected = "" if evidence.expected is None else f", expected {number(evidence.expected)}"
+    return f"{where}: {number(evidence.observed)}{expected}"
+
+
+def action_words(action: Action) -> str:
+    """What was done, with the plain facts of its detail: `rollback at step 403: to_step 380, lr_scale 0.5`."""
+    facts = [f"{key} {_scalar(value)}" for key, value in action.detail.items() if _is_scalar(value)]
+    name = action.action.replace("_", " ")
+    return f"{name} at step {action.at.step:,}" + (f": {', '.join(facts)}" if facts else "")
+
+
+def suspects_words(suspects: Sequence[Suspect]) -> str:
+    """Samples of one batch: `step 400: dataset index 17 (loss 9.5), position 2 in the batch`."""
+    samples = []
+    for suspect in suspects:
+        name = (
+            f"position {suspect.position} in the batch"
+            if suspect.dataset_index is None
+            else f"dataset index {suspect.dataset_index}"
+        )
+        samples.append(name if suspect.loss is None else f"{name} (loss {number(suspect.loss)})")
+    return f"step {suspects[0].step:,}: {', '.join(samples)}"
+
+
+def _is_scalar(value: Any) -> bool:  # noqa: ANN401 - details hold anything
+    return isinstance(value, str | int | float)
+
+
+def _scalar(value: Any) -> str:  # noqa: ANN401 - details hold anything
+    if isinstance(value, bool | str):
+        return str(value)
+    return number(float(value))
