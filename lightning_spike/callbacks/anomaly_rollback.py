@@ -124,7 +124,7 @@ class AnomalyRollback(SpikeCallback):
         self._policy.judge(arrival.row, healthy=self.flight.episodes.healthy)
 
     @override
-    def act(self, batch: TrainingBatch, changed: Sequence[Episode]) -> None:
+    def heal(self, batch: TrainingBatch, changed: Sequence[Episode]) -> None:
         wish = self._policy.wish(batch.at.ordinal, changed, self.flight.store)
         if self._policy.spent:
             self._say_spent(wish)

@@ -115,6 +115,7 @@ class Flight:
         self._batch = None
         changed = self._judge(self.recorder.arrived())
         self._each(lambda p: p.act(current, changed))
+        self._each(lambda p: p.heal(current, changed))
 
     def validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """`on_validation_end`, not for the sanity check."""

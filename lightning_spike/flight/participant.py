@@ -42,7 +42,8 @@ class Participant:
     sense_gradients   on_before_optimizer_step  │
     sense_outcome     on_train_batch_end        ┘
     judge             on_train_batch_end        once for every batch whose numbers have arrived on the host
-    act               on_train_batch_end        every batch, on every rank: the one phase that may change the run
+    act               on_train_batch_end        every batch, on every rank: dump, replay, whatever leaves the run as it is
+    heal              on_train_batch_end        when all have acted: the one phase that may change the run
     sense_validation  on_validation_end
     conclude          on_fit_end, on_exception  once, however the run ended
     explain           on_fit_end, on_exception  once, when all have concluded: rank, render, write
@@ -76,6 +77,9 @@ class Participant:
 
     def act(self, batch: TrainingBatch, changed: Sequence[Episode]) -> None:
         """Do something about it; called at the end of every batch on every rank, with the episodes that are new or have changed."""
+
+    def heal(self, batch: TrainingBatch, changed: Sequence[Episode]) -> None:
+        """Change the run, back to healthy weights say; after `act` of all, so that the lab still finds the weights as the trouble left them."""
 
     def sense_validation(self, trainer: Trainer, module: LightningModule, at: Moment) -> None:
         """A validation (not the sanity check) has ended after the training batch `at`; reading metrics may block here."""
