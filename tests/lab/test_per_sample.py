@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from bench import attached
 from shapes import CLASSES, FEATURES, Plain
 from torch import nn
 from torch.nn import functional
@@ -12,23 +12,8 @@ from lightning_spike.signals.random_state import RandomState
 SIZE = 12
 
 
-def attached(module):
-    """A trainer that has the module, as between two batches, without a training."""
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module)
-    return trainer
-
-
 def losses_of(module, batch, **options):
     trainer = attached(module)
-    module.train()
     before = [p.clone() for p in (*module.parameters(), *module.buffers())]
     found = per_sample_losses(trainer, module, batch, 0, **options)
     assert all(torch.equal(a, b) for a, b in zip(before, (*module.parameters(), *module.buffers()), strict=True))
