@@ -15,18 +15,30 @@ __all__ = ["Baseline"]
 
 CENTRE: Final = 32
 """Accepted values that make the present level: its median then adds 2.4 % to the noise, and follows a trend within 16 steps."""
-SCALE: Final = 256
-"""Residuals that make the present noise."""
+AROUND: Final = 17
+"""Accepted values around the one whose noise is learnt: a median from both sides leaves no trend in the residual."""
+SCALE: Final = 384
+"""Residuals that make the present noise; its standard error is then 6 %."""
+AHEAD: Final = 128
+"""Differences between a value and the level before it, which are larger than the noise where the loss wanders."""
+WIDER: Final = 1.037
+"""Standard deviation of normal noise about the median of the 32 values before it, over that about the median of the 17 around it:
+sqrt(1 + pi/2/32) / sqrt(1 + pi/2/17 - 2/17)."""
+WANDER: Final = 0.85
+"""Share of the width of those differences below which it is not believed: their own standard error is 11 %."""
 TAIL: Final = 1024
 """Standardised residuals that show how heavy the tail is."""
+NEARBY: Final = 64
+"""Residuals around one that standardise it for the tail: noise that grows or shrinks along the run must not pass for a heavy tail."""
 LEAST: Final = 8
 """Accepted values without which no statement is made."""
-OFFSET: Final = 0.25
-"""Share of the median that is added before the logarithm: science.md 1.5 measured c = 0.25 median as the best of its kind."""
+OFFSET: Final = 0.1
+"""Share of the median that is added before the logarithm. science.md 1.5 measured 0.25 as the best of 0, 0.25 and 1 for small nets;
+less keeps lognormal noise normal, and costs little of the power under additive noise."""
 REFIT_EVERY: Final = 16
 """Pushes between two looks at the tail; amortises its cost."""
-NORMAL_LIMIT: Final = 4.2
-"""How far out is far for normal noise, in standard deviations: 8.5e-6 of the values lie beyond."""
+NORMAL_LIMIT: Final = 4.15
+"""How far out is far for normal noise, in standard deviations: 1.7e-5 of the values lie beyond."""
 TAIL_POINTS: Final = ((0.95, 1.6449), (0.975, 1.96), (0.99, 2.3263))
 """Probabilities at which the tail is read, with the normal quantile of each."""
 ONE_SIGMA: Final = 0.8413
@@ -35,8 +47,24 @@ HEAVIEST: Final = 0.30
 """Cap on the tail's shape h; Student's t with 2 degrees of freedom has about as much between these quantiles."""
 SCALE_POINTS: Final = ((0.75, 0.6745), (0.8413, 1.0), (0.90, 1.2816))
 """Probabilities whose half-widths are averaged into the scale, with the normal quantile of each."""
+DOUBT: Final = 0.85
+"""Standard error of h times the square root of the number of residuals, for normal noise."""
+HEAVY: Final = 2.5
+"""Standard errors of h from which on the tail is called heavier than normal."""
+KNOWN: Final = 0.03
+"""Standard error of h from which on normal-looking noise is taken as normal: some 800 residuals."""
+WINDOWS: Final = ("centre", "before", "around", "nearby", "residuals", "ahead", "tail")
+NUMBERS: Final = ("linear", "pushed", "width", "limit", "scale")
 HUGE: Final = 1e300
 """Values are cut here, so that differences stay finite."""
+
+
+def _half_width(ordered: list[float]) -> float:
+    """Standard deviation by the upper half of the noise."""
+    middle = quantile(ordered, 0.5)
+    return sum((quantile(ordered, probability) - middle) / score for probability, score in SCALE_POINTS) / len(
+        SCALE_POINTS
+    )
 
 
 def _shape(ordered: list[float]) -> float:
@@ -61,10 +89,16 @@ class Baseline:
         """Start empty."""
         self._centre = SortedWindow(CENTRE)
         self._before = SortedWindow(CENTRE)
+        self._around = SortedWindow(AROUND)
+        self._waiting: list[tuple[float, float]] = []
+        self._nearby = SortedWindow(NEARBY)
+        self._recent: list[float] = []
         self._residuals = SortedWindow(SCALE)
+        self._ahead = SortedWindow(AHEAD)
         self._tail = SortedWindow(TAIL)
         self._linear = False
         self._pushed = 0
+        self._width = math.inf
         self._limit = math.inf
         self._scale = math.inf
 
@@ -108,16 +142,33 @@ class Baseline:
         if value < 0.0 and not self._linear:
             self._go_linear()
         if len(self._centre) >= LEAST:
-            residual = self._ruled(value - self._forecast()) / noise
-            if self.ready:
-                self._tail.push(residual / self._scale)
-            self._residuals.push(residual)
+            self._ahead.push(self._ruled(value - self._forecast()) / noise)
         leaving = self._centre.push(value)
         if leaving is not None:
             self._before.push(leaving)
+        self._learn(value, noise)
         self._pushed += 1
         if self._pushed % REFIT_EVERY == 0 or len(self._residuals) < 2 * REFIT_EVERY:
             self._refit()
+
+    def _learn(self, value: float, noise: float) -> None:
+        """Take in the noise of the value eight pushes ago, now that both its sides are known."""
+        self._around.push(value)
+        self._waiting.append((value, noise))
+        if len(self._around) < AROUND:
+            return
+        if len(self._waiting) > AROUND // 2 + 1:
+            del self._waiting[: -(AROUND // 2 + 1)]
+        learnt, its_noise = self._waiting[0]
+        residual = self._ruled(learnt - self._around.median()) / its_noise
+        self._residuals.push(residual)
+        self._nearby.push(residual)
+        self._recent.append(residual)
+        if len(self._nearby) == NEARBY:
+            del self._recent[: -(NEARBY // 2)]
+            width = 0.5 * (self._nearby.quantile(ONE_SIGMA) - self._nearby.quantile(1.0 - ONE_SIGMA))
+            if width > 0.0:
+                self._tail.push(self._recent[0] / width)
 
     def rebase(self, values: list[float]) -> None:
         """Take these finite values as the new level, e.g. after a shift that stayed."""
@@ -126,9 +177,10 @@ class Baseline:
             self._go_linear()
         self._centre.replace(values)
         self._before.replace([])
-        centre = self._centre.median()
+        self._around.replace([])
+        self._waiting.clear()
         for value in values:
-            self._residuals.push(self._ruled(value - centre))
+            self._learn(value, 1.0)
         self._refit()
 
     def _unit(self, centre: float) -> float:
@@ -161,38 +213,32 @@ class Baseline:
         if not self.ready:
             return
         ordered = self._residuals.ordered
-        middle = quantile(ordered, 0.5)
-        widths = [(quantile(ordered, probability) - middle) / score for probability, score in SCALE_POINTS]
         centre = abs(self._centre.median())
         floor = max(1e-9 * centre, 1e-30) if self._linear else 1e-4
-        self._scale = max(sum(widths) / len(widths), floor)
-        count = len(self._tail)
-        doubt = 0.85 / math.sqrt(max(count, 1))
-        shape = _shape(self._tail.ordered) if count >= LEAST else HEAVIEST
-        lean = 1.0 if shape > doubt else 0.0
-        shape = min(HEAVIEST, max(0.0, lean * shape) + max(0.0, doubt - 0.03))
+        self._width = max(_half_width(ordered), floor)
+        wander = _half_width(self._ahead.ordered) if len(self._ahead) >= LEAST else 0.0
+        self._scale = max(WIDER * self._width, WANDER * wander)
+        tail = self._tail.ordered if len(self._tail) >= NEARBY else ordered
+        doubt = DOUBT / math.sqrt(len(tail))
+        shape = _shape(tail)
+        shape = shape + doubt if shape > HEAVY * doubt else 0.0
+        shape = min(HEAVIEST, shape + HEAVY * max(0.0, doubt - KNOWN))
         self._limit = NORMAL_LIMIT * math.exp(shape * (NORMAL_LIMIT**2 - 1.0) / 2.0)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state."""
         return {
-            "centre": self._centre.values(),
-            "before": self._before.values(),
-            "residuals": self._residuals.values(),
-            "tail": self._tail.values(),
-            "linear": self._linear,
-            "pushed": self._pushed,
-            "limit": self._limit,
-            "scale": self._scale,
+            **{name: getattr(self, f"_{name}").values() for name in WINDOWS},
+            **{name: getattr(self, f"_{name}") for name in NUMBERS},
+            "recent": list(self._recent),
+            "waiting": [list(pair) for pair in self._waiting],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` left off."""
-        self._centre.replace(state["centre"])
-        self._before.replace(state["before"])
-        self._residuals.replace(state["residuals"])
-        self._tail.replace(state["tail"])
-        self._linear = state["linear"]
-        self._pushed = state["pushed"]
-        self._limit = state["limit"]
-        self._scale = state["scale"]
+        for name in WINDOWS:
+            getattr(self, f"_{name}").replace(state[name])
+        for name in NUMBERS:
+            setattr(self, f"_{name}", state[name])
+        self._recent = list(state["recent"])
+        self._waiting = [(value, noise) for value, noise in state["waiting"]]

@@ -24,6 +24,10 @@ WIDER: Final = 3.0
 """Times the usual spread from which it is called a swing; science.md 1.8 takes a variance ratio of 4 (2 in spread) as a hint."""
 CALMER: Final = 1.6
 """Times the usual spread below which the swings are over."""
+FAR: Final = 1.2
+"""Usual spreads from the usual middle beyond which a loss may be the first of the swings: three standard deviations."""
+CLOSE: Final = 16
+"""Losses of which a quarter must be as far for it to be the first."""
 LEAST_SPREAD: Final = 0.15
 """Spread, as a share of the level, that matters at all."""
 LEAST_CROSSINGS: Final = 5
@@ -99,7 +103,10 @@ class SwingDetector:
             return None
         self.raised = True
         usual, middle = reference
-        first = next((place for place, value in enumerate(values) if abs(value - middle) > 1.2 * usual), 0)
+        far = [abs(value - middle) > FAR * usual for value in values]
+        first = next(
+            (place for place in range(len(far)) if far[place] and sum(far[place : place + CLOSE]) >= CLOSE // 4), 0
+        )
         return len(values) - 1 - first
 
     def _swings(self, values: list[float], low: float, high: float, usual: float) -> bool:

@@ -30,6 +30,8 @@ WHOLE: Final = 0.2
 """Share of the rise that may be left for the recovery to be whole (science.md 1.8)."""
 PART: Final = 0.8
 """Share of the rise from which on nothing recovered (science.md 1.8)."""
+NOISE_OF_PEAK: Final = 2.5
+"""Standard deviations by which the highest of some dozens of losses stands above their level: taken off before the shares."""
 SHARP: Final = 4
 """Batches from the onset to half of the peak within which a rise is a jump."""
 
@@ -132,12 +134,16 @@ class SeriesTracker:
             self._redate(draft)
 
     def _redate(self, draft: Draft) -> None:
-        """Date a slow rise back to where the level begins to climb."""
+        """Date a slow rise back to where the level begins to climb; never later than the first loss that was flagged."""
         recent = [(moment, value) for moment, value, _ in self._history if math.isfinite(value)][-256:]
         first = next((i for i, (m, _) in enumerate(recent) if m.ordinal >= draft.onset.ordinal), len(recent))
         recent = recent[max(0, first - 128) :]
-        place = min(ramp_onset([value for _, value in recent]) + 1, len(recent) - 1)
-        draft.onset = recent[place][0]
+        values = [value for _, value in recent]
+        if min(values) > 0.0:
+            values = [math.log(value) for value in values]
+        onset = recent[min(ramp_onset(values) + 1, len(recent) - 1)][0]
+        if onset.ordinal < draft.onset.ordinal:
+            draft.onset = onset
 
     def _drifted(self, at: Moment) -> Draft:
         recent = [value for _, value, _ in islice(reversed(self._history), 32) if math.isfinite(value)]
@@ -160,8 +166,6 @@ class SeriesTracker:
             draft.worsen(at, self._history[-1][1], min(self.fast.baseline.limit, MOST_SEVERE))
         if draft.kind in {EpisodeKind.SPIKE, EpisodeKind.DIVERGENCE}:
             draft.kind = EpisodeKind.OSCILLATION
-            if onset.ordinal < draft.onset.ordinal:
-                draft.onset = onset
         return draft
 
     def _stalled(self, at: Moment, since: int | None) -> list[Draft]:
@@ -193,6 +197,8 @@ class SeriesTracker:
         after = median(value for _, value, _ in islice(reversed(self._history), max(1, min(draft.calm, CALM))))
         draft.recovery = self._recovery(draft, after)
         draft.end = None if draft.recovery is Recovery.NEVER else draft.last_bad
+        if draft.kind is EpisodeKind.SPIKE and draft.recovery is Recovery.NEVER:
+            draft.kind = EpisodeKind.DIVERGENCE
         if draft.kind is EpisodeKind.DIVERGENCE and draft.end is not None and self._jumped(draft):
             draft.kind = EpisodeKind.SPIKE
         self.draft = None
@@ -203,17 +209,13 @@ class SeriesTracker:
         left = after - draft.before
         if left <= max(0.05 * abs(draft.before), min(2.0 * self.fast.baseline.spread, 0.5 * abs(draft.before))):
             return Recovery.WHOLE
-        rise = draft.peak_value - draft.before if math.isfinite(draft.peak_value) else math.inf
-        share = left / rise if rise > 0.0 else 1.0
-        if math.isinf(rise):
+        if not math.isfinite(draft.peak_value):
             return Recovery.PART
-        return (
-            Recovery.WHOLE
-            if share < WHOLE and not draft.absorbed
-            else Recovery.PART
-            if share < PART
-            else Recovery.NEVER
-        )
+        rise = draft.peak_value - draft.before - NOISE_OF_PEAK * self.fast.baseline.spread
+        share = left / rise if rise > left else 1.0
+        if share < WHOLE and not draft.absorbed:
+            return Recovery.WHOLE
+        return Recovery.PART if share < PART else Recovery.NEVER
 
     def _jumped(self, draft: Draft) -> bool:
         half = 0.5 * ((draft.before or 0.0) + draft.peak_value)

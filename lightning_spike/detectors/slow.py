@@ -15,11 +15,13 @@ __all__ = ["SlowDetector"]
 BLOCK: Final = 16
 HISTORY: Final = 32
 """Blocks that make the reference and the spread."""
+REFERENCE: Final = 16
+"""Blocks whose median is the level before."""
 LEAST_BLOCKS: Final = 6
 SLACK: Final = 1.0
 CLIP: Final = 3.0
-ALARM: Final = 6.0
-"""science.md 1.6: k = 1, h = 6 on clipped scores; average run length to a false alarm 8e5 blocks for normal noise."""
+ALARM: Final = 8.0
+"""k = 1, h = 8 on clipped scores: Siegmund gives 4.6e7 blocks to a false alarm for normal noise; the spread is only estimated."""
 LEAST_RISE: Final = 0.15
 """Share of the reference by which the level must have risen to matter."""
 SETTLED: Final = 16
@@ -66,7 +68,7 @@ class SlowDetector:
         if len(self._blocks) < LEAST_BLOCKS:
             self._blocks.append(block)
             return False
-        reference = median(self._blocks[-LEAST_BLOCKS:])
+        reference = median(self._blocks[-REFERENCE:])
         unit = max(_spread(self._blocks), 1e-3 * abs(reference), 1e-30)
         total = self._cusum.push((block - reference) / unit)
         self._pending.append(block)

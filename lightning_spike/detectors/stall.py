@@ -16,8 +16,8 @@ __all__ = ["StallDetector"]
 BLOCK: Final = 16
 SCALES: Final = (1, 2, 4, 8)
 """Blocks per group."""
-GROUPS: Final = 9
-"""Groups that are looked at: five decrements that fall, one in which the break may lie, two that are flat."""
+GROUPS: Final = 10
+"""Groups that are looked at: five decrements that fall, one in which the break may lie, three that are flat."""
 FALLING: Final = 5
 CONSTANT_AFTER: Final = 128
 """Equal losses from the very first one on after which the training is said to stand still."""
@@ -25,6 +25,8 @@ FLAT: Final = 0.15
 """Share of the decrement that was due below which the loss stands."""
 SURE: Final = 6.0
 """Standard errors that the missing decrement must have."""
+LEAST_MISSING: Final = 0.02
+"""Share of the level that must be missing to matter."""
 SMOOTH: Final = 0.3
 """Share by which a decrement may differ from the geometric course, besides its noise."""
 NEAR_ZERO: Final = 0.1
@@ -57,9 +59,9 @@ def _broke_off(groups: list[float], noise: float) -> bool:
     course = [middle * ratio ** (place - (FALLING - 1) / 2) for place in range(FALLING)]
     if any(abs(drop - due) > SMOOTH * due + noise for drop, due in zip(falling, course, strict=True)):
         return False
-    due = sum(course[-1] * ratio ** (place + 1) for place in range(1, len(drops) - FALLING))
-    got = groups[FALLING + 1] - groups[-1]
-    return bool(due > SURE * noise and abs(got) < FLAT * due + 0.5 * noise)
+    missing = [course[-1] * ratio ** (place + 1) for place in range(1, len(drops) - FALLING)]
+    flat = all(abs(drop) < FLAT * due + noise for drop, due in zip(drops[FALLING + 1 :], missing, strict=True))
+    return bool(flat and sum(missing) > max(SURE * noise, LEAST_MISSING * abs(groups[-1])))
 
 
 class StallDetector:
@@ -80,7 +82,7 @@ class StallDetector:
         """Take a finite loss. Does its work once every 16 losses.
 
         Returns:
-            When a stall has just been noticed: how many losses ago it began, at most 16 * 72; else `None`.
+            When a stall has just been noticed: how many losses ago it began, at most 16 * 80; else `None`.
         """
         if self._first is None:
             self._first = value
