@@ -57,6 +57,10 @@ class BatchRing(Participant):
         self._versions: list[tuple[Tensor, int]] = []
         self._ids: SampleIdWatch | None = None
 
+    def want(self, depth: int) -> None:
+        """What one of those who share it needs: the greatest depth asked for counts, whoever came first. The bound on bytes stays."""
+        self._depth = max(self._depth, depth)
+
     @override
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         self._ids = self.flight.share(SampleIdWatch, SampleIdWatch, trainer, module)

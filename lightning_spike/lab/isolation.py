@@ -69,6 +69,12 @@ class Bench:
         self._put_back()
         self._mute()
 
+    def done_with(self, batch: object) -> None:
+        """Put one batch back now, after the last backward pass that needs it, so that its copy can be let go."""
+        held = self._batches.pop(id(batch), None)
+        if held is not None:
+            held[1].put_back()
+
     def _put_back(self) -> None:
         self._state.put_back()
         for _, kept in self._batches.values():

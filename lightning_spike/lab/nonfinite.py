@@ -210,7 +210,7 @@ def _of_backward(loss: Tensor, module: nn.Module, places: _Places) -> Origin | N
     culprits: list[Any] = []
     handles = [_watched(node, culprits) for node in _graph(loss.grad_fn)]
     try:
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, parameters, allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()

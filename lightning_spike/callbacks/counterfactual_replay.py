@@ -1,0 +1,150 @@
+"""`CounterfactualReplay`: after an episode, run the moment again and see whether the batch or the weights made the loss jump."""
+
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from lightning.pytorch import LightningModule, Trainer
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_spike.actions.batch_ring import BatchRing
+from lightning_spike.actions.snapshot import Snapshots
+from lightning_spike.arguments import number, whole_number
+from lightning_spike.callbacks.base import SpikeCallback
+from lightning_spike.flight.participant import TrainingBatch
+from lightning_spike.lab.errors import CannotReplay
+from lightning_spike.lab.reproduce import Settings, settings_of
+from lightning_spike.lab.triage import Scene, not_run, triage
+from lightning_spike.records import Action, Episode, EpisodeKind, Finding
+
+__all__ = ["CounterfactualReplay"]
+
+EXAMINED: Final = frozenset({EpisodeKind.SPIKE, EpisodeKind.DIVERGENCE, EpisodeKind.NONFINITE})
+"""Kinds of episodes that have a moment to go back to."""
+
+REACH: Final = 72
+"""Batches kept for the re-run: the cadence of the snapshots (50), what proves one of them healthy (8), and controls from before it."""
+
+
+class CounterfactualReplay(SpikeCallback):
+    """Confirms causes by experiment: after an episode, the moment is run again with the weights and the batches exchanged.
+
+    From the last snapshot that has proven healthy the run is trained again up to the onset, with the recorded batches, random states and learning rates; then old and
+    new weights are evaluated on the batch of the onset and on ordinary ones. That splits the jump into what the batch does and what the weights do; a spike that does not
+    come back was made from outside. Where the loss is not finite, the module and operation that made the first such value are named.
+
+    Afterwards everything is as before, to the bit, and so is the rest of the training; where a moment cannot be run again, the report says why.
+    What leaks all the same is what `training_step` itself writes to files, globals or writers of its own (`lab.isolation`). Not run: with more than one rank, under manual
+    optimisation.
+
+    Args:
+        budget: Share of the run's time so far that re-runs may take, above 0 and at most 1; the first episode is always examined.
+        max_episodes: Episodes examined at most in one fit.
+        controls: Ordinary batches that the batch of the onset is compared with; more make small effects of the weights visible.
+
+    Raises:
+        ConfigurationError: An argument is out of its range.
+    """
+
+    def __init__(self, budget: float = 0.02, max_episodes: int = 20, controls: int = 8) -> None:
+        self.budget = number(
+            "CounterfactualReplay(budget)", budget, above=0.0, at_most=1.0, do="Use 0.02 for 2 % of the run's time."
+        )
+        self.max_episodes = whole_number(
+            "CounterfactualReplay(max_episodes)",
+            max_episodes,
+            at_least=1,
+            do="Leave the callback out for no re-runs at all.",
+        )
+        self.controls = whole_number(
+            "CounterfactualReplay(controls)", controls, at_least=1, do="Use 8, or 2 for speed."
+        )
+        self._forget()
+
+    @override
+    def attach(self, trainer: Trainer, module: LightningModule) -> None:
+        self._forget()
+        self._ring = self.flight.share(BatchRing, BatchRing, trainer, module)
+        self._ring.want(depth=REACH)
+        self._snapshots = self.flight.share(Snapshots, Snapshots, trainer, module)
+
+    @override
+    def begin(self, trainer: Trainer, module: LightningModule) -> None:
+        self._began = time.monotonic()
+        self._first = self.flight.last_moment(trainer).ordinal
+
+    @override
+    def sense_gradients(self, batch: TrainingBatch, optimizer: Optimizer) -> None:
+        self._settings[batch.at.ordinal] = settings_of(optimizer)
+        if len(self._settings) > 2 * REACH:
+            del self._settings[next(iter(self._settings))]
+
+    @override
+    def act(self, batch: TrainingBatch, changed: Sequence[Episode]) -> None:
+        for episode in changed:
+            if episode.kind in EXAMINED and episode.id not in self._seen:
+                self._seen.add(episode.id)
+                self._examine(batch, episode)
+
+    @override
+    def release(self) -> None:
+        self._settings.clear()
+
+    def _forget(self) -> None:
+        self._seen: set[int] = set()
+        self._settings: dict[int, Settings] = {}
+        self._examined = 0
+        self._spent = 0.0
+        self._began = time.monotonic()
+        self._first = 0
+
+    def _examine(self, batch: TrainingBatch, episode: Episode) -> None:
+        why = self._reason_not_to(batch, episode)
+        if why is not None:
+            self.flight.store.note(not_run(episode, why))
+            return
+        started = time.monotonic()
+        findings = self._findings(batch, episode)
+        seconds = time.monotonic() - started
+        self._examined += 1
+        self._spent += seconds
+        detail = {"episode": episode.id, "seconds": round(seconds, 3), "findings": [f.kind for f in findings]}
+        self.flight.store.note(*findings, Action(action="replay", at=batch.at, detail=detail))
+
+    def _findings(self, batch: TrainingBatch, episode: Episode) -> list[Finding]:
+        scene = Scene(
+            trainer=batch.trainer,
+            module=batch.module,
+            store=self.flight.store,
+            ring=self._ring,
+            snapshots=self._snapshots,
+            settings=self._settings,
+            controls=self.controls,
+        )
+        try:
+            return triage(scene, episode)
+        except CannotReplay as reason:
+            return [not_run(episode, str(reason))]
+        except Exception as error:  # noqa: BLE001 - the user's code, run once more; the training is untouched and goes on
+            return [not_run(episode, f"the re-run failed: {type(error).__name__}: {error}")]
+
+    def _reason_not_to(self, batch: TrainingBatch, episode: Episode) -> str | None:
+        if batch.trainer.world_size > 1:
+            return "with several ranks a forward pass may wait for the others; the moment is run again on single processes only"
+        if self._examined >= self.max_episodes:
+            return f"max_episodes={self.max_episodes} were examined already"
+        if self._examined and self._expected(batch, episode) > self.budget * self._elapsed() - self._spent:
+            return f"the budget of {self.budget:.3g} of the run's time is used up"
+        return None
+
+    def _expected(self, batch: TrainingBatch, episode: Episode) -> float:
+        """Seconds that the examination will take, at the pace of the training so far."""
+        snapshot = self._snapshots.latest_healthy(before=episode.onset.ordinal)
+        steps = 0 if snapshot is None else episode.onset.ordinal - snapshot.at.ordinal
+        pace = self._elapsed() / max(batch.at.ordinal - self._first, 1)
+        return pace * (steps + 2 * (1 + self.controls))
+
+    def _elapsed(self) -> float:
+        """Seconds of training, without those of the lab."""
+        return time.monotonic() - self._began - self._spent

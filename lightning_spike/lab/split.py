@@ -1,0 +1,193 @@
+"""How much of a jump of the loss is the batch's doing, and how much the weights': both, old and new, against each other."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from lightning_spike.actions.batch_ring import RingEntry
+from lightning_spike.actions.state_copy import load_module
+from lightning_spike.lab.errors import CannotReplay
+from lightning_spike.lab.isolation import Bench, loss_of
+from lightning_spike.signals.random_state import RandomState
+
+__all__ = ["Split", "batch_noise", "judge", "split"]
+
+HIGHEST: Final = 1e6
+"""Losses above, and those that are not finite, count as this (science of the 2 x 2: log-loss, clipped)."""
+SELECTION: Final = 2.0
+"""Standard deviations of the batches' noise that are taken off the batch's share: it was picked *because* its loss was high (winner's curse)."""
+CLEAR: Final = 3.0
+"""Standard errors from which an effect is believed, as 3 sigma."""
+SUBSTANTIAL: Final = 0.25
+"""Share of the jump from which a cause is named at all."""
+ENTWINED: Final = 0.5
+"""Share of the interaction in the sum of the magnitudes from which neither batch nor weights can be named alone."""
+
+Verdict = Literal["data", "weights", "both", "noise", "not_reproduced"]
+Numbers = npt.NDArray[np.float64]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """The jump of the loss at a batch, in parts."""
+
+    jump: float
+    """From the controls under the old weights to the batch under the new ones: log-ratio of the losses (their difference where they can be negative)."""
+    data: float
+    """Share of the jump, in [0, 1], that the batch makes under the old weights already, less the selection."""
+    weights: float
+    """Share of the jump, in [0, 1], by which the control batches too are worse under the new weights."""
+    interaction: float
+    """What only both together make, as a share of the jump, in [-1, 1]."""
+    noise: float
+    """Standard deviation of the jump if nothing but the batches' ordinary scatter were at work, in its units."""
+    verdict: Verdict
+    text: str
+    """One sentence with the numbers in it."""
+
+    def detail(self) -> dict[str, Any]:
+        """As in a finding."""
+        return dataclasses.asdict(self)
+
+
+def split(
+    bench: Bench,
+    spike: RingEntry,
+    controls: Sequence[RingEntry],
+    *,
+    old: Mapping[str, Tensor],
+    new: Mapping[str, Tensor] | None,
+    recorded: float,
+    scatter: float,
+) -> Split:
+    """Evaluate old and new weights on the spike's batch and on the controls, all in train mode and with the spike batch's random state.
+
+    The four means: Y00 controls under old weights, Y01 the batch under old weights, Y10 controls under new weights, Y11 the batch under new ones.
+    Data is Y01 - Y00, weights Y10 - Y00, interaction the rest of the jump Y11 - Y00.
+
+    What it can tell: whether this batch is high for healthy weights too, and whether these weights are bad for ordinary batches too. What it cannot: if the weights are
+    worse, what made them so (that may be an earlier bad batch); and controls that were trained on after the old weights look a little too good under
+    the new ones, so a small effect of the weights is missed. A batch that only damages the *next* loss is ordinary here.
+
+    Args:
+        bench: Inside `isolated`; rewound before every evaluation.
+        spike: The batch in question.
+        controls: Ordinary batches from before it, at least one; better eight.
+        old: Healthy weights and buffers from before, as `copy_module` gives them.
+        new: Those that the batch's loss was computed with (see `reproduce`). `None` where they are not to be had: then its recorded loss stands for Y11,
+            and the present weights, some updates later, for Y10, so that damage shows only if it lasts, and counts only for what the batch leaves open.
+        recorded: The batch's loss in the training.
+        scatter: Of the log-loss from batch to batch, see `batch_noise`.
+
+    Raises:
+        CannotReplay: A step gave no loss.
+    """
+    old_losses = [_loss(bench, old, entry, spike.rng) for entry in (spike, *controls)]
+    at_spike = recorded if new is None else _loss(bench, new, spike, spike.rng)
+    new_losses = [at_spike, *(_loss(bench, new or {}, entry, spike.rng) for entry in controls)]
+    return judge(np.array(old_losses), np.array(new_losses), scatter=scatter, is_later=new is None)
+
+
+def judge(old: Numbers, new: Numbers, *, scatter: float, is_later: bool = False) -> Split:
+    """Turn the losses of the batch and of the controls (in this order) under old and new weights into shares and a verdict; pure.
+
+    Args:
+        old: Under the old weights, shape `(1 + controls,)`.
+        new: Under the new ones, same shape.
+        scatter: Standard deviation of the log-loss from batch to batch.
+        is_later: The new weights on the controls are from after the batch: what is wrong with them may be its doing, so they count for no more than
+            it leaves open.
+    """
+    scale = _scale(old, new)
+    f_old, f_new = scale(old), scale(new)
+    base = float(f_old[1:].mean())
+    differences = f_new[1:] - f_old[1:]
+    data, weights, jump = float(f_old[0]) - base, float(differences.mean()), float(f_new[0]) - base
+    if is_later:
+        weights = min(weights, max(jump - data, 0.0))
+    count = len(differences)
+    scatter = max(scatter, float(f_old[1:].std(ddof=1)) if count > 1 else 0.0)
+    noise = scatter * math.sqrt(1 + 1 / count)
+    error = float(differences.std(ddof=1) / math.sqrt(count)) if count > 1 else scatter
+    interaction = jump - data - weights
+    shrunk = max(0.0, data - SELECTION * scatter)
+    verdict = _verdict(jump, shrunk, weights, interaction, noise=noise, error=error)
+    shares = [_share(part, jump) for part in (shrunk, weights)]
+    text = _text(old, new, verdict, "those of now" if is_later else "those at the onset")
+    together = _share(abs(interaction), abs(jump)) * math.copysign(1, interaction)
+    return Split(
+        jump=jump, data=shares[0], weights=shares[1], interaction=together, noise=noise, verdict=verdict, text=text
+    )
+
+
+def batch_noise(losses: Numbers) -> float:
+    """Standard deviation of the log-loss from batch to batch, robust against spikes and blind to a trend; 0 for fewer than three losses.
+
+    From the median of the magnitudes of successive differences (x 1.4826 / sqrt 2, for normal noise).
+
+    Args:
+        losses: Recent losses before the trouble, oldest first.
+    """
+    values = _scale(losses)(losses)
+    differences = np.diff(values[np.isfinite(values)])
+    return 0.0 if len(differences) < 2 else float(1.4826 / math.sqrt(2) * np.median(np.abs(differences)))  # noqa: PLR2004
+
+
+def _loss(bench: Bench, weights: Mapping[str, Tensor], entry: RingEntry, random: RandomState) -> float:
+    bench.rewind()
+    load_module(bench.module, weights)
+    loss = loss_of(bench.step(entry.batch, entry.at.batch_idx, random=random))
+    if loss is None:
+        msg = f"training_step returned no loss at step {entry.at.step}"
+        raise CannotReplay(msg)
+    return float(loss.detach())
+
+
+def _scale(*losses: Numbers) -> Any:  # noqa: ANN401 - a function of arrays
+    """The logarithm, or nothing at all for losses that can be negative; what is not finite counts as `HIGHEST`."""
+    finite = np.concatenate([values[np.isfinite(values)] for values in losses])
+    logs = finite.size == 0 or finite.min() > 0
+
+    def scaled(values: Numbers) -> Numbers:
+        clipped = np.minimum(np.where(np.isfinite(values), values, HIGHEST), HIGHEST)
+        return np.asarray(np.log(clipped) if logs else clipped, dtype=np.float64)
+
+    return scaled
+
+
+def _verdict(jump: float, data: float, weights: float, interaction: float, *, noise: float, error: float) -> Verdict:
+    if jump <= CLEAR * noise:
+        return "noise"
+    if abs(interaction) > ENTWINED * (abs(data) + abs(weights) + abs(interaction)):
+        return "both"
+    by_weights = weights > CLEAR * error and weights > SUBSTANTIAL * jump
+    by_data = data > SUBSTANTIAL * jump
+    if by_weights and by_data:
+        return "both"
+    if by_weights:
+        return "weights"
+    return "data" if by_data else "both"
+
+
+def _share(part: float, jump: float) -> float:
+    return min(max(part / jump, 0.0), 1.0) if jump > 0 else 0.0
+
+
+def _text(old: Numbers, new: Numbers, verdict: Verdict, which: str) -> str:
+    meanings: Mapping[Verdict, str] = {
+        "data": "the batch itself makes the jump",
+        "weights": "the weights make the jump, whatever the batch",
+        "both": "this batch and these weights make it together",
+        "noise": "that is within the scatter of ordinary batches",
+        "not_reproduced": "run again, the spike does not come back",
+    }
+    controls = "control batch" if len(old) == 2 else f"{len(old) - 1} control batches"  # noqa: PLR2004 - the spike's and one more
+    return (
+        f"With the weights from before, this batch has loss {old[0]:.3g} and the {controls} {np.median(old[1:]):.3g}; it had {new[0]:.3g} "
+        f"in the training, and with {which} the {controls} {np.median(new[1:]):.3g}: {meanings[verdict]}."
+    )
