@@ -22,6 +22,7 @@ from lightning.pytorch import Callback
 
 from lightning_spike.callbacks.anomaly_rollback import AnomalyRollback
 from lightning_spike.callbacks.bad_batch_dumper import BadBatchDumper
+from lightning_spike.callbacks.counterfactual_replay import CounterfactualReplay
 from lightning_spike.callbacks.grad_norm_monitor import GradNormMonitor
 from lightning_spike.callbacks.lr_peak_detector import LRPeakDetector
 from lightning_spike.callbacks.overfit_watcher import OverfitWatcher
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AnomalyRollback",
     "BadBatchDumper",
+    "CounterfactualReplay",
     "GradNormMonitor",
     "LRPeakDetector",
     "OverfitWatcher",
@@ -76,6 +78,8 @@ def suite(
     ]
     if rollback:
         defaults.append(AnomalyRollback())
+    if replay:
+        defaults.append(CounterfactualReplay())
     return [*(d for d in defaults if not any(isinstance(o, type(d)) for o in own)), *own]
 
 

@@ -18,8 +18,18 @@ def digits(count: int = 512) -> TensorDataset:
     return TensorDataset(images, torch.tensor(data.target[:count]))
 
 
+def spoilt_digits(count: int = 1024) -> TensorDataset:
+    """The digits with one image blown up: once an epoch its batch is extreme, so episodes, dumps and replays really happen."""
+    dataset = digits(count)
+    dataset.tensors[0][200] *= 500
+    return dataset
+
+
 class Digits(LightningModule):
     """CNN with BatchNorm and dropout."""
+
+    burst: int | None = None
+    """A step whose loss is a thousand times too large, as from a sample weight gone wrong."""
 
     def __init__(self, lr: float = 0.05) -> None:
         super().__init__()
@@ -39,6 +49,8 @@ class Digits(LightningModule):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         x, y = batch
         loss = F.cross_entropy(self(x), y)
+        if self.global_step == self.burst:
+            loss = loss * 1000
         self.log("train_loss", loss, on_epoch=True)
         return loss
 
