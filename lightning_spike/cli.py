@@ -1,0 +1,148 @@
+"""The command line: `SpikeCLI` for a training of your own, and the console script `lightning-spike`.
+
+```python
+from lightning_spike import SpikeCLI
+
+SpikeCLI(MyModule, MyDataModule)  # python train.py fit --config config.yaml --overfit_watcher.patience 5
+```
+"""
+
+import argparse
+import importlib.util
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import rich
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from typing_extensions import override
+
+from lightning_spike import suite
+from lightning_spike.demo.catalogue import DEMOS
+from lightning_spike.demo.show import show
+from lightning_spike.errors import MissingExtraError, SpikeError
+
+__all__ = ["SpikeCLI", "main"]
+
+_DESCRIPTION: Final = "Lightning callbacks that catch a loss spike and say what caused it."
+
+
+class SpikeCLI(LightningCLI):
+    """A LightningCLI that has the whole suite built in.
+
+    Each callback's settings stand under its own key (`grad_norm_monitor`, `overfit_watcher`, …), and the options of `suite()` under
+    `spike`, in the YAML and on the command line. `spike.rollback: true` adds `anomaly_rollback`, `spike.replay: false` leaves
+    `counterfactual_replay` out; otherwise the settings of these two say only how, not whether. `spike.early_stop: true` sets `stop` and `restore_best` of
+    `overfit_watcher`, and `spike.dirpath` is the folder of every callback that is given none of its own. A callback under
+    `trainer.callbacks` takes the place of the suite's one of its class, settings and all.
+
+    Takes the arguments of `LightningCLI`.
+
+    Raises:
+        MissingExtraError: The extra `cli` is not installed.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - as LightningCLI takes them
+        for package in ("jsonargparse", "docstring_parser", "typeshed_client"):
+            if importlib.util.find_spec(package) is None:
+                raise MissingExtraError.of("SpikeCLI", extra="cli", package=package)
+        super().__init__(*args, **kwargs)
+
+    @override
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the suite beside trainer, model and data; `add_arguments_to_parser` stays free for your own."""
+        super().add_core_arguments_to_parser(parser)
+        parser.add_function_arguments(suite, "spike")
+        for kind in _kinds():
+            parser.add_class_arguments(kind, _key(kind))
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        """Let the options of `suite()` reach the callbacks that they are about."""
+        config = self._given()
+        spike = config["spike"]
+        for key in map(_key, _kinds()):
+            if spike["dirpath"] is not None and "dirpath" in config[key] and config[key]["dirpath"] is None:
+                config[key]["dirpath"] = spike["dirpath"]
+        if spike["early_stop"]:
+            config["overfit_watcher"]["stop"] = config["overfit_watcher"]["restore_best"] = True
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Return the trainer with the callbacks of `trainer.callbacks`, then the suite's."""
+        given = kwargs.pop("callbacks", self._get(self.config_init, "trainer")["callbacks"])
+        callbacks: list[Callback] = [given] if isinstance(given, Callback) else list(given or [])
+        return super().instantiate_trainer(callbacks=callbacks + self._suite_beside(callbacks), **kwargs)
+
+    def _suite_beside(self, callbacks: Sequence[Callback]) -> list[Callback]:
+        """The suite's callbacks, but for those whose class is there already."""
+        spike = self._get(self.config_init, "spike")
+        wanted = {type(c) for c in suite(rollback=spike["rollback"], replay=spike["replay"])}
+        return [
+            self._get(self.config_init, _key(kind))
+            for kind in _kinds()
+            if kind in wanted and not any(isinstance(c, kind) for c in callbacks)
+        ]
+
+    def _given(self) -> Any:  # noqa: ANN401 - a jsonargparse.Namespace, which is not there without the extra
+        """The settings as parsed, of the subcommand where there is one."""
+        return self.config if self.subcommand is None else self.config[self.subcommand]
+
+
+def _kinds() -> list[type[Callback]]:
+    """Every class that the suite can hold."""
+    return [type(callback) for callback in suite(rollback=True, replay=True)]
+
+
+def _key(kind: type[Callback]) -> str:
+    """Where a callback's settings stand: its class name in snake case, `LRPeakDetector` as `lr_peak_detector`."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", kind.__name__).lower()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the console script `lightning-spike`.
+
+    Args:
+        arguments: What stands behind the command; by default that of this process.
+
+    Returns:
+        The exit status: 0 where all went well, 1 where a demo's report does not put the right cause first or a package is missing.
+
+    Raises:
+        SystemExit: With status 2, for arguments that are none.
+    """
+    given = _parser().parse_args(arguments)
+    demos = [demo for demo in DEMOS if demo.name in given.names] if given.names else DEMOS
+    try:
+        outcomes = show(demos, given.out, _train, rich.get_console())
+    except SpikeError as error:
+        rich.get_console().print(str(error), style="red", markup=False)
+        return 1
+    return 0 if all(outcome.as_expected for outcome in outcomes) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lightning-spike", description=_DESCRIPTION)
+    commands = parser.add_subparsers(dest="command", required=True)
+    listed = "\n".join(f"  {demo.name:<16} {demo.title}" for demo in DEMOS)
+    demo = commands.add_parser(
+        "demo",
+        help="train on real data, see it go wrong, and read why",
+        description=f"Real trainings that go wrong, each with its report:\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = [demo.name for demo in DEMOS]
+    demo.add_argument("names", nargs="*", metavar="name", choices=[*names, []], help="which of them; all by default")
+    demo.add_argument("--out", type=Path, default=Path("runs"), help="folder for the reports (default: runs)")
+    return parser
+
+
+def _train(arguments: list[str]) -> None:
+    SpikeCLI(args=arguments, save_config_kwargs={"overwrite": True})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
