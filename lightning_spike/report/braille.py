@@ -90,8 +90,8 @@ def _dots(
     for i in np.flatnonzero(finite):
         begin = i - 1 if i > 0 and finite[i - 1] else i
         reach = np.arange(columns[begin], columns[i] + 1)
-        ends = np.rint(np.linspace(levels[begin], levels[i], reach.size + 1)).astype(np.int64)
-        for column, a, b in zip(reach, ends[:-1], ends[1:], strict=True):
+        line = np.rint(np.linspace(levels[i], levels[begin], reach.size)).astype(np.int64)[::-1]
+        for column, a, b in zip(reach, [levels[begin], *line[:-1]], line, strict=True):
             dots[min(a, b) : max(a, b) + 1, column] = True
     return dots[::-1]
 

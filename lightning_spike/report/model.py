@@ -141,7 +141,7 @@ def build_report(
         actions=tuple(store.actions),
         suspects=tuple(_suspects(store)),
         disabled=(*store.disabled, *broken),
-        remarks=tuple(store.remarks),
+        remarks=(*store.remarks, *diagnosis.remarks),
         loss=_curve(store, "loss"),
         rates=tuple(c for s in store.history.signals if s.startswith("lr-") and (c := _curve(store, s)) is not None),
         grad_norm=_curve(store, "grad_norm"),
@@ -153,7 +153,7 @@ def _diagnosed(store: TrainerStateStore) -> tuple[Diagnosis, tuple[Disabled, ...
     try:
         return diagnose(store), ()
     except Exception as error:  # noqa: BLE001 - the episodes are worth reading even when their ranking breaks
-        return Diagnosis(per_episode={}, overall=()), (Disabled(part="diagnosis", reason=_in_one_line(error)),)
+        return Diagnosis(), (Disabled(part="diagnosis", reason=_in_one_line(error)),)
 
 
 def _last_moment(store: TrainerStateStore) -> Moment | None:

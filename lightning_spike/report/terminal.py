@@ -42,6 +42,8 @@ CURVE_ROWS: Final = 6
 LABEL: Final = 9
 """Columns left of a curve, for its axis."""
 BAR: Final = 20
+ROOMY: Final = 72
+"""Columns from which on the table of episodes says how far the loss came back."""
 MOST_EPISODES: Final = 6
 MOST_CAUSES: Final = 4
 MOST_EVIDENCE: Final = 5
@@ -112,7 +114,7 @@ def _parts(report: Report, width: int) -> Iterator[RenderableType]:
         yield from _curve(curve, report.episodes, width)
     if report.episodes:
         yield Text()
-        yield _episodes(report)
+        yield _episodes(report, width)
     for rank, verdict in enumerate(report.likely[:MOST_CAUSES], start=1):
         yield Text()
         yield _cause_line(rank, verdict, width)
@@ -180,13 +182,14 @@ def _marks(episodes: Sequence[Episode], spans: Sequence[tuple[int, int]], width:
 # -- the episodes --------------------------------------------------------------------------------------------------------
 
 
-def _episodes(report: Report) -> RenderableType:
+def _episodes(report: Report, width: int) -> RenderableType:
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim")
     table.add_column("#", justify="right")
     table.add_column("kind", no_wrap=True)
     table.add_column("steps", no_wrap=True)
     table.add_column("loss", no_wrap=True)
-    table.add_column("after", overflow="fold")
+    if width >= ROOMY:
+        table.add_column("after", no_wrap=True)
     table.add_column("likeliest cause", overflow="fold")
     worst = sorted(report.episodes, key=lambda e: -e.severity)[:MOST_EPISODES]
     for episode in sorted(worst, key=lambda e: (e.onset.ordinal, e.id)):
@@ -197,7 +200,7 @@ def _episodes(report: Report) -> RenderableType:
             episode.kind.value,
             steps_words(episode),
             loss_words(episode),
-            recovery_words(episode),
+            *([recovery_words(episode)] if width >= ROOMY else []),
             likeliest,
         ]
         table.add_row(*map(Text, cells))

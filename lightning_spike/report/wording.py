@@ -113,12 +113,19 @@ def steps_words(episode: Episode) -> str:
 
 
 def loss_words(episode: Episode) -> str:
-    """`0.31 → 4.2 (×14)`."""
+    """`0.31 → 4.2 (×14)`, with the name of the series in front where it is not the training loss."""
     before, peak = episode.loss_before, episode.loss_peak
-    words = f"{number(before)} → {number(peak)}"
-    if before is None or peak is None or not math.isfinite(peak) or before <= 0 or peak / before < 1.05:  # noqa: PLR2004 - no ratio worth naming
-        return words
-    return f"{words} (×{number(float(f'{peak / before:.2g}'))})"
+    name = "" if episode.signal == "loss" else f"{episode.signal} "
+    if before is None and peak is None:
+        return f"{name}–"
+    return f"{name}{number(before)} → {number(peak)}{_ratio(before, peak)}"
+
+
+def _ratio(before: float | None, peak: float | None) -> str:
+    """` (×14)`, nothing where there is no ratio worth naming."""
+    if before is None or peak is None or not math.isfinite(peak) or before <= 0 or peak / before < 1.05:  # noqa: PLR2004
+        return ""
+    return f" (×{number(float(f'{peak / before:.2g}'))})"
 
 
 def recovery_words(episode: Episode) -> str:

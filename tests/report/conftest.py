@@ -152,9 +152,14 @@ DIAGNOSIS = Diagnosis(per_episode={1: (RESTART,), 2: (RESTART, OTHERS[0])}, over
 
 
 @pytest.fixture
-def troubled(monkeypatch):
+def troubled_run():
+    return troubled_store()
+
+
+@pytest.fixture
+def troubled(troubled_run, monkeypatch):
     monkeypatch.setattr(model, "diagnose", lambda store: DIAGNOSIS)
-    return build_report(troubled_store(), status=RunStatus.FINISHED, seconds=12.34, steps=STEPS, device="cpu")
+    return build_report(troubled_run, status=RunStatus.FINISHED, seconds=12.34, steps=STEPS, device="cpu")
 
 
 @pytest.fixture
