@@ -95,12 +95,15 @@ class RollbackPolicy:
             return None
         if len(self._bad) >= self.tolerated:
             return self._nonfinite(store.episodes)
-        lasting = [e for e in changed if e.kind in WAITS_FOR and self._still_out(e)]
+        lasting = [
+            e for e in changed if e.kind in WAITS_FOR and _is_open(e)
+        ]  # changed, while open: by one more loss outside
         lasting += [e for e in store.episodes if e.kind is EpisodeKind.DIVERGENCE and self._still_up(e, store)]
         lasting += [
             e for e in changed if e.recovery is Recovery.NEVER and e.kind in {*WAITS_FOR, EpisodeKind.DIVERGENCE}
         ]
-        first = next((e for e in lasting if self._patience_is_over(e)), None)
+        judged = {"loss"} if "loss" in store.history.signals else set(store.history.signals)
+        first = next((e for e in lasting if e.signal in judged and self._patience_is_over(e)), None)
         return None if first is None else Wish(reason=str(first.kind), onset=first.onset.ordinal, episode=first.id)
 
     def rolled_back(self, now: int) -> None:
@@ -122,10 +125,6 @@ class RollbackPolicy:
     def _patience_is_over(self, episode: Episode) -> bool:
         since = max(episode.onset.ordinal, self._last + 1)
         return self._newest - since >= self.patience << self.level
-
-    def _still_out(self, episode: Episode) -> bool:
-        """The detector changes an open episode of this kind only with a loss that is outside its range."""
-        return _is_open(episode)
 
     def _still_up(self, episode: Episode, store: TrainerStateStore) -> bool:
         """A divergence is taken up as the new normal by the detector; so the level itself is looked at."""

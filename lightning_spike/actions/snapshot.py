@@ -95,23 +95,33 @@ class Snapshots(Participant):
     takes with it all snapshots from its onset on. Nothing blocks: clones are queued on the stream of the training.
 
     Args:
-        every: Batches between two snapshots.
-        memory_mb: Memory for all snapshots together; where two do not fit, none are taken and the report says so.
+        every: Batches between two snapshots, unless somebody wants another cadence.
+        memory_mb: Memory for all snapshots together, unless somebody wants another limit; where two do not fit, none are taken and the report
+            says so.
     """
 
     def __init__(self, every: int = 50, memory_mb: int = 4096) -> None:
-        self.every = every
-        self.memory_mb = memory_mb
         self.unavailable: str | None = None
         """Why there are no snapshots in this run, as a sentence; `None` where there are."""
+        self._default = (every, memory_mb)
+        self._wanted: list[tuple[int, int]] = []
         self._held: list[_Held] = []
         self._grid = -1
         self._is_first = True
 
+    @property
+    def every(self) -> int:
+        """Batches between two snapshots: the densest cadence that was wanted."""
+        return min((every for every, _ in self._wanted), default=self._default[0])
+
+    @property
+    def memory_mb(self) -> int:
+        """Memory for all snapshots together: the largest limit that was wanted."""
+        return max((memory for _, memory in self._wanted), default=self._default[1])
+
     def want(self, *, every: int, memory_mb: int) -> None:
-        """What one of those who share it needs: the densest cadence and the largest memory asked for count, whoever came first."""
-        self.every = min(self.every, every)
-        self.memory_mb = max(self.memory_mb, memory_mb)
+        """What one of those who share it was asked for by the user; who came first makes no difference."""
+        self._wanted.append((every, memory_mb))
 
     def latest_healthy(self, before: int | None = None) -> Snapshot | None:
         """The newest verified snapshot whose `at.ordinal` is below `before`; `None` where there is none."""
@@ -161,25 +171,22 @@ class Snapshots(Participant):
         )
 
     def _make_room(self, batch: TrainingBatch) -> bool:
-        """Let go of what is held too many; false where the memory is too small for two."""
+        """Let go of one too many; false where that would be one that waits for its proof, or the memory is too small for two."""
         slots = min(SLOTS, self.memory_mb * MB // max(_size(batch.trainer, batch.module), 1))
         if slots < LEAST_SLOTS:
             self._give_up(batch)
             return False
-        while len(self._held) >= slots:
-            self._held.pop(self._dispensable(batch.at.ordinal))
-        return True
+        while len(self._held) >= slots and (index := self._dispensable(batch.at.ordinal)) is not None:
+            del self._held[index]
+        return len(self._held) < slots
 
-    def _dispensable(self, ordinal: int) -> int:
-        """Index of the snapshot to let go: the second oldest while the oldest still reaches back further, else the oldest."""
+    def _dispensable(self, ordinal: int) -> int | None:
+        """Index of the snapshot to let go: the second oldest while the oldest is not too old, so that both far and near ones are held."""
         verified = [i for i, h in enumerate(self._held) if h.is_verified]
-        if len(verified) > LEAST_SLOTS:
-            return verified[0] if ordinal - self._held[verified[0]].ordinal > REACH * self.every else verified[1]
-        return (
-            verified[0]
-            if len(verified) == LEAST_SLOTS
-            else next(i for i, h in enumerate(self._held) if not h.is_verified)
-        )
+        if len(verified) < LEAST_SLOTS:
+            return None
+        too_old = ordinal - self._held[verified[0]].ordinal > REACH * self.every
+        return verified[0] if too_old or len(verified) == LEAST_SLOTS else verified[1]
 
     def _give_up(self, batch: TrainingBatch) -> None:
         need = LEAST_SLOTS * _size(batch.trainer, batch.module) // MB + 1

@@ -95,7 +95,7 @@ class AnomalyRollback(SpikeCallback):
         )
         self._policy = self._new_policy()
         self._cut = LearningRateCut()
-        self._snapshots = Snapshots(self.every, self.memory_mb)
+        self._snapshots = Snapshots()
         self._wish: Wish | None = None
         self._windows = 0
 
@@ -109,9 +109,8 @@ class AnomalyRollback(SpikeCallback):
                 do=f"{why} Leave AnomalyRollback out, or use strategy='ddp'.",
             )
         self._policy, self._cut, self._wish, self._windows = self._new_policy(), LearningRateCut(), None, 0
-        shared = self.flight.share(Snapshots, lambda: Snapshots(self.every, self.memory_mb), trainer, module)
-        shared.want(every=self.every, memory_mb=self.memory_mb)
-        self._snapshots = shared
+        self._snapshots = self.flight.share(Snapshots, Snapshots, trainer, module)
+        self._snapshots.want(every=self.every, memory_mb=self.memory_mb)
 
     @override
     def begin(self, trainer: Trainer, module: LightningModule) -> None:

@@ -62,6 +62,7 @@ class OverfitWatcher(SpikeCallback):
         self._last_ordinal = -1
         self._lasting = 0
         self._stopped = False
+        self._is_missed = False
 
     @override
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
@@ -116,10 +117,12 @@ class OverfitWatcher(SpikeCallback):
         logged = trainer.callback_metrics.get(self.monitor)
         if logged is not None:
             return float(logged)
-        names = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
-        self.flight.store.note(
-            f"OverfitWatcher: no {self.monitor!r} was logged by the end of a validation, so overfitting cannot be judged. Logged: {names}."
-        )
+        if not self._is_missed:
+            self._is_missed = True
+            names = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+            self.flight.store.note(
+                f"OverfitWatcher: no {self.monitor!r} was logged by the end of a validation, so overfitting cannot be judged. Logged: {names}."
+            )
         return None
 
     def _judge_validation(self, at: Moment, value: float) -> None:
