@@ -22,6 +22,8 @@ ASSUMED_SPREAD = 0.5
 """Spread on the log scale that is assumed while a baseline has too few values to know its own."""
 ASSUMED_LIMIT = 4.3
 """… with the limit of normal noise; together a factor of 8.6 is needed in the first batches of a run."""
+MOST_LIMIT = 12.0
+"""Cap of the limit: a short history makes a baseline allow for tails of any weight, which is right for raising an alarm but here one has been raised."""
 LONE = 2
 """Batches that an episode may last to be called lone."""
 
@@ -235,7 +237,7 @@ class Case:
             self._baselines[signal] = self._make_baseline(signal)
         baseline = self._baselines[signal]
         if baseline is not None and math.isfinite(baseline.limit):
-            return baseline.score(observed, self._noise(ordinal)), baseline.limit
+            return baseline.score(observed, self._noise(ordinal)), min(baseline.limit, MOST_LIMIT)
         factor = math.log(_factor(observed, expected))
         return math.copysign(factor / ASSUMED_SPREAD, observed - expected), ASSUMED_LIMIT
 

@@ -7,10 +7,10 @@ from typing import Final
 import numpy as np
 
 from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.constants import NEAR, REACH
+from lightning_spike.diagnosis.constants import DECISIVE, FAIR, NEAR, REACH, STRONG
 from lightning_spike.records import EpisodeKind
 
-__all__ = ["JUMPS", "SCHEDULED", "RateEvent", "rate_event", "steady_rate"]
+__all__ = ["JUMPS", "SCHEDULED", "RateEvent", "nearness", "rate_event", "steady_rate"]
 
 SCHEDULED: Final = ("restart", "cyclic_peak")
 """Kinds of finding of a rate that comes back up because its schedule says so."""
@@ -55,7 +55,7 @@ class RateEvent:
 
 def rate_event(case: Case, kinds: tuple[str, ...]) -> RateEvent | None:
     """The event of these kinds that is nearest to the onset, `None` where none is near enough to have begun the trouble."""
-    first, last = case.onset - LONG_REACH, case.onset + LATE.get(case.kind, 0)
+    first, last = case.onset - LONG_REACH, case.onset + _dating_error(case)
     peaks = case.findings("learning_rate", "cyclic_peak", first=first, last=case.onset + LONG_REACH)
     found = [f for f in case.findings("learning_rate", *kinds, first=first, last=last) if f.kind != "cyclic_peak"]
     found += [f for f in peaks if "cyclic_peak" in kinds]
@@ -64,9 +64,26 @@ def rate_event(case: Case, kinds: tuple[str, ...]) -> RateEvent | None:
     return min(near, key=lambda e: (abs(e.lag), -e.after if math.isfinite(e.after) else -math.inf), default=None)
 
 
+def nearness(case: Case, event: RateEvent) -> float:
+    """The weight of an event by its distance: within 4 batches it was the cause itself, later the trouble had other chances to come about.
+
+    A slow episode takes its time to be seen, so there a late one weighs more.
+    """
+    if event.lag <= NEAR:
+        return DECISIVE
+    return STRONG if event.lag <= REACH or case.kind in LATE else FAIR
+
+
 def steady_rate(case: Case) -> bool:
     """Whether rates are known, and no event of any kind stands near the onset."""
     return bool(case.rate_signals) and rate_event(case, SCHEDULED + JUMPS) is None
+
+
+def _dating_error(case: Case) -> int:
+    """Batches after the onset in which an event may still have come first: -1 where the very first loss has jumped, for it is computed before its update."""
+    if case.kind in LATE:
+        return LATE[case.kind]
+    return 1 if case.sudden is False else -1
 
 
 def _event(case: Case, kind: str, named: object, ordinal: int, step: int) -> RateEvent | None:

@@ -61,7 +61,7 @@ class BadBatch(Cause):
             lone_batch(case, FAIR),
             _lasting(case),
             _led_by_gradient(case),
-            gradient_in_range(case, SLIGHT),
+            gradient_in_range(case, SLIGHT) if odd is not None or not case.batch_is_known else None,
             split_verdict(
                 case, {"data": STRONG, "both": SLIGHT, "weights": -STRONG, "noise": -FAIR, "not_reproduced": -SLIGHT}
             ),

@@ -103,7 +103,7 @@ def _clipped(case: Case) -> Evidence | None:
     if value is None or case.facts.gradient_clip_algorithm != "norm":
         return None
     text = f"Gradients are clipped to a norm of {value:g}, so a large one does not make a large step."
-    return tell("grad_norm/after_clip", text, -FAIR, step=case.step, observed=value)
+    return tell("grad_norm/after_clip", text, -STRONG, step=case.step, observed=value)
 
 
 def _adaptive(case: Case) -> Evidence | None:

@@ -6,10 +6,10 @@ from typing_extensions import override
 
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import Cause, Examination
-from lightning_spike.diagnosis.constants import DECISIVE, FAIR, NEAR, SLIGHT, STRONG
+from lightning_spike.diagnosis.constants import FAIR, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import clip_fix, lower_peak
-from lightning_spike.diagnosis.rates import SCHEDULED, RateEvent, rate_event
-from lightning_spike.diagnosis.tells import lone_batch, rate_text, split_verdict, tell, without_none
+from lightning_spike.diagnosis.rates import SCHEDULED, RateEvent, nearness, rate_event
+from lightning_spike.diagnosis.tells import batch_value, lone_batch, rate_text, split_verdict, tell, without_none
 from lightning_spike.records import Evidence, Family
 
 __all__ = ["LrRestart"]
@@ -47,10 +47,11 @@ class LrRestart(Cause):
             none_near = tell("lr", "No restart or peak of the learning rate stands near.", -STRONG, step=case.step)
             return Examination(evidence=(none_near,) if case.rate_signals else ())
         evidence = without_none(
-            _event(event),
+            _event(case, event),
             _family(case),
             _scheduler(case),
             lone_batch(case, -FAIR),
+            batch_value(case, ordinary=0.0, odd=-SLIGHT),
             split_verdict(case, {"data": -STRONG, "both": SLIGHT, "weights": FAIR, "noise": -FAIR}),
         )
         return Examination(
@@ -61,9 +62,8 @@ class LrRestart(Cause):
         )
 
 
-def _event(event: RateEvent) -> Evidence:
-    near = event.lag <= NEAR
-    weight = DECISIVE if near else STRONG
+def _event(case: Case, event: RateEvent) -> Evidence:
+    weight = nearness(case, event)
     if event.factor is not None and event.factor < 2.0:  # noqa: PLR2004 - science.md 2.2: up by more than 2 is an event
         weight = SLIGHT
     return tell(

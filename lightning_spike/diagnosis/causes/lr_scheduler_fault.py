@@ -7,9 +7,9 @@ from typing_extensions import override
 
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import Cause, Examination
-from lightning_spike.diagnosis.constants import DECISIVE, FAIR, NEAR, SLIGHT, STRONG
-from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, RateEvent, rate_event
-from lightning_spike.diagnosis.tells import lone_batch, rate_text, split_verdict, tell, without_none
+from lightning_spike.diagnosis.constants import FAIR, NEAR, SLIGHT, STRONG
+from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, RateEvent, nearness, rate_event
+from lightning_spike.diagnosis.tells import batch_value, lone_batch, rate_text, split_verdict, tell, without_none
 from lightning_spike.records import Evidence, Family, Finding
 
 __all__ = ["LrSchedulerFault"]
@@ -44,10 +44,11 @@ class LrSchedulerFault(Cause):
             none_near = tell("lr", "The learning rate did not jump against its schedule.", -STRONG, step=case.step)
             return Examination(evidence=(none_near,) if case.rate_signals else ())
         evidence = without_none(
-            _event(event),
+            _event(case, event),
             _wrong_interval(misread),
             _resumed(case, event),
             lone_batch(case, -FAIR),
+            batch_value(case, ordinary=0.0, odd=-SLIGHT),
             split_verdict(case, {"data": -STRONG, "both": SLIGHT, "weights": FAIR, "noise": -FAIR}),
         )
         return Examination(
@@ -58,8 +59,8 @@ class LrSchedulerFault(Cause):
         )
 
 
-def _event(event: RateEvent) -> Evidence:
-    weight = DECISIVE if event.lag <= NEAR else STRONG
+def _event(case: Case, event: RateEvent) -> Evidence:
+    weight = nearness(case, event)
     if event.factor is not None and event.factor < 2.0:  # noqa: PLR2004 - science.md 2.2
         weight = SLIGHT
     observed = event.after if math.isfinite(event.after) else None

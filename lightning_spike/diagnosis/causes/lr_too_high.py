@@ -1,5 +1,6 @@
 """`lr_too_high`: the step size is beyond what the loss surface bears."""
 
+import math
 from typing import ClassVar, Final
 
 import numpy as np
@@ -9,8 +10,17 @@ from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import FAIR, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import clip_fix, lower_peak
-from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, rate_event
-from lightning_spike.diagnosis.tells import batch_value, finite, lone_batch, split_verdict, tell, without_none
+from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, rate_event, steady_rate
+from lightning_spike.diagnosis.tells import (
+    batch_value,
+    early_gradient,
+    finite,
+    gradient_in_range,
+    lone_batch,
+    split_verdict,
+    tell,
+    without_none,
+)
 from lightning_spike.records import EpisodeKind, Evidence, Family, Recovery
 
 __all__ = ["LrTooHigh"]
@@ -18,11 +28,13 @@ __all__ = ["LrTooHigh"]
 BORNE: Final = 2.0
 """A rate so many times higher that the run has borne before, at this level of the loss, clears the present one."""
 ROUGH: Final = 2.0
-"""Growth of the loss's noise over the last quarter of the reference that speaks of swings across a valley (edge of stability: Cohen et al. 2022)."""
+"""Growth of the loss's noise, in the loss's own unit (on the log scale it grows in any healthy run), over the last quarter of the reference that speaks of swings across a valley (edge of stability: Cohen et al. 2022)."""
 ROSE: Final = 1.2
 """Level just before the episode over the best level of the run from which training was going backwards already."""
 OFTEN: Final = 3
 """Episodes in a run from which it is more than an accident."""
+EXPLODED: Final = 10.0
+"""Factor over its usual norm from which a gradient has exploded, as in `gradient_explosion`."""
 GROWTH: Final = 3
 """Batches over which a rise must go on to be called growth."""
 
@@ -58,7 +70,8 @@ class LrTooHigh(Cause):
             _before_onset(case),
             _often(case),
             lone_batch(case, -STRONG),
-            batch_value(case, ordinary=SLIGHT, odd=-FAIR),
+            _gradient(case),
+            batch_value(case, ordinary=0.0, odd=-FAIR),
             split_verdict(case, {"data": -STRONG, "weights": FAIR, "noise": -FAIR}),
         )
         rate = case.rate(signal) if signal is not None else None
@@ -121,19 +134,32 @@ def _growth(case: Case) -> Evidence | None:
     )
 
 
+def _gradient(case: Case) -> Evidence | None:
+    """A step that is too long lets gradient and loss grow together; a gradient that exploded at one blow came first."""
+    lead = early_gradient(case)
+    if lead is None:
+        return None if case.lone or not steady_rate(case) else gradient_in_range(case, SLIGHT)
+    before = case.excess("grad_norm", lead.ordinal - 1)
+    if lead.ratio < EXPLODED or before is None or before.above:
+        return None
+    text = f"The gradient norm went from {before.observed:.3g} to {lead.observed:.3g} in one step before the loss rose."
+    observed = lead.observed if math.isfinite(lead.observed) else None
+    return tell("grad_norm", text, -FAIR, step=case.step, observed=observed, expected=lead.expected)
+
+
 def _before_onset(case: Case) -> Evidence | None:
     """Whether training had gone rough or backwards before the episode."""
     losses = case.before(case.episode.signal, 128)
-    if losses.size < 64 or not (losses > 0.0).all():  # noqa: PLR2004 - four quarters of 16
+    if losses.size < 64:  # noqa: PLR2004 - four quarters of 16
         return None
-    bends = np.abs(np.diff(np.log(losses), n=2))
+    bends = np.abs(np.diff(losses, n=2))
     quarter = losses.size // 4
     calm, recent = float(np.median(bends[:-quarter])), float(np.median(bends[-quarter:]))
     if calm > 0.0 and recent / calm >= ROUGH:
         text = f"Before the onset the noise of the loss had grown {recent / calm:.2g} times."
         return tell(case.episode.signal, text, FAIR, step=case.step, observed=recent, expected=calm)
     levels = [float(np.median(losses[k : k + quarter])) for k in range(0, losses.size - quarter + 1, quarter)]
-    if levels[-1] >= ROSE * min(levels[:-1]):
+    if min(levels) > 0.0 and levels[-1] >= ROSE * min(levels[:-1]):
         text = f"The loss was going up before the onset already: {levels[-1]:.3g} after {min(levels[:-1]):.3g}."
         return tell(case.episode.signal, text, FAIR, step=case.step, observed=levels[-1], expected=min(levels[:-1]))
     return None
