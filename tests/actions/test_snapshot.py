@@ -275,7 +275,7 @@ class Spiking(Digits):
 
 def test_what_was_taken_in_an_episode_is_never_believed(tmp_path):
     holder = Holder(every=4)
-    trainer = train(Spiking(), [holder], tmp_path, max_epochs=5)
+    trainer = train(Spiking(), [holder], tmp_path, max_epochs=17, batch_size=64)
     assert trainer.global_step > 120
     ever = {ordinal for verified in holder.verified for ordinal in verified}
     assert not ever & set(range(60 - CONFIRM + 1, 71))
