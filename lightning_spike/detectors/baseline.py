@@ -15,18 +15,18 @@ __all__ = ["Baseline"]
 
 CENTRE: Final = 32
 """Accepted values that make the present level: its median then adds 2.4 % to the noise, and follows a trend within 16 steps."""
-AROUND: Final = 17
-"""Accepted values around the one whose noise is learnt: a median from both sides leaves no trend in the residual."""
+SIDE: Final = 8
+"""Accepted values on either side of the one whose noise is learnt: the mean of their two medians leaves no trend in the residual."""
 SCALE: Final = 384
 """Residuals that make the present noise; its standard error is then 6 %."""
 AHEAD: Final = 128
 """Differences between a value and the level before it, which are larger than the noise where the loss wanders."""
-WIDER: Final = 1.037
-"""Standard deviation of normal noise about the median of the 32 values before it, over that about the median of the 17 around it:
-sqrt(1 + pi/2/32) / sqrt(1 + pi/2/17 - 2/17)."""
+WIDER: Final = 0.98
+"""Standard deviation of normal noise about the median of the 32 values before it, over that about the mean of the two medians around
+it: sqrt(1 + 1.53 / 32) / sqrt(1 + 1.46 / 8 / 2), with the variance of a median of 32 and of 8."""
 WANDER: Final = 0.85
 """Share of the width of those differences below which it is not believed: their own standard error is 11 %."""
-TAIL: Final = 1024
+TAIL: Final = 1536
 """Standardised residuals that show how heavy the tail is."""
 NEARBY: Final = 64
 """Residuals around one that standardise it for the tail: noise that grows or shrinks along the run must not pass for a heavy tail."""
@@ -39,7 +39,7 @@ REFIT_EVERY: Final = 16
 """Pushes between two looks at the tail; amortises its cost."""
 NORMAL_LIMIT: Final = 4.15
 """How far out is far for normal noise, in standard deviations: 1.7e-5 of the values lie beyond."""
-TAIL_POINTS: Final = ((0.95, 1.6449), (0.975, 1.96), (0.99, 2.3263))
+TAIL_POINTS: Final = ((0.99, 2.3263), (0.995, 2.5758))
 """Probabilities at which the tail is read, with the normal quantile of each."""
 ONE_SIGMA: Final = 0.8413
 """Phi(1): the upper half-width of normal noise is its standard deviation."""
@@ -47,13 +47,17 @@ HEAVIEST: Final = 0.30
 """Cap on the tail's shape h; Student's t with 2 degrees of freedom has about as much between these quantiles."""
 SCALE_POINTS: Final = ((0.75, 0.6745), (0.8413, 1.0), (0.90, 1.2816))
 """Probabilities whose half-widths are averaged into the scale, with the normal quantile of each."""
-DOUBT: Final = 0.85
+DOUBT: Final = 0.68
 """Standard error of h times the square root of the number of residuals, for normal noise."""
-HEAVY: Final = 2.5
+HEAVY: Final = 2.3
 """Standard errors of h from which on the tail is called heavier than normal."""
-KNOWN: Final = 0.03
-"""Standard error of h from which on normal-looking noise is taken as normal: some 800 residuals."""
-WINDOWS: Final = ("centre", "before", "around", "nearby", "residuals", "ahead", "tail")
+KNOWN: Final = 0.022
+"""Standard error of h from which on normal-looking noise is taken as normal: some 950 residuals."""
+EARLY: Final = 4.0
+"""Standard errors of h, above that, that are added before."""
+EARLY_MOST: Final = 0.2
+"""Most that is added: five times the level at step 40 must be seen."""
+WINDOWS: Final = ("centre", "before", "left", "right", "nearby", "residuals", "ahead", "tail")
 NUMBERS: Final = ("linear", "pushed", "width", "limit", "scale")
 HUGE: Final = 1e300
 """Values are cut here, so that differences stay finite."""
@@ -69,7 +73,7 @@ def _half_width(ordered: list[float]) -> float:
 
 def _shape(ordered: list[float]) -> float:
     """Tail shape h of Tukey's g-and-h family: a quantile at normal score z is stretched by exp(h z^2 / 2)."""
-    one = quantile(ordered, ONE_SIGMA)
+    one = 0.5 * (quantile(ordered, ONE_SIGMA) - quantile(ordered, 1.0 - ONE_SIGMA))
     if one <= 0.0:
         return HEAVIEST
     shapes = [
@@ -89,8 +93,9 @@ class Baseline:
         """Start empty."""
         self._centre = SortedWindow(CENTRE)
         self._before = SortedWindow(CENTRE)
-        self._around = SortedWindow(AROUND)
-        self._waiting: list[tuple[float, float]] = []
+        self._left = SortedWindow(SIDE)
+        self._right = SortedWindow(SIDE)
+        self._waiting: list[float] = []
         self._nearby = SortedWindow(NEARBY)
         self._recent: list[float] = []
         self._residuals = SortedWindow(SCALE)
@@ -153,14 +158,18 @@ class Baseline:
 
     def _learn(self, value: float, noise: float) -> None:
         """Take in the noise of the value eight pushes ago, now that both its sides are known."""
-        self._around.push(value)
-        self._waiting.append((value, noise))
-        if len(self._around) < AROUND:
+        self._waiting.append(noise)
+        learnt = self._right.push(value)
+        if learnt is None:
             return
-        if len(self._waiting) > AROUND // 2 + 1:
-            del self._waiting[: -(AROUND // 2 + 1)]
-        learnt, its_noise = self._waiting[0]
-        residual = self._ruled(learnt - self._around.median()) / its_noise
+        its_noise = self._waiting.pop(0)
+        if len(self._left) == SIDE:
+            between = 0.5 * (self._left.median() + self._right.median())
+            self._take(self._ruled(learnt - between) / its_noise)
+        self._left.push(learnt)
+
+    def _take(self, residual: float) -> None:
+        """Take in one value's noise."""
         self._residuals.push(residual)
         self._nearby.push(residual)
         self._recent.append(residual)
@@ -177,7 +186,8 @@ class Baseline:
             self._go_linear()
         self._centre.replace(values)
         self._before.replace([])
-        self._around.replace([])
+        self._left.replace([])
+        self._right.replace([])
         self._waiting.clear()
         for value in values:
             self._learn(value, 1.0)
@@ -222,7 +232,7 @@ class Baseline:
         doubt = DOUBT / math.sqrt(len(tail))
         shape = _shape(tail)
         shape = shape + doubt if shape > HEAVY * doubt else 0.0
-        shape = min(HEAVIEST, shape + HEAVY * max(0.0, doubt - KNOWN))
+        shape = min(HEAVIEST, max(shape, min(EARLY_MOST, shape + EARLY * max(0.0, doubt - KNOWN))))
         self._limit = NORMAL_LIMIT * math.exp(shape * (NORMAL_LIMIT**2 - 1.0) / 2.0)
 
     def state_dict(self) -> dict[str, Any]:
@@ -231,7 +241,7 @@ class Baseline:
             **{name: getattr(self, f"_{name}").values() for name in WINDOWS},
             **{name: getattr(self, f"_{name}") for name in NUMBERS},
             "recent": list(self._recent),
-            "waiting": [list(pair) for pair in self._waiting],
+            "waiting": list(self._waiting),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -241,4 +251,4 @@ class Baseline:
         for name in NUMBERS:
             setattr(self, f"_{name}", state[name])
         self._recent = list(state["recent"])
-        self._waiting = [(value, noise) for value, noise in state["waiting"]]
+        self._waiting = list(state["waiting"])

@@ -22,6 +22,8 @@ LAG: Final = 4
 LEAST_HISTORY: Final = 6
 WIDER: Final = 3.0
 """Times the usual spread from which it is called a swing; science.md 1.8 takes a variance ratio of 4 (2 in spread) as a hint."""
+PLAIN: Final = 2.0
+"""Times the usual spread on the plain scale as well: noise that stays while the level falls is no swing."""
 CALMER: Final = 1.6
 """Times the usual spread below which the swings are over."""
 FAR: Final = 1.2
@@ -87,27 +89,37 @@ class SwingDetector:
             return list(self._window)
         return [math.log(value + 0.25 * middle) for value in self._window]
 
-    def _reference(self) -> tuple[float, float] | None:
+    def _reference(self) -> tuple[float, float, float] | None:
+        """Usual spread on the scale, usual spread as it is, usual middle on the scale."""
         older = self._history[:-LAG]
         if len(older) < LEAST_HISTORY:
             return None
-        return median(spread for spread, _ in older), median(middle for _, middle in older[-LEAST_HISTORY:])
+        return (
+            median(spread for spread, _, _ in older),
+            median(plain for _, plain, _ in older),
+            median(middle for _, _, middle in older[-LEAST_HISTORY:]),
+        )
 
     def _look(self) -> int | None:
         values = self._scaled()
         ordered = sorted(values)
         low, high = quantile(ordered, 0.1), quantile(ordered, 0.9)
         reference = self._reference()
-        if reference is None or not self._swings(values, low, high, reference[0]):
-            self._history = [*self._history, [high - low, quantile(ordered, 0.5)]][-HISTORY:]
+        plain = self._plain_spread()
+        if reference is None or plain < PLAIN * reference[1] or not self._swings(values, low, high, reference[0]):
+            self._history = [*self._history, [high - low, plain, quantile(ordered, 0.5)]][-HISTORY:]
             return None
         self.raised = True
-        usual, middle = reference
+        usual, _, middle = reference
         far = [abs(value - middle) > FAR * usual for value in values]
         first = next(
             (place for place in range(len(far)) if far[place] and sum(far[place : place + CLOSE]) >= CLOSE // 4), 0
         )
         return len(values) - 1 - first
+
+    def _plain_spread(self) -> float:
+        ordered = sorted(self._window)
+        return quantile(ordered, 0.9) - quantile(ordered, 0.1)
 
     def _swings(self, values: list[float], low: float, high: float, usual: float) -> bool:
         spread = high - low
@@ -135,7 +147,7 @@ class SwingDetector:
         return {
             "window": list(self._window),
             "new": self._new,
-            "history": [list(pair) for pair in self._history],
+            "history": [list(entry) for entry in self._history],
             "logarithmic": self._logarithmic,
             "raised": self.raised,
         }
@@ -144,6 +156,6 @@ class SwingDetector:
         """Continue where `state_dict` left off."""
         self._window = list(state["window"])
         self._new = state["new"]
-        self._history = [list(pair) for pair in state["history"]]
+        self._history = [list(entry) for entry in state["history"]]
         self._logarithmic = state["logarithmic"]
         self.raised = state["raised"]
