@@ -42,7 +42,11 @@ def render_page(report: Report) -> str:
     jinja2 = importlib.import_module("jinja2")
     draw_svg = importlib.import_module("lightning_spike.report.figure").draw_svg
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     source = importlib.resources.files("lightning_spike.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
     figures = {
