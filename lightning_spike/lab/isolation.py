@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.kept import Kept
+from lightning_spike.records import Moment
 from lightning_spike.signals.random_state import RandomState
 
 __all__ = ["Bench", "eagerly", "isolated", "loss_of"]
@@ -38,9 +39,12 @@ class Bench:
         self._state = Kept(_roots(trainer, module, with_optimizers), leave=_left(trainer, with_optimizers))
         self._loggers = list(trainer.loggers)
         self._should_stop = trainer.should_stop
+        self._position = trainer.global_step, trainer.current_epoch
         self._batches: dict[int, tuple[object, Kept]] = {}
 
-    def step(self, batch: object, batch_idx: int, *, random: RandomState | None = None) -> Any:  # noqa: ANN401 - as training_step
+    def step(
+        self, batch: object, batch_idx: int, *, random: RandomState | None = None, at: Moment | None = None
+    ) -> Any:
         """Run `training_step` once, with gradients, under the run's own precision, without `torch.compile`.
 
         Buffers, counters and random states move on as they do in training; `rewind` takes them back. What the step writes into the batch stays
@@ -50,6 +54,7 @@ class Bench:
             batch: The batch, on the module's device.
             batch_idx: What is handed to `training_step` if it takes it.
             random: The state of the random generators to begin with; as it stands where none is given.
+            at: Where in the run it was: what `global_step` and `current_epoch` tell the step; as they stand where it is not given.
 
         Returns:
             What `training_step` returned, with its graph. Blocks as much as the step itself does.
@@ -60,6 +65,8 @@ class Bench:
         self._keep(batch)
         if random is not None:
             random.restore()
+        if at is not None:
+            _set_position(self.trainer, at.step, at.epoch)
         arguments = (batch, batch_idx) if _takes_index(self.module) else (batch,)
         with torch.enable_grad(), eagerly(), self.trainer.precision_plugin.train_step_context():
             return self.module.training_step(*arguments)
@@ -100,6 +107,7 @@ class Bench:
         finally:
             self.trainer.loggers = self._loggers
             self.trainer.should_stop = self._should_stop
+            _set_position(self.trainer, *self._position)
             self._random.restore()
 
 
@@ -177,6 +185,12 @@ def _roots(trainer: Trainer, module: LightningModule, with_optimizers: bool) -> 
 def _left(trainer: Trainer, with_optimizers: bool) -> list[object]:
     """Nobody but a stepping optimizer changes its state, and a copy of it would be twice that of the weights."""
     return [] if with_optimizers else [o.state for o in trainer.optimizers]
+
+
+def _set_position(trainer: Trainer, step: int, epoch: int) -> None:
+    """Under automatic optimisation these two counters are all that `global_step` and `current_epoch` read."""
+    trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+    trainer.fit_loop.epoch_progress.current.processed = epoch
 
 
 def _takes_index(module: LightningModule) -> bool:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from lightning_spike.lab.isolation import Bench, loss_of
+from lightning_spike.records import Moment
 from lightning_spike.signals.random_state import RandomState
 
 __all__ = ["Origin", "nonfinite_origin", "weights_are_finite"]
@@ -49,7 +50,7 @@ class _Birth:
 
 
 def nonfinite_origin(
-    bench: Bench, batch: object, batch_idx: int, *, random: RandomState | None = None
+    bench: Bench, batch: object, batch_idx: int, *, random: RandomState | None = None, at: Moment | None = None
 ) -> Origin | None:
     """Run the batch with the weights that are in the module now, and find where its first non-finite value comes from.
 
@@ -64,6 +65,7 @@ def nonfinite_origin(
         batch: The batch, on its device.
         batch_idx: As `training_step` takes it.
         random: The random state before its forward pass.
+        at: Where in the run it was, as for `Bench.step`.
 
     Returns:
         The origin; `None` if loss and gradients are finite, if there is no loss, or if the weights are not finite already.
@@ -73,7 +75,7 @@ def nonfinite_origin(
     places = _Places()
     watch = _Watch(places)
     with places.following(bench.module), watch:
-        loss = loss_of(bench.step(batch, batch_idx, random=random))
+        loss = loss_of(bench.step(batch, batch_idx, random=random, at=at))
     if loss is None:
         return None
     if not _is_finite(loss):

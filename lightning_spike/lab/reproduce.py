@@ -81,7 +81,7 @@ def reproduce(
     differs_at: int | None = None
     for k, (entry, following) in enumerate(zip(entries, [*entries[1:], None], strict=True)):
         weights = copy_module(bench.module) if following is None else {}
-        loss = loss_of(bench.step(entry.batch, entry.at.batch_idx, random=entry.rng))
+        loss = loss_of(bench.step(entry.batch, entry.at.batch_idx, random=entry.rng, at=entry.at))
         if loss is None:
             msg = f"training_step returned no loss at step {entry.at.step}"
             raise CannotReplay(msg)

@@ -13,7 +13,6 @@ from lightning_spike.actions.batch_ring import RingEntry
 from lightning_spike.actions.state_copy import load_module
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.isolation import Bench, loss_of
-from lightning_spike.signals.random_state import RandomState
 
 __all__ = ["Split", "batch_noise", "judge", "split"]
 
@@ -87,9 +86,9 @@ def split(
     Raises:
         CannotReplay: A step gave no loss.
     """
-    old_losses = [_loss(bench, old, entry, spike.rng) for entry in (spike, *controls)]
-    at_spike = recorded if new is None else _loss(bench, new, spike, spike.rng)
-    new_losses = [at_spike, *(_loss(bench, new or {}, entry, spike.rng) for entry in controls)]
+    old_losses = [_loss(bench, old, entry, spike) for entry in (spike, *controls)]
+    at_spike = recorded if new is None else _loss(bench, new, spike, spike)
+    new_losses = [at_spike, *(_loss(bench, new or {}, entry, spike) for entry in controls)]
     return judge(np.array(old_losses), np.array(new_losses), scatter=scatter, is_later=new is None)
 
 
@@ -138,10 +137,10 @@ def batch_noise(losses: Numbers) -> float:
     return 0.0 if len(differences) < 2 else float(1.4826 / math.sqrt(2) * np.median(np.abs(differences)))  # noqa: PLR2004
 
 
-def _loss(bench: Bench, weights: Mapping[str, Tensor], entry: RingEntry, random: RandomState) -> float:
+def _loss(bench: Bench, weights: Mapping[str, Tensor], entry: RingEntry, spike: RingEntry) -> float:
     bench.rewind()
     load_module(bench.module, weights)
-    loss = loss_of(bench.step(entry.batch, entry.at.batch_idx, random=random))
+    loss = loss_of(bench.step(entry.batch, entry.at.batch_idx, random=spike.rng, at=spike.at))
     if loss is None:
         msg = f"training_step returned no loss at step {entry.at.step}"
         raise CannotReplay(msg)
@@ -161,12 +160,13 @@ def _scale(*losses: Numbers) -> Any:  # noqa: ANN401 - a function of arrays
 
 
 def _verdict(jump: float, data: float, weights: float, interaction: float, *, noise: float, error: float) -> Verdict:
-    if jump <= CLEAR * noise:
+    by_weights = weights > CLEAR * error and weights > SUBSTANTIAL * jump
+    by_data = data > SUBSTANTIAL * jump
+    # The weights are judged by pairs, the same batch under both: that tells them from noise where the jump by itself does not.
+    if jump <= noise or (jump <= CLEAR * noise and not by_weights):
         return "noise"
     if abs(interaction) > ENTWINED * (abs(data) + abs(weights) + abs(interaction)):
         return "both"
-    by_weights = weights > CLEAR * error and weights > SUBSTANTIAL * jump
-    by_data = data > SUBSTANTIAL * jump
     if by_weights and by_data:
         return "both"
     if by_weights:

@@ -154,7 +154,7 @@ def _origins(case: _Case, bench: Bench, again: Reproduction | None) -> list[Find
 def _origin(bench: Bench, weights: Mapping[str, Tensor], entry: RingEntry) -> Origin | None:
     bench.rewind()
     load_module(bench.module, weights)
-    return nonfinite_origin(bench, entry.batch, entry.at.batch_idx, random=entry.rng)
+    return nonfinite_origin(bench, entry.batch, entry.at.batch_idx, random=entry.rng, at=entry.at)
 
 
 # -- batch or weights ----------------------------------------------------------------------------------------------------

@@ -4,9 +4,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from lab.shapes import SHAPES, Ema, Plain
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
-from shapes import SHAPES, Ema, Plain
 from torch import nn
 
 from lightning_spike.lab.errors import CannotReplay

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from bench import attached
-from shapes import CLASSES, FEATURES, Plain
+from lab.bench import attached
+from lab.shapes import CLASSES, FEATURES, Plain
 from torch import nn
 from torch.nn import functional
 

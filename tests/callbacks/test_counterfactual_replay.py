@@ -1,0 +1,187 @@
+"""Faults of known kind in a real `fit`: what the re-run says of them, and that the training does not notice."""
+
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
+from training_tasks import TASKS, Digits, train
+
+from lightning_spike.callbacks.counterfactual_replay import CounterfactualReplay
+from lightning_spike.errors import ConfigurationError
+from lightning_spike.store import TrainerStateStore
+
+SIZE = 16
+LATE, EARLY = 284, 84
+"""Batches that go wrong, 34 after a snapshot each. What is not finite is seen at once, a spike once the detector knows the noise."""
+
+
+class At(Callback):
+    """Does something to the run at one batch, counted over the run."""
+
+    def __init__(self, ordinal, start=None, end=None):
+        self.ordinal, self.start, self.end, self.count = ordinal, start, end, -1
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.count += 1
+        if self.start and self.count == self.ordinal:
+            self.start(trainer, pl_module, batch)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if self.end and self.count == self.ordinal:
+            self.end(trainer, pl_module, optimizer)
+
+
+def wrong_labels(trainer, module, batch):
+    batch[1].add_(5).remainder_(10)
+
+
+def nan_in_image(trainer, module, batch):
+    batch[0][3, 0, 2, 2] = math.nan
+
+
+def high_rate(trainer, module, optimizer):
+    optimizer.param_groups[0]["lr"] *= 400
+
+
+def noise_on_weights(trainer, module, batch):
+    with torch.no_grad(), torch.random.fork_rng():
+        for p in module.parameters():
+            p.add_(torch.randn_like(p) * 2)
+
+
+def seeded(make):
+    seed_everything(0, verbose=False)
+    return make()
+
+
+def told(trainer, kind):
+    return [f.detail for f in TrainerStateStore.of(trainer).findings if f.detector == "lab" and f.kind == kind]
+
+
+def run(tmp_path, *faults, make=lambda: Digits(0.003), epochs=9, **options):
+    """Faults stand before the suite, so that it sees what they have done."""
+    callbacks = [*faults, CounterfactualReplay(**options)]
+    return train(seeded(make), callbacks, tmp_path, max_epochs=epochs, batch_size=SIZE)
+
+
+@pytest.mark.parametrize(
+    ("fault", "verdict"),
+    [
+        pytest.param({"ordinal": LATE, "start": wrong_labels}, "data", id="batch"),
+        pytest.param({"ordinal": LATE - 1, "end": high_rate}, "weights", id="rate"),
+        pytest.param({"ordinal": LATE, "start": noise_on_weights}, "not_reproduced", id="outside"),
+    ],
+)
+def test_the_verdict_names_what_was_done(fault, verdict, tmp_path):
+    trainer = run(tmp_path, At(**fault))
+    splits = [s for s in told(trainer, "split") if s["episode"] == 1]
+    assert [s["verdict"] for s in splits] == [verdict], told(trainer, "not_run")
+    assert splits[0]["exact"]
+    assert next(a.detail["episode"] for a in TrainerStateStore.of(trainer).actions if a.action == "replay") == 1
+
+
+def test_a_value_that_is_not_finite_is_traced_to_the_batch(tmp_path):
+    trainer = run(tmp_path, At(EARLY, start=nan_in_image), epochs=3)
+    origin = told(trainer, "nonfinite_origin")[0]
+    assert (origin["phase"], origin["operation"]) == ("input", "batch[0]")
+    assert told(trainer, "split")[0]["verdict"] == "data"
+
+
+class LogOfZero(Digits):
+    """Its loss takes the logarithm of the first pixel's part in the image, which one image does not have."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self(x), y) + 1e-3 * x.flatten(1).sum(1).log().mean()
+
+
+def blacken(trainer, module, batch):
+    batch[0][5].zero_()
+
+
+def test_a_value_that_is_not_finite_is_traced_to_its_operation(tmp_path):
+    trainer = run(tmp_path, At(EARLY, start=blacken), make=LogOfZero, epochs=3)
+    origin = told(trainer, "nonfinite_origin")[0]
+    assert (origin["phase"], origin["operation"], origin["with_healthy_weights"]) == ("loss", "log", True)
+
+
+def no_gradients(trainer, module, optimizer):
+    """So that the weights stay finite, and what comes after can be compared."""
+    for p in module.parameters():
+        if p.grad is not None:
+            p.grad.zero_()
+
+
+class Losses(Callback):
+    def __init__(self):
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(outputs["loss"].clone() if outputs and "loss" in outputs else None)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_training_goes_on_as_if_nothing_had_been_run_again(task, tmp_path):
+    make, settings = TASKS[task]
+    ends, losses = [], []
+    for suite in ([CounterfactualReplay()], []):
+        seen, module = Losses(), seeded(make)
+        fault = At(EARLY, start=nan_in_image, end=no_gradients)
+        trainer = train(module, [fault, *suite, seen], tmp_path, max_epochs=4, batch_size=SIZE, **settings)
+        ends.append([*module.state_dict().values(), *_tensors(trainer.optimizers), torch.get_rng_state()])
+        losses.append(seen.losses)
+        if suite and task == "two_by_hand":
+            assert not told(trainer, "split")
+        elif suite:
+            assert told(trainer, "split")[0]["exact"]
+    assert len(losses[0]) == 128
+    assert all(_same(a, b) for a, b in zip(*losses, strict=True))
+    assert all(_same(a, b) for a, b in zip(*ends, strict=True))
+    assert task == "two_by_hand" or all(loss.isfinite() for loss in losses[0][EARLY + 1 :])
+
+
+def _tensors(optimizers):
+    return [
+        v
+        for o in optimizers
+        for entry in o.state_dict()["state"].values()
+        for v in entry.values()
+        if torch.is_tensor(v)
+    ]
+
+
+def _same(a, b):
+    return a is b if a is None or b is None else torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5))
+
+
+def test_what_cannot_be_run_again_is_said_and_left_alone(tmp_path):
+    class Once(Digits):
+        def __init__(self):
+            super().__init__()
+            self.stream = iter(range(10**6))
+
+        def training_step(self, batch, batch_idx):
+            next(self.stream)
+            return super().training_step(batch, batch_idx)
+
+    trainer = run(tmp_path, At(EARLY, start=nan_in_image), make=Once, epochs=3)
+    assert "module.stream is a range_iterator" in told(trainer, "not_run")[0]["why"]
+    assert not told(trainer, "split")
+
+
+def test_after_the_first_an_examination_must_fit_into_the_budget(tmp_path):
+    faults = [At(k, start=nan_in_image, end=no_gradients) for k in (EARLY, EARLY + 30)]
+    trainer = run(tmp_path, *faults, epochs=4, budget=1e-6)
+    assert len(told(trainer, "split")) == 1
+    assert all("budget" in d["why"] for d in told(trainer, "not_run"))
+    assert len(told(trainer, "not_run")) >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("budget", 0), ("budget", 2.0), ("max_episodes", 0), ("controls", 1.5), ("budget", "2 %")]
+)
+def test_an_argument_out_of_range_is_refused(name, value):
+    with pytest.raises(ConfigurationError, match=name):
+        CounterfactualReplay(**{name: value})
