@@ -16,7 +16,7 @@ from lightning_spike.records import Episode, RunStatus, Verdict
 from lightning_spike.report.braille import Drawing, draw
 from lightning_spike.report.model import LEAST_PROBABILITY, Curve, Report
 from lightning_spike.report.wording import (
-    action_words,
+    actions_words,
     confirmed_words,
     count,
     duration,
@@ -121,7 +121,8 @@ def _parts(report: Report, width: int) -> Iterator[RenderableType]:
         yield from _in_full(verdict) if rank == 1 else [_hanging("   ", Text(verdict.summary))]
     yield from _rest(report)
     yield from _listed("Samples that stand out", *_suspects(report))
-    yield from _listed("What was done", [action_words(a) for a in report.actions[:MOST_ACTIONS]], len(report.actions))
+    done = actions_words(report.actions)
+    yield from _listed("What was done", done[:MOST_ACTIONS], len(done))
     yield from _listed("Could not be seen", report.remarks, len(report.remarks))
     yield Text()
 
@@ -189,7 +190,7 @@ def _episodes(report: Report, width: int) -> RenderableType:
     table.add_column("steps", no_wrap=True)
     table.add_column("loss", no_wrap=True)
     if width >= ROOMY:
-        table.add_column("after", no_wrap=True)
+        table.add_column("came back", no_wrap=True)
     table.add_column("likeliest cause", overflow="fold")
     worst = sorted(report.episodes, key=lambda e: -e.severity)[:MOST_EPISODES]
     for episode in sorted(worst, key=lambda e: (e.onset.ordinal, e.id)):

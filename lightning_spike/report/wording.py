@@ -8,7 +8,7 @@ from lightning_spike.records import Action, Episode, Evidence, Family, Recovery,
 from lightning_spike.report.model import Report, Suspect
 
 __all__ = [
-    "action_words",
+    "actions_words",
     "confirmed_words",
     "count",
     "duration",
@@ -35,10 +35,10 @@ ENDINGS = {
 }
 
 RECOVERIES = {
-    Recovery.WHOLE: "came back",
-    Recovery.PART: "came back in part",
-    Recovery.NEVER: "never came back",
-    Recovery.OPEN: "not over at the end",
+    Recovery.WHOLE: "yes",
+    Recovery.PART: "in part",
+    Recovery.NEVER: "never",
+    Recovery.OPEN: "open",
 }
 
 
@@ -129,7 +129,7 @@ def _ratio(before: float | None, peak: float | None) -> str:
 
 
 def recovery_words(episode: Episode) -> str:
-    """How far the loss came back, and when."""
+    """Whether the loss came back; `open` where the run ended too early to tell."""
     return RECOVERIES[episode.recovery]
 
 
@@ -163,8 +163,31 @@ def evidence_words(evidence: Evidence) -> str:
     return f"{where}: {number(evidence.observed)}{expected}"
 
 
-def action_words(action: Action) -> str:
-    """What was done, with the plain facts of its detail: `rollback at step 403: to_step 380, lr_scale 0.5`."""
+def actions_words(actions: Sequence[Action]) -> list[str]:
+    """What was done, in order; the batches that were dumped for one episode in one line."""
+    lines: list[str] = []
+    told: set[object] = set()
+    for action in actions:
+        episode = action.detail.get("episode")
+        if action.action != "dump" or episode is None:
+            lines.append(_action(action))
+        elif episode not in told:
+            told.add(episode)
+            lines.append(
+                _dumps(episode, [a for a in actions if a.action == "dump" and a.detail.get("episode") == episode])
+            )
+    return lines
+
+
+def _dumps(episode: object, dumps: Sequence[Action]) -> str:
+    """The onset's batch by its path; the others are beside it."""
+    onset = next((d for d in dumps if d.detail.get("role", "onset") == "onset"), dumps[0])
+    beside = f", with {len(dumps) - 1} of its neighbours" if len(dumps) > 1 else ""
+    return f"episode {episode}: the batch of step {onset.at.step:,} is in {onset.detail.get('path', 'batches')}{beside}"
+
+
+def _action(action: Action) -> str:
+    """With the plain facts of its detail: `rollback at step 403: to_step 380, lr_scale 0.5`."""
     facts = [f"{key} {_scalar(value)}" for key, value in action.detail.items() if _is_scalar(value)]
     name = action.action.replace("_", " ")
     return f"{name} at step {action.at.step:,}" + (f": {', '.join(facts)}" if facts else "")

@@ -60,7 +60,7 @@ def test_a_troubled_run_is_told_from_headline_to_settings(troubled):
         "confirmed by replay",
         "Lower the peak of the restarts",
         "400–431",
-        "never came back",
+        "Came back",
         "1 fainter cause",
         "Dataset index",
         "No space left on device",

@@ -3,7 +3,17 @@ import math
 
 import pytest
 
-from lightning_spike.report.wording import count, duration, episodes_words, loss_words, number, percent, steps_words
+from lightning_spike.records import Action, Moment
+from lightning_spike.report.wording import (
+    actions_words,
+    count,
+    duration,
+    episodes_words,
+    loss_words,
+    number,
+    percent,
+    steps_words,
+)
 
 
 @pytest.mark.parametrize(
@@ -61,3 +71,22 @@ def test_an_episode_in_words(troubled):
     assert (loss_words(first), loss_words(second)) == ("0.18 → 4 (×22)", "0.031 → NaN")
     assert loss_words(dataclasses.replace(first, signal="val_loss")) == "val_loss 0.18 → 4 (×22)"
     assert loss_words(dataclasses.replace(first, loss_before=None, loss_peak=None)) == "–"
+
+
+def test_dumps_of_an_episode_are_one_line():
+    def did(action, step, **detail):
+        return Action(action=action, at=Moment(ordinal=step, step=step, epoch=0, batch_idx=step), detail=detail)
+
+    actions = [
+        did("dump", 61, episode=1, path="batches/a", role="onset", suspects=[{}]),
+        did("rollback", 65, to_step=40, lr_scale=0.5, healed=True, nothing=None),
+        did("dump", 60, episode=1, path="batches/b", role="neighbour"),
+        did("dump", 70, episode=2, path="batches/c"),
+        did("early_stop", 99),
+    ]
+    assert actions_words(actions) == [
+        "episode 1: the batch of step 61 is in batches/a, with 1 of its neighbours",
+        "rollback at step 65: to_step 40, lr_scale 0.5, healed True",
+        "episode 2: the batch of step 70 is in batches/c",
+        "early stop at step 99",
+    ]
