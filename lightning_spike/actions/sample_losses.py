@@ -27,7 +27,13 @@ class SampleLosses:
 
 
 def losses_of_samples(
-    trainer: Trainer, module: LightningModule, entry: RingEntry, control: RingEntry | None, snapshot: Snapshot | None
+    trainer: Trainer,
+    module: LightningModule,
+    entry: RingEntry,
+    *,
+    size: int,
+    control: RingEntry | None = None,
+    snapshot: Snapshot | None = None,
 ) -> SampleLosses | None:
     """Run the batch again, and leave no trace.
 
@@ -38,6 +44,7 @@ def losses_of_samples(
         trainer: The trainer, between two batches. With several ranks nothing is run: what `training_step` gathers from the others would wait for ever.
         module: Its module.
         entry: The batch.
+        size: Samples in it; losses of another number (a batch of several loaders has no one length) are no answer.
         control: A healthy batch.
         snapshot: Weights from before the onset.
 
@@ -50,9 +57,10 @@ def losses_of_samples(
         with isolated(trainer, module):
             if snapshot is not None:
                 load_module(module, snapshot.model)
-            return _under_present_weights(trainer, module, entry, control, _words(snapshot))
+            found = _under_present_weights(trainer, module, entry, control, _words(snapshot))
     except CannotReplay:
         return None
+    return found if found is not None and len(found.losses) == size else None
 
 
 def _under_present_weights(

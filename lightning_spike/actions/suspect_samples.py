@@ -151,7 +151,7 @@ def _by_values(leaf: str, own: SampleValues, usual: Sequence[SampleValues]) -> l
         for k in np.flatnonzero(own.nonfinite)
     ]
     reference = np.concatenate([u.max_abs for u in usual]) if usual else own.max_abs
-    ceiling = float(reference.max() if usual else np.quantile(reference, 0.9)) if reference.size else 0.0
+    ceiling = float(reference.max() if usual else np.quantile(reference, 0.75)) if reference.size else 0.0
     for k, z in enumerate(_modified_z(_log(own.max_abs), _log(reference))):
         if z > STANDS_OUT and own.max_abs[k] > CLEARLY_LARGER * ceiling:
             text = f"largest value of {leaf} {own.max_abs[k]:.4g}, usually up to {ceiling:.4g}"

@@ -193,11 +193,15 @@ class BadBatchDumper(SpikeCallback):
         seen = self._look_at(entry)
         earlier = [self._look_at(e) for e in self._ring.entries() if e.at.ordinal < first_of_step]
         losses: SampleLosses | None = None
+        if trainer.world_size > 1:
+            self.flight.store.note(
+                "Losses of single samples are not computed under several ranks: a step run on one rank could wait for the others."
+            )
         if module is not None and seen.size is not None:
             control = earlier[-1].entry if earlier else None
             snapshots = self.flight.taking_part(Snapshots)
             snapshot = None if snapshots is None else snapshots.latest_healthy(first_of_step + 1)
-            losses = losses_of_samples(trainer, module, entry, control, snapshot)
+            losses = losses_of_samples(trainer, module, entry, size=seen.size, control=control, snapshot=snapshot)
         suspects = find_suspects(
             seen.values,
             usual=[e.values for e in earlier],

@@ -136,9 +136,7 @@ def test_subset_positions_become_dataset_indices_however_nested(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_lists_drawn_ahead_and_never_used_are_void_in_the_next_epoch(workers, tmp_path):
     probe = Probe()
-    fit(
-        DataLoader(Indices(), batch_size=2, shuffle=True, num_workers=workers), probe, tmp_path, limit_train_batches=3
-    )
+    fit(DataLoader(Indices(), batch_size=2, shuffle=True, num_workers=workers), probe, tmp_path, limit_train_batches=3)
     assert len(probe.seen) == 9
     assert_named(probe)
 

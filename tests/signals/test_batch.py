@@ -65,7 +65,11 @@ def test_a_structure_that_holds_itself_ends():
 
 
 @given(
-    st.lists(st.floats(-(2.0**100), 2.0**100, width=32) | st.sampled_from([np.nan, np.inf, -np.inf, 0.0]), min_size=1, max_size=50)
+    st.lists(
+        st.floats(-(2.0**100), 2.0**100, width=32) | st.sampled_from([np.nan, np.inf, -np.inf, 0.0]),
+        min_size=1,
+        max_size=50,
+    )
 )
 def test_statistics_are_those_of_the_finite_part(values):
     array = np.array(values, dtype=np.float64)
