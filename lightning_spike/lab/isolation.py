@@ -44,7 +44,7 @@ class Bench:
 
     def step(
         self, batch: object, batch_idx: int, *, random: RandomState | None = None, at: Moment | None = None
-    ) -> Any:
+    ) -> Any:  # noqa: ANN401 - as training_step
         """Run `training_step` once, with gradients, under the run's own precision, without `torch.compile`.
 
         Buffers, counters and random states move on as they do in training; `rewind` takes them back. What the step writes into the batch stays
@@ -190,7 +190,7 @@ def _left(trainer: Trainer, with_optimizers: bool) -> list[object]:
 def _set_position(trainer: Trainer, step: int, epoch: int) -> None:
     """Under automatic optimisation these two counters are all that `global_step` and `current_epoch` read."""
     trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
-    trainer.fit_loop.epoch_progress.current.processed = epoch
+    trainer.fit_loop.epoch_progress.current.completed = epoch
 
 
 def _takes_index(module: LightningModule) -> bool:
