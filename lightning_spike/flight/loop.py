@@ -129,11 +129,21 @@ class Flight:
         if self.closed:
             return
         self.closed = True
-        self._judge(self.recorder.flush())
-        self.update_episodes(self.episodes.finish())
+        self._settle()
         self._each(lambda p: p.conclude(trainer, status, error))
         self._each(lambda p: p.explain(trainer, status, error))
         self.release()
+
+    def _settle(self) -> None:
+        """Take in what is still under way; where that fails (after an error of the device nothing can be read from it) the report says so and goes without."""
+        for part, step in (
+            ("recorder", lambda: self._judge(self.recorder.flush())),
+            ("episodes", lambda: self.update_episodes(self.episodes.finish())),
+        ):
+            try:
+                step()
+            except Exception as error:  # noqa: BLE001 - what has arrived before is worth a report
+                self.store.note(Disabled(part=part, reason=f"{type(error).__name__}: {error}"))
 
     def release(self) -> None:
         """Undo what participants installed, and let go of the training's objects."""

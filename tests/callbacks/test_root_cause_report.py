@@ -15,6 +15,7 @@ from training_tasks import Digits, train
 
 from lightning_spike.callbacks.root_cause_report import RootCauseReport
 from lightning_spike.errors import ConfigurationError
+from lightning_spike.recorder import Recorder
 from lightning_spike.records import RunStatus
 from lightning_spike.report import html, json_file, model
 from lightning_spike.report.json_file import read_report
@@ -158,6 +159,19 @@ def test_a_ranking_that_breaks_costs_only_the_causes(tmp_path, monkeypatch):
     assert [d["part"] for d in written["disabled"]] == ["diagnosis"]
     assert len(written["episodes"]) == 1
     assert written["causes"] == []
+
+
+def test_a_device_that_can_no_longer_be_read_costs_only_the_last_rows(tmp_path, monkeypatch):
+    def dead(self):
+        msg = "CUDA error: device-side assert triggered"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(Recorder, "flush", dead)
+    with pytest.raises(ZeroDivisionError):
+        train(Digits(), [quick(), At(7, fail)], tmp_path)
+    written = read_report(tmp_path / "spike" / "report.json")
+    assert [(d["part"], d["reason"][:24]) for d in written["disabled"]] == [("recorder", "RuntimeError: CUDA error")]
+    assert written["run"]["batches"] == 7
 
 
 def test_a_report_that_breaks_altogether_does_not_hide_the_users_exception(tmp_path, monkeypatch):
