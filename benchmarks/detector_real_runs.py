@@ -17,7 +17,7 @@ __all__ = ["TASKS", "Curve", "real_curve"]
 Curve: TypeAlias = list[tuple[float, int]]
 """Loss and batch size of every step."""
 Batch: TypeAlias = tuple[Tensor, Tensor]
-CONTEXT: Final = 24
+CONTEXT: Final = 12
 
 
 def _epochs(inputs: Tensor, targets: Tensor, size: int, generator: torch.Generator) -> Iterator[Batch]:

@@ -188,18 +188,16 @@ class LearningRateDetector:
         series.sizes = [*series.sizes, lr - series.lr][-SMOOTH_MOVES:]
 
     def _jump(self, name: str, series: _Series, at: Moment, lr: float) -> Finding:
-        decayed = series.downs >= LEAST_DECAY_MOVES and series.lr < DECAYED * series.peak
-        back = BACK * series.peak <= lr <= series.peak * (2.0 - DECAYED)
         names = self._configured(name)
         planned = None if names is None else bool(RESTARTING & set(names))
-        forbidden = names is not None and not (set(names) - MONOTONE) and not self._may_step_up(name)
+        restarts = self._restarts(name, series, lr)
         detail = {
             **self._detail(name, series, lr),
             "peak_lr": series.peak,
             "expected_lr": series.lr * min(1.0, series.step_ratio),
         }
         series.trend, series.first_rise = 0, False
-        if decayed and back and not forbidden:
+        if restarts:
             before = series.restarts[-1] if series.restarts else None
             detail["period"] = None if before is None else at.ordinal - before[0]
             detail["period_steps"] = None if before is None else at.step - before[1]
@@ -209,6 +207,13 @@ class LearningRateDetector:
             return Finding(detector="learning_rate", kind="restart", at=at, detail=detail)
         series.jumped_from = series.lr
         return Finding(detector="learning_rate", kind="unexplained_jump", at=at, detail={**detail, "resumed": False})
+
+    def _restarts(self, name: str, series: _Series, lr: float) -> bool:
+        """Back toward the peak after a decay, and not inside schedulers that never do this."""
+        decayed = series.downs >= LEAST_DECAY_MOVES and series.lr < DECAYED * series.peak
+        names = self._configured(name)
+        forbidden = names is not None and not (set(names) - MONOTONE) and not self._may_step_up(name)
+        return decayed and BACK * series.peak <= lr <= series.peak * (2.0 - DECAYED) and not forbidden
 
     def _fall(self, name: str, series: _Series, at: Moment, lr: float) -> list[Finding]:
         findings = []
@@ -259,7 +264,7 @@ class LearningRateDetector:
 
     def _resume(self, name: str, series: _Series, at: Moment, lr: float) -> list[Finding]:
         series.resumed = False
-        if series.lr <= 0.0 or 1.0 / JUMP < lr / series.lr < JUMP:
+        if series.lr <= 0.0 or 1.0 / JUMP < lr / series.lr < JUMP or self._restarts(name, series, lr):
             return []
         detail = {**self._detail(name, series, lr), "peak_lr": series.peak, "expected_lr": series.lr, "resumed": True}
         series.lr, series.trend = lr, 0

@@ -25,6 +25,8 @@ STRIP: Final = 5
 """Validations over which P_k and the slope of the gap are taken: Prechelt's k = 5."""
 SURE: Final = 4.0
 """Noise standard deviations that the smoothed curve must have risen; the best of many looks better than it is."""
+FEW: Final = 8.0
+"""The noise estimated from this many validations is doubled, from more it is widened less: it may be too small by chance."""
 LEAST_GL: Final = 2.0
 """Per cent above the best below which nothing is said; Prechelt's thresholds for GL go from 1 to 5."""
 SWINGS: Final = 2.0
@@ -93,7 +95,7 @@ class OverfitDetector:
         smooth = _smoothed(values)
         place = min(range(len(smooth)), key=smooth.__getitem__)
         best = min(range(max(0, place - SMOOTH + 1), place + 1), key=values.__getitem__)
-        noise = _noise(values)
+        noise = _noise(values) * (1.0 + FEW / len(values))
         rise = smooth[-1] - smooth[place]
         self.rise = rise / noise if noise > 0.0 else math.copysign(99.0, rise)
         up = self._rises(smooth)

@@ -63,7 +63,7 @@ class SeriesTracker:
             return [self._abnormal(at, value, MOST_SEVERE)]
         score = self.fast.baseline.score(value, noise)
         self._history.append((at, value, score))
-        inside_episode = self.draft is not None and not self.draft.absorbed
+        inside_episode = self.draft is not None and not self.draft.absorbed and self.draft.calm < SHARP
         if self.fast.outside(value, score, inside_episode=inside_episode):
             self._pending.append(value)
             changed = [self._abnormal(at, value, min(score, MOST_SEVERE))]
@@ -177,10 +177,8 @@ class SeriesTracker:
             self.standing.last_bad = at
         if since is None or self.draft is not None:
             return []
-        window = [(m, v) for m, v, _ in islice(reversed(self._history), since + 1) if math.isfinite(v)]
-        values = [v for _, v in window]
-        flat = ramp_onset(values) if max(values) > min(values) else len(values) - 1
-        self.standing = self._new(EpisodeKind.STALL, window[flat][0], at, values[0], 1.0)
+        onset, value, _ = self._history[-1 - min(since, len(self._history) - 1)]
+        self.standing = self._new(EpisodeKind.STALL, onset, at, value, 1.0)
         return [self.standing]
 
     def _calm(self) -> list[Draft]:
@@ -199,6 +197,8 @@ class SeriesTracker:
         draft.end = None if draft.recovery is Recovery.NEVER else draft.last_bad
         if draft.kind is EpisodeKind.SPIKE and draft.recovery is Recovery.NEVER:
             draft.kind = EpisodeKind.DIVERGENCE
+        if draft.recovery is not Recovery.WHOLE:
+            self.slow.rebase()
         if draft.kind is EpisodeKind.DIVERGENCE and draft.end is not None and self._jumped(draft):
             draft.kind = EpisodeKind.SPIKE
         self.draft = None

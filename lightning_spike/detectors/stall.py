@@ -44,24 +44,31 @@ def _noise(blocks: list[float]) -> float:
     return median(bends) * MAD_TO_SIGMA / math.sqrt(6.0)
 
 
-def _broke_off(groups: list[float], noise: float) -> bool:
-    """Whether five decrements in a row run on a smooth course and the last two, due on it, are missing."""
+def _broke_off(groups: list[float], noise: float) -> float | None:
+    """Where five decrements in a row run on a smooth course and the last three, due on it, are missing.
+
+    Returns:
+        The break, in groups from the first one on; `None` where there is none. Between the last falling and the first flat group the
+        decrement is the larger the later the break: all of it is there for a break at the far end of the two, half for the middle.
+    """
     drops = [earlier - later for earlier, later in itertools.pairwise(groups)]
     noise *= math.sqrt(2.0)
     falling = drops[:FALLING]
     if min(falling) <= 2.0 * noise:
-        return False
+        return None
     first, last = sum(falling[:2]) / 2.0, sum(falling[-2:]) / 2.0
     ratio: float = (last / first) ** (1.0 / (FALLING - 2))
     if not 0.5 < ratio < 1.1:  # noqa: PLR2004 - slower than by half per group, and not speeding up
-        return False
+        return None
     middle: float = (first * last) ** 0.5
     course = [middle * ratio ** (place - (FALLING - 1) / 2) for place in range(FALLING)]
     if any(abs(drop - due) > SMOOTH * due + noise for drop, due in zip(falling, course, strict=True)):
-        return False
+        return None
     missing = [course[-1] * ratio ** (place + 1) for place in range(1, len(drops) - FALLING)]
     flat = all(abs(drop) < FLAT * due + noise for drop, due in zip(drops[FALLING + 1 :], missing, strict=True))
-    return bool(flat and sum(missing) > max(SURE * noise, LEAST_MISSING * abs(groups[-1])))
+    if not flat or sum(missing) <= max(SURE * noise, LEAST_MISSING * abs(groups[-1])):
+        return None
+    return FALLING + 2.0 * max(0.0, min(1.0, drops[FALLING] / (course[-1] * ratio)))
 
 
 class StallDetector:
@@ -82,7 +89,7 @@ class StallDetector:
         """Take a finite loss. Does its work once every 16 losses.
 
         Returns:
-            When a stall has just been noticed: how many losses ago it began, at most 16 * 80; else `None`.
+            When a stall has just been noticed: how many losses ago it began; else `None`.
         """
         if self._first is None:
             self._first = value
@@ -109,9 +116,10 @@ class StallDetector:
             if len(self._blocks) < GROUPS * scale:
                 return None
             groups, noise = _groups(self._blocks, scale), _noise(self._blocks) / math.sqrt(scale)
-            if abs(groups[-1]) > NEAR_ZERO * abs(self._start or 0.0) and _broke_off(groups, noise):
+            place = _broke_off(groups, noise)
+            if place is not None and abs(groups[-1]) > NEAR_ZERO * abs(self._start or 0.0):
                 self._raise(groups[-1], max(0.25 * (groups[FALLING - 1] - groups[FALLING]), 3.0 * _noise(self._blocks)))
-                return GROUPS * scale * BLOCK - 1
+                return round((GROUPS - place) * scale * BLOCK)
         return None
 
     def _raise(self, level: float, unit: float) -> None:
