@@ -63,7 +63,9 @@ def test_under_a_snapshot_they_are_those_of_its_weights(spoil, tmp_path):
     fresh.eval()
     for losses, (x, y) in ((asks.found.losses, asks.batch), (asks.found.control, asks.control)):
         expected = F.cross_entropy(fresh(x), y, reduction="none")
-        torch.testing.assert_close(torch.tensor(losses), expected.detach().double(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            torch.tensor(losses, dtype=torch.float64), expected.detach().double(), rtol=1e-4, atol=1e-5
+        )
     assert asks.found.weights == "the snapshot from before step 0"
     assert asks.wrong_size is None
 
