@@ -12,7 +12,7 @@ __all__ = ["clip_fix", "clip_value", "dataset_fix", "lower_peak", "warmup_steps"
 HEADROOM = 1.5
 """Clip this far above the 95th percentile of the healthy norms: ordinary steps stay as they are."""
 CAUTIOUS_CUT = 3.0
-"""Factor by which a rate is lowered where the run never used a lower one: half an order of magnitude, the usual step of a rate search."""
+"""Factor by which a rate is lowered where the run does not show its limit: half an order of magnitude, the usual step of a rate search."""
 SGD_WARMUP = 200
 """Updates of warm-up that are advised where no second moment has to settle, at the least."""
 WARMUP_SHARE = 0.05
@@ -41,7 +41,7 @@ def lower_peak(case: Case, signal: str, culprit: float) -> tuple[float, str]:
         return _two_digits(bearable), "the loss stayed in its range up to that rate in this run"
     return _two_digits(
         culprit / CAUTIOUS_CUT
-    ), f"{CAUTIOUS_CUT:g} times lower, as this run never used a lower rate at this level of the loss"
+    ), f"{CAUTIOUS_CUT:g} times lower, as this run does not show where its limit lies"
 
 
 def warmup_steps(case: Case) -> tuple[int, str]:

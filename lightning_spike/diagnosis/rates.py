@@ -108,9 +108,9 @@ def _of_series(case: Case, kind: str, signal: str, ordinal: int, step: int) -> R
 
 
 def _bears_on(case: Case, event: RateEvent) -> bool:
-    """The rate was up in the last update before the onset; a rate that is not finite needs no height."""
+    """The rate was up in the last update before the onset, or had been shortly before; a rate that is not finite needs no height."""
     if not math.isfinite(event.after):
         return event.lag >= 0
     rate = case.rate(event.signal)
     up = rate is not None and rate >= STAYED_UP * event.after
-    return up or -NEAR <= event.lag <= REACH
+    return up or -NEAR <= event.lag <= (2 * REACH if case.kind in LATE else REACH)

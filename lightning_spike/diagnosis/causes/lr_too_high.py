@@ -31,6 +31,10 @@ ROUGH: Final = 2.0
 """Growth of the loss's noise, in the loss's own unit (on the log scale it grows in any healthy run), over the last quarter of the reference that speaks of swings across a valley (edge of stability: Cohen et al. 2022)."""
 ROSE: Final = 1.2
 """Level just before the episode over the best level of the run from which training was going backwards already."""
+WENT_ON: Final = 0.8
+"""Level of the loss over the one before below which training went on all the same; noise that grows while the loss falls is that of a model that begins to learn."""
+WELL_AFTER: Final = 32
+"""Batches that make that level."""
 OFTEN: Final = 3
 """Episodes in a run from which it is more than an accident."""
 EXPLODED: Final = 10.0
@@ -112,9 +116,19 @@ def _borne(case: Case, signal: str | None) -> Evidence | None:
 
 
 def _shape(case: Case) -> Evidence | None:
+    """Whether the loss was lost, came back, or went on falling through it all."""
+    before = case.episode.loss_before
+    losses = case.store.history.between(case.episode.signal, case.onset, case.last)
+    losses = losses[np.isfinite(losses)][-WELL_AFTER:]
+    if before is not None and losses.size == WELL_AFTER and float(np.median(losses)) < WENT_ON * before:
+        level = float(np.median(losses))
+        text = f"The loss went on falling through it, from {before:.3g} to {level:.3g}."
+        return tell(case.episode.signal, text, -STRONG, step=case.step, observed=level, expected=before)
+    if case.kind is EpisodeKind.OSCILLATION and case.jump is not None and case.jump < ROSE:
+        return None
     if case.kind in {EpisodeKind.DIVERGENCE, EpisodeKind.OSCILLATION}:
         text = "The loss " + ("swings." if case.kind is EpisodeKind.OSCILLATION else "rose and did not come back.")
-        return tell(case.episode.signal, text, FAIR, step=case.step, expected=case.episode.loss_before)
+        return tell(case.episode.signal, text, FAIR, step=case.step, expected=before)
     if case.episode.recovery is Recovery.NEVER and case.kind is EpisodeKind.SPIKE:
         return tell(case.episode.signal, "The loss did not come back.", SLIGHT, step=case.step)
     return None
@@ -122,6 +136,12 @@ def _shape(case: Case) -> Evidence | None:
 
 def _growth(case: Case) -> Evidence | None:
     """Whether the loss grew over several batches, as under a step that is a little too long each time, or was out at one blow."""
+    first = case.at_onset(case.episode.signal)
+    if first is not None and not math.isfinite(first):
+        text = (
+            "The loss was not finite from one batch to the next; steps that are too long need several batches for that."
+        )
+        return tell(case.episode.signal, text, -FAIR, step=case.step)
     if case.sudden is None or case.lone:
         return None
     losses = case.store.history.between(case.episode.signal, case.onset, case.episode.peak.ordinal)
@@ -155,10 +175,10 @@ def _before_onset(case: Case) -> Evidence | None:
     bends = np.abs(np.diff(losses, n=2))
     quarter = losses.size // 4
     calm, recent = float(np.median(bends[:-quarter])), float(np.median(bends[-quarter:]))
-    if calm > 0.0 and recent / calm >= ROUGH:
+    levels = [float(np.median(losses[k : k + quarter])) for k in range(0, losses.size - quarter + 1, quarter)]
+    if calm > 0.0 and recent / calm >= ROUGH and levels[-1] >= WENT_ON * levels[0]:
         text = f"Before the onset the noise of the loss had grown {recent / calm:.2g} times."
         return tell(case.episode.signal, text, FAIR, step=case.step, observed=recent, expected=calm)
-    levels = [float(np.median(losses[k : k + quarter])) for k in range(0, losses.size - quarter + 1, quarter)]
     if min(levels) > 0.0 and levels[-1] >= ROSE * min(levels[:-1]):
         text = f"The loss was going up before the onset already: {levels[-1]:.3g} after {min(levels[:-1]):.3g}."
         return tell(case.episode.signal, text, FAIR, step=case.step, observed=levels[-1], expected=min(levels[:-1]))
