@@ -30,6 +30,8 @@ TAIL: Final = 1536
 """Standardised residuals that show how heavy the tail is."""
 NEARBY: Final = 64
 """Residuals around one that standardise it for the tail: noise that grows or shrinks along the run must not pass for a heavy tail."""
+NEARBY_EVERY: Final = 8
+"""Pushes between two measures of their width."""
 LEAST: Final = 8
 """Accepted values without which no statement is made."""
 OFFSET: Final = 0.5
@@ -57,8 +59,16 @@ EARLY: Final = 4.0
 """Standard errors of h, above that, that are added before."""
 EARLY_MOST: Final = 0.2
 """Most that is added: five times the level at step 40 must be seen."""
+SURE: Final = 5.0
+"""On the logarithmic scale tails are light (science.md 1.5), so however heavy the tail may look or might still turn out to be, this
+many standard deviations …"""
+SURE_EARLY: Final = 8.0
+"""… plus this over the square root of the number of residuals, for a scale that is not well known yet …"""
+DOUBLED: Final = 0.7
+"""… are too far where the value also stands this much, in logarithms, above the level: about twice it. Below, the noise is small beside
+the level and a heavy tail can well be an additive one."""
 WINDOWS: Final = ("centre", "before", "left", "right", "nearby", "residuals", "ahead", "tail")
-NUMBERS: Final = ("linear", "pushed", "width", "limit", "scale")
+NUMBERS: Final = ("linear", "pushed", "near", "level", "unit", "limit", "scale")
 HUGE: Final = 1e300
 """Values are cut here, so that differences stay finite."""
 
@@ -103,7 +113,9 @@ class Baseline:
         self._tail = SortedWindow(TAIL)
         self._linear = False
         self._pushed = 0
-        self._width = math.inf
+        self._near = 0.0
+        self._level = 0.0
+        self._unit = 1.0
         self._limit = math.inf
         self._scale = math.inf
 
@@ -115,7 +127,7 @@ class Baseline:
     @property
     def level(self) -> float | None:
         """Median of the last 32 accepted values; `None` before the first."""
-        return self._centre.median() if len(self._centre) else None
+        return self._level if self._centre.ordered else None
 
     @property
     def limit(self) -> float:
@@ -127,7 +139,7 @@ class Baseline:
         """The noise's upper half-width in the units of the series, at the present level; infinite until ready."""
         if not self.ready:
             return math.inf
-        return self._scale if self._linear else math.expm1(min(self._scale, 600.0)) * self._unit(self._centre.median())
+        return self._scale if self._linear else math.expm1(min(self._scale, 600.0)) * self._unit
 
     def score(self, value: float, noise: float = 1.0) -> float:
         """Robust standard deviations above (+) or below (-) the recent level; 0.0 until ready.
@@ -138,8 +150,7 @@ class Baseline:
         """
         if not self.ready:
             return 0.0
-        value = max(-HUGE, min(HUGE, value))
-        return self._ruled(value - self._centre.median()) / (self._scale * noise)
+        return self._ruled(max(-HUGE, min(HUGE, value)) - self._level) / (self._scale * noise)
 
     def push(self, value: float, noise: float = 1.0) -> None:
         """Accept a finite value as healthy."""
@@ -151,10 +162,17 @@ class Baseline:
         leaving = self._centre.push(value)
         if leaving is not None:
             self._before.push(leaving)
+        self._follow()
         self._learn(value, noise)
         self._pushed += 1
         if self._pushed % REFIT_EVERY == 0 or len(self._residuals) < 2 * REFIT_EVERY:
             self._refit()
+
+    def _follow(self) -> None:
+        """Keep the level and the ruler's unit at hand: every value is measured with them several times."""
+        self._level = self._centre.median()
+        unit = (1.0 + OFFSET) * self._level
+        self._unit = unit if unit > 0.0 else max(0.05 * self._centre.ordered[-1], 1e-30)
 
     def _learn(self, value: float, noise: float) -> None:
         """Take in the noise of the value eight pushes ago, now that both its sides are known."""
@@ -175,9 +193,10 @@ class Baseline:
         self._recent.append(residual)
         if len(self._nearby) == NEARBY:
             del self._recent[: -(NEARBY // 2)]
-            width = 0.5 * (self._nearby.quantile(ONE_SIGMA) - self._nearby.quantile(1.0 - ONE_SIGMA))
-            if width > 0.0:
-                self._tail.push(self._recent[0] / width)
+            if self._pushed % NEARBY_EVERY == 0 or self._near <= 0.0:
+                self._near = 0.5 * (self._nearby.quantile(ONE_SIGMA) - self._nearby.quantile(1.0 - ONE_SIGMA))
+            if self._near > 0.0:
+                self._tail.push(self._recent[0] / self._near)
 
     def rebase(self, values: list[float]) -> None:
         """Take these finite values as the new level, e.g. after a shift that stayed."""
@@ -185,6 +204,7 @@ class Baseline:
         if min(values) < 0.0 and not self._linear:
             self._go_linear()
         self._centre.replace(values)
+        self._follow()
         self._before.replace([])
         self._left.replace([])
         self._right.replace([])
@@ -193,29 +213,29 @@ class Baseline:
             self._learn(value, 1.0)
         self._refit()
 
-    def _unit(self, centre: float) -> float:
-        unit = (1.0 + OFFSET) * centre
-        return unit if unit > 0.0 else max(0.05 * self._centre.ordered[-1], 1e-30)
-
     def _forecast(self) -> float:
         """The level that a straight line through the last two medians leads to; without it a steep fall would pass for noise."""
-        centre = self._centre.median()
         if len(self._before) < CENTRE:
-            return centre
-        return centre + (centre - self._before.median()) * (CENTRE + 1) / (2 * CENTRE)
+            return self._level
+        return self._level + (self._level - self._before.median()) * (CENTRE + 1) / (2 * CENTRE)
 
     def _ruled(self, difference: float) -> float:
         """A difference from the level on the scale of the ruler."""
         if self._linear:
             return difference
-        relative = difference / self._unit(self._centre.median())
+        relative = difference / self._unit
         return min(math.log1p(relative), 700.0) if relative >= 0.0 else -min(math.log1p(-relative), 700.0)
 
+    def _unruled(self, residual: float) -> float:
+        """The difference that `_ruled` made a residual of, on the logarithmic scale."""
+        return math.copysign(min(math.expm1(min(abs(residual), 600.0)) * self._unit, HUGE), residual)
+
     def _go_linear(self) -> None:
-        unit = self._unit(self._centre.median()) if len(self._centre) else 1.0
-        self._residuals.replace(
-            [math.copysign(math.expm1(min(abs(r), 600.0)) * unit, r) for r in self._residuals.values()]
-        )
+        """The series is negative for the first time: from here on differences count as they are."""
+        for window in (self._residuals, self._ahead, self._nearby):
+            window.replace([self._unruled(residual) for residual in window.values()])
+        self._recent = [self._unruled(residual) for residual in self._recent]
+        self._near = 0.0
         self._linear = True
         self._refit()
 
@@ -223,17 +243,19 @@ class Baseline:
         if not self.ready:
             return
         ordered = self._residuals.ordered
-        centre = abs(self._centre.median())
-        floor = max(1e-9 * centre, 1e-30) if self._linear else 1e-4
-        self._width = max(_half_width(ordered), floor)
+        floor = max(1e-9 * abs(self._level), 1e-30) if self._linear else 1e-4
+        width = max(_half_width(ordered), floor)
         wander = _half_width(self._ahead.ordered) if len(self._ahead) >= LEAST else 0.0
-        self._scale = max(WIDER * self._width, WANDER * wander)
+        self._scale = max(WIDER * width, WANDER * wander)
         tail = self._tail.ordered if len(self._tail) >= NEARBY else ordered
         doubt = DOUBT / math.sqrt(len(tail))
         shape = _shape(tail)
         shape = shape + doubt if shape > HEAVY * doubt else 0.0
         shape = min(HEAVIEST, max(shape, min(EARLY_MOST, shape + EARLY * max(0.0, doubt - KNOWN))))
         self._limit = NORMAL_LIMIT * math.exp(shape * (NORMAL_LIMIT**2 - 1.0) / 2.0)
+        if not self._linear:
+            surely = SURE + SURE_EARLY / math.sqrt(len(ordered))
+            self._limit = min(self._limit, max(surely, DOUBLED / self._scale))
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state."""

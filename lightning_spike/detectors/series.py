@@ -18,6 +18,8 @@ __all__ = ["MOST_SEVERE", "SeriesTracker"]
 
 MOST_SEVERE: Final = 99.0
 """Cap of `Episode.severity`; a loss that is not finite has it."""
+LARGEST: Final = 1e100
+"""Finite losses are cut here, so that squares and sums of them are finite."""
 HISTORY: Final = 1280
 """Losses kept to date an onset back; spans the longest window in which a stall is seen."""
 CALM: Final = 24
@@ -61,6 +63,7 @@ class SeriesTracker:
         if not math.isfinite(value):
             self._history.append((at, value, MOST_SEVERE))
             return [self._abnormal(at, value, MOST_SEVERE)]
+        value = max(-LARGEST, min(LARGEST, value))
         score = self.fast.baseline.score(value, noise)
         self._history.append((at, value, score))
         inside_episode = self.draft is not None and not self.draft.absorbed and self.draft.calm < SHARP

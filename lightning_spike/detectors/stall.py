@@ -29,6 +29,8 @@ LEAST_MISSING: Final = 0.02
 """Share of the level that must be missing to matter."""
 SMOOTH: Final = 0.3
 """Share by which a decrement may differ from the geometric course, besides its noise."""
+TINY: Final = 1e-100
+"""Decrements below this are none: their products must not vanish."""
 NEAR_ZERO: Final = 0.1
 """Share of the first level below which a flat loss has simply arrived."""
 
@@ -54,7 +56,7 @@ def _broke_off(groups: list[float], noise: float) -> float | None:
     drops = [earlier - later for earlier, later in itertools.pairwise(groups)]
     noise *= math.sqrt(2.0)
     falling = drops[:FALLING]
-    if min(falling) <= 2.0 * noise:
+    if not min(falling) > max(2.0 * noise, TINY):
         return None
     first, last = sum(falling[:2]) / 2.0, sum(falling[-2:]) / 2.0
     ratio: float = (last / first) ** (1.0 / (FALLING - 2))
@@ -68,7 +70,8 @@ def _broke_off(groups: list[float], noise: float) -> float | None:
     flat = all(abs(drop) < FLAT * due + noise for drop, due in zip(drops[FALLING + 1 :], missing, strict=True))
     if not flat or sum(missing) <= max(SURE * noise, LEAST_MISSING * abs(groups[-1])):
         return None
-    return FALLING + 2.0 * max(0.0, min(1.0, drops[FALLING] / (course[-1] * ratio)))
+    share: float = drops[FALLING] / (course[-1] * ratio)
+    return FALLING + 2.0 * max(0.0, min(1.0, share))
 
 
 class StallDetector:
@@ -80,6 +83,7 @@ class StallDetector:
         self._blocks: list[float] = []
         self._first: float | None = None
         self._equal = 0
+        self._seen = 0
         self._start: float | None = None
         self._level = 0.0
         self._unit = 0.0
@@ -103,6 +107,7 @@ class StallDetector:
             return None
         block = median(self._block)
         self._block.clear()
+        self._seen += 1
         self._blocks = [*self._blocks, block][-GROUPS * SCALES[-1] :]
         if self._start is None:
             self._start = block
@@ -112,13 +117,16 @@ class StallDetector:
         return self._look()
 
     def _look(self) -> int | None:
+        if len(self._blocks) < GROUPS:
+            return None
+        one = _noise(self._blocks)
         for scale in SCALES:
-            if len(self._blocks) < GROUPS * scale:
+            if len(self._blocks) < GROUPS * scale or self._seen % scale:
                 return None
-            groups, noise = _groups(self._blocks, scale), _noise(self._blocks) / math.sqrt(scale)
+            groups, noise = _groups(self._blocks, scale), one / math.sqrt(scale)
             place = _broke_off(groups, noise)
             if place is not None and abs(groups[-1]) > NEAR_ZERO * abs(self._start or 0.0):
-                self._raise(groups[-1], max(0.25 * (groups[FALLING - 1] - groups[FALLING]), 3.0 * _noise(self._blocks)))
+                self._raise(groups[-1], max(0.25 * (groups[FALLING - 1] - groups[FALLING]), 3.0 * one))
                 return round((GROUPS - place) * scale * BLOCK)
         return None
 
@@ -138,6 +146,7 @@ class StallDetector:
             "blocks": list(self._blocks),
             "first": self._first,
             "equal": self._equal,
+            "seen": self._seen,
             "start": self._start,
             "level": self._level,
             "unit": self._unit,
@@ -150,6 +159,7 @@ class StallDetector:
         self._blocks = list(state["blocks"])
         self._first = state["first"]
         self._equal = state["equal"]
+        self._seen = state["seen"]
         self._start = state["start"]
         self._level = state["level"]
         self._unit = state["unit"]
