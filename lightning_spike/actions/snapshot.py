@@ -254,22 +254,21 @@ def _size(trainer: Trainer, module: LightningModule) -> int:
 
 
 def _finite_flags(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
-    """A flag a device, float32 of shape `()`, 1 where every floating value is finite; not read here.
+    """A flag a device, float32 of shape `()`, 1 where nothing is poisoned; not read here.
 
+    Poisoned is a NaN anywhere and an Inf in parameters and optimizer states. A buffer may hold Inf by design: an attention mask does.
     The largest magnitude of a tensor is finite exactly if all of it is, and cannot overflow as a sum of squares can.
     """
+    by_design = {id(buffer) for buffer in module.buffers()}
     groups: dict[torch.device, list[Tensor]] = {}
     for tensor in _live_tensors(trainer, module):
         if (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel():
-            groups.setdefault(tensor.device, []).append(tensor.detach())
-    flags = {device: _all_finite(members) for device, members in groups.items()}
+            largest = torch.linalg.vector_norm(tensor.detach(), float("inf")).float()
+            sound = ~largest.isnan() if id(tensor) in by_design else largest.isfinite()
+            groups.setdefault(tensor.device, []).append(sound)
+    flags = {device: torch.stack(members).all().float() for device, members in groups.items()}
     home = module.device if module.device in flags else next(iter(flags), None)
     return {FLAG if device == home else f"{FLAG}/{device}": flag for device, flag in flags.items()}
-
-
-def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    largest = [torch.linalg.vector_norm(t, float("inf")).float() for t in tensors]
-    return torch.stack(largest).isfinite().all().float()
 
 
 def _says_finite(values: Mapping[str, float]) -> bool:

@@ -107,7 +107,7 @@ class CounterfactualReplay(SpikeCallback):
         started = time.monotonic()
         findings = self._findings(batch, episode)
         seconds = time.monotonic() - started
-        self._examined += 1
+        self._examined += any(finding.kind != "not_run" for finding in findings)
         self._spent += seconds
         detail = {"episode": episode.id, "seconds": round(seconds, 3), "findings": [f.kind for f in findings]}
         self.flight.store.note(*findings, Action(action="replay", at=batch.at, detail=detail))

@@ -329,3 +329,14 @@ def test_strategies_that_shard_are_refused_by_name(kind):
         why = refuses_snapshots(SimpleNamespace(strategy=object.__new__(strategy)))
         assert kind.__name__ in why or "FSDP" in why
     assert refuses_snapshots(SimpleNamespace(strategy=object.__new__(DDPStrategy))) is None
+
+
+def test_a_mask_of_infinities_in_a_buffer_is_no_poison(tmp_path):
+    class Masked(Digits):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))
+
+    holder = Holder()
+    train(Masked(), [holder], tmp_path, max_epochs=1)
+    assert holder.verified[-1]
