@@ -36,7 +36,7 @@ DEMOS: Final[tuple[Demo, ...]] = (
     ),
     Demo(
         name="bytes_corrupt",
-        title="The standard library's source, a byte-level Transformer, three corrupt files in the stream",
+        title="Python source, a byte-level Transformer, three corrupt files",
         expected="bad_batch",
     ),
     Demo(
