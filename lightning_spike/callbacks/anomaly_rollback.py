@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_spike.actions.lr_cut import LearningRateCut
@@ -17,6 +17,7 @@ from lightning_spike.arguments import number, switch, whole_number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.errors import ConfigurationError
 from lightning_spike.flight.participant import TrainingBatch
+from lightning_spike.flight.warn import warn
 from lightning_spike.recorder import Arrival
 from lightning_spike.records import Action, Episode
 
@@ -221,7 +222,7 @@ class AnomalyRollback(SpikeCallback):
         text = f"AnomalyRollback: all {self.max_rollbacks} rollbacks are spent; from here on the training goes on as it is."
         if wish is not None and text not in self.flight.store.remarks:
             self.flight.store.note(text)
-            rank_zero_warn(f"lightning_spike: {text}")
+            warn(text)
 
 
 def _ends_window(trainer: Trainer) -> bool:

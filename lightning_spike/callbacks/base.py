@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -12,7 +11,8 @@ from typing_extensions import override
 from lightning_spike.errors import ConfigurationError
 from lightning_spike.flight.loop import Flight
 from lightning_spike.flight.participant import Participant
-from lightning_spike.records import RunStatus
+from lightning_spike.flight.warn import warn
+from lightning_spike.records import Disabled, RunStatus
 
 __all__ = ["SpikeCallback"]
 
@@ -112,14 +112,16 @@ class SpikeCallback(Participant, Callback):
         """Take up what `own_state` gave."""
 
     def _drive(self, step: Callable[Concatenate[Flight, A], None], *args: A.args, **kwargs: A.kwargs) -> None:
-        """Pass a hook on; if the loop itself breaks, the whole suite is switched off and the training goes on."""
+        """Pass a hook on. If the loop itself breaks, nothing is sensed any more; the training goes on, and the report still comes and says so."""
+        if self.flight.broken and step not in {Flight.conclude, Flight.release}:
+            return
         try:
             step(self.flight, *args, **kwargs)
         except Exception as error:  # noqa: BLE001 - whatever it is, the training goes on
-            self._leads = False
-            rank_zero_warn(
-                f"lightning_spike broke and is switched off; the training goes on. {type(error).__name__}: {error}"
-            )
+            self.flight.broken = True
+            reason = f"{type(error).__name__}: {error}"
+            self.flight.store.note(Disabled(part="Flight", reason=reason))
+            warn(f"the suite broke and is switched off; the training goes on. {reason}")
 
 
 def _status(trainer: Trainer) -> RunStatus:

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -14,6 +13,7 @@ from lightning_spike.actions.stop import mean_over_ranks, stop_training
 from lightning_spike.arguments import switch, whole_number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.errors import ConfigurationError
+from lightning_spike.flight.warn import warn
 from lightning_spike.records import Action, Disabled, EpisodeKind, Moment, ValidationPoint
 
 __all__ = ["OverfitWatcher"]
@@ -85,7 +85,7 @@ class OverfitWatcher(SpikeCallback):
             self._put_best_back(trainer, pl_module)
         except Exception as error:  # noqa: BLE001 - whatever it is, the training must end as it would have
             self.flight.store.note(Disabled(part="OverfitWatcher", reason=f"{type(error).__name__}: {error}"))
-            rank_zero_warn(f"lightning_spike: OverfitWatcher could not put the best weights back. {error}")
+            warn(f"OverfitWatcher could not put the best weights back. {error}")
 
     @override
     def release(self) -> None:

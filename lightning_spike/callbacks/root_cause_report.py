@@ -8,11 +8,11 @@ from typing import Literal, get_args
 
 import rich
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.errors import ConfigurationError, MissingExtraError
+from lightning_spike.flight.warn import warn
 from lightning_spike.records import RunStatus
 from lightning_spike.report.json_file import write_report
 from lightning_spike.report.model import Report, build_report
@@ -114,7 +114,7 @@ class RootCauseReport(SpikeCallback):
             _print(TerminalReport(report=report, files=files, notes=notes))
         else:
             for note in notes:
-                rank_zero_warn(f"lightning_spike: {note}")
+                warn(note)
 
 
 def _print(text: TerminalReport) -> None:
@@ -124,7 +124,7 @@ def _print(text: TerminalReport) -> None:
     except (
         SystemExit
     ):  # rich leaves the program when nobody reads its output any more (`| head`): that is not ours to decide
-        rank_zero_warn("lightning_spike: the report could not be printed, its output is closed. It is in the files.")
+        warn("the report could not be printed, its output is closed. It is in the files.")
 
 
 def _write_page(report: Report, path: Path) -> Path:

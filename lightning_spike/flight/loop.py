@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
@@ -13,6 +12,7 @@ from torch.utils import _pytree as pytree
 from lightning_spike.detectors.episodes import EpisodeDetector
 from lightning_spike.flight.facts import first_facts, run_facts
 from lightning_spike.flight.participant import Participant, TrainingBatch
+from lightning_spike.flight.warn import warn
 from lightning_spike.recorder import Arrival, Recorder
 from lightning_spike.records import Disabled, Episode, Moment, RunStatus
 from lightning_spike.signals.loss import training_losses
@@ -35,6 +35,8 @@ class Flight:
         self.recorder = Recorder()
         self.episodes = EpisodeDetector()
         self.closed = False
+        self.broken = False
+        """The loop itself has failed: nothing is sensed or judged any more."""
         self.default_dirpath = Path(trainer.log_dir or trainer.default_root_dir) / "spike"
         """Where files go that no callback was given a place for. `trainer.log_dir` is a collective, so it is asked for here, on every rank."""
         self._participants: list[Participant] = []
@@ -224,9 +226,7 @@ class Flight:
         name = type(participant).__name__
         where = self._batch.at.step if self._batch else None
         self.store.note(Disabled(part=name, reason=f"{type(error).__name__}: {error}", step=where))
-        rank_zero_warn(
-            f"lightning_spike: {name} broke and is switched off; the training goes on. {type(error).__name__}: {error}"
-        )
+        warn(f"{name} broke and is switched off; the training goes on. {type(error).__name__}: {error}")
 
 
 def batch_size(batch: object) -> int | None:

@@ -1,5 +1,6 @@
 """Whatever part of ours breaks, in whatever phase: one warning, named in the store, and the training is what it would have been."""
 
+import json
 import warnings
 
 import pytest
@@ -60,14 +61,41 @@ def test_a_part_that_breaks_is_switched_off(phase, untouched, tmp_path):
     assert len(store.history) == 64
 
 
+def test_not_even_where_warnings_are_errors_is_the_training_stopped(untouched, tmp_path, swallowed_warnings):
+    class Broken(GradNormMonitor):
+        def sense_batch(self, batch):
+            raise ZeroDivisionError
+
+    _, weights = weights_after([Broken()], tmp_path)
+    assert all(torch.equal(weights[name], value) for name, value in untouched.items())
+    assert len(swallowed_warnings) == 1
+    swallowed_warnings.clear()
+
+
 def test_if_the_loop_itself_breaks_the_training_goes_on(untouched, tmp_path, monkeypatch):
     def broken(self, outputs):
         raise ZeroDivisionError
 
     monkeypatch.setattr(Flight, "batch_end", broken)
-    with pytest.warns(UserWarning, match="lightning_spike broke and is switched off"):
+    with pytest.warns(UserWarning, match="the suite broke and is switched off") as caught:
         _, weights = weights_after(suite(dirpath=tmp_path / "spike"), tmp_path)
+    assert len([w for w in caught if "switched off" in str(w.message)]) == 1
     assert all(torch.equal(weights[name], value) for name, value in untouched.items())
+
+
+def test_if_the_loop_breaks_on_the_way_the_report_still_comes_and_says_so(tmp_path, monkeypatch):
+    original = Flight.batch_end
+
+    def broken(self, outputs):
+        if len(self.store.history) == 20:
+            raise ZeroDivisionError
+        original(self, outputs)
+
+    monkeypatch.setattr(Flight, "batch_end", broken)
+    with pytest.warns(UserWarning, match="the suite broke and is switched off"):
+        weights_after(suite(dirpath=tmp_path / "spike"), tmp_path)
+    report = json.loads((tmp_path / "spike" / "report.json").read_text())
+    assert [d["part"] for d in report["disabled"]] == ["Flight"]
 
 
 class OwnReport(RootCauseReport):
