@@ -23,6 +23,9 @@ __all__ = ["CounterfactualReplay"]
 EXAMINED: Final = frozenset({EpisodeKind.SPIKE, EpisodeKind.DIVERGENCE, EpisodeKind.NONFINITE})
 """Kinds of episodes that have a moment to go back to."""
 
+FREE_SECONDS: Final = 5.0
+"""Seconds in all that re-runs may take whatever the budget: nobody minds a few, and a short run has no 2 % to spend."""
+
 REACH: Final = 72
 """Batches kept for the re-run: the cadence of the snapshots (50), what proves one of them healthy (8), and controls from before it."""
 
@@ -39,7 +42,9 @@ class CounterfactualReplay(SpikeCallback):
     optimisation.
 
     Args:
-        budget: Share of the run's time so far that re-runs may take, above 0 and at most 1; the first episode is always examined.
+        budget: Share of the run's time so far that re-runs may take, above 0 and at most 1; 5 seconds in all are free on top of it, so that short
+            runs get their answers too, and the first episode is always examined. Episodes are examined as they come, for nobody knows yet whether worse ones
+            follow; those that no longer fit are named in the report.
         max_episodes: Episodes examined at most in one fit.
         controls: Ordinary batches that the batch of the onset is compared with; more make small effects of the weights visible.
 
@@ -134,8 +139,9 @@ class CounterfactualReplay(SpikeCallback):
             return "with several ranks a forward pass may wait for the others; the moment is run again on single processes only"
         if self._examined >= self.max_episodes:
             return f"max_episodes={self.max_episodes} were examined already"
-        if self._examined and self._expected(batch, episode) > self.budget * self._elapsed() - self._spent:
-            return f"the budget of {self.budget:.3g} of the run's time is used up"
+        allowed = FREE_SECONDS + self.budget * self._elapsed() - self._spent
+        if self._examined and self._expected(batch, episode) > allowed:
+            return f"re-runs took {self._spent:.2g} s already, and another would not fit into budget={self.budget:.3g} of the run's time"
         return None
 
     def _expected(self, batch: TrainingBatch, episode: Episode) -> float:

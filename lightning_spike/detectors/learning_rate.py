@@ -35,6 +35,8 @@ KEPT: Final = 16
 """Restarts and times between moves that are remembered."""
 RESTARTING: Final = frozenset({"CosineAnnealingWarmRestarts", "CyclicLR"})
 """Schedulers of torch whose rate jumps up by design."""
+PLANNED: Final = 0.01
+"""Relative difference up to which a rate is the peak that a scheduler is configured to come back to."""
 MONOTONE: Final = frozenset(
     {
         "ConstantLR",
@@ -209,7 +211,9 @@ class LearningRateDetector:
         return Finding(detector="learning_rate", kind="unexplained_jump", at=at, detail={**detail, "resumed": False})
 
     def _restarts(self, name: str, series: _Series, lr: float) -> bool:
-        """Back toward the peak after a decay, and not inside schedulers that never do this."""
+        """Back toward the peak after a decay and not inside schedulers that never do this, or at the very peak of a configured periodic one."""
+        if any(abs(lr - peak) <= PLANNED * peak for peak in self._planned_peaks(name)):
+            return True
         decayed = series.downs >= LEAST_DECAY_MOVES and series.lr < DECAYED * series.peak
         names = self._configured(name)
         forbidden = names is not None and not (set(names) - MONOTONE) and not self._may_step_up(name)
@@ -332,6 +336,12 @@ class LearningRateDetector:
     def _configured(self, name: str) -> list[str] | None:
         """Class names of the optimizer's schedulers; `None` where it is not known which there are."""
         return None if self._schedulers is None else [facts.class_name for facts in self._owned(name)]
+
+    def _planned_peaks(self, name: str) -> list[float]:
+        """The rates that the optimizer's restarting schedulers come back to, however low the run has been so far (a first cycle cut short, a resume)."""
+        owned = [facts for facts in self._owned(name) if facts.class_name in RESTARTING]
+        lists = [facts.settings.get("max_lrs" if facts.class_name in CYCLIC else "base_lrs") for facts in owned]
+        return [float(rate) for rates in lists if isinstance(rates, list | tuple) for rate in rates]
 
     def _may_step_up(self, name: str) -> bool:
         """A scheduler of the decaying kind whose settings make it step up."""

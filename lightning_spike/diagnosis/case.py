@@ -25,7 +25,9 @@ ASSUMED_LIMIT = 4.3
 MOST_LIMIT = 12.0
 """Cap of the limit: a short history makes a baseline allow for tails of any weight, which is right for raising an alarm but here one has been raised."""
 LONE = 2
-"""Batches that an episode may last to be called lone."""
+"""Batches that an episode may last to be called lone, however it ended."""
+ONE_BLOW = 0.5
+"""Share of the whole rise (log scale) that the last abnormal batch must still be up by, and lose with the next, for the loss to have come back at one blow."""
 
 
 def number(value: object) -> float | None:
@@ -145,13 +147,28 @@ class Case:
 
     @property
     def lone(self) -> bool:
-        """The loss was out for one or two batches and then wholly back: the weights bore no lasting damage."""
-        return (
-            self.episode.end is not None
-            and self.episode.recovery is Recovery.WHOLE
-            and self.last - self.onset < LONE
-            and self.kind in {EpisodeKind.SPIKE, EpisodeKind.NONFINITE}
-        )
+        """The loss was out and then wholly back at once, after one or two batches or at one blow after several: the weights bore no lasting damage.
+
+        Weights that a step has damaged are trained back, so their loss falls over several batches; a stretch of bad batches ends with the last of them.
+        """
+        if self.episode.end is None or self.episode.recovery is not Recovery.WHOLE:
+            return False
+        if self.kind not in {EpisodeKind.SPIKE, EpisodeKind.NONFINITE}:
+            return False
+        return self.last - self.onset < LONE or (self.sudden is True and self._back_at_one_blow)
+
+    @property
+    def _back_at_one_blow(self) -> bool:
+        before, peak, last = self.episode.loss_before, self.episode.loss_peak, self.at(self.episode.signal, self.last)
+        after = self.store.history.between(self.episode.signal, self.last + 1, self.last + NEAR)
+        after = after[np.isfinite(after)]
+        if before is None or peak is None or last is None or after.size == 0:
+            return False
+        level = float(np.median(after))
+        if not (min(before, last, level) > 0.0 and math.isfinite(peak) and math.isfinite(last) and peak > before):
+            return False
+        rise = math.log(peak / before)
+        return math.log(last / before) >= ONE_BLOW * rise and math.log(last / level) >= ONE_BLOW * rise
 
     @property
     def sudden(self) -> bool | None:

@@ -17,6 +17,7 @@ __all__ = [
     "NEAR",
     "REACH",
     "REFERENCE",
+    "REPLAYED",
     "SLIGHT",
     "STRONG",
     "TEMPER",
@@ -30,6 +31,8 @@ FAIR: Final = 1.6
 """… five times as common."""
 STRONG: Final = 3.0
 """… twenty times: the lower end of what a replay is worth (science.md 3.3)."""
+REPLAYED: Final = 3.9
+"""… fifty times: the upper end of what a replay is worth, for one that answers the very question (the same; its noise is taken off before)."""
 DECISIVE: Final = 4.6
 """… a hundred times: the cause itself was seen, not its trace."""
 

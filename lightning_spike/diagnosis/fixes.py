@@ -1,18 +1,21 @@
 """Remedies whose values are worked out from the run, in words."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.constants import REFERENCE
 
-__all__ = ["clip_fix", "clip_value", "dataset_fix", "lower_peak", "warmup_steps"]
+__all__ = ["clip_fix", "clip_value", "dataset_fix", "lower_peak", "sample_words", "warmup_steps"]
 
 HEADROOM = 1.5
 """Clip this far above the 95th percentile of the healthy norms: ordinary steps stay as they are."""
 CAUTIOUS_CUT = 3.0
 """Factor by which a rate is lowered where the run does not show its limit: half an order of magnitude, the usual step of a rate search."""
+MOST_SPANS = 8
+"""Runs of dataset indices that are named; the manifest of the dump has them all."""
 SGD_WARMUP = 200
 """Updates of warm-up that are advised where no second moment has to settle, at the least."""
 WARMUP_SHARE = 0.05
@@ -71,8 +74,29 @@ def dataset_fix(case: Case) -> str:
     if not indices:
         at = case.episode.onset
         return f"Look at batch {at.batch_idx} of epoch {at.epoch} (step {at.step}) and drop or mend what is wrong in it; BadBatchDumper writes it to disk."
-    shown = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")  # noqa: PLR2004 - one line
-    return f"Drop or mend dataset indices [{shown}]."
+    return f"Drop or mend {sample_words(case)}."
+
+
+def sample_words(case: Case) -> str:
+    """`"samples 11456-11471 of the dataset"`: those that stand out, or the whole batch of the onset; empty where indices are not known."""
+    spans = _spans(case.suspect_indices)
+    if not spans:
+        return ""
+    words = [str(a) if a == b else f"{a}-{b}" for a, b in spans[:MOST_SPANS]]
+    more = sum(b - a + 1 for a, b in spans[MOST_SPANS:])
+    noun = "sample" if len(spans) == 1 and spans[0][0] == spans[0][1] else "samples"
+    return f"{noun} {', '.join(words)}{f' and {more} more' if more else ''} of the dataset"
+
+
+def _spans(indices: Sequence[int]) -> list[tuple[int, int]]:
+    """Runs of whole numbers that follow one another, as first and last."""
+    spans: list[tuple[int, int]] = []
+    for index in sorted(set(indices)):
+        if spans and index == spans[-1][1] + 1:
+            spans[-1] = (spans[-1][0], index)
+        else:
+            spans.append((index, index))
+    return spans
 
 
 def _two_digits(value: float) -> float:

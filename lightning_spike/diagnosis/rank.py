@@ -17,7 +17,7 @@ from lightning_spike.diagnosis.constants import LEAST_PROBABILITY, TEMPER, UNEXP
 from lightning_spike.records import Episode, Verdict
 from lightning_spike.store import TrainerStateStore
 
-__all__ = ["Diagnosis", "diagnose"]
+__all__ = ["Diagnosis", "diagnose", "not_run_again"]
 
 MOST_SEVERE = 99.0
 """Cap of an episode's severity, as in `Episode.severity`."""
@@ -32,7 +32,7 @@ class Diagnosis:
     overall: tuple[Verdict, ...] = ()
     """Over the run: the mean over the episodes, each weighing as much as it is severe. Empty on a healthy run."""
     remarks: tuple[str, ...] = ()
-    """Causes that could not be examined, and why: a broken cause of another package costs that cause and not the report."""
+    """What could not be examined, and why: episodes that were not run again, and broken causes (one of another package costs that cause and not the report)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,12 +51,30 @@ def diagnose(store: TrainerStateStore, causes: Iterable[Cause] | None = None) ->
         causes: The causes to choose from; all of the catalogue by default.
     """
     known = tuple(catalogue() if causes is None else causes)
-    remarks: list[str] = []
+    remarks = _not_run_again(store)
     per_episode: dict[int, tuple[Verdict, ...]] = {}
     for episode in store.episodes:
         per_episode[episode.id] = _rank(Case(store, episode), known, remarks, per_episode)
     overall = _over_run(store.episodes, per_episode)
     return Diagnosis(per_episode=MappingProxyType(per_episode), overall=overall, remarks=tuple(dict.fromkeys(remarks)))
+
+
+def _not_run_again(store: TrainerStateStore) -> list[str]:
+    """The lab's reasons, each with the episodes that it held for."""
+    reasons: dict[str, list[int]] = {}
+    for episode, why in not_run_again(store).items():
+        reasons.setdefault(why, []).append(episode)
+    return [f"{_episodes(ids)} could not be replayed: {why}." for why, ids in reasons.items()]
+
+
+def not_run_again(store: TrainerStateStore) -> dict[int, str]:
+    """Why the lab did not run an episode again, by its id."""
+    found = [f.detail for f in store.findings if f.detector == "lab" and f.kind == "not_run"]
+    return {d["episode"]: d["why"] for d in found if isinstance(d.get("episode"), int) and isinstance(d.get("why"), str)}
+
+
+def _episodes(ids: Sequence[int]) -> str:
+    return f"Episode{'s' if len(ids) > 1 else ''} {', '.join(map(str, sorted(ids)))}"
 
 
 def _rank(

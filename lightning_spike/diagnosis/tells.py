@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator, Mapping
 
 from lightning_spike.diagnosis.case import Case, Excess
-from lightning_spike.diagnosis.constants import GUARD, NEAR
-from lightning_spike.diagnosis.rates import RateEvent
+from lightning_spike.diagnosis.constants import DECISIVE, GUARD, NEAR
+from lightning_spike.diagnosis.rates import RateEvent, steady_rate
 from lightning_spike.records import Evidence
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "early_gradient",
     "finite",
     "gradient_in_range",
+    "jump_without_cause_in_update",
     "lone_batch",
     "rate_text",
     "split_verdict",
@@ -93,12 +94,53 @@ def lone_batch(case: Case, weight: float) -> Evidence | None:
         return None
     return tell(
         case.episode.signal,
-        f"The loss was out of its range for {case.last - case.onset + 1} batch(es) only and then wholly back, so the weights were not damaged.",
+        f"The loss was out of its range for {_batches(case.last - case.onset + 1)} and then back at once, so the weights were not damaged.",
         weight,
         step=case.step,
         observed=case.episode.loss_peak if finite(case.episode.loss_peak) else None,
         expected=case.episode.loss_before,
     )
+
+
+def _batches(count: int) -> str:
+    return "one batch" if count == 1 else f"{count} batches"
+
+
+def jump_without_cause_in_update(case: Case, *, sign: float, most: float = DECISIVE) -> Evidence | None:
+    """The loss jumped from one batch to the next, and the updates before it were like all others: it is in that batch, not in a step.
+
+    What a step does is first seen in the loss of the next batch, and steps of one size change the loss by alike amounts: that an ordinary one multiplies it
+    by k is the less likely the larger k, taken as 1 / k (a heavy tail; a normal one would be surer). `None` where the rise was gradual, where rates or gradient norms are
+    not known, or where one of them had left its range.
+
+    Args:
+        case: The episode.
+        sign: +1 for a cause that lies in the batch, -1 for one that acts through a step; a factor on the weight.
+        most: Cap of the weight.
+    """
+    before, first = case.episode.loss_before, case.at_onset(case.episode.signal)
+    if not case.sudden or before is None or first is None or not ordinary_updates(case):
+        return None
+    ratio = first / before if math.isfinite(first) else math.inf
+    weight = sign * min(math.log(ratio), most) if ratio > 1.0 else 0.0
+    times = f"{ratio:.2g} times as high" if math.isfinite(ratio) else "not finite"
+    return tell(
+        case.episode.signal,
+        f"The loss was {times} from one batch to the next, after updates with ordinary learning rates and gradients.",
+        weight,
+        step=case.step,
+        observed=first if math.isfinite(first) else None,
+        expected=before,
+    )
+
+
+def ordinary_updates(case: Case) -> bool:
+    """Whether learning rates, gradient norms and, where measured, the sizes of the updates before the onset are known and were as usual."""
+    if not steady_rate(case) or case.latest("grad_norm", case.onset - 1) is None or early_gradient(case) is not None:
+        return False
+    known = any(case.excess("grad_norm", ordinal) is not None for ordinal in range(case.onset - GUARD, case.onset))
+    size = case.worst("update_norm", case.onset - NEAR, case.onset - 1)
+    return known and (size is None or not size.above)
 
 
 def early_gradient(case: Case) -> Excess | None:

@@ -7,7 +7,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from lightning_spike.diagnosis.rank import Diagnosis, diagnose
+from lightning_spike.diagnosis.rank import Diagnosis, diagnose, not_run_again
 from lightning_spike.records import Action, Disabled, Episode, Moment, RunFacts, RunStatus, Verdict
 from lightning_spike.store import TrainerStateStore
 
@@ -69,6 +69,8 @@ class Report:
     """Ranked over the run, most probable first."""
     causes_of: Mapping[int, tuple[Verdict, ...]]
     """The same, ranked for each episode by its id."""
+    not_replayed: Mapping[int, str]
+    """Why an episode could not be run again, by its id; those that were are not in it."""
     actions: tuple[Action, ...]
     suspects: tuple[Suspect, ...]
     disabled: tuple[Disabled, ...]
@@ -95,6 +97,12 @@ class Report:
     def faint(self) -> tuple[Verdict, ...]:
         """The other causes."""
         return self.causes[len(self.likely) :]
+
+    def why_not_confirmed(self, verdict: Verdict) -> str | None:
+        """Why no replay has tested a cause: that of its first episode which could not be run again; `None` where a replay had its say, or none was asked for."""
+        if verdict.confirmed is not None:
+            return None
+        return next((self.not_replayed[id_] for id_ in verdict.episodes if id_ in self.not_replayed), None)
 
     @property
     def unexplained(self) -> float:
@@ -138,6 +146,7 @@ def build_report(
         episodes=store.episodes,
         causes=diagnosis.overall,
         causes_of=diagnosis.per_episode,
+        not_replayed=not_run_again(store),
         actions=tuple(store.actions),
         suspects=tuple(_suspects(store)),
         disabled=(*store.disabled, *broken),

@@ -118,7 +118,7 @@ def _parts(report: Report, width: int) -> Iterator[RenderableType]:
     for rank, verdict in enumerate(report.likely[:MOST_CAUSES], start=1):
         yield Text()
         yield _cause_line(rank, verdict, width)
-        yield from _in_full(verdict) if rank == 1 else [_hanging("   ", Text(verdict.summary))]
+        yield from _in_full(report, verdict) if rank == 1 else [_hanging("   ", Text(verdict.summary))]
     yield from _rest(report)
     yield from _listed("Samples that stand out", *_suspects(report))
     done = actions_words(report.actions)
@@ -228,10 +228,13 @@ def _cause_line(rank: int, verdict: Verdict, width: int) -> Text:
     return Text.assemble(line, "  ", tail)
 
 
-def _in_full(verdict: Verdict) -> Iterator[RenderableType]:
+def _in_full(report: Report, verdict: Verdict) -> Iterator[RenderableType]:
     yield _hanging("   ", Text(verdict.summary))
     if verdict.confirmed is not None:
         yield _hanging("   ", Text(confirmed_words(verdict), style="green" if verdict.confirmed else "red"))
+    why_not = report.why_not_confirmed(verdict)
+    if why_not is not None:
+        yield _hanging("   ", Text(f"– not confirmed by replay: {why_not}", style="dim"))
     strongest = sorted(verdict.evidence, key=lambda e: -abs(e.weight))[:MOST_EVIDENCE]
     if strongest:
         yield Text("   evidence", style="dim")

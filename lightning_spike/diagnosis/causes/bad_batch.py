@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 from typing_extensions import override
 
 from lightning_spike.diagnosis.case import Case, Oddity, number
 from lightning_spike.diagnosis.cause import Cause, Examination
-from lightning_spike.diagnosis.constants import DECISIVE, FAIR, SLIGHT, STRONG
-from lightning_spike.diagnosis.fixes import clip_fix, dataset_fix
+from lightning_spike.diagnosis.constants import DECISIVE, FAIR, REPLAYED, SLIGHT, STRONG
+from lightning_spike.diagnosis.fixes import clip_fix, dataset_fix, sample_words
 from lightning_spike.diagnosis.tells import (
     early_gradient,
     gradient_in_range,
+    jump_without_cause_in_update,
     lone_batch,
     split_verdict,
     tell,
@@ -28,6 +29,10 @@ EXTREME: Final = 10.0
 """… from which it is broken: a wrong unit, a missing division, a corrupt file."""
 CONCENTRATED: Final = 5.0
 """Times the batch's median loss from which single samples carry the jump."""
+MOST: Final = 0.5
+"""Share of a batch's samples from which it is the batch as a whole that stands out."""
+FEWEST: Final = 4
+"""Samples in a batch without which such a share says nothing."""
 SHORT: Final = 8
 """Batches after which an episode is more than the trace of one batch."""
 
@@ -61,9 +66,9 @@ class BadBatch(Cause):
             lone_batch(case, FAIR),
             _lasting(case),
             _led_by_gradient(case),
-            gradient_in_range(case, SLIGHT) if odd is not None or not case.batch_is_known else None,
+            _in_the_batch(case, odd),
             split_verdict(
-                case, {"data": STRONG, "both": SLIGHT, "weights": -STRONG, "noise": -FAIR, "not_reproduced": -SLIGHT}
+                case, {"data": REPLAYED, "both": SLIGHT, "weights": -STRONG, "noise": -FAIR, "not_reproduced": -SLIGHT}
             ),
         )
         return Examination(
@@ -72,6 +77,13 @@ class BadBatch(Cause):
             fixes=tuple(filter(None, (dataset_fix(case), _clamp(odd), clip_fix(case)))),
             confirmed={"data": True, "weights": False}.get(case.split or ""),
         )
+
+
+def _in_the_batch(case: Case, odd: Oddity | None) -> Evidence | None:
+    """The loss jumped in the batch itself. Where its values are known to be ordinary, that is as well a batch that is hard, or a fault in the loss."""
+    if odd is None and case.batch_is_known:
+        return None
+    return jump_without_cause_in_update(case, sign=1.0, most=FAIR) or gradient_in_range(case, SLIGHT)
 
 
 def _oddest(case: Case) -> Oddity | None:
@@ -107,10 +119,13 @@ def _which(case: Case, odd: Oddity) -> str:
 
 
 def _samples(case: Case) -> Evidence | None:
-    """Whether few samples carry the loss of the batch while the rest of it is ordinary."""
+    """Whether few samples carry the loss of the batch while the rest of it is ordinary, or most of them are unlike those of the batch before."""
     told = case.suspects
     if told is None:
         return None
+    most = _most_of_it(case, told)
+    if most is not None:
+        return most
     losses = told.get("losses")
     values = [v for v in map(number, losses) if v is not None] if isinstance(losses, list | tuple) else []
     middle, before = number(told.get("median_loss")), case.episode.loss_before
@@ -122,6 +137,17 @@ def _samples(case: Case) -> Evidence | None:
     weight = FAIR if ratio >= CONCENTRATED else -SLIGHT
     text = f"The highest loss of a sample in the batch is {max(values):.3g}, the median {middle:.3g}."
     return tell("batch/sample_loss", text, weight, step=case.step, observed=max(values), expected=middle)
+
+
+def _most_of_it(case: Case, told: Mapping[str, Any]) -> Evidence | None:
+    """Most samples stand out against those of healthy batches: under the same weights, so it is not the weights."""
+    count, size = number(told.get("count")), number(told.get("batch_size"))
+    if count is None or size is None or size < FEWEST or count < MOST * size:
+        return None
+    middle = number(told.get("median_loss"))
+    losses = "" if middle is None else f" (median loss {middle:.3g})"
+    text = f"{count:.0f} of the {size:.0f} samples of that batch{losses} are unlike those of the batches before, under the same weights."
+    return tell("batch/sample_loss", text, FAIR, step=case.step, observed=middle, expected=case.episode.loss_before)
 
 
 def _lasting(case: Case) -> Evidence | None:
@@ -142,9 +168,17 @@ def _led_by_gradient(case: Case) -> Evidence | None:
 
 def _summary(case: Case, odd: Oddity | None) -> str:
     if odd is None:
-        return f"One batch did it: at step {case.step} {case.loss_text}, and not because of the weights."
+        samples = sample_words(case)
+        return f"{_batches(case)}{f' ({samples})' if samples else ''} did it: {case.loss_text}, and not because of the weights."
     seen, usual = odd.excess.observed, odd.excess.expected
     return f"{_which(case, odd).capitalize()} holds values out of range ({odd.statistic} of '{odd.leaf}' {seen:.3g}, usually {usual:.3g}), and {case.loss_text}."
+
+
+def _batches(case: Case) -> str:
+    last = case.episode.end
+    if last is None or case.last == case.onset or not case.lone:
+        return f"The batch at step {case.step}"
+    return f"The batches at steps {case.step} to {last.step}"
 
 
 def _clamp(odd: Oddity | None) -> str | None:

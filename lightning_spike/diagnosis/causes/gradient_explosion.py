@@ -56,7 +56,7 @@ class GradientExplosion(Cause):
         lead = early_gradient(case)
         evidence = without_none(
             _lead(case, lead),
-            gradient_in_range(case, -FAIR),
+            gradient_in_range(case, -STRONG),
             _clipped(case),
             _adaptive(case),
             _steady(case) if lead is not None else None,

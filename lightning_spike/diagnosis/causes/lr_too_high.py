@@ -16,6 +16,7 @@ from lightning_spike.diagnosis.tells import (
     early_gradient,
     finite,
     gradient_in_range,
+    jump_without_cause_in_update,
     lone_batch,
     split_verdict,
     tell,
@@ -70,7 +71,7 @@ class LrTooHigh(Cause):
             _event(case),
             _borne(case, signal),
             _shape(case),
-            _growth(case),
+            jump_without_cause_in_update(case, sign=-1.0) or _growth(case),
             _before_onset(case),
             _often(case),
             lone_batch(case, -STRONG),
@@ -158,7 +159,7 @@ def _gradient(case: Case) -> Evidence | None:
     """A step that is too long lets gradient and loss grow together; a gradient that exploded at one blow came first."""
     lead = early_gradient(case)
     if lead is None:
-        return None if case.lone or not steady_rate(case) else gradient_in_range(case, SLIGHT)
+        return None if case.lone or case.sudden or not steady_rate(case) else gradient_in_range(case, SLIGHT)
     before = case.excess("grad_norm", lead.ordinal - 1)
     if lead.ratio < EXPLODED or before is None or before.above:
         return None
@@ -186,6 +187,8 @@ def _before_onset(case: Case) -> Evidence | None:
 
 
 def _often(case: Case) -> Evidence | None:
+    if case.lone:
+        return None
     like = [
         e for e in case.store.episodes if e.kind not in {EpisodeKind.OVERFIT, EpisodeKind.STALL} and e.period is None
     ]

@@ -44,7 +44,7 @@ class NonfiniteInput(Cause):
             _count(case, worst),
             _origin(case),
             _loss_at_once(case) if worst is not None else None,
-            split_verdict(case, {"data": SLIGHT, "weights": -FAIR}),
+            split_verdict(case, {"data": SLIGHT if worst is not None else 0.0, "weights": -FAIR}),
         )
         confirmed = None if phase is None else phase == "input"
         return Examination(

@@ -69,7 +69,6 @@ class NumericalInstability(Cause):
                 )
             )
         told = case.lab("nonfinite_origin")
-        phase = told.get("phase") if told is not None else None
         evidence = without_none(
             born,
             _origin(case, told),
@@ -83,8 +82,18 @@ class NumericalInstability(Cause):
             evidence=evidence,
             summary=_summary(case, told),
             fixes=_fixes(case, told),
-            confirmed=None if not isinstance(phase, str) else phase in BIRTHPLACE,
+            confirmed=_confirmed(told),
         )
+
+
+def _confirmed(told: Mapping[str, Any] | None) -> bool | None:
+    """By the replay: an operation that fails under healthy weights too. Where only the weights of the onset make it fail, it may just be where they ended."""
+    phase = told.get("phase") if told is not None else None
+    if told is None or not isinstance(phase, str):
+        return None
+    if phase not in BIRTHPLACE:
+        return False
+    return None if told.get("with_healthy_weights") is False else True
 
 
 def _birth(case: Case) -> Evidence | None:
@@ -127,7 +136,13 @@ def _origin(case: Case, told: Mapping[str, Any] | None) -> Evidence | None:
     words = (
         text if isinstance(text, str) and text else f"Replayed, the first non-finite value appears in: {told['phase']}."
     )
-    return tell("lab/nonfinite_origin", words, DECISIVE if told["phase"] in BIRTHPLACE else -DECISIVE, step=case.step)
+    if told["phase"] not in BIRTHPLACE:
+        weight = -DECISIVE
+    elif told.get("with_healthy_weights") is False:  # what made the weights so comes before it
+        weight = SLIGHT
+    else:
+        weight = DECISIVE
+    return tell("lab/nonfinite_origin", words, weight, step=case.step)
 
 
 def _input(case: Case) -> Evidence | None:
