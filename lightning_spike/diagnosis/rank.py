@@ -14,11 +14,13 @@ from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.catalogue import catalogue
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import LEAST_PROBABILITY, TEMPER, UNEXPLAINED, UPSTREAM
-from lightning_spike.records import Episode, Verdict
+from lightning_spike.records import Episode, Family, Verdict
 from lightning_spike.store import TrainerStateStore
 
 __all__ = ["Diagnosis", "diagnose", "not_run_again"]
 
+MOST_FIXES = 4
+"""Episodes whose data are named in the verdict over the run."""
 MOST_SEVERE = 99.0
 """Cap of an episode's severity, as in `Episode.severity`."""
 
@@ -70,7 +72,9 @@ def _not_run_again(store: TrainerStateStore) -> list[str]:
 def not_run_again(store: TrainerStateStore) -> dict[int, str]:
     """Why the lab did not run an episode again, by its id."""
     found = [f.detail for f in store.findings if f.detector == "lab" and f.kind == "not_run"]
-    return {d["episode"]: d["why"] for d in found if isinstance(d.get("episode"), int) and isinstance(d.get("why"), str)}
+    return {
+        d["episode"]: d["why"] for d in found if isinstance(d.get("episode"), int) and isinstance(d.get("why"), str)
+    }
 
 
 def _episodes(ids: Sequence[int]) -> str:
@@ -184,13 +188,23 @@ def _over_run(episodes: Sequence[Episode], per_episode: Mapping[int, tuple[Verdi
     return tuple(sorted(listed, key=lambda v: (-v.probability, v.cause)))
 
 
+def _fixes(verdicts: Sequence[Verdict], clearest: Verdict) -> tuple[str, ...]:
+    """Each episode has data of its own to mend, so the first fix of every one is told; the rest is that of the clearest."""
+    ordered = sorted((v for v in verdicts if v.fixes), key=lambda v: v.episodes[0])
+    own = tuple(dict.fromkeys(v.fixes[0] for v in ordered))
+    more = (f"The same for {len(own) - MOST_FIXES} more episodes.",) if len(own) > MOST_FIXES else ()
+    return (*own[:MOST_FIXES], *more, *clearest.fixes[1:])
+
+
 def _joined(verdicts: Sequence[Verdict], weights: Mapping[int, float], whole: float) -> Verdict:
     """One cause over the run: told by the episode in which it has most to say."""
     clearest = max(verdicts, key=lambda v: v.probability * weights[v.episodes[0]])
+    fixes = _fixes(verdicts, clearest) if clearest.family is Family.DATA else clearest.fixes
     answers = {v.confirmed for v in verdicts} - {None}
     return dataclasses.replace(
         clearest,
         probability=sum(v.probability * weights[v.episodes[0]] for v in verdicts) / whole,
         episodes=tuple(v.episodes[0] for v in sorted(verdicts, key=lambda v: v.episodes[0])),
+        fixes=fixes,
         confirmed=True if True in answers else next(iter(answers), None),
     )

@@ -140,7 +140,8 @@ def family_words(family: Family) -> str:
 
 def confirmed_words(verdict: Verdict) -> str:
     """What the replay said."""
-    return {True: "✓ confirmed by replay", False: "✗ not confirmed by replay", None: "– not tested by replay"}[verdict.confirmed]
+    words = {True: "✓ confirmed by replay", False: "✗ not confirmed by replay", None: "– not tested by replay"}
+    return words[verdict.confirmed]
 
 
 def episodes_words(ids: tuple[int, ...]) -> str:

@@ -9,13 +9,20 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, SLIGHT, STRONG
-from lightning_spike.diagnosis.tells import batch_value, early_gradient, gradient_in_range, tell, without_none
+from lightning_spike.diagnosis.tells import (
+    batch_value,
+    early_gradient,
+    gradient_in_range,
+    split_verdict,
+    tell,
+    without_none,
+)
 from lightning_spike.records import EpisodeKind, Evidence, Family
 
 __all__ = ["NumericalInstability"]
 
 HUGE: Final = 1e4
-"""Factor over the loss before from which a finite loss in an ordinary batch is the work of an operation (x / ~0, exp), not of training."""
+"""Factor over the loss before from which a finite loss in an ordinary batch may be the work of an operation (x / ~0, exp), not of training."""
 BIRTHPLACE: Final = frozenset({"forward", "loss", "backward"})
 REMEDIES: Final[Mapping[str, str]] = {
     "log": "replace torch.log(x) by torch.log(x.clamp_min({eps:g})), or use log_softmax / logsigmoid",
@@ -72,11 +79,11 @@ class NumericalInstability(Cause):
         evidence = without_none(
             born,
             _origin(case, told),
-            _input(case),
-            _grew(case),
+            *(() if _is_finite(case) else (_input(case), _grew(case))),
             gradient_in_range(case, SLIGHT),
             batch_value(case, ordinary=SLIGHT, odd=-SLIGHT),
             _precision(case),
+            split_verdict(case, {"weights": -FAIR, "noise": -FAIR}) if _is_finite(case) else None,
         )
         return Examination(
             evidence=evidence,
@@ -116,17 +123,21 @@ def _birth(case: Case) -> Evidence | None:
             step=case.step,
             expected=case.episode.loss_before,
         )
-    if case.jump is not None and case.jump >= HUGE and case.sudden:
-        text = f"The loss was {case.jump:.2g} times as high from one batch to the next."
-        return tell(
-            case.episode.signal,
-            text,
-            FAIR,
-            step=case.step,
-            observed=case.episode.loss_peak,
-            expected=case.episode.loss_before,
-        )
-    return None
+    before = case.episode.loss_before
+    if loss is None or before is None or not before > 0.0 or loss < HUGE * before:
+        return None
+    text = f"The loss was {loss / before:.2g} times as high from one batch to the next."
+    return tell(case.episode.signal, text, SLIGHT, step=case.step, observed=loss, expected=before)
+
+
+def _is_finite(case: Case) -> bool:
+    """Only a huge value, none that is not finite: then finite values in the batch say nothing, and that it came out of the blue is what makes it one."""
+    values = (
+        case.at(name, ordinal)
+        for name in ("grad_norm", case.episode.signal)
+        for ordinal in range(max(case.onset - GUARD, 0), case.onset + 1)
+    )
+    return case.kind is not EpisodeKind.NONFINITE and all(v is None or math.isfinite(v) for v in values)
 
 
 def _origin(case: Case, told: Mapping[str, Any] | None) -> Evidence | None:

@@ -11,7 +11,14 @@ from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, NEAR, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import clip_fix, warmup_steps
 from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, rate_event
-from lightning_spike.diagnosis.tells import batch_value, jump_without_cause_in_update, lone_batch, split_verdict, tell, without_none
+from lightning_spike.diagnosis.tells import (
+    batch_value,
+    jump_without_cause_in_update,
+    lone_batch,
+    split_verdict,
+    tell,
+    without_none,
+)
 from lightning_spike.records import Evidence, Family
 
 __all__ = ["WarmupTooShort"]
