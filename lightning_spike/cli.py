@@ -23,7 +23,8 @@ from typing_extensions import override
 from lightning_spike import suite
 from lightning_spike.demo.catalogue import DEMOS
 from lightning_spike.demo.show import show
-from lightning_spike.errors import MissingExtraError, SpikeError
+from lightning_spike.errors import MissingExtraError, SpikeError, UnreadableReportError
+from lightning_spike.report.read_back import read_back
 
 __all__ = ["SpikeCLI", "main"]
 
@@ -109,12 +110,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What stands behind the command; by default that of this process.
 
     Returns:
-        The exit status: 0 where all went well, 1 where a demo's report does not put the right cause first or a package is missing.
+        The exit status: 0 where all went well, 1 where a demo's report does not put the right cause first, a package is missing, or a report cannot be read.
 
     Raises:
         SystemExit: With status 2, for arguments that are none.
     """
     given = _parser().parse_args(arguments)
+    return _report(given.run_dir) if given.command == "report" else _demo(given)
+
+
+def _report(place: Path) -> int:
+    try:
+        rich.get_console().print(read_back(place))
+    except UnreadableReportError as error:
+        print(error, file=sys.stderr)  # noqa: T201 - a command's error, bare for the programs that read it
+        return 1
+    return 0
+
+
+def _demo(given: argparse.Namespace) -> int:
     demos = [demo for demo in DEMOS if demo.name in given.names] if given.names else DEMOS
     try:
         outcomes = show(demos, given.out, _train, rich.get_console())
@@ -137,6 +151,14 @@ def _parser() -> argparse.ArgumentParser:
     names = [demo.name for demo in DEMOS]
     demo.add_argument("names", nargs="*", metavar="name", choices=[*names, []], help="which of them; all by default")
     demo.add_argument("--out", type=Path, default=Path("runs"), help="folder for the reports (default: runs)")
+    report = commands.add_parser(
+        "report",
+        help="print a run's report again",
+        description="Print the report again that a run printed when it ended, from the files that it wrote.",
+    )
+    report.add_argument(
+        "run_dir", type=Path, metavar="RUN_DIR", help="the run's dirpath, the folder above its spike/, or a report.json"
+    )
     return parser
 
 

@@ -2,9 +2,10 @@
 
 import importlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from types import MappingProxyType
+from typing import Final, Literal, get_args
 
 import rich
 from lightning.pytorch import LightningModule, Trainer
@@ -22,6 +23,9 @@ from lightning_spike.report.terminal import TerminalReport
 __all__ = ["RootCauseReport"]
 
 Format = Literal["terminal", "json", "html", "signals"]
+
+BESIDE: Final[Mapping[Format, str]] = MappingProxyType({"signals": "signals", "html": "report.html"})
+"""What stands beside report.json, in the order in which it is written."""
 
 
 class RootCauseReport(SpikeCallback):
@@ -94,27 +98,37 @@ class RootCauseReport(SpikeCallback):
     def _hand_out(self, report: Report) -> None:
         """Each form by itself, the most durable first: one that fails is named in the next and costs no other."""
         folder = self.dirpath or self.flight.default_dirpath
+        beside = [name for form, name in BESIDE.items() if form in self.formats]
         ways: dict[Format, Callable[[], Path]] = {
-            "json": lambda: write_report(report, folder / "report.json"),
+            "json": lambda: write_report(report, folder / "report.json", files=beside),
             "signals": lambda: write_signals(self.flight.store, folder / "signals"),
             "html": lambda: _write_page(report, folder / "report.html"),
         }
         files: list[Path] = []
         notes: list[str] = []
         for form, write in ways.items():
-            if form not in self.formats:
-                continue
-            try:
-                files.append(write())
-            except MissingExtraError as missing:
-                notes.append(str(missing))
-            except Exception as broken:  # noqa: BLE001 - a full disk must not cost the printed report
-                notes.append(f"{form} could not be written: {type(broken).__name__}: {broken}")
+            if form in self.formats:
+                _attempt(form, write, files, notes)
+        if notes and folder / "report.json" in files:
+            # It was written before what the notes are about was tried.
+            names, known = [file.name for file in files[1:]], tuple(notes)
+            again = lambda: write_report(report, folder / "report.json", files=names, notes=known)  # noqa: E731 - as above
+            _attempt("json with these notes", again, [], notes)
         if "terminal" in self.formats:
             _print(TerminalReport(report=report, files=files, notes=notes))
         else:
             for note in notes:
                 warn(note)
+
+
+def _attempt(what: str, write: Callable[[], Path], files: list[Path], notes: list[str]) -> None:
+    """Write, and take down in `files` or in `notes` what came of it."""
+    try:
+        files.append(write())
+    except MissingExtraError as missing:
+        notes.append(str(missing))
+    except Exception as broken:  # noqa: BLE001 - a full disk must not cost the printed report
+        notes.append(f"{what} could not be written: {type(broken).__name__}: {broken}")
 
 
 def _print(text: TerminalReport) -> None:

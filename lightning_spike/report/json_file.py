@@ -3,16 +3,22 @@
 Beyond what every reader of version 1 may rely on (`run`, `episodes`, `causes`, `actions`), these keys were added; a reader must bear further ones:
 
 - `run.batches`, `run.first_step` (above 0 after a resume), `run.device`, `run.error` (type and message, null where nothing was raised);
-- on an episode `signal`, `noticed_step`, `recovery` (`whole | part | never | open`), `period` (batches between like episodes, or null) and `severity`
-  (robust standard deviations above the usual noise, at most 99);
+- on an episode `signal`, `noticed_step`, `recovery` (`whole | part | never | open`), `period` (batches between like episodes, or null), `severity`
+  (robust standard deviations above the usual noise, at most 99), `not_replayed` (why it could not be run again, or null) and `moments`, which says of `onset`,
+  `noticed`, `peak` and `end` (null: never recovered) the `ordinal` (batches begun in the run before it), `step`, `epoch` and `batch_idx`;
 - on a piece of evidence `weight`, the natural log of the likelihood ratio that it gives the cause;
 - `disabled`, the parts of the suite that broke and were switched off: `[{"part", "reason", "step"}]`;
 - `remarks`, what could not be observed and why: `["…"]`;
-- further values of `actions[].action`: `restore_best`, `replay`.
+- further values of `actions[].action`: `restore_best`, `replay`, and on an action `at`, its moment as above;
+- `files`, the names of what the run wrote beside this file: some of `signals`, `report.html`;
+- `notes`, what the run could not write, and why: `["…"]`;
+- `nonfinite`, the numbers that are not finite: `{"/episodes/0/loss_peak": "NaN | Infinity | -Infinity"}`, each by its JSON Pointer (RFC 6901).
 
-A number that is not finite is `null`; the file is strict JSON.
+A number that is not finite is `null` in its own place; the file is strict JSON.
 """
 
+import copy
+import dataclasses
 import importlib
 import json
 import math
@@ -24,21 +30,28 @@ import numpy as np
 
 from lightning_spike.errors import UnreadableReportError
 from lightning_spike.files import write_whole
-from lightning_spike.records import Action, Disabled, Episode, Evidence, Verdict
+from lightning_spike.records import Action, Disabled, Episode, Evidence, Moment, Verdict
 from lightning_spike.report.model import Report
 
-__all__ = ["SCHEMA_VERSION", "as_json", "read_report", "write_report"]
+__all__ = ["SCHEMA_VERSION", "as_json", "read_report", "with_nonfinite", "write_report"]
 
 SCHEMA_VERSION: Final = 1
 
 
-def write_report(report: Report, path: Path) -> Path:
+def write_report(report: Report, path: Path, *, files: Sequence[str] = (), notes: Sequence[str] = ()) -> Path:
     """Write the report whole or not at all, and wait until it is on the disk.
+
+    Args:
+        report: What to write.
+        path: Where to.
+        files: Names of what the run writes beside it.
+        notes: What the run could not write, and why.
 
     Raises:
         OSError: It could not be written; a report already there is untouched.
     """
-    return write_whole(path, json.dumps(as_json(report), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    content = as_json(report, files=files, notes=notes)
+    return write_whole(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def read_report(path: str | Path) -> dict[str, Any]:
@@ -50,9 +63,7 @@ def read_report(path: str | Path) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_bytes())
     except (OSError, ValueError) as error:
-        msg = (
-            f"{path}: cannot be read as a report ({error}). Give the path of a report.json that lightning_spike wrote."
-        )
+        msg = f"{path}: expected a report as JSON, found what cannot be read ({error}). Give a report.json that lightning_spike wrote."
         raise UnreadableReportError(msg) from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:
@@ -65,21 +76,43 @@ def read_report(path: str | Path) -> dict[str, Any]:
     return dict(content)
 
 
-def as_json(report: Report) -> dict[str, Any]:
-    """The report as what `json.dumps(..., allow_nan=False)` takes."""
+def with_nonfinite(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a read report in which every number that is not finite stands in its own place.
+
+    Raises:
+        LookupError: `nonfinite` points to a place that is not there.
+        TypeError: Or into a value that holds no others.
+        ValueError: Or names no number.
+    """
+    whole: dict[str, Any] = copy.deepcopy(dict(content))
+    for pointer, text in content.get("nonfinite", {}).items():
+        *path, last = (key.replace("~1", "/").replace("~0", "~") for key in pointer.split("/")[1:])
+        holder: Any = whole
+        for key in path:
+            holder = holder[_key(holder, key)]
+        holder[_key(holder, last)] = float(text)
+    return whole
+
+
+def as_json(report: Report, *, files: Sequence[str] = (), notes: Sequence[str] = ()) -> dict[str, Any]:
+    """The report as what `json.dumps(..., allow_nan=False)` takes; arguments as of `write_report`."""
     plain: dict[str, Any] = _plain(
         {
             "schema_version": SCHEMA_VERSION,
             "lightning_spike": importlib.import_module("lightning_spike").__version__,
             "run": _run(report),
-            "episodes": [_episode(e, report.causes_of.get(e.id, ())) for e in report.episodes],
+            "episodes": [_episode(report, e) for e in report.episodes],
             "causes": [_verdict(v) for v in report.causes],
             "actions": [_action(a) for a in report.actions],
             "disabled": [_disabled(d) for d in report.disabled],
             "remarks": report.remarks,
+            "files": files,
+            "notes": notes,
         }
     )
-    return plain
+    nonfinite: dict[str, str] = {}
+    strict: dict[str, Any] = _strict(plain, "", nonfinite)
+    return strict | {"nonfinite": nonfinite}
 
 
 def _run(report: Report) -> dict[str, Any]:
@@ -87,7 +120,7 @@ def _run(report: Report) -> dict[str, Any]:
         "status": report.status,
         "steps": report.steps,
         "epochs": report.epochs,
-        "seconds": round(report.seconds, 3),
+        "seconds": report.seconds,
         "world_size": report.facts.world_size,
         "precision": report.facts.precision,
         "started": report.facts.started,
@@ -98,7 +131,7 @@ def _run(report: Report) -> dict[str, Any]:
     }
 
 
-def _episode(episode: Episode, causes: Sequence[Verdict]) -> dict[str, Any]:
+def _episode(report: Report, episode: Episode) -> dict[str, Any]:
     return {
         "id": episode.id,
         "kind": episode.kind,
@@ -114,8 +147,14 @@ def _episode(episode: Episode, causes: Sequence[Verdict]) -> dict[str, Any]:
         "recovery": episode.recovery,
         "period": episode.period,
         "severity": episode.severity,
-        "causes": [_verdict(v) for v in causes],
+        "not_replayed": report.not_replayed.get(episode.id),
+        "moments": {name: _moment(getattr(episode, name)) for name in ("onset", "noticed", "peak", "end")},
+        "causes": [_verdict(v) for v in report.causes_of.get(episode.id, ())],
     }
+
+
+def _moment(moment: Moment | None) -> dict[str, int] | None:
+    return None if moment is None else dataclasses.asdict(moment)
 
 
 def _verdict(verdict: Verdict) -> dict[str, Any]:
@@ -143,7 +182,7 @@ def _evidence(evidence: Evidence) -> dict[str, Any]:
 
 
 def _action(action: Action) -> dict[str, Any]:
-    return {"action": action.action, "step": action.at.step, "detail": action.detail}
+    return {"action": action.action, "step": action.at.step, "at": _moment(action.at), "detail": action.detail}
 
 
 def _disabled(disabled: Disabled) -> dict[str, Any]:
@@ -151,7 +190,7 @@ def _disabled(disabled: Disabled) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401, PLR0911 - JSON is a union, one line for each of its kinds
-    """As JSON knows it: non-finite numbers become null, NumPy's numbers Python's, and what JSON has no form for its text."""
+    """As JSON knows it, but for numbers that are not finite: NumPy's numbers become Python's, and what JSON has no form for its text."""
     match value:
         case None | bool():
             return value
@@ -163,10 +202,32 @@ def _plain(value: Any) -> Any:  # noqa: ANN401, PLR0911 - JSON is a union, one l
         case int():
             return int(value)
         case float():
-            return float(value) if math.isfinite(value) else None
+            return float(value)
         case Mapping():
             return {_plain(str(key)): _plain(item) for key, item in value.items()}
         case list() | tuple() | set() | frozenset():
             return [_plain(item) for item in value]
         case _:
             return _plain(str(value))
+
+
+def _strict(value: Any, pointer: str, nonfinite: dict[str, str]) -> Any:  # noqa: ANN401 - as above
+    """With null for every number that is not finite, which goes to `nonfinite` by its JSON Pointer."""
+    match value:
+        case float() if not math.isfinite(value):
+            nonfinite[pointer] = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+            return None
+        case dict():
+            return {
+                key: _strict(item, f"{pointer}/{key.replace('~', '~0').replace('/', '~1')}", nonfinite)
+                for key, item in value.items()
+            }
+        case list():
+            return [_strict(item, f"{pointer}/{i}", nonfinite) for i, item in enumerate(value)]
+        case _:
+            return value
+
+
+def _key(holder: Any, key: str) -> Any:  # noqa: ANN401 - as above
+    """A step of a JSON Pointer, as the holder takes it."""
+    return int(key) if isinstance(holder, list) else key

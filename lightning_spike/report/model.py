@@ -11,7 +11,7 @@ from lightning_spike.diagnosis.rank import Diagnosis, diagnose, not_run_again
 from lightning_spike.records import Action, Disabled, Episode, Moment, RunFacts, RunStatus, Verdict
 from lightning_spike.store import TrainerStateStore
 
-__all__ = ["LEAST_PROBABILITY", "Curve", "Report", "Suspect", "build_report"]
+__all__ = ["LEAST_PROBABILITY", "Curve", "Report", "Suspect", "build_report", "suspects_of"]
 
 ERROR_CHARACTERS: Final = 300
 """An error's message is cut here: some carry a whole configuration, and the traceback has it anyway."""
@@ -61,6 +61,7 @@ class Report:
     epochs: int
     """Epochs begun."""
     seconds: float
+    """On the wall clock, to the millisecond."""
     device: str | None
     facts: RunFacts
     episodes: tuple[Episode, ...]
@@ -140,7 +141,7 @@ def build_report(
         steps=steps if steps is not None else (last.step + 1 if last else 0),
         batches=last.ordinal + 1 if last else 0,
         epochs=last.epoch + 1 if last else 0,
-        seconds=seconds,
+        seconds=round(seconds, 3),
         device=device,
         facts=store.facts,
         episodes=store.episodes,
@@ -148,7 +149,7 @@ def build_report(
         causes_of=diagnosis.per_episode,
         not_replayed=not_run_again(store),
         actions=tuple(store.actions),
-        suspects=tuple(_suspects(store)),
+        suspects=tuple(suspects_of(store.actions)),
         disabled=(*store.disabled, *broken),
         remarks=(*store.remarks, *diagnosis.remarks),
         loss=_curve(store, "loss"),
@@ -201,9 +202,9 @@ def _validation_curves(store: TrainerStateStore) -> Iterator[Curve]:
         )
 
 
-def _suspects(store: TrainerStateStore) -> Iterator[Suspect]:
+def suspects_of(actions: Sequence[Action]) -> Iterator[Suspect]:
     """From the dumps, which list the samples of a batch that stand out, the worst first."""
-    for action in store.actions:
+    for action in actions:
         if action.action != "dump":
             continue
         listed: Sequence[Mapping[str, Any]] = action.detail.get("suspects", ())

@@ -2,8 +2,10 @@
 
 import dataclasses
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -19,7 +21,7 @@ Array = npt.NDArray[np.generic]
 README: Final = """\
 # Recorded signals
 
-Three tables as .npz files, each array a column; read them with NumPy:
+Four tables as .npz files, each array a column; read them with NumPy:
 
     import numpy as np
     series = np.load("series.npz")
@@ -28,11 +30,22 @@ Three tables as .npz files, each array a column; read them with NumPy:
 - `series.npz`: one row for each training batch that is still held (of a long run the older ones are thinned evenly, the stretches around an episode
   are whole). `ordinal` counts the batches of the run from 0; `step` is `trainer.global_step` as the batch began; `epoch`, `batch_idx`. The other columns are signals,
   float64, NaN where a batch had none: {signals}.
+- `nan.npz`: for each signal that was itself NaN in some batches, their `ordinal`s; so these can be told from batches that had none.
 - `layers.npz`: vector-valued signals of the latest batches; for each signal `<signal>:names` (n), `<signal>:ordinal` (rows) and
   `<signal>:values` (rows, n), float32: {layers}.
 - `validation.npz`: one row for each validation: `metric`, `value`, the mean training loss since the one before (`train_loss`), and `ordinal`, `step`, `epoch`,
   `batch_idx` of the last training batch before it.
 """
+
+NEEDED: Final = MappingProxyType(
+    {
+        "series": ("ordinal", "step"),
+        "nan": (),
+        "layers": (),
+        "validation": ("metric", "value", "ordinal", "step"),
+    }
+)
+"""The tables, and the columns of each that no reader can do without."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,6 +65,8 @@ class Signals:
 
     series: Mapping[str, Array]
     """Columns of equal length, one row a batch."""
+    nan: Mapping[str, npt.NDArray[np.int64]]
+    """By signal, the ordinals of the batches in which it was itself NaN; a NaN elsewhere in its column says that a batch had no value."""
     layers: Mapping[str, LayerTable]
     """By signal."""
     validation: Mapping[str, Array]
@@ -67,7 +82,12 @@ def write_signals(store: TrainerStateStore, folder: Path) -> Path:
     Raises:
         OSError: It could not be written.
     """
-    tables = {"series": store.history.columns(), "layers": _layers(store), "validation": _validation(store)}
+    tables = {
+        "series": store.history.columns(),
+        "nan": _nan(store),
+        "layers": _layers(store),
+        "validation": _validation(store),
+    }
     with whole_folder(folder) as hidden:
         for name, columns in tables.items():
             _write_table(hidden / f"{name}.npz", columns)
@@ -84,7 +104,7 @@ def read_signals(folder: str | Path) -> Signals:
     Raises:
         OSError: The folder or one of its tables cannot be read.
     """
-    tables = {name: _read_table(Path(folder) / f"{name}.npz") for name in ("series", "layers", "validation")}
+    tables = {name: _read_table(Path(folder) / f"{name}.npz", needed) for name, needed in NEEDED.items()}
     columns = tables["layers"]
     signals = [name.removesuffix(":names") for name in columns if name.endswith(":names")]
     layers = {
@@ -95,7 +115,13 @@ def read_signals(folder: str | Path) -> Signals:
         )
         for s in signals
     }
-    return Signals(series=tables["series"], layers=layers, validation=tables["validation"])
+    return Signals(series=tables["series"], nan=tables["nan"], layers=layers, validation=tables["validation"])
+
+
+def _nan(store: TrainerStateStore) -> dict[str, Array]:
+    history = store.history
+    measured = {name: history.present(name) & np.isnan(history.series(name)) for name in history.signals}
+    return {name: history.ordinals[rows].copy() for name, rows in measured.items() if rows.any()}
 
 
 def _layers(store: TrainerStateStore) -> dict[str, Array]:
@@ -133,6 +159,21 @@ def _write_table(path: Path, columns: Mapping[str, Array]) -> None:
                 np.lib.format.write_array(handle, np.asarray(column), allow_pickle=False)
 
 
-def _read_table(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as archive:
-        return dict(archive)
+def _read_table(path: Path, needed: Sequence[str]) -> dict[str, Any]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            columns = {name.removesuffix(".npy"): _read_column(archive, name) for name in archive.namelist()}
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+        msg = f"{path} is no table of signals: {error}"
+        raise OSError(msg) from error
+    missing = [name for name in needed if name not in columns]
+    if missing:
+        msg = f"{path} lacks {', '.join(missing)}"
+        raise OSError(msg)
+    return columns
+
+
+def _read_column(archive: zipfile.ZipFile, name: str) -> Array:
+    with archive.open(name) as handle:
+        column: Array = np.lib.format.read_array(handle, allow_pickle=False)
+        return column

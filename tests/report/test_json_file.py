@@ -1,5 +1,6 @@
 """report.json against the contract, by a check that knows nothing of the code: the schema is written down here a second time."""
 
+import dataclasses
 import json
 import math
 from types import MappingProxyType
@@ -9,7 +10,7 @@ import pytest
 
 from lightning_spike.errors import UnreadableReportError
 from lightning_spike.records import Action, Moment
-from lightning_spike.report.json_file import as_json, read_report, write_report
+from lightning_spike.report.json_file import as_json, read_report, with_nonfinite, write_report
 
 NUMBER = (int, float)
 EVIDENCE = {"signal": str, "step": (int, None), "observed": (*NUMBER, None), "expected": (*NUMBER, None), "text": str}
@@ -134,6 +135,7 @@ def test_a_detail_may_hold_anything(troubled, tmp_path):
     assert content["actions"][0] == {
         "action": "dump",
         "step": 7,
+        "at": {"ordinal": 0, "step": 7, "epoch": 0, "batch_idx": 0},
         "detail": {
             "array": [1.0, None],
             "scalar": 0.5,
@@ -146,6 +148,22 @@ def test_a_detail_may_hold_anything(troubled, tmp_path):
             "huge": 10**30,
         },
     }
+    assert content["nonfinite"] == {
+        "/episodes/1/loss_peak": "NaN",
+        "/actions/0/detail/array/1": "Infinity",
+        "/actions/0/detail/tuple/1": "-Infinity",
+        "/actions/0/detail/3/nested": "NaN",
+    }
+
+
+def test_a_pointer_bears_every_key(troubled):
+    detail = {"grad_norm/a~b": math.inf, "": -math.inf, "~1": {"/": math.nan}}
+    at = Moment(ordinal=0, step=7, epoch=0, batch_idx=0)
+    content = as_json(dataclasses.replace(troubled, actions=(Action(action="dump", at=at, detail=detail),)))
+    assert content["actions"][0]["detail"] == {"grad_norm/a~b": None, "": None, "~1": {"/": None}}
+    assert "/actions/0/detail/grad_norm~1a~0b" in content["nonfinite"]  # as RFC 6901, section 3, escapes it
+    assert repr(with_nonfinite(content)["actions"][0]["detail"]) == repr(detail)
+    assert content["actions"][0]["detail"][""] is None
 
 
 @pytest.mark.parametrize(

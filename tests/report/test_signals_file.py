@@ -54,6 +54,36 @@ def test_any_name_of_a_signal_survives(tmp_path, name):
     assert signals.layers[name].values.tolist() == [[1.0]]
 
 
+def test_a_value_that_was_nan_is_told_from_none(tmp_path):
+    store = TrainerStateStore(RunFacts(started="now"))
+    for i, values in enumerate([{"loss": 1.0}, {}, {"loss": float("nan")}, {"aux": 2.0}]):
+        store.append(StepRow(at=at(i), values=values))
+    folder = write_signals(store, tmp_path / "signals")
+    assert np.load(folder / "nan.npz")["loss"].tolist() == [2]
+    signals = read_signals(folder)
+    assert np.isnan(signals.series["loss"]).tolist() == [False, True, True, True]
+    assert {name: rows.tolist() for name, rows in signals.nan.items()} == {"loss": [2]}
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def _without_step(path):
+    np.savez(path, ordinal=np.arange(3))
+
+
+@pytest.mark.parametrize(
+    "spoil", [_cut, _without_step, lambda path: path.write_bytes(b""), lambda path: path.unlink()],
+    ids=["cut", "no step", "empty", "gone"],
+)  # fmt: skip
+def test_a_table_that_is_none_is_named(troubled_run, tmp_path, spoil):
+    folder = write_signals(troubled_run, tmp_path / "signals")
+    spoil(folder / "series.npz")
+    with pytest.raises(OSError, match=r"series\.npz"):
+        read_signals(folder)
+
+
 def test_an_empty_store_gives_empty_tables(tmp_path):
     signals = read_signals(write_signals(TrainerStateStore(RunFacts(started="now")), tmp_path / "signals"))
     assert signals.series["ordinal"].tolist() == []
