@@ -1,4 +1,4 @@
-"""Loss curves of real healthy trainings, small enough for two CPU cores, without a download."""
+"""Loss curves of real trainings, healthy ones and ones with one fault, small enough for two CPU cores, without a download."""
 
 import math
 import random
@@ -12,11 +12,13 @@ from sklearn.datasets import load_diabetes, load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["TASKS", "Curve", "real_curve"]
+__all__ = ["FAULTS", "TASKS", "Curve", "Fault", "real_curve"]
 
 Curve: TypeAlias = list[tuple[float, int]]
 """Loss and batch size of every step."""
 Batch: TypeAlias = tuple[Tensor, Tensor]
+Fault: TypeAlias = Callable[[nn.Module, torch.optim.Optimizer, int], None]
+"""Changes model or optimizer before the update `since` steps after its onset."""
 CONTEXT: Final = 12
 
 
@@ -24,7 +26,8 @@ def _epochs(inputs: Tensor, targets: Tensor, size: int, generator: torch.Generat
     """Shuffled epochs for ever; the last batch of each is short."""
     while True:
         for chosen in torch.randperm(len(inputs), generator=generator).split(size):
-            yield inputs[chosen], targets[chosen]
+            if len(chosen) > 1:  # BatchNorm cannot train on one sample
+                yield inputs[chosen], targets[chosen]
 
 
 def _digits(size: int, generator: torch.Generator) -> tuple[nn.Module, Iterator[Batch]]:
@@ -110,21 +113,102 @@ TASKS: Final[dict[str, Callable[[int, torch.Generator], tuple[nn.Module, Iterato
 }
 
 
-def real_curve(task: str, size: int, steps: int, seed: int) -> Curve:
-    """Train with AdamW, a short warm-up and a cosine decay, clipped at 1; returns what was seen on the way."""
+def _digits_norm(size: int, generator: torch.Generator) -> tuple[nn.Module, Iterator[Batch]]:
+    _, batches = _digits(size, generator)
+    hidden = (nn.Flatten(), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.BatchNorm1d(64))
+    return nn.Sequential(*hidden, nn.ReLU(), nn.Linear(64, 10)), batches
+
+
+TASKS["digits BatchNorm"] = _digits_norm
+
+
+def _rates(factor: float, length: int) -> Fault:
+    def fault(_: nn.Module, optimizer: torch.optim.Optimizer, since: int) -> None:
+        if since < length:
+            for group in optimizer.param_groups:
+                group["lr"] *= factor
+
+    return fault
+
+
+def _weights(scale: float) -> Fault:
+    def fault(model: nn.Module, _: torch.optim.Optimizer, since: int) -> None:
+        if since == 0:
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.add_(scale * weight.std(correction=0) * torch.randn(weight.shape, generator=_noise()))
+
+    return fault
+
+
+def _flip(model: nn.Module, _: torch.optim.Optimizer, since: int) -> None:
+    """One weight of the last layer becomes 100, as a flipped bit of its exponent makes it."""
+    if since == 0:
+        with torch.no_grad():
+            list(model.parameters())[-2].view(-1)[0] = 100.0
+
+
+def _noise() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+FAULTS: Final[dict[str, Fault | None]] = {
+    "labels drawn anew, one batch": None,
+    "inputs spoilt, one batch": None,
+    "rate x 30, one step": _rates(30.0, 1),
+    "rate x 30, five steps": _rates(30.0, 5),
+    "rate x 10 to the end": _rates(10.0, 1_000_000),
+    "weights + 50 % noise": _weights(0.5),
+    "one weight flipped": _flip,
+}
+"""What goes wrong; the first two change the batch, see `_spoilt`."""
+
+
+def _spoilt(fault: str, batch: Batch) -> Batch:
+    inputs, targets = batch
+    draw = _noise()
+    if fault.startswith("labels"):
+        return inputs, targets[torch.randperm(len(targets), generator=draw)] if targets.is_floating_point() else (
+            torch.randint(0, int(targets.max()) + 1, targets.shape, generator=draw)
+        )
+    if inputs.is_floating_point():
+        return 30.0 * torch.randn(inputs.shape, generator=draw), targets
+    return torch.randint(0, 128, inputs.shape, generator=draw), targets
+
+
+def real_curve(
+    task: str, size: int, steps: int, seed: int, *, fault: str | None = None, at: int = 0, rate: float = 2e-3
+) -> Curve:
+    """Train with AdamW, a short warm-up and a cosine decay, clipped at 1; returns what was seen on the way.
+
+    Args:
+        task: One of `TASKS`.
+        size: Samples per batch.
+        steps: Batches.
+        seed: Of weights and order; a run with a fault is its healthy twin up to `at`.
+        fault: One of `FAULTS`, or none.
+        at: Step of the fault.
+        rate: Peak learning rate.
+    """
     random.seed(seed)
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     model, batches = TASKS[task](size, torch.Generator().manual_seed(seed))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min(1.0, (step + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * step / steps)),
     )
     measure = functional.mse_loss if task == "diabetes MLP" else functional.cross_entropy
+    change = None if fault is None else FAULTS[fault]
     curve: Curve = []
-    for _ in range(steps):
-        inputs, targets = next(batches)
+    for step in range(steps):
+        batch = next(batches)
+        if fault is not None and change is None and step == at:
+            batch = _spoilt(fault, batch)
+        if change is not None and step >= at:
+            change(model, optimizer, step - at)
+        inputs, targets = batch
         loss = measure(model(inputs), targets)
         optimizer.zero_grad()
         loss.backward()

@@ -35,40 +35,73 @@ NEARBY_EVERY: Final = 8
 LEAST: Final = 8
 """Accepted values without which no statement is made."""
 OFFSET: Final = 0.5
-"""Share of the median that is added before the logarithm. Measured on small nets, 0.25 was the best of 0, 0.25 and 1, all close;
-half sees a rise by 30 % at seven standard deviations of additive noise in 97 % of the cases, none in 94 %."""
+"""Share of the median that is added before the logarithm: between none, which makes noise of a loss near zero all lower tail, and
+one, which takes the logarithm back (science.md 1.5 compares 0.25 and 1)."""
 REFIT_EVERY: Final = 16
 """Pushes between two looks at the tail; amortises its cost."""
 NORMAL_LIMIT: Final = 4.1
 """How far out is far for normal noise, in standard deviations: 2.1e-5 of the values lie beyond."""
 TAIL_POINTS: Final = ((0.99, 2.3263), (0.995, 2.5758))
 """Probabilities at which the tail is read, with the normal quantile of each."""
+FAR_POINT: Final = (0.998, 2.8782)
+"""A further one for both tails together."""
 ONE_SIGMA: Final = 0.8413
 """Phi(1): the upper half-width of normal noise is its standard deviation."""
 HEAVIEST: Final = 0.30
 """Cap on the tail's shape h; Student's t with 2 degrees of freedom has about as much between these quantiles."""
 SCALE_POINTS: Final = ((0.75, 0.6745), (0.8413, 1.0), (0.90, 1.2816))
 """Probabilities whose half-widths are averaged into the scale, with the normal quantile of each."""
-DOUBT: Final = 0.68
+DOUBT: Final = 0.54
 """Standard error of h times the square root of the number of residuals, for normal noise."""
-HEAVY: Final = 2.3
+HEAVY: Final = 2.1
 """Standard errors of h from which on the tail is called heavier than normal."""
-KNOWN: Final = 0.022
-"""Standard error of h from which on normal-looking noise is taken as normal: some 950 residuals."""
-EARLY: Final = 4.0
+KNOWN: Final = 0.018
+"""Standard error of h from which on normal-looking noise is taken as normal: some 900 residuals."""
+EARLY: Final = 5.0
 """Standard errors of h, above that, that are added before."""
 EARLY_MOST: Final = 0.2
 """Most that is added: five times the level at step 40 must be seen."""
-SURE: Final = 5.0
+SURE: Final = 6.0
 """On the logarithmic scale tails are light (science.md 1.5), so however heavy the tail may look or might still turn out to be, this
 many standard deviations …"""
-SURE_EARLY: Final = 8.0
+SURE_EARLY: Final = 5.0
 """… plus this over the square root of the number of residuals, for a scale that is not well known yet …"""
-DOUBLED: Final = 0.7
+DOUBLED: Final = 0.5
 """… are too far where the value also stands this much, in logarithms, above the level: about twice it. Below, the noise is small beside
 the level and a heavy tail can well be an additive one."""
 WINDOWS: Final = ("centre", "before", "left", "right", "nearby", "residuals", "ahead", "tail")
-NUMBERS: Final = ("linear", "pushed", "near", "level", "unit", "limit", "scale")
+NUMBERS: Final = (
+    "linear",
+    "pushed",
+    "near",
+    "level",
+    "unit",
+    "limit",
+    "sure_limit",
+    "pair_limit",
+    "scale",
+    "agree",
+    "side",
+)
+FAR_BEYOND: Final = 4.0
+"""Times the largest excess of the last 384 values from which on a value is too far whatever the law of the noise: beyond that, a tail that falls
+like 1/x^3 has 4e-5 of its values, a lognormal one with sigma 1 has 1e-5 …"""
+FEW: Final = 128.0
+"""… plus this over the number of values."""
+NEAR_TOP: Final = 1.5
+"""Times the largest excess of the last 64."""
+NEAR: Final = 0.85
+"""Share of the width of the last 64 residuals below which it is not believed: noise that grows is noticed in time."""
+PRESENT: Final = 0.7
+"""Share of the width of the last 32 values below which it is not believed: its standard error is 22 %."""
+TREND: Final = 0.34
+"""Share of the fall from one median of 32 to the next that a straight line adds to their upper half-width."""
+PAIR_LIMIT: Final = 3.2
+"""Two in a row beyond this are too far for normal noise without memory: 5e-7 of the pairs are."""
+MEMORY: Final = 1.0 / 128.0
+"""Weight of the newest pair in the share of neighbours on the same side of the level."""
+LIKE: Final = 0.5
+"""Share by which the limit grows where each value is like the one before: the scale is then made of few independent values."""
 HUGE: Final = 1e300
 """Values are cut here, so that differences stay finite."""
 
@@ -82,15 +115,31 @@ def _half_width(ordered: list[float]) -> float:
 
 
 def _shape(ordered: list[float]) -> float:
-    """Tail shape h of Tukey's g-and-h family: a quantile at normal score z is stretched by exp(h z^2 / 2)."""
+    """Tail shape h of Tukey's g-and-h family: a quantile at normal score z is stretched by exp(h z^2 / 2).
+
+    The heavier of the upper tail and of both tails together: where both are heavy, twice the values tell of it.
+    """
     one = 0.5 * (quantile(ordered, ONE_SIGMA) - quantile(ordered, 1.0 - ONE_SIGMA))
     if one <= 0.0:
         return HEAVIEST
-    shapes = [
-        2.0 * math.log(max(quantile(ordered, probability), 1e-12) / (one * score)) / (score * score - 1.0)
-        for probability, score in TAIL_POINTS
+    count = max(2, math.ceil(2.0 * (1.0 - TAIL_POINTS[0][0]) * len(ordered)) + 1)
+    ends = sorted([-value for value in ordered[:count]] + ordered[-count:])
+    upper = [(quantile(ordered, probability), score) for probability, score in TAIL_POINTS]
+    both = [
+        (ends[-1 - round(2.0 * (1.0 - probability) * (len(ordered) - 1))], score)
+        for probability, score in (*TAIL_POINTS, FAR_POINT)
     ]
+    return max(_mean_shape(upper, one), _mean_shape(both, one))
+
+
+def _mean_shape(points: list[tuple[float, float]], one: float) -> float:
+    shapes = [2.0 * math.log(max(value, 1e-12) / (one * score)) / (score * score - 1.0) for value, score in points]
     return sum(shapes) / len(shapes)
+
+
+def _stretch(score: float, shape: float) -> float:
+    """How much further out a quantile lies than its normal score, for a tail of this shape."""
+    return math.exp(shape * (score * score - 1.0) / 2.0)
 
 
 class Baseline:
@@ -117,6 +166,10 @@ class Baseline:
         self._level = 0.0
         self._unit = 1.0
         self._limit = math.inf
+        self._sure_limit = math.inf
+        self._pair_limit = math.inf
+        self._agree = 0.0
+        self._side = 0.0
         self._scale = math.inf
 
     @property
@@ -133,6 +186,16 @@ class Baseline:
     def limit(self) -> float:
         """Score beyond which a value does not belong to the noise; infinite until the baseline is ready."""
         return self._limit
+
+    @property
+    def sure_limit(self) -> float:
+        """The same, or less: for a value that no single sample can have made, see `FastDetector`."""
+        return self._sure_limit
+
+    @property
+    def pair_limit(self) -> float:
+        """Score beyond which two successive values do not belong to the noise."""
+        return self._pair_limit
 
     @property
     def spread(self) -> float:
@@ -188,6 +251,9 @@ class Baseline:
 
     def _take(self, residual: float) -> None:
         """Take in one value's noise."""
+        side = float((residual > 0.0) - (residual < 0.0))
+        self._agree += MEMORY * (side * self._side - self._agree)
+        self._side = side
         self._residuals.push(residual)
         self._nearby.push(residual)
         self._recent.append(residual)
@@ -246,16 +312,43 @@ class Baseline:
         floor = max(1e-9 * abs(self._level), 1e-30) if self._linear else 1e-4
         width = max(_half_width(ordered), floor)
         wander = _half_width(self._ahead.ordered) if len(self._ahead) >= LEAST else 0.0
-        self._scale = max(WIDER * width, WANDER * wander)
+        self._scale = max(WIDER * width, WANDER * wander, NEAR * self._near, PRESENT * self._present())
         tail = self._tail.ordered if len(self._tail) >= NEARBY else ordered
         doubt = DOUBT / math.sqrt(len(tail))
         shape = _shape(tail)
         shape = shape + doubt if shape > HEAVY * doubt else 0.0
         shape = min(HEAVIEST, max(shape, min(EARLY_MOST, shape + EARLY * max(0.0, doubt - KNOWN))))
-        self._limit = NORMAL_LIMIT * math.exp(shape * (NORMAL_LIMIT**2 - 1.0) / 2.0)
-        if not self._linear:
-            surely = SURE + SURE_EARLY / math.sqrt(len(ordered))
-            self._limit = min(self._limit, max(surely, DOUBLED / self._scale))
+        agree = max(0.0, math.sin(0.5 * math.pi * self._agree))
+        few = 1.0 + LIKE * agree * agree
+        self._limit = few * min(NORMAL_LIMIT * _stretch(NORMAL_LIMIT, shape), self._beyond(ordered))
+        self._sure_limit = min(self._limit, few * self._surely())
+        pair = PAIR_LIMIT * _stretch(PAIR_LIMIT, shape)
+        self._pair_limit = min(self._limit, pair + min(1.0, 2.0 * agree) * (self._limit - pair))
+
+    def _present(self) -> float:
+        """The noise by the values that make the level alone, their trend taken off: it knows at once when noise grows."""
+        fall = self._before.median() - self._level if len(self._before) == CENTRE else 0.0
+        return self._ruled(self._centre.quantile(ONE_SIGMA) - self._level - TREND * max(0.0, fall))
+
+    def _beyond(self, ordered: list[float]) -> float:
+        """The score that is too far however heavy the tail may be: far beyond all that was seen."""
+        factor = FAR_BEYOND + FEW / len(ordered)
+        top = max(ordered[-1], self._ahead.ordered[-1] if self._ahead.ordered else 0.0)
+        return max(NORMAL_LIMIT, self._times(top, factor))
+
+    def _surely(self) -> float:
+        """The score that is too far on the logarithmic scale, whose tails are light."""
+        if self._linear:
+            return math.inf
+        surely = SURE + SURE_EARLY / math.sqrt(len(self._residuals))
+        return max(surely, DOUBLED / self._scale, self._times(self._nearby.ordered[-1], NEAR_TOP))
+
+    def _times(self, residual: float, factor: float) -> float:
+        """The score of a value whose distance from the level is `factor` times that of this residual."""
+        residual = max(0.0, residual)
+        if self._linear:
+            return factor * residual / self._scale
+        return math.log1p(factor * math.expm1(min(residual, 600.0))) / self._scale
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state."""

@@ -67,7 +67,8 @@ class EpisodeDetector:
         changed: list[Draft] = []
         for signal, value in row.values.items():
             if signal == "loss" or signal.startswith("loss/"):
-                changed += self._tracker(signal).observe(row.at, float(value), noise) if self._room(signal) else []
+                if self._room(signal):
+                    changed += self._tracker(signal).observe(row.at, float(value), noise, row.batch_size)
         return self._report(changed) if changed else []
 
     def _room(self, signal: str) -> bool:

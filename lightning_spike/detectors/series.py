@@ -58,7 +58,7 @@ class SeriesTracker:
         self._history: deque[tuple[Moment, float, float]] = deque(maxlen=HISTORY)
         self._pending: list[float] = []
 
-    def observe(self, at: Moment, value: float, noise: float) -> list[Draft]:
+    def observe(self, at: Moment, value: float, noise: float, samples: int | None = None) -> list[Draft]:
         """Judge one loss; returns the drafts that were opened or changed by it."""
         if not math.isfinite(value):
             self._history.append((at, value, MOST_SEVERE))
@@ -67,13 +67,13 @@ class SeriesTracker:
         score = self.fast.baseline.score(value, noise)
         self._history.append((at, value, score))
         inside_episode = self.draft is not None and not self.draft.absorbed and self.draft.calm < SHARP
-        if self.fast.outside(value, score, inside_episode=inside_episode):
+        if self.fast.outside(value, score, samples, inside_episode=inside_episode):
             self._pending.append(value)
             changed = [self._abnormal(at, value, min(score, MOST_SEVERE))]
             if len(self._pending) >= ABSORB:
                 self._absorb(changed[0])
         else:
-            self.fast.accept(value, noise)
+            self.fast.accept(value, noise, score)
             self._pending.clear()
             changed = self._calm()
         return changed + self._slowly(at, value)

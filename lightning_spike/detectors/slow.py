@@ -8,7 +8,7 @@ block from ringing alone.
 import math
 from typing import Any, Final
 
-from lightning_spike.rolling import MAD_TO_SIGMA, Cusum, median
+from lightning_spike.rolling import MAD_TO_SIGMA, Cusum, mad, median
 
 __all__ = ["SlowDetector"]
 
@@ -26,6 +26,21 @@ LEAST_RISE: Final = 0.15
 """Share of the reference by which the level must have risen to matter."""
 SETTLED: Final = 16
 """Blocks without a further rise after which a raised level is the new reference."""
+
+
+EARLY: Final = 8
+"""First blocks of a run whose lowest is remembered: a rate that is too high lets the loss fall for some batches, then throws it back."""
+EARLY_WATCH: Final = 24
+"""Blocks from the start within which the loss is compared with it."""
+LOST: Final = 4
+"""Blocks whose median is the level that is compared."""
+CLEARLY: Final = 5.0
+"""Standard errors of a block's median that this level must lie above the lowest."""
+
+
+def _error(block: list[float]) -> float:
+    """Standard error of a block's median, for noise that is normal about it."""
+    return 1.2533 * MAD_TO_SIGMA * mad(block) / math.sqrt(len(block))
 
 
 def _spread(blocks: list[float]) -> float:
@@ -54,15 +69,38 @@ class SlowDetector:
         """The level before the rise; set while `raised`."""
         self._top = -math.inf
         self._since_top = 0
+        self._early: list[list[float]] = []
+        """Median and standard error of the first blocks."""
 
     def push(self, value: float) -> bool:
         """Take a finite loss; true when a rise has just been noticed. Does its work once every 16 losses."""
         self._block.append(value)
         if len(self._block) < BLOCK:
             return False
-        block = median(self._block)
+        block, error = median(self._block), _error(self._block)
         self._block.clear()
-        return self._watch(block) if self.raised else self._look(block)
+        if self.raised:
+            return self._watch(block)
+        return self._look(block) or self._fell_back(block, error)
+
+    def _fell_back(self, block: float, error: float) -> bool:
+        """Whether a young run has lost for good what it had learned: too early for the sum, which needs a level to compare with."""
+        if len(self._early) >= EARLY_WATCH:
+            return False
+        self._early.append([block, error])
+        if len(self._early) < LOST + 2:
+            return False
+        best, its_error = min(self._early[: min(EARLY, len(self._early) - LOST)])
+        recent = self._early[-LOST:]
+        level = median(value for value, _ in recent)
+        unit = max(its_error, median(error for _, error in recent))
+        if level - best <= max(CLEARLY * unit, LEAST_RISE * abs(best)):
+            return False
+        self._early = [[0.0, 0.0] for _ in range(EARLY_WATCH)]
+        self.raised, self.reference = True, best
+        self._top, self._since_top = block, 0
+        self._pending = [value for value, _ in recent]
+        return True
 
     def _look(self, block: float) -> bool:
         if len(self._blocks) < LEAST_BLOCKS:
@@ -114,6 +152,7 @@ class SlowDetector:
             "reference": self.reference,
             "top": self._top,
             "since_top": self._since_top,
+            "early": [list(entry) for entry in self._early],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -126,3 +165,4 @@ class SlowDetector:
         self.reference = state["reference"]
         self._top = state["top"]
         self._since_top = state["since_top"]
+        self._early = [list(entry) for entry in state["early"]]

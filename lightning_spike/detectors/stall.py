@@ -27,6 +27,10 @@ SURE: Final = 6.0
 """Standard errors that the missing decrement must have."""
 LEAST_MISSING: Final = 0.02
 """Share of the level that must be missing to matter."""
+MOST_MISSING: Final = 0.6
+"""Share of a positive level that can be missing: a loss that falls towards zero has to break off before it is there."""
+FLAT_ALL: Final = 0.25
+"""Share of all that was due that may have come."""
 SMOOTH: Final = 0.3
 """Share by which a decrement may differ from the geometric course, besides its noise."""
 TINY: Final = 1e-100
@@ -68,7 +72,10 @@ def _broke_off(groups: list[float], noise: float) -> float | None:
         return None
     missing = [course[-1] * ratio ** (place + 1) for place in range(1, len(drops) - FALLING)]
     flat = all(abs(drop) < FLAT * due + noise for drop, due in zip(drops[FALLING + 1 :], missing, strict=True))
+    flat = flat and sum(drops[FALLING + 1 :]) < FLAT_ALL * sum(missing)
     if not flat or sum(missing) <= max(SURE * noise, LEAST_MISSING * abs(groups[-1])):
+        return None
+    if min(groups) > 0.0 and sum(missing) > MOST_MISSING * groups[-1]:
         return None
     share: float = drops[FALLING] / (course[-1] * ratio)
     return FALLING + 2.0 * max(0.0, min(1.0, share))
