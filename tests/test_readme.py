@@ -50,8 +50,10 @@ def test_the_python_blocks_run_and_find_what_the_readme_says(tmp_path):
 def test_the_yaml_blocks_are_accepted_and_train(text, tmp_path, monkeypatch):
     """A block with callbacks by class_path goes to plain LightningCLI, one with the callbacks' own keys to SpikeCLI."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py"])
     settings = yaml.safe_load(text)
     settings["trainer"] = settings.get("trainer", {}) | SHORT
+    settings.setdefault("seed_everything", 1)
     settings.setdefault("model", {"class_path": "lightning_spike.demo.digits_cnn.DigitsCNN"})
     settings.setdefault("data", {"class_path": "lightning_spike.demo.digits.DigitsData"})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
