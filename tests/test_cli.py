@@ -1,3 +1,4 @@
+import contextlib
 import json
 import subprocess
 import sys
@@ -5,16 +6,21 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import rich
+import torch
 import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningCLI
+from rich.console import Console
+from training_tasks import Digits, build, spoilt_digits, train
 
-from lightning_spike import GradNormMonitor, OverfitWatcher, SpikeCLI, suite
+from lightning_spike import GradNormMonitor, OverfitWatcher, RootCauseReport, SpikeCLI, suite
 from lightning_spike.cli import main
 from lightning_spike.demo.catalogue import DEMOS
 from lightning_spike.demo.digits import DigitsData
 from lightning_spike.demo.digits_cnn import DigitsCNN
 from lightning_spike.errors import ConfigurationError
+from lightning_spike.report import html
 
 KEYS = {
     "AnomalyRollback": "anomaly_rollback",
@@ -259,9 +265,126 @@ def test_a_report_of_an_earlier_run_does_not_count(monkeypatch, reported, tmp_pa
     assert "report.json" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [[], ["demos"], ["demo", "digits"]], ids=["none", "no command", "no demo"])
+@pytest.mark.parametrize(
+    "arguments", [[], ["demos"], ["demo", "digits"], ["report"]], ids=["none", "no command", "no demo", "no run"]
+)
 def test_wrong_arguments_of_the_script_are_named(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
     assert "usage: lightning-spike" in capsys.readouterr().err
+
+
+@pytest.fixture
+def at_80_columns(monkeypatch):
+    """The console that rich gives everybody, in a terminal of 80 columns."""
+    monkeypatch.setattr(rich, "_console", Console(width=80))
+
+
+def _poison(trainer, module):
+    with torch.no_grad():
+        module.net[-1].weight.fill_(float("nan"))
+
+
+class At(Callback):
+    """Does something to the training at the end of one batch."""
+
+    def __init__(self, batch, what):
+        self.batch, self.what, self.seen = batch, what, 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen += 1
+        if self.seen == self.batch:
+            self.what(trainer, pl_module)
+
+
+def _fail(trainer, module):
+    raise ZeroDivisionError
+
+
+def _quick():
+    """Without the page, which takes a second to draw."""
+    return RootCauseReport(formats=["terminal", "json", "signals"])
+
+
+RUNS = {
+    "healthy": lambda root: train(Digits(), [RootCauseReport()], root, validate=True),
+    "stopped": lambda root: train(
+        Digits(), [_quick(), At(5, lambda trainer, _: setattr(trainer, "should_stop", True))], root, min_epochs=0
+    ),
+    "nonfinite": lambda root: train(Digits(), [RootCauseReport(), At(30, _poison)], root, validate=True),
+    "accumulated": lambda root: train(Digits(), [_quick(), At(30, _poison)], root, accumulate_grad_batches=3),
+    "exception": lambda root: train(Digits(), [_quick(), At(30, _poison), At(33, _fail)], root),
+    "suite": lambda root: train(build("two_by_hand")[0], suite(), root, dataset=spoilt_digits(), max_epochs=3),
+}
+EPISODES = {"healthy": False, "stopped": False}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.usefixtures("at_80_columns")
+def test_report_prints_what_the_run_printed(run, tmp_path, capsys):
+    with contextlib.suppress(ZeroDivisionError):
+        RUNS[run](tmp_path)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert ("episode" in printed) == EPISODES.get(run, True)
+    for place in (tmp_path, tmp_path / "spike", tmp_path / "spike" / "report.json"):
+        assert main(["report", str(place)]) == 0
+        assert capsys.readouterr() == (printed, "")
+
+
+@pytest.mark.usefixtures("at_80_columns")
+def test_report_repeats_what_could_not_be_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(html.importlib.util, "find_spec", lambda name: None)
+    train(Digits(), [RootCauseReport()], tmp_path, max_epochs=1)
+    printed = capsys.readouterr().out
+    assert "pip install" in printed
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.usefixtures("at_80_columns")
+def test_report_without_signals_has_no_curves_and_says_the_rest(tmp_path, capsys):
+    train(Digits(), [RootCauseReport(formats=["terminal", "json"]), At(30, _poison)], tmp_path)
+    with_curve = capsys.readouterr().out.splitlines()
+    assert main(["report", str(tmp_path)]) == 0
+    without = capsys.readouterr().out.splitlines()
+    missing = [line for line in with_curve if line not in without]
+    assert missing[0].startswith("loss")
+    assert [line for line in with_curve if line in without and line] == [line for line in without if line]
+
+
+def _of_another_schema(path):
+    path.write_text(json.dumps({"schema_version": 2}))
+
+
+UNREADABLE = {
+    "missing": (lambda path: path.parent.rmdir(), "found nothing of that name. Give"),
+    "no report": (lambda path: None, "found a folder with neither. Give"),
+    "broken": (lambda path: path.write_text('{"schema_version": 1, '), "found what cannot be read"),
+    "another schema": (_of_another_schema, "expected schema_version 1, found 2. Read it with"),
+    "no object": (lambda path: path.write_text("[]"), "expected schema_version 1, found None. Read it with"),
+    "a folder of that name": (lambda path: path.mkdir(), "found a folder with neither. Give"),
+}
+
+
+@pytest.mark.parametrize("how", UNREADABLE)
+def test_report_says_in_one_line_what_is_wrong(how, tmp_path, capsys):
+    spoil, said = UNREADABLE[how]
+    folder = tmp_path / "run"
+    folder.mkdir()
+    spoil(folder / "report.json")
+    assert main(["report", str(folder)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith(str(folder))
+    assert ": expected " in err
+    assert said in err
+
+
+def test_report_of_a_file_that_is_no_text_is_refused(tmp_path, capsys):
+    path = tmp_path / "report.json"
+    path.write_bytes(b"\xff\x00")
+    assert main(["report", str(path)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1

@@ -78,7 +78,7 @@ def find_report(place: str | Path) -> Path:
     for name in PLACES:
         if (place / name).is_file():
             return place / name
-    found = "a folder without" if place.is_dir() else "no such folder"
+    found = "a folder with neither" if place.is_dir() else "nothing of that name"
     msg = (
         f"{place}: expected a folder with {' or '.join(PLACES)}, found {found}. "
         "Give the dirpath of the run's RootCauseReport, or the report.json itself."
