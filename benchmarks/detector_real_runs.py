@@ -45,6 +45,12 @@ def _digits(size: int, generator: torch.Generator) -> tuple[nn.Module, Iterator[
     return model, _epochs(images, torch.tensor(digits.target), size, generator)
 
 
+def _digits_norm(size: int, generator: torch.Generator) -> tuple[nn.Module, Iterator[Batch]]:
+    _, batches = _digits(size, generator)
+    hidden = (nn.Flatten(), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.BatchNorm1d(64))
+    return nn.Sequential(*hidden, nn.ReLU(), nn.Linear(64, 10)), batches
+
+
 def _diabetes(size: int, generator: torch.Generator) -> tuple[nn.Module, Iterator[Batch]]:
     inputs, targets = load_diabetes(return_X_y=True)
     scaled = torch.tensor((targets - targets.mean()) / targets.std(), dtype=torch.float32)
@@ -107,19 +113,11 @@ def _gru(size: int, generator: torch.Generator) -> tuple[nn.Module, Iterator[Bat
 
 TASKS: Final[dict[str, Callable[[int, torch.Generator], tuple[nn.Module, Iterator[Batch]]]]] = {
     "digits CNN": _digits,
+    "digits BatchNorm": _digits_norm,
     "diabetes MLP": _diabetes,
     "byte Transformer": _transformer,
     "byte GRU": _gru,
 }
-
-
-def _digits_norm(size: int, generator: torch.Generator) -> tuple[nn.Module, Iterator[Batch]]:
-    _, batches = _digits(size, generator)
-    hidden = (nn.Flatten(), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.BatchNorm1d(64))
-    return nn.Sequential(*hidden, nn.ReLU(), nn.Linear(64, 10)), batches
-
-
-TASKS["digits BatchNorm"] = _digits_norm
 
 
 def _rates(factor: float, length: int) -> Fault:

@@ -23,7 +23,7 @@ CONSTANT_AFTER: Final = 128
 """Equal losses from the very first one on after which the training is said to stand still."""
 FLAT: Final = 0.15
 """Share of the decrement that was due below which the loss stands."""
-SURE: Final = 6.0
+SURE: Final = 7.0
 """Standard errors that the missing decrement must have."""
 LEAST_MISSING: Final = 0.02
 """Share of the level that must be missing to matter."""
