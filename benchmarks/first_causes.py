@@ -39,7 +39,7 @@ from lightning_spike.report.terminal import TerminalReport
 STEPS: Final = 400
 AT: Final = 230
 """The batch that a fault strikes."""
-CONTEXT: Final = 24
+CONTEXT: Final = 16
 UNEXPLAINED: Final = "unexplained"
 
 
@@ -68,7 +68,7 @@ class ByteTransformer(nn.Module):
         self.bytes, self.head = nn.Embedding(128, 32), nn.Linear(32, 128)
         self.places = nn.Parameter(0.02 * torch.randn(CONTEXT, 32))
         layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.1, batch_first=True)
-        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.body = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
 
     @override
     def forward(self, tokens: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ TASKS: Final[Mapping[str, Task]] = {
     "cnn sgd 8": Task(make=cnn, bytes=False, batch=8, optimizer="SGD", rate=0.01),
     "gru adamw 16": Task(make=ByteGRU, bytes=True, batch=16, optimizer="AdamW", rate=4e-3),
     "gru sgd 32": Task(make=ByteGRU, bytes=True, batch=32, optimizer="SGD", rate=0.5),
-    "transformer adamw 64": Task(make=ByteTransformer, bytes=True, batch=64, optimizer="AdamW", rate=2e-3),
+    "transformer adamw 32": Task(make=ByteTransformer, bytes=True, batch=32, optimizer="AdamW", rate=2e-3),
 }
 
 
@@ -171,7 +171,7 @@ FAULTS: Final[Mapping[str, Fault]] = {
     "rate x100": Fault(expected="lr_scheduler_fault", jump=(AT, AT + 6, 100.0)),
     "rate x20 for good": Fault(expected="lr_scheduler_fault", jump=(AT, 10**9, 20.0)),
     "rate climbs": Fault(expected="lr_too_high", rate=lambda step: 200.0 ** (max(step - 60, 0) / (STEPS - 60))),
-    "no warm-up": Fault(expected="warmup_too_short", rate=lambda step: min(step / 12, 1.0) * 12.0 * 0.995**step),
+    "short warm-up": Fault(expected="warmup_too_short", rate=lambda step: 20.0 * min((step + 1) / 30, 1.0)),
     "gradient x1000": Fault(expected="gradient_explosion", gradient=1000.0, sgd_only=True),
     "log(0)": Fault(expected="numerical_instability", loss="log"),
     "0/0": Fault(expected="numerical_instability", loss="div"),
@@ -302,13 +302,11 @@ class Outcome:
 
 
 def run(name: str, task_name: str, seed: int, *, show: bool) -> Outcome:
-    """Train once under the whole suite and judge the first cause of the most severe episode."""
+    """Train once under the whole suite and judge the first cause over the run."""
     report, store = _train(name, task_name, seed)
     if show:
         Console(width=120).print(TerminalReport(report=report))
-    worst = max(report.episodes, key=lambda e: e.severity, default=None)
-    verdicts = report.causes_of[worst.id] if worst is not None else ()
-    first = verdicts[0] if verdicts else None
+    first = report.causes[0] if report.causes else None
     expected = FAULTS[name].expected
     likely = first.cause if first is not None and first.probability > 0.2 else UNEXPLAINED  # noqa: PLR2004 - a cause in earnest
     return Outcome(
@@ -374,7 +372,7 @@ def _fits(fault: Fault, task: Task) -> bool:
 
 
 def _table(outcomes: Sequence[Outcome]) -> Table:
-    table = Table("fault", *TASKS, title="first cause of the worst episode (probability, ! = confirmed by replay)")
+    table = Table("fault", *TASKS, title="first cause over the run (probability, ! = confirmed by replay)")
     for fault in FAULTS:
         row = [[o for o in outcomes if o.fault == fault and o.task == task] for task in TASKS]
         if any(row):

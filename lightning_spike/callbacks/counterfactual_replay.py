@@ -114,8 +114,10 @@ class CounterfactualReplay(SpikeCallback):
         seconds = time.monotonic() - started
         self._examined += any(finding.kind != "not_run" for finding in findings)
         self._spent += seconds
-        detail = {"episode": episode.id, "seconds": round(seconds, 3), "findings": [f.kind for f in findings]}
-        self.flight.store.note(*findings, Action(action="replay", at=batch.at, detail=detail))
+        self.flight.store.note(*findings)
+        if any(finding.kind != "not_run" for finding in findings):
+            detail = {"episode": episode.id, "seconds": round(seconds, 3), "findings": [f.kind for f in findings]}
+            self.flight.store.note(Action(action="replay", at=batch.at, detail=detail))
 
     def _findings(self, batch: TrainingBatch, episode: Episode) -> list[Finding]:
         scene = Scene(

@@ -119,6 +119,17 @@ class Case:
         return max(newest, self.onset)
 
     @property
+    def questioned(self) -> tuple[int, ...]:
+        """Batches that may be the one that went wrong: the onset, and the peak where it is the very next, for a high but ordinary loss just before it may have been dated the onset."""
+        peak = self.episode.peak.ordinal
+        return (self.onset, peak) if peak == self.onset + 1 else (self.onset,)
+
+    def step_of(self, ordinal: int) -> int:
+        """`global_step` at a batch; that of the onset where the batch is not held any more."""
+        held = (self.store.history.ordinals == ordinal).any()
+        return self.store.history.moment(ordinal).step if held else self.step
+
+    @property
     def window(self) -> tuple[int, int]:
         """First and last ordinal of what is looked at closely: some batches before the onset up to the peak."""
         return max(self.onset - GUARD, 0), max(self.onset, self.episode.peak.ordinal)
@@ -164,7 +175,7 @@ class Case:
         after = after[np.isfinite(after)]
         if before is None or peak is None or last is None or after.size == 0:
             return False
-        level = float(np.median(after))
+        level = _median(after)
         if not (min(before, last, level) > 0.0 and math.isfinite(peak) and math.isfinite(last) and peak > before):
             return False
         rise = math.log(peak / before)
@@ -237,7 +248,7 @@ class Case:
         reference = self.before(signal, REFERENCE)
         if reference.size < FEW:
             return None
-        expected = float(np.median(reference[-2 * NEAR * GUARD :]))
+        expected = _median(reference[-2 * NEAR * GUARD :])
         if not math.isfinite(observed):
             return Excess(ordinal=ordinal, observed=observed, expected=expected, z=math.inf, limit=1.0, ratio=math.inf)
         z, limit = self._score(signal, observed, expected, ordinal)
@@ -305,7 +316,7 @@ class Case:
     def _in_spreads(self, leaf: str, excess: Excess) -> Excess | None:
         """A mean may be near zero, so its ratio says nothing: its shift is told in spreads of the values instead, 1 + shift / std."""
         spreads = self.before(f"batch/{leaf}/std", REFERENCE)
-        spread = float(np.median(spreads)) if spreads.size else 0.0
+        spread = _median(spreads) if spreads.size else 0.0
         if not spread > 0.0:
             return None
         return dataclasses.replace(excess, ratio=1.0 + abs(excess.observed - excess.expected) / spread)
@@ -387,9 +398,14 @@ class Case:
 
     @property
     def split(self) -> str | None:
-        """The lab's verdict on whether the batch or the weights made the loss jump: `"data"`, `"weights"`, `"both"`, `"noise"`, `"not_reproduced"`."""
+        """The lab's verdict on whether the batch or the weights made the loss jump: `"data"`, `"weights"`, `"both"`, `"noise"`, `"not_reproduced"`.
+
+        That the onset is within the ordinary scatter is no answer where the jump may have come with the batch after it: `None` then.
+        """
         told = self.lab("split")
         verdict = told.get("verdict") if told is not None else None
+        if verdict == "noise" and len(self.questioned) > 1:
+            return None
         return verdict if isinstance(verdict, str) else None
 
     @functools.cached_property
@@ -421,6 +437,12 @@ class Case:
                 if known:
                     return known
         return ()
+
+
+def _median(values: npt.NDArray[np.float64]) -> float:
+    """As `numpy.median`, which overflows for values near the largest: it adds the middle two before it halves them."""
+    ordered = np.sort(values)
+    return 0.5 * float(ordered[(values.size - 1) // 2]) + 0.5 * float(ordered[values.size // 2])
 
 
 def _factor(observed: float, expected: float) -> float:

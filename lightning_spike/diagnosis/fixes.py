@@ -70,17 +70,20 @@ def warmup_steps(case: Case) -> tuple[int, str]:
 
 def dataset_fix(case: Case) -> str:
     """Which samples to look at or leave out."""
-    indices = case.suspect_indices
-    if not indices:
+    samples = sample_words(case)
+    if not samples:
         at = case.episode.onset
-        return f"Look at batch {at.batch_idx} of epoch {at.epoch} (step {at.step}) and drop or mend what is wrong in it; BadBatchDumper writes it to disk."
-    return f"Drop or mend {sample_words(case)}."
+        where = (
+            "its dump lists the dataset indices" if case.suspect_indices else "BadBatchDumper would write it to disk"
+        )
+        return f"Look at batch {at.batch_idx} of epoch {at.epoch} (step {at.step}) and drop or mend what is wrong in it; {where}."
+    return f"Drop or mend {samples}."
 
 
 def sample_words(case: Case) -> str:
-    """`"samples 11456-11471 of the dataset"`: those that stand out, or the whole batch of the onset; empty where indices are not known."""
+    """`"samples 11456-11471 of the dataset"`: those that stand out, or the whole batch of the onset; empty where indices are not known or are a shuffled batch's."""
     spans = _spans(case.suspect_indices)
-    if not spans:
+    if not spans or (len(spans) > MOST_SPANS and case.suspects is None):
         return ""
     words = [str(a) if a == b else f"{a}-{b}" for a, b in spans[:MOST_SPANS]]
     more = sum(b - a + 1 for a, b in spans[MOST_SPANS:])

@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 
 from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.constants import DECISIVE, FAIR, NEAR, REACH, STRONG
+from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, NEAR, REACH, STRONG
 from lightning_spike.records import EpisodeKind
 
 __all__ = ["JUMPS", "SCHEDULED", "RateEvent", "nearness", "rate_event", "steady_rate"]
@@ -20,7 +20,7 @@ LONG_REACH: Final = 4 * REACH
 """Batches before the onset in which an event still counts, as long as the rate has stayed up since."""
 STAYED_UP: Final = 0.6
 """Share of its height after the event at which a rate still counts as up."""
-LATE: Final = {EpisodeKind.DIVERGENCE: NEAR, EpisodeKind.OSCILLATION: NEAR}
+LATE: Final = {EpisodeKind.DIVERGENCE: GUARD, EpisodeKind.OSCILLATION: GUARD}
 """Batches by which the onset of a slow episode may be dated too early."""
 
 
@@ -113,4 +113,4 @@ def _bears_on(case: Case, event: RateEvent) -> bool:
         return event.lag >= 0
     rate = case.rate(event.signal)
     up = rate is not None and rate >= STAYED_UP * event.after
-    return up or -NEAR <= event.lag <= (2 * REACH if case.kind in LATE else REACH)
+    return up or -GUARD <= event.lag <= (2 * REACH if case.kind in LATE else REACH)

@@ -10,6 +10,7 @@ from lightning_spike.records import Evidence
 
 __all__ = [
     "batch_value",
+    "batches",
     "early_gradient",
     "finite",
     "gradient_in_range",
@@ -54,7 +55,7 @@ def rate_text(event: RateEvent) -> str:
     times = f", {factor:.3g} times as high," if factor is not None else ","
     if event.lag <= 0:
         return f"{event.text}{times} with the loss"
-    return f"{event.text}{times} {event.lag} {'batch' if event.lag == 1 else 'batches'} before the loss rose"
+    return f"{event.text}{times} {batches(event.lag)} before the loss rose"
 
 
 def split_verdict(case: Case, weights: Mapping[str, float]) -> Evidence | None:
@@ -73,7 +74,7 @@ def batch_value(case: Case, *, ordinary: float, odd: float) -> Evidence | None:
     """Whether the values of the batch at the onset are like those of the batches before; `None` where they were not recorded."""
     if not case.batch_is_known:
         return None
-    clearly = [o for o in case.oddities(case.onset) if o.excess.ratio >= CLEARLY_ODD]
+    clearly = [o for at in case.questioned for o in case.oddities(at) if o.excess.ratio >= CLEARLY_ODD]
     if not clearly:
         return tell("batch", f"The values of the batch at step {case.step} are as usual.", ordinary, step=case.step)
     worst = clearly[0]
@@ -94,7 +95,7 @@ def lone_batch(case: Case, weight: float) -> Evidence | None:
         return None
     return tell(
         case.episode.signal,
-        f"The loss was out of its range for {_batches(case.last - case.onset + 1)} and then back at once, so the weights were not damaged.",
+        f"The loss was out of its range for {batches(case.last - case.onset + 1)} and then back at once, so the weights were not damaged.",
         weight,
         step=case.step,
         observed=case.episode.loss_peak if finite(case.episode.loss_peak) else None,
@@ -102,7 +103,8 @@ def lone_batch(case: Case, weight: float) -> Evidence | None:
     )
 
 
-def _batches(count: int) -> str:
+def batches(count: int) -> str:
+    """`"one batch"`, `"4 batches"`."""
     return "one batch" if count == 1 else f"{count} batches"
 
 
@@ -111,7 +113,7 @@ def jump_without_cause_in_update(case: Case, *, sign: float, most: float = DECIS
 
     What a step does is first seen in the loss of the next batch, and steps of one size change the loss by alike amounts: that an ordinary one multiplies it
     by k is the less likely the larger k, taken as 1 / k (a heavy tail; a normal one would be surer). `None` where the rise was gradual, where rates or gradient norms are
-    not known, or where one of them had left its range.
+    not known or one of them had left its range, and where a replay has found the weights at fault: that is measured, this only inferred.
 
     Args:
         case: The episode.
@@ -119,7 +121,7 @@ def jump_without_cause_in_update(case: Case, *, sign: float, most: float = DECIS
         most: Cap of the weight.
     """
     before, first = case.episode.loss_before, case.at_onset(case.episode.signal)
-    if not case.sudden or before is None or first is None or not ordinary_updates(case):
+    if not case.sudden or before is None or first is None or case.split == "weights" or not ordinary_updates(case):
         return None
     ratio = first / before if math.isfinite(first) else math.inf
     weight = sign * min(math.log(ratio), most) if ratio > 1.0 else 0.0

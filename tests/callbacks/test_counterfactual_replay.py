@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, seed_everything
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from training_tasks import TASKS, Digits, train
 
+from lightning_spike.callbacks import counterfactual_replay
 from lightning_spike.callbacks.counterfactual_replay import CounterfactualReplay
 from lightning_spike.errors import ConfigurationError
 from lightning_spike.store import TrainerStateStore
@@ -171,7 +172,15 @@ def test_what_cannot_be_run_again_is_said_and_left_alone(tmp_path):
     assert not told(trainer, "split")
 
 
-def test_after_the_first_an_examination_must_fit_into_the_budget(tmp_path):
+def test_some_seconds_are_free_so_that_short_runs_get_their_answers(tmp_path):
+    faults = [At(k, start=nan_in_image, end=no_gradients) for k in (EARLY, EARLY + 30)]
+    trainer = run(tmp_path, *faults, epochs=4, budget=1e-6)
+    assert len(told(trainer, "split")) == 2
+    assert not told(trainer, "not_run")
+
+
+def test_after_the_first_an_examination_must_fit_into_the_budget(tmp_path, monkeypatch):
+    monkeypatch.setattr(counterfactual_replay, "FREE_SECONDS", 0.0)
     faults = [At(k, start=nan_in_image, end=no_gradients) for k in (EARLY, EARLY + 30)]
     trainer = run(tmp_path, *faults, epochs=4, budget=1e-6)
     assert len(told(trainer, "split")) == 1

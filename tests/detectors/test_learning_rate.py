@@ -59,6 +59,22 @@ def test_restarts_that_grow_apart_are_found_too():
     assert kinds(findings) == [("restart", 20), ("restart", 60), ("restart", 140)]
 
 
+def begun_late(optimizer):
+    """The peak of the first cycle is left out, so that the restart goes far above every rate before it."""
+    scheduler = schedulers.CosineAnnealingWarmRestarts(optimizer, 1000)
+    scheduler.step(900)
+    return scheduler
+
+
+def test_a_restart_to_the_configured_peak_is_one_however_low_the_run_was_before():
+    configured = [facts("CosineAnnealingWarmRestarts", T_0=1000, base_lrs=(0.1,))]
+    findings = found(rates(begun_late), configured)
+    assert kinds(findings) == [("restart", 100)]
+    assert findings[0].detail["ratio"] > 1000
+    jumped = [0.8 * lr if step >= 100 else lr for step, lr in enumerate(rates(begun_late))]
+    assert kinds(found(jumped, configured))[0] == ("unexplained_jump", 100)
+
+
 def test_cycles_have_peaks():
     findings = found(rates(lambda o: schedulers.CyclicLR(o, 0.001, 0.1, 20)), [facts("CyclicLR")])
     assert kinds(findings) == [("cyclic_peak", step) for step in range(20, 300, 40)]

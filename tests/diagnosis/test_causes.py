@@ -287,3 +287,114 @@ def test_a_lone_batch_speaks_against_damaged_weights():
     run.episodes = [lone]
     assert Case(run.store(), lone).lone
     assert not Case(run.store(), an_episode(200, 200, 220)).lone
+
+
+def a_stretch(seed, last, *, fade=None):
+    """The loss three times as high from batch 200 to `last`, and back with the next one or faded away after."""
+    run = Run(seed, noise=0.05)
+    run.loss[200 : last + 1] *= 3.5
+    if fade is not None:
+        after = np.arange(run.length - last - 1)
+        run.loss[last + 1 :] *= 1.0 + 2.5 * np.exp(-after / fade)
+    end = last if fade is None else last + int(3 * fade)
+    run.episodes = [an_episode(200, 200, end, height=run.loss[200], before=run.loss[192:200].mean())]
+    return run
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("last", [200, 203, 207])
+def test_a_loss_that_jumps_and_is_back_at_one_blow_speaks_for_the_data_where_batches_show_no_values(seed, last):
+    verdicts = diagnose(a_stretch(seed, last).store(without=("batch/",))).overall
+    assert verdicts[0].cause == "bad_batch"
+    assert verdicts[0].probability > 0.4
+    assert all(v.probability < 0.1 for v in verdicts[1:])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_loss_that_is_trained_back_is_not_back_at_one_blow(seed):
+    at_once, faded = (a_stretch(seed, 203, fade=fade).store(without=("batch/",)) for fade in (None, 10.0))
+    lone = [Case(store, store.episodes[0]).lone for store in (at_once, faded)]
+    assert lone == [True, False]
+
+
+@pytest.mark.parametrize("ordinal", [20, 200])
+@pytest.mark.parametrize("without", [("batch/",), ()])
+def test_a_jump_after_ordinary_updates_is_not_blamed_on_the_learning_rate(ordinal, without):
+    """As from a sample weight gone wrong: the loss of one batch a thousand times as high, its gradient too, and damage after it."""
+    run = Run(3, optimizer=SGD)
+    run.bump(ordinal, 1000.0, 4)
+    run.bump_gradient(ordinal, 1000.0, 4)
+    run.episodes = [an_episode(ordinal, ordinal, ordinal + 25, height=run.loss[ordinal], before=run.loss[ordinal - 1])]
+    told = {v.cause: v.probability for v in diagnose(run.store(without=without)).overall}
+    assert all(told.get(cause, 0.0) < 0.05 for cause in ("lr_too_high", "warmup_too_short", "gradient_explosion"))
+
+
+def test_a_replay_that_finds_the_weights_at_fault_is_believed_over_what_the_updates_look_like():
+    run = Run(0, noise=0.05)
+    run.bump(30, 20, 8)
+    run.grad = 0.8 * np.exp(0.05 * np.sin(np.arange(run.length)))
+    run.episodes = [an_episode(30, 30, 55, before=run.loss[24:30].mean(), height=run.loss[30])]
+    before = {v.cause: v.probability for v in diagnose(run.store()).overall}
+    run.lab_split("weights")
+    after = {v.cause: v.probability for v in diagnose(run.store()).overall}
+    assert after["warmup_too_short"] > before.get("warmup_too_short", 0.0) + 0.2
+
+
+@pytest.mark.parametrize(("healthy", "confirmed"), [(True, True), (False, None)])
+def test_an_operation_that_fails_with_runaway_weights_only_is_not_confirmed(healthy, confirmed):
+    run, run.episodes = numerical_instability(0, decoys=False)
+    detail = {"episode": 1, "phase": "forward", "module": "head", "operation": "exp", "text": "exp in head"}
+    run.note(
+        Finding(
+            detector="lab",
+            kind="nonfinite_origin",
+            at=moment(200),
+            detail=detail | {"with_healthy_weights": healthy},
+        )
+    )
+    told = {v.cause: v for v in diagnose(run.store(without=("batch/",))).overall}
+    assert told["numerical_instability"].confirmed is confirmed
+
+
+def test_samples_are_named_as_runs_of_indices_and_those_of_every_bad_episode():
+    run = Run(0, noise=0.05)
+    run.loss[[120, 240]] *= 4.0
+    run.episodes = [
+        an_episode(at, at, at, id=k, height=run.loss[at], before=run.loss[at - 1]) for k, at in ((1, 120), (2, 240))
+    ]
+    for episode, first in ((1, 500), (2, 900)):
+        detail = {
+            "episode": episode,
+            "dataset_indices": [*range(first + 7, first - 1, -1), first + 20],
+            "losses": [4.0] * 9,
+            "count": 9,
+            "batch_size": 9,
+        }
+        run.note(Finding(detector="batch", kind="suspect_samples", at=moment(first), detail=detail))
+    fixes = diagnose(run.store(without=("batch/",))).overall[0].fixes
+    assert fixes[:2] == (
+        "Drop or mend samples 500-507, 520 of the dataset.",
+        "Drop or mend samples 900-907, 920 of the dataset.",
+    )
+
+
+def test_what_was_not_replayed_is_said_once_with_its_episodes():
+    run, run.episodes = bad_batch(0, decoys=False)
+    for episode, why in ((1, "the batch is gone"), (2, "several ranks"), (3, "the batch is gone")):
+        detail = {"episode": episode, "why": why}
+        run.note(Finding(detector="lab", kind="not_run", at=moment(200), detail=detail))
+    assert diagnose(run.store()).remarks == (
+        "Episodes 1, 3 could not be replayed: the batch is gone.",
+        "Episode 2 could not be replayed: several ranks.",
+    )
+
+
+def test_a_high_but_ordinary_loss_just_before_it_does_not_hide_the_batch_that_did_it():
+    run, _ = nonfinite_input(0, decoys=False)
+    early = {"kind": EpisodeKind.NONFINITE, "height": np.nan, "recovery": Recovery.NEVER, "severity": 99.0}
+    run.episodes = [an_episode(199, 200, **early)]
+    run.lab_split("noise")
+    first = diagnose(run.store()).overall[0]
+    assert first.cause == "nonfinite_input"
+    assert first.probability > 0.9
+    assert "step 200" in first.summary

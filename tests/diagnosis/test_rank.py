@@ -111,7 +111,7 @@ def stores(draw):
 @given(stores())
 def test_whatever_the_run_the_verdicts_are_probabilities_and_no_cause_breaks(store):
     diagnosis = diagnose(store)
-    assert diagnosis.remarks == ()
+    assert not [r for r in diagnosis.remarks if "could not be examined" in r]
     assert set(diagnosis.per_episode) == {e.id for e in store.episodes}
     for verdicts in (*diagnosis.per_episode.values(), diagnosis.overall):
         assert all(0.0 <= v.probability <= 1.0 for v in verdicts)

@@ -36,6 +36,15 @@ def test_no_line_is_wider_than_the_terminal_or_ends_in_blanks(troubled, width):
     assert [line for line in lines if line != line.rstrip()] == []
 
 
+def test_why_a_cause_was_not_replayed_stands_below_it(troubled):
+    first, *others = troubled.causes
+    untested = dataclasses.replace(troubled, causes=(dataclasses.replace(first, confirmed=None), *others))
+    known = dataclasses.replace(untested, not_replayed={2: "several ranks"})
+    assert "not confirmed by replay: several ranks" in printed(known, 100)
+    assert "several ranks" not in printed(untested, 100)
+    assert "several ranks" not in printed(dataclasses.replace(troubled, not_replayed={2: "several ranks"}), 100)
+
+
 def test_a_healthy_run_is_one_line(healthy):
     text = printed(healthy, 100)
     assert text.count("\n") == 1

@@ -68,7 +68,8 @@ class BadBatch(Cause):
             _led_by_gradient(case),
             _in_the_batch(case, odd),
             split_verdict(
-                case, {"data": REPLAYED, "both": SLIGHT, "weights": -STRONG, "noise": -FAIR, "not_reproduced": -SLIGHT}
+                case,
+                {"data": REPLAYED, "both": SLIGHT, "weights": -STRONG, "noise": -STRONG, "not_reproduced": -SLIGHT},
             ),
         )
         return Examination(
@@ -88,9 +89,9 @@ def _in_the_batch(case: Case, odd: Oddity | None) -> Evidence | None:
 
 def _oddest(case: Case) -> Oddity | None:
     """The oddest value of the batch at the onset; of the one before only where it is clearly not like the others."""
-    now = case.oddities(case.onset)
+    now = [o for at in case.questioned for o in case.oddities(at)]
     if now:
-        return now[0]
+        return max(now, key=lambda o: o.excess.ratio)
     before = [o for o in case.oddities(case.onset - 1) if o.excess.ratio >= CLEAR]
     return before[0] if before else None
 
@@ -105,7 +106,7 @@ def _values(case: Case, odd: Oddity | None) -> Evidence | None:
     return tell(
         odd.signal,
         f"{odd.statistic} of '{odd.leaf}' in {_which(case, odd)} is {odd.excess.observed:.3g}, usually {odd.excess.expected:.3g}.",
-        weight if odd.excess.ordinal == case.onset else 0.5 * weight,
+        weight if odd.excess.ordinal >= case.onset else 0.5 * weight,
         step=case.step,
         observed=odd.excess.observed,
         expected=odd.excess.expected,
@@ -114,7 +115,9 @@ def _values(case: Case, odd: Oddity | None) -> Evidence | None:
 
 def _which(case: Case, odd: Oddity) -> str:
     return (
-        f"the batch at step {case.step}" if odd.excess.ordinal == case.onset else f"the batch before step {case.step}"
+        f"the batch at step {case.step_of(odd.excess.ordinal)}"
+        if odd.excess.ordinal >= case.onset
+        else f"the batch before step {case.step}"
     )
 
 

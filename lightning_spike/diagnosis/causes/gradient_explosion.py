@@ -8,11 +8,12 @@ from typing_extensions import override
 
 from lightning_spike.diagnosis.case import Case, Excess
 from lightning_spike.diagnosis.cause import Cause, Examination
-from lightning_spike.diagnosis.constants import FAIR, SLIGHT, STRONG
+from lightning_spike.diagnosis.constants import DECISIVE, FAIR, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import clip_fix
 from lightning_spike.diagnosis.rates import steady_rate
 from lightning_spike.diagnosis.tells import (
     batch_value,
+    batches,
     early_gradient,
     gradient_in_range,
     lone_batch,
@@ -62,7 +63,7 @@ class GradientExplosion(Cause):
             _steady(case) if lead is not None else None,
             lone_batch(case, -SLIGHT),
             batch_value(case, ordinary=SLIGHT if lead is not None else 0.0, odd=-STRONG),
-            split_verdict(case, {"data": -STRONG, "weights": SLIGHT, "noise": -FAIR}),
+            split_verdict(case, {"data": -STRONG, "weights": FAIR, "noise": -FAIR}),
         )
         layer = _grown_most(case, lead)
         return Examination(
@@ -79,15 +80,13 @@ def _lead(case: Case, lead: Excess | None) -> Evidence | None:
         return None
     times = f"{excess.ratio:.3g} times" if math.isfinite(excess.ratio) else "not finite, against"
     when = (
-        f"{case.onset - excess.ordinal} batches before the loss rose"
+        f"{batches(case.onset - excess.ordinal)} before the loss rose"
         if lead is not None
         else "in the batch whose loss jumped"
     )
     weight = SLIGHT
     if lead is not None:
-        weight = (
-            STRONG if lead.ratio >= EXPLODED and math.isfinite(lead.ratio) else FAIR if lead.ratio >= LARGE else SLIGHT
-        )
+        weight = _weight(lead.ratio)
     return tell(
         "grad_norm",
         f"The gradient norm was {times} its usual {excess.expected:.3g}, {when}.",
@@ -98,12 +97,19 @@ def _lead(case: Case, lead: Excess | None) -> Evidence | None:
     )
 
 
+def _weight(ratio: float) -> float:
+    """From `EXPLODED` on the log of the ratio: a step a hundred times too long cannot but do damage. A norm that is not finite is no step at all, but a NaN."""
+    if not math.isfinite(ratio):
+        return SLIGHT
+    return max(STRONG, min(math.log(ratio), DECISIVE)) if ratio >= EXPLODED else FAIR if ratio >= LARGE else SLIGHT
+
+
 def _clipped(case: Case) -> Evidence | None:
     value = case.facts.gradient_clip_val
     if value is None or case.facts.gradient_clip_algorithm != "norm":
         return None
     text = f"Gradients are clipped to a norm of {value:g}, so a large one does not make a large step."
-    return tell("grad_norm/after_clip", text, -STRONG, step=case.step, observed=value)
+    return tell("grad_norm/after_clip", text, -DECISIVE, step=case.step, observed=value)
 
 
 def _adaptive(case: Case) -> Evidence | None:

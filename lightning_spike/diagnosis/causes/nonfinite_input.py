@@ -58,9 +58,15 @@ def _leaf(case: Case) -> tuple[str, float] | None:
     return max(counts, key=lambda c: c[1], default=None)
 
 
+def _batch(case: Case) -> int:
+    """The first batch in question that holds a value that is not finite; the onset where none does."""
+    signals = [f"batch/{leaf}/nonfinite" for leaf in case.leaves("nonfinite")]
+    return next((at for at in case.questioned if any((case.at(s, at) or 0.0) > 0.0 for s in signals)), case.onset)
+
+
 def _unusual(case: Case, leaf: str) -> float | None:
     signal = f"batch/{leaf}/nonfinite"
-    count = case.at_onset(signal)
+    count = case.at(signal, _batch(case))
     if count is None or not count > 0.0:
         return None
     usual = case.before(signal, 64)
@@ -70,7 +76,7 @@ def _unusual(case: Case, leaf: str) -> float | None:
 def _count(case: Case, worst: tuple[str, float] | None) -> Evidence | None:
     if worst is not None:
         leaf, count = worst
-        text = f"'{leaf}' in the batch at step {case.step} holds {_times(count)} NaN or Inf; healthy batches hold none."
+        text = f"'{leaf}' in the batch at step {case.step_of(_batch(case))} holds {_times(count)} NaN or Inf; healthy batches hold none."
         observed = count if math.isfinite(count) else None
         return tell(f"batch/{leaf}/nonfinite", text, DECISIVE + FAIR, step=case.step, observed=observed, expected=0.0)
     counts = [case.at_onset(f"batch/{leaf}/nonfinite") for leaf in case.leaves("nonfinite")]
@@ -97,7 +103,7 @@ def _origin(case: Case) -> Evidence | None:
 
 
 def _loss_at_once(case: Case) -> Evidence | None:
-    loss = case.at_onset(case.episode.signal)
+    loss = case.at(case.episode.signal, _batch(case))
     if loss is None:
         return None
     if math.isfinite(loss):
@@ -114,7 +120,7 @@ def _loss_at_once(case: Case) -> Evidence | None:
 def _summary(case: Case, worst: tuple[str, float] | None) -> str:
     if worst is None:
         return f"NaN or Inf came in with the batch at step {case.step}, and {case.loss_text}."
-    return f"'{worst[0]}' in the batch at step {case.step} holds {_times(worst[1])} NaN or Inf, and {case.loss_text}."
+    return f"'{worst[0]}' in the batch at step {case.step_of(_batch(case))} holds {_times(worst[1])} NaN or Inf, and {case.loss_text}."
 
 
 def _fixes(case: Case, worst: tuple[str, float] | None) -> tuple[str, ...]:

@@ -8,10 +8,9 @@ from typing_extensions import override
 
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
-from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, SLIGHT, STRONG
+from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, NEAR, SLIGHT, STRONG
 from lightning_spike.diagnosis.tells import (
     batch_value,
-    early_gradient,
     gradient_in_range,
     split_verdict,
     tell,
@@ -157,9 +156,8 @@ def _origin(case: Case, told: Mapping[str, Any] | None) -> Evidence | None:
 
 
 def _input(case: Case) -> Evidence | None:
-    counts = [
-        count for leaf in case.leaves("nonfinite") if (count := case.at_onset(f"batch/{leaf}/nonfinite")) is not None
-    ]
+    signals = [f"batch/{leaf}/nonfinite" for leaf in case.leaves("nonfinite")]
+    counts = [count for s in signals for at in case.questioned if (count := case.at(s, at)) is not None]
     if not counts:
         return None
     if any(count != 0.0 for count in counts):  # NaN as well
@@ -177,9 +175,9 @@ def _input(case: Case) -> Evidence | None:
 def _grew(case: Case) -> Evidence | None:
     """Whether loss or gradient grew over some batches before the value was born, or it came out of the blue."""
     first = case.at_onset(case.episode.signal)
-    lead = early_gradient(case)
+    last = case.worst("grad_norm", case.onset - NEAR, case.onset - 1)
     grew = first is not None and math.isfinite(first) and case.kind is EpisodeKind.NONFINITE
-    if grew or (lead is not None and math.isfinite(lead.observed)):
+    if grew or (last is not None and last.above and math.isfinite(last.observed)):
         return tell(
             case.episode.signal, "Loss or gradient had left their range some batches before.", -FAIR, step=case.step
         )

@@ -62,12 +62,15 @@ class WarmupTooShort(Cause):
         if signal is None:
             return Examination()
         ramp = _ramp(case, signal)
+        jumped = jump_without_cause_in_update(case, sign=-1.0)
+        # That the rate was borne later tells a short warm-up from a rate too high; whether steps did it at all is asked before.
+        by_steps = jumped is None or jumped.weight > -FAIR
         evidence = without_none(
             early,
             ramp,
-            _bearable_later(case, signal),
+            _bearable_later(case, signal) if by_steps else None,
             _event(case),
-            jump_without_cause_in_update(case, sign=-1.0),
+            jumped,
             lone_batch(case, -STRONG),
             batch_value(case, ordinary=SLIGHT, odd=-STRONG),
             split_verdict(case, {"data": -STRONG, "weights": FAIR, "noise": -FAIR}),
@@ -122,7 +125,7 @@ def _ramp(case: Case, signal: str) -> Evidence | None:
     since = rates.size - up
     if since > AFTER_PEAK:
         return None
-    text = f"The warm-up took {signal} past half of its peak of {peak:.3g} {since} updates before the loss rose."
+    text = f"The warm-up took {signal} past half of its peak ({peak:.3g}) {since} updates before the loss rose."
     return tell(signal, text, STRONG, step=case.step, observed=rate, expected=peak)
 
 
