@@ -358,16 +358,20 @@ def show(results: dict[str, Any], console: Console) -> None:
             mine = f"{row[OURS]:{form}}" + (f" ({kinds})" if kinds else "")
             table.add_row(name, f"{row['steps']:,}", mine, *(f"{row[rule]:{form}}" for rule in RULES))
         console.print(table)
-    table = Table(title="faults in real runs that raised the loss, and those noticed within 20 steps")
-    for column in ("fault", "raised", OURS, *RULES):
-        table.add_column(column)
-    for name, row in results["faults"].items():
-        table.add_row(name, *(str(row[column]) for column in ("raised", OURS, *RULES)))
-    console.print(table)
+    _show_faults(results["faults"], console)
     console.print(f"cost: {results['cost']}")
     table = Table("aim", "measured", "holds", title="what must hold")
     for name, (measured, holds) in results["verdicts"].items():
         table.add_row(name, f"{measured:.3g}", "yes" if holds else "[red]no[/red]")
+    console.print(table)
+
+
+def _show_faults(faults: dict[str, Any], console: Console) -> None:
+    table = Table(title="faults in real runs that raised the loss, and those noticed within 20 steps")
+    for column in ("fault", "raised", OURS, *RULES):
+        table.add_column(column)
+    for name, row in faults.items():
+        table.add_row(name, *(str(row[column]) for column in ("raised", OURS, *RULES)))
     console.print(table)
 
 

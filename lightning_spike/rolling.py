@@ -74,15 +74,16 @@ class SortedWindow:
 
     def push(self, value: float) -> float | None:
         """Take in a finite value; returns the oldest, which leaves when the window is full."""
-        oldest = None
-        if len(self._ring) < self.size:
-            self._ring.append(value)
-        else:
-            oldest = self._ring[self._next]
-            del self.ordered[bisect_left(self.ordered, oldest)]
-            self._ring[self._next] = value
-            self._next = (self._next + 1) % self.size
-        insort(self.ordered, value)
+        ring, ordered, place = self._ring, self.ordered, self._next
+        if len(ring) < self.size:
+            ring.append(value)
+            insort(ordered, value)
+            return None
+        oldest = ring[place]
+        ring[place] = value
+        self._next = place + 1 if place + 1 < self.size else 0
+        del ordered[bisect_left(ordered, oldest)]
+        insort(ordered, value)
         return oldest
 
     def replace(self, values: Sequence[float]) -> None:

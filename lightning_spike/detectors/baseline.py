@@ -55,6 +55,8 @@ DOUBT: Final = 0.54
 """Standard error of h times the square root of the number of residuals, for normal noise."""
 HEAVY: Final = 2.1
 """Standard errors of h from which on the tail is called heavier than normal."""
+POWER: Final = 1.1
+"""Factor on the shape of a heavy tail: one that falls like a power stretches further out than the quantiles that were read tell."""
 KNOWN: Final = 0.018
 """Standard error of h from which on normal-looking noise is taken as normal: some 900 residuals."""
 EARLY: Final = 5.0
@@ -69,7 +71,7 @@ SURE_EARLY: Final = 5.0
 DOUBLED: Final = 0.5
 """… are too far where the value also stands this much, in logarithms, above the level: about twice it. Below, the noise is small beside
 the level and a heavy tail can well be an additive one."""
-WINDOWS: Final = ("centre", "before", "left", "right", "nearby", "residuals", "ahead", "tail")
+WINDOWS: Final = ("centre", "before", "right", "nearby", "residuals", "ahead", "tail")
 NUMBERS: Final = (
     "linear",
     "pushed",
@@ -152,8 +154,9 @@ class Baseline:
         """Start empty."""
         self._centre = SortedWindow(CENTRE)
         self._before = SortedWindow(CENTRE)
-        self._left = SortedWindow(SIDE)
         self._right = SortedWindow(SIDE)
+        self._sides: list[float] = []
+        """Medians of the right side, the last nine: the first of them is that of the left side."""
         self._waiting: list[float] = []
         self._nearby = SortedWindow(NEARBY)
         self._recent: list[float] = []
@@ -242,12 +245,14 @@ class Baseline:
         self._waiting.append(noise)
         learnt = self._right.push(value)
         if learnt is None:
+            if len(self._right) == SIDE:
+                self._sides.append(self._right.median())
             return
         its_noise = self._waiting.pop(0)
-        if len(self._left) == SIDE:
-            between = 0.5 * (self._left.median() + self._right.median())
-            self._take(self._ruled(learnt - between) / its_noise)
-        self._left.push(learnt)
+        side = self._right.median()
+        self._sides.append(side)
+        if len(self._sides) > SIDE + 1:
+            self._take(self._ruled(learnt - 0.5 * (self._sides.pop(0) + side)) / its_noise)
 
     def _take(self, residual: float) -> None:
         """Take in one value's noise."""
@@ -272,7 +277,7 @@ class Baseline:
         self._centre.replace(values)
         self._follow()
         self._before.replace([])
-        self._left.replace([])
+        self._sides.clear()
         self._right.replace([])
         self._waiting.clear()
         for value in values:
@@ -316,7 +321,7 @@ class Baseline:
         tail = self._tail.ordered if len(self._tail) >= NEARBY else ordered
         doubt = DOUBT / math.sqrt(len(tail))
         shape = _shape(tail)
-        shape = shape + doubt if shape > HEAVY * doubt else 0.0
+        shape = POWER * shape + doubt if shape > HEAVY * doubt else 0.0
         shape = min(HEAVIEST, max(shape, min(EARLY_MOST, shape + EARLY * max(0.0, doubt - KNOWN))))
         agree = max(0.0, math.sin(0.5 * math.pi * self._agree))
         few = 1.0 + LIKE * agree * agree
@@ -357,6 +362,7 @@ class Baseline:
             **{name: getattr(self, f"_{name}") for name in NUMBERS},
             "recent": list(self._recent),
             "waiting": list(self._waiting),
+            "sides": list(self._sides),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -367,3 +373,4 @@ class Baseline:
             setattr(self, f"_{name}", state[name])
         self._recent = list(state["recent"])
         self._waiting = list(state["waiting"])
+        self._sides = list(state["sides"])

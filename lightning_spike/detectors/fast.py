@@ -9,6 +9,8 @@ __all__ = ["FastDetector"]
 
 LEAST_RISE: Final = 0.05
 """A loss has to be this share above the level to matter, however small the noise (the prototype of peers.md 0a: ratio > 1.05)."""
+LEAST_PAIR_RISE: Final = 0.10
+"""The same for two in a row: below, it may be the level that moved a little, as after a warm restart."""
 LEAST_OF_START: Final = 1e-3
 """… and this share of the level at which the run began: below, it is the rounding of a finished run."""
 WILD: Final = 10.0
@@ -55,8 +57,12 @@ class FastDetector:
         one_can = samples is not None and (value - level) * samples < ONE_SAMPLE * self._start
         limit = self.baseline.limit if one_can else self.baseline.sure_limit
         limit *= HYSTERESIS if inside_episode else 1.0
-        far = score > limit or min(score, self._before) > self.baseline.pair_limit
-        return far and value - level > max(LEAST_RISE * abs(level), LEAST_OF_START * self._start)
+        share = LEAST_RISE
+        if score <= limit:
+            if min(score, self._before) <= self.baseline.pair_limit:
+                return False
+            share = LEAST_PAIR_RISE
+        return value - level > max(share * abs(level), LEAST_OF_START * self._start)
 
     def accept(self, value: float, noise: float, score: float) -> None:
         """Take a loss with this score as healthy."""

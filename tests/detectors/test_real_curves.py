@@ -62,7 +62,7 @@ def test_a_wild_loss_in_the_first_batches_is_seen_and_hides_none_of_the_later_on
 
 
 def test_ten_batches_of_enormous_losses_after_sixty_heavy_tailed_ones_are_one_spike():
-    losses = DIGITS["losses"][:59] + [1700.0, 9000.0, 53000.0, 20000.0, 11000.0, 4000.0, 8000.0, 3000.0, 2500.0, 1800.0]
+    losses = [*DIGITS["losses"][:59], 1700.0, 9000.0, 53000.0, 20000.0, 11000.0, 4000.0, 8000.0, 3000.0, 2500.0, 1800.0]
     losses += DIGITS["losses"][20:59]
     (episode,) = watched(losses, 16)
     assert (episode.kind, episode.onset.ordinal) == (EpisodeKind.SPIKE, 59)
