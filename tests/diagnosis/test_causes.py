@@ -326,7 +326,7 @@ def test_a_jump_after_ordinary_updates_is_not_blamed_on_the_learning_rate(ordina
     run.bump_gradient(ordinal, 1000.0, 4)
     run.episodes = [an_episode(ordinal, ordinal, ordinal + 25, height=run.loss[ordinal], before=run.loss[ordinal - 1])]
     told = {v.cause: v.probability for v in diagnose(run.store(without=without)).overall}
-    assert all(told.get(cause, 0.0) < 0.05 for cause in ("lr_too_high", "warmup_too_short", "gradient_explosion"))
+    assert all(told.get(cause, 0.0) < 0.1 for cause in ("lr_too_high", "warmup_too_short", "gradient_explosion"))
 
 
 def test_a_replay_that_finds_the_weights_at_fault_is_believed_over_what_the_updates_look_like():

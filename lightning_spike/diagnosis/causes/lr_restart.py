@@ -101,6 +101,6 @@ def _scheduler(case: Case) -> Evidence | None:
 def _fixes(case: Case, event: RateEvent) -> tuple[str, ...]:
     value, why = lower_peak(case, event.signal, event.after)
     first = f"Lower the peak of {event.signal} from {event.after:.3g} to {value:g}: {why}."
-    factor = f"{value / event.after:.2g}"
+    factor = f"{value / event.after:.2g}" if event.after > 0.0 else "less than 1"
     second = f"Or let the peaks decay: multiply each restart's peak by {factor}; or restart less often (a larger T_0 or T_mult)."
     return tuple(filter(None, (first, second, clip_fix(case))))
