@@ -126,8 +126,8 @@ class Case:
 
     def step_of(self, ordinal: int) -> int:
         """`global_step` at a batch; that of the onset where the batch is not held any more."""
-        held = (self.store.history.ordinals == ordinal).any()
-        return self.store.history.moment(ordinal).step if held else self.step
+        moment = self.store.history.moment(ordinal)
+        return self.step if moment is None else moment.step
 
     @property
     def window(self) -> tuple[int, int]:

@@ -62,7 +62,7 @@ def _curve(case: Case, found: Finding | None) -> list[ValidationPoint]:
     """The validation curve in question, up to the end of the run or the onset of a spike; finite points only."""
     metric = found.detail.get("metric") if found is not None else case.episode.signal
     known = {p.metric for p in case.store.validations}
-    named = metric if metric in known else next(iter(sorted(known)), None)
+    named = metric if isinstance(metric, str) and metric in known else next(iter(sorted(known)), None)
     last = None if case.kind is EpisodeKind.OVERFIT else case.onset
     points = [p for p in case.store.validations if p.metric == named and number(p.value) is not None]
     return [p for p in points if last is None or p.at.ordinal <= last]
