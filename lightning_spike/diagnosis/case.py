@@ -178,8 +178,12 @@ class Case:
         level = _median(after)
         if not (min(before, last, level) > 0.0 and math.isfinite(peak) and math.isfinite(last) and peak > before):
             return False
-        rise = math.log(peak / before)
-        return math.log(last / before) >= ONE_BLOW * rise and math.log(last / level) >= ONE_BLOW * rise
+        start, end = (
+            math.log(before),
+            math.log(last),
+        )  # logs apart: the ratio of two losses of any size may be 0 or infinite
+        least = ONE_BLOW * (math.log(peak) - start)
+        return end - start >= least and end - math.log(level) >= least
 
     @property
     def sudden(self) -> bool | None:
@@ -191,7 +195,10 @@ class Case:
             return True
         if not math.isfinite(peak):
             return False
-        return first > 0.0 and peak > 0.0 and math.log(first / before) >= 0.5 * math.log(max(peak, first) / before)
+        if not (first > 0.0 and peak > 0.0):
+            return False
+        start = math.log(before)
+        return math.log(first) - start >= 0.5 * (math.log(max(peak, first)) - start)
 
     @functools.cached_property
     def previous(self) -> Episode | None:
