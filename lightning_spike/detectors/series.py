@@ -28,6 +28,10 @@ ABSORB: Final = 32
 """Losses outside in a row after which they are the new level (science.md 1.6: re-baseline after 32 rejected steps)."""
 LEADING: Final = 2.5
 """A loss just before the first flagged one belongs to the episode if its score is above this."""
+JUMP: Final = 0.25
+"""… and above this share of the score that follows: a rise that is fourfold within one batch began with that batch."""
+FAR: Final = 20.0
+"""Score that is counted at most for that, so that a climb into NaN keeps its beginning."""
 WHOLE: Final = 0.2
 """Share of the rise that may be left for the recovery to be whole (science.md 1.8)."""
 PART: Final = 0.8
@@ -113,12 +117,12 @@ class SeriesTracker:
         )
 
     def _first_of_run(self, at: Moment) -> Moment:
-        """The earliest of the abnormal losses that end with the newest."""
-        first = at
+        """The earliest of the abnormal losses that end with the newest; before a jump, one that is merely high is chance."""
+        first, following = at, self._history[-1][2]
         for moment, _, score in islice(reversed(self._history), 1, ABSORB):
-            if score < LEADING:
+            if score < max(LEADING, JUMP * min(following, FAR)):
                 break
-            first = moment
+            first, following = moment, score
         return first
 
     def _absorb(self, draft: Draft) -> None:
