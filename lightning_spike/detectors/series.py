@@ -28,9 +28,9 @@ ABSORB: Final = 32
 """Losses outside in a row after which they are the new level (science.md 1.6: re-baseline after 32 rejected steps)."""
 LEADING: Final = 2.5
 """A loss just before the first flagged one belongs to the episode if its score is above this."""
-JUMP: Final = 0.25
-"""… and above this share of the score that follows: a rise that is fourfold within one batch began with that batch."""
-FAR: Final = 20.0
+JUMP: Final = 0.5
+"""… and above this share of the score that follows: on the logarithmic scale twice the score is a jump, and it began with that batch."""
+FAR: Final = 12.0
 """Score that is counted at most for that, so that a climb into NaN keeps its beginning."""
 WHOLE: Final = 0.2
 """Share of the rise that may be left for the recovery to be whole (science.md 1.8)."""
