@@ -132,7 +132,9 @@ def test_the_same_trainer_can_fit_again(tmp_path):
 @pytest.mark.filterwarnings("ignore:You requested to overfit")
 @pytest.mark.parametrize("options", [{"fast_dev_run": 3}, {"overfit_batches": 2}, {"limit_train_batches": 0}], ids=str)
 def test_lightnings_short_runs_work(options, tmp_path):
-    weights_after(suite(dirpath=tmp_path / "spike"), tmp_path, **options)
+    trainer, _ = weights_after(suite(dirpath=tmp_path / "spike"), tmp_path, **options)
+    assert trainer.state.finished
+    assert TrainerStateStore.of(trainer).disabled == []
 
 
 def test_barebones_works(tmp_path):
