@@ -20,24 +20,26 @@ def whole_number(name: str, value: object, *, at_least: int, do: str) -> int:
     raise ConfigurationError.of(name, expected=f"a whole number >= {at_least}", given=value, do=do)
 
 
-def number(name: str, value: object, *, do: str, above: float = -math.inf, at_most: float = math.inf) -> float:
-    """A finite number in `(above, at_most]`; a string or a boolean is refused.
+def number(
+    name: str,
+    value: object,
+    *,
+    do: str,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+) -> float:
+    """A finite number above `above`, of at least `at_least` and at most `at_most`; a string or a boolean is refused.
 
     Raises:
         ConfigurationError: It is not one.
     """
-    if (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and above < value <= at_most
-    ):
-        return float(value)
-    low = f" > {above:g}" if above > -math.inf else ""
-    high = f" <= {at_most:g}" if at_most < math.inf else ""
-    raise ConfigurationError.of(
-        name, expected=f"a number{low}{' and' if low and high else ''}{high}", given=value, do=do
-    )
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):  # noqa: SIM102 - mypy
+        if above < value and at_least <= value <= at_most:
+            return float(value)
+    bounds = [f"> {above:g}"] * (above > -math.inf) + [f">= {at_least:g}"] * (at_least > -math.inf)
+    bounds += [f"<= {at_most:g}"] * (at_most < math.inf)
+    raise ConfigurationError.of(name, expected=f"a number {' and '.join(bounds)}".strip(), given=value, do=do)
 
 
 def switch(name: str, value: object, *, do: str) -> bool:

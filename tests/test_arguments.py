@@ -27,6 +27,12 @@ def test_number_refuses(bad):
         number("X(r)", bad, above=0, at_most=2, do="Use 1.")
 
 
+def test_number_may_have_a_lowest_value():
+    assert number("X(r)", 0, at_least=0, do="") == 0.0
+    with pytest.raises(ConfigurationError, match="expected a number >= 0, was given -1"):
+        number("X(r)", -1, at_least=0, do="")
+
+
 def test_number_returns_a_float():
     assert number("X(r)", 2, above=0, at_most=2, do="") == 2.0
 

@@ -77,7 +77,7 @@ class BadBatchDumper(SpikeCallback):
         weight: str | None = None,
     ) -> None:
         self.dirpath = directory("BadBatchDumper(dirpath)", dirpath)
-        self.max_mb = number("BadBatchDumper(max_mb)", max_mb, above=-1e-9, do="Give megabytes, 0 for no files at all.")
+        self.max_mb = number("BadBatchDumper(max_mb)", max_mb, at_least=0, do="Give megabytes, 0 for no files at all.")
         self.max_dumps = whole_number("BadBatchDumper(max_dumps)", max_dumps, at_least=0, do="Use 0 for no files.")
         self.neighbours = whole_number(
             "BadBatchDumper(neighbours)", neighbours, at_least=0, do="Use 0 for the onset alone."

@@ -10,7 +10,6 @@ from typing_extensions import override
 from lightning_spike.arguments import number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.detectors.learning_rate import LearningRateDetector
-from lightning_spike.errors import ConfigurationError
 from lightning_spike.flight.participant import TrainingBatch
 from lightning_spike.recorder import Arrival
 from lightning_spike.records import Finding
@@ -41,14 +40,8 @@ class LRPeakDetector(SpikeCallback):
     """
 
     def __init__(self, jump: float = LEAST_JUMP) -> None:
-        self.jump = number("LRPeakDetector(jump)", jump, do=f"Use {LEAST_JUMP:g} to see every jump.")
-        if self.jump < LEAST_JUMP:
-            raise ConfigurationError.of(
-                "LRPeakDetector(jump)",
-                expected=f"a number >= {LEAST_JUMP:g}",
-                given=jump,
-                do=f"Use {LEAST_JUMP:g} to see every jump; smaller moves are a schedule's ordinary steps.",
-            )
+        do = f"Use {LEAST_JUMP:g} to see every jump; smaller moves are a schedule's ordinary steps."
+        self.jump = number("LRPeakDetector(jump)", jump, at_least=LEAST_JUMP, do=do)
         self._names: dict[int, str] = {}
         self._detector = LearningRateDetector()
         self._resumed_state: dict[str, Any] | None = None
