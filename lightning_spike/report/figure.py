@@ -113,7 +113,8 @@ def _panel(ax: Axes, title: str, curves: Sequence[Curve], points: Sequence[Curve
         ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: number(y)))
     if len(values) > 1:
-        ax.legend(loc="lower left", ncols=3)  # a loss falls: that corner is the emptiest
+        # Above the axes, beside the title: inside, some curve always runs through it.
+        ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0, ncols=3)
 
 
 def _thinned(curve: Curve) -> tuple[Any, Any]:
