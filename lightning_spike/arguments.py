@@ -1,12 +1,11 @@
 """Checks of what a user hands to a constructor: each returns the value, or says what was expected, what was given and what to do."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_spike.errors import ConfigurationError
 
-__all__ = ["choice", "directory", "number", "switch", "whole_number"]
+__all__ = ["directory", "number", "switch", "whole_number"]
 
 
 def whole_number(name: str, value: object, *, at_least: int, do: str) -> int:
@@ -51,17 +50,6 @@ def switch(name: str, value: object, *, do: str) -> bool:
     if isinstance(value, bool):
         return value
     raise ConfigurationError.of(name, expected="True or False", given=value, do=do)
-
-
-def choice(name: str, value: object, allowed: Sequence[str], *, do: str) -> str:
-    """One of a few words.
-
-    Raises:
-        ConfigurationError: It is none of them.
-    """
-    if isinstance(value, str) and value in allowed:
-        return value
-    raise ConfigurationError.of(name, expected=f"one of {', '.join(map(repr, allowed))}", given=value, do=do)
 
 
 def directory(name: str, value: object) -> Path | None:

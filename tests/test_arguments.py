@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_spike.arguments import choice, directory, number, switch, whole_number
+from lightning_spike.arguments import directory, number, switch, whole_number
 from lightning_spike.errors import ConfigurationError
 
 
@@ -43,12 +43,6 @@ def test_switch_takes_only_booleans(bad):
         switch("X(s)", bad, do="")
 
 
-def test_choice():
-    assert choice("X(c)", "a", ("a", "b"), do="") == "a"
-    with pytest.raises(ConfigurationError, match="one of 'a', 'b', was given 'A'"):
-        choice("X(c)", "A", ("a", "b"), do="")
-
-
 def test_directory_makes_nothing_and_refuses_a_file(tmp_path: Path):
     assert directory("X(d)", None) is None
     assert directory("X(d)", str(tmp_path / "new")) == tmp_path / "new"
@@ -62,5 +56,5 @@ def test_directory_makes_nothing_and_refuses_a_file(tmp_path: Path):
 
 def test_a_long_value_is_cut_in_the_message():
     with pytest.raises(ConfigurationError) as caught:
-        choice("X(c)", "y" * 500, ("a",), do="")
+        switch("X(c)", "y" * 500, do="")
     assert len(str(caught.value)) < 200

@@ -11,6 +11,7 @@ import rich
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_spike.arguments import directory
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.errors import ConfigurationError, MissingExtraError
 from lightning_spike.flight.warn import warn
@@ -58,14 +59,7 @@ class RootCauseReport(SpikeCallback):
                 given=formats,
                 do="Leave it out for all of them.",
             )
-        if dirpath is not None and Path(dirpath).is_file():
-            raise ConfigurationError.of(
-                "RootCauseReport(dirpath)",
-                expected="a folder",
-                given=str(dirpath),
-                do="Give a folder; it is made where missing.",
-            )
-        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.dirpath = directory("RootCauseReport(dirpath)", dirpath)
         self.formats = tuple(formats)
         self.report = None
         self._started = time.monotonic()

@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from lightning_spike.detectors.baseline import Baseline
 from lightning_spike.diagnosis.constants import AFTERSHOCK, GUARD, LEAST_RATIO, NEAR, REFERENCE
-from lightning_spike.records import Episode, EpisodeKind, Finding, OptimizerFacts, Recovery, RunFacts
+from lightning_spike.records import Episode, EpisodeKind, Finding, Recovery, RunFacts
+from lightning_spike.rolling import median
 from lightning_spike.store import TrainerStateStore
 
 __all__ = ["Case", "Excess", "Oddity", "number"]
@@ -175,7 +176,7 @@ class Case:
         after = after[np.isfinite(after)]
         if before is None or peak is None or last is None or after.size == 0:
             return False
-        level = _median(after)
+        level = median(after.tolist())
         if not (min(before, last, level) > 0.0 and math.isfinite(peak) and math.isfinite(last) and peak > before):
             return False
         start, end = (
@@ -255,7 +256,7 @@ class Case:
         reference = self.before(signal, REFERENCE)
         if reference.size < FEW:
             return None
-        expected = _median(reference[-2 * NEAR * GUARD :])
+        expected = median(reference[-2 * NEAR * GUARD :].tolist())
         if not math.isfinite(observed):
             return Excess(ordinal=ordinal, observed=observed, expected=expected, z=math.inf, limit=1.0, ratio=math.inf)
         z, limit = self._score(signal, observed, expected, ordinal)
@@ -323,7 +324,7 @@ class Case:
     def _in_spreads(self, leaf: str, excess: Excess) -> Excess | None:
         """A mean may be near zero, so its ratio says nothing: its shift is told in spreads of the values instead, 1 + shift / std."""
         spreads = self.before(f"batch/{leaf}/std", REFERENCE)
-        spread = _median(spreads) if spreads.size else 0.0
+        spread = median(spreads.tolist()) if spreads.size else 0.0
         if not spread > 0.0:
             return None
         return dataclasses.replace(excess, ratio=1.0 + abs(excess.observed - excess.expected) / spread)
@@ -334,11 +335,6 @@ class Case:
     def rate_signals(self) -> tuple[str, ...]:
         """The learning-rate series, one for every optimizer and parameter group."""
         return tuple(s for s in self.store.history.signals if s.startswith("lr-"))
-
-    def optimizer_of(self, rate_signal: str) -> OptimizerFacts | None:
-        """The settings of the optimizer that a learning-rate series belongs to."""
-        name = rate_signal.removeprefix("lr-").split("/pg")[0]
-        return next((o for o in self.facts.optimizers if o.name == name), None)
 
     def setting(self, name: str) -> float | None:
         """A numeric hyperparameter of the first optimizer that has it, e.g. `"eps"`."""
@@ -444,12 +440,6 @@ class Case:
                 if known:
                     return known
         return ()
-
-
-def _median(values: npt.NDArray[np.float64]) -> float:
-    """As `numpy.median`, which overflows for values near the largest: it adds the middle two before it halves them."""
-    ordered = np.sort(values)
-    return 0.5 * float(ordered[(values.size - 1) // 2]) + 0.5 * float(ordered[values.size // 2])
 
 
 def _factor(observed: float, expected: float) -> float:
