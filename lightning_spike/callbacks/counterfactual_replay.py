@@ -14,8 +14,9 @@ from lightning_spike.arguments import number, whole_number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.flight.participant import TrainingBatch
 from lightning_spike.lab.errors import CannotReplay
-from lightning_spike.lab.reproduce import Settings, settings_of
-from lightning_spike.lab.triage import Scene, not_run, triage
+from lightning_spike.lab.examine import examine, not_run
+from lightning_spike.lab.scene import WINDOW, Scene
+from lightning_spike.lab.update import Settings, settings_of
 from lightning_spike.records import Action, Episode, EpisodeKind, Finding
 
 __all__ = ["CounterfactualReplay"]
@@ -81,7 +82,7 @@ class CounterfactualReplay(SpikeCallback):
 
     @override
     def sense_gradients(self, batch: TrainingBatch, optimizer: Optimizer) -> None:
-        self._settings[batch.at.ordinal] = settings_of(optimizer)
+        self._settings.setdefault(batch.at.ordinal, []).append(settings_of(optimizer))
         if len(self._settings) > 2 * REACH:
             del self._settings[next(iter(self._settings))]
 
@@ -98,7 +99,7 @@ class CounterfactualReplay(SpikeCallback):
 
     def _forget(self) -> None:
         self._seen: set[int] = set()
-        self._settings: dict[int, Settings] = {}
+        self._settings: dict[int, list[Settings]] = {}
         self._examined = 0
         self._spent = 0.0
         self._began = time.monotonic()
@@ -120,21 +121,37 @@ class CounterfactualReplay(SpikeCallback):
             self.flight.store.note(Action(action="replay", at=batch.at, detail=detail))
 
     def _findings(self, batch: TrainingBatch, episode: Episode) -> list[Finding]:
-        scene = Scene(
-            trainer=batch.trainer,
-            module=batch.module,
-            store=self.flight.store,
-            ring=self._ring,
-            snapshots=self._snapshots,
-            settings=self._settings,
-            controls=self.controls,
-        )
         try:
-            return triage(scene, episode)
+            return examine(self._scene(batch, episode))
         except CannotReplay as reason:
             return [not_run(episode, str(reason))]
         except Exception as error:  # noqa: BLE001 - the user's code, run once more; the training is untouched and goes on
             return [not_run(episode, f"the re-run failed: {type(error).__name__}: {error}")]
+
+    def _scene(self, batch: TrainingBatch, episode: Episode) -> Scene:
+        onset = episode.onset.ordinal
+        snapshot = self._snapshots.latest_healthy(before=onset)
+        history = self.flight.store.history
+        losses = {k: loss for k in _reach(onset, batch) if (loss := history.at("loss", k)) is not None}
+        if self._ring.entry(onset) is None:
+            msg = f"the batch of the onset (step {episode.onset.step}) is not held any more"
+            raise CannotReplay(msg)
+        if snapshot is None:
+            msg = self._snapshots.unavailable or "there is no snapshot from before the onset that has proven healthy"
+            raise CannotReplay(msg)
+        if onset not in losses:
+            msg = "the training loss at the onset was not recorded"
+            raise CannotReplay(msg)
+        return Scene(
+            trainer=batch.trainer,
+            module=batch.module,
+            episode=episode,
+            snapshot=snapshot,
+            entries=tuple(self._ring.entries()),
+            settings=self._settings,
+            losses=losses,
+            controls=self.controls,
+        )
 
     def _reason_not_to(self, batch: TrainingBatch, episode: Episode) -> str | None:
         if batch.trainer.world_size > 1:
@@ -156,3 +173,8 @@ class CounterfactualReplay(SpikeCallback):
     def _elapsed(self) -> float:
         """Seconds of training, without those of the lab."""
         return time.monotonic() - self._began - self._spent
+
+
+def _reach(onset: int, batch: TrainingBatch) -> range:
+    """Ordinals whose losses an examination may ask for."""
+    return range(max(onset - 2 * WINDOW, 0), batch.at.ordinal + 1)

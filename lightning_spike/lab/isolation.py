@@ -41,9 +41,17 @@ class Bench:
         self._should_stop = trainer.should_stop
         self._position = trainer.global_step, trainer.current_epoch
         self._batches: dict[int, tuple[object, Kept]] = {}
+        self.steps = 0
+        """How often `training_step` was run: what an examination costs, whatever the machine."""
 
     def step(
-        self, batch: object, batch_idx: int, *, random: RandomState | None = None, at: Moment | None = None
+        self,
+        batch: object,
+        batch_idx: int,
+        *,
+        random: RandomState | None = None,
+        at: Moment | None = None,
+        in_float32: bool = False,
     ) -> Any:  # noqa: ANN401 - as training_step
         """Run `training_step` once, with gradients, under the run's own precision, without `torch.compile`.
 
@@ -55,6 +63,7 @@ class Bench:
             batch_idx: What is handed to `training_step` if it takes it.
             random: The state of the random generators to begin with; as it stands where none is given.
             at: Where in the run it was: what `global_step` and `current_epoch` tell the step; as they stand where it is not given.
+            in_float32: Without autocast, in the precision of the weights.
 
         Returns:
             What `training_step` returned, with its graph. Blocks as much as the step itself does.
@@ -68,7 +77,9 @@ class Bench:
         if at is not None:
             _set_position(self.trainer, at.step, at.epoch)
         arguments = (batch, batch_idx) if _takes_index(self.module) else (batch,)
-        with torch.enable_grad(), eagerly(), self.trainer.precision_plugin.train_step_context():
+        autocast = contextlib.nullcontext() if in_float32 else self.trainer.precision_plugin.train_step_context()
+        with torch.enable_grad(), eagerly(), autocast:
+            self.steps += 1
             return self.module.training_step(*arguments)
 
     def rewind(self) -> None:

@@ -1,40 +1,50 @@
-"""Train again from a snapshot to the onset: the same batches, random states and learning rates, so that the weights at the onset are at hand."""
+"""Train again from a snapshot to the onset: the same batches, random states and learning rates, so that every state on the way is at hand."""
 
 import dataclasses
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
-import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
 
 from lightning_spike.actions.batch_ring import RingEntry
-from lightning_spike.actions.snapshot import Snapshot
-from lightning_spike.actions.state_copy import copy_module, load_module, load_optimizer
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.isolation import Bench, loss_of
+from lightning_spike.lab.state import TrainState
+from lightning_spike.lab.update import Made, Settings, Update, check_updates, make_update, updates_of
 
-__all__ = ["Reproduction", "Settings", "reproduce", "settings_of"]
+__all__ = ["Leg", "Reproduction", "is_same", "reproduce"]
 
 SAME: Final = 1e-3
 """Relative difference of two losses that still counts as the same: non-deterministic kernels and compiled against eager code move a loss by less, a spike by more.
 On the CPU the difference is 0 (`tests/lab/test_reproduce.py`)."""
+LEGS: Final = 12
+"""Updates before the onset whose states are kept: among them the one that did the damage is looked for (science.md 2b.2, K = 12)."""
+KEEP_BYTES: Final = 1 << 30
+"""Bytes that these states may take; a large model keeps fewer, at least two."""
+LEAST_LEGS: Final = 2
 
-Settings = Sequence[Mapping[str, Any]]
-"""Of one update, for every parameter group what schedulers write: lr, momentum, betas, weight decay."""
 
-WRITTEN_BY_SCHEDULERS: Final = ("lr", "momentum", "betas", "weight_decay")
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Leg:
+    """One update of the re-run, and the state before it."""
+
+    before: TrainState
+    update: Update
+    made: Made
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Reproduction:
-    """How far the run could be run again."""
+    """How far the run could be run again, and what it went through."""
 
-    weights: dict[str, Tensor]
-    """Parameters and buffers as they were before the batch `reached`, as `load_module` takes them."""
+    legs: tuple[Leg, ...]
+    """The last updates, oldest first."""
+    end: TrainState
+    """Before the batch `reached`."""
     reached: int
-    """Ordinal of the onset, or of an earlier batch whose gradients were not finite."""
+    """Ordinal of the onset, or of the first batch of an earlier update whose gradients were not finite."""
     steps: int
     """Batches that were trained on again."""
     differs_at: int | None
@@ -42,108 +52,54 @@ class Reproduction:
     replayed: float
     """The loss of the batch `reached` in the re-run."""
 
-
-def settings_of(optimizer: Optimizer) -> Settings:
-    """What schedulers write into an optimizer's groups, to be taken just before its step; copies, no device read."""
-    return [
-        {key: _copied(group[key]) for key in WRITTEN_BY_SCHEDULERS if key in group} for group in optimizer.param_groups
-    ]
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters and buffers as they were before the batch `reached`, as `load_module` takes them."""
+        return self.end.weights
 
 
 def reproduce(
     bench: Bench,
-    snapshot: Snapshot,
+    start: TrainState,
     entries: Sequence[RingEntry],
-    settings: Mapping[int, Settings],
+    settings: Mapping[int, Sequence[Settings]],
     recorded: Mapping[int, float],
 ) -> Reproduction:
-    """Train from the snapshot up to the last of the entries, and evaluate that one.
+    """Train from a state up to the last of the entries, and evaluate that one.
 
-    As Lightning's automatic optimisation does it, with the module's own hooks around backward and step, and without those of callbacks: accumulation, clipping,
-    and the settings that each update was really made with. On the CPU the losses come out bit for bit. What changed the state of the run from outside
-    (a callback, a fault of the machine) is not in it, and shows as a difference.
+    See `make_update` for how. What changed the state of the run from outside (a callback, a fault of the machine) is not in it, and shows as a difference.
 
     Args:
         bench: From `isolated(..., with_optimizers=True)`; left with the weights of the end in it.
-        snapshot: Where to begin.
-        entries: Every batch from the snapshot's on, in order, none left out; the last is the onset.
-        settings: By ordinal, of each update; see `settings_of`.
+        start: Where to begin.
+        entries: Every batch from that state's on, in order, none left out; the last is the onset.
+        settings: Of the optimizer steps, by the ordinal of the batch they were made in; see `settings_of`.
         recorded: The training losses by ordinal.
 
     Raises:
-        CannotReplay: A loss scaler, LBFGS, a batch that is not held any more or was changed in place, or an update whose settings are not known.
+        CannotReplay: Updates that cannot be made again, or a batch that is not held any more or was changed in place.
     """
-    optimizer = _check(bench, snapshot, entries)
-    # Not `snapshot.load_into`: averaged models that callbacks hold are no part of a training step, and not part of the isolation.
-    load_module(bench.module, snapshot.model)
-    load_optimizer(optimizer, snapshot.optimizers[0], hyperparameters=True)
-    optimizer.zero_grad()
+    check_updates(bench.trainer)
+    _check_batches(start, entries)
+    start.load(bench)
+    legs: deque[Leg] = deque(maxlen=_legs_to_keep(start))
     differs_at: int | None = None
-    for k, (entry, following) in enumerate(zip(entries, [*entries[1:], None], strict=True)):
-        weights = copy_module(bench.module) if following is None else {}
-        loss = loss_of(bench.step(entry.batch, entry.at.batch_idx, random=entry.rng, at=entry.at))
-        if loss is None:
-            msg = f"training_step returned no loss at step {entry.at.step}"
-            raise CannotReplay(msg)
-        value, ordinal = float(loss.detach()), entry.at.ordinal
-        if differs_at is None and not _is_same(value, recorded.get(ordinal)):
-            differs_at = ordinal
-        if following is None:
-            return Reproduction(weights=weights, reached=ordinal, steps=k, differs_at=differs_at, replayed=value)
-        if not _backward(bench, optimizer, entry, loss):
-            weights = copy_module(bench.module)
-            return Reproduction(weights=weights, reached=ordinal, steps=k, differs_at=differs_at, replayed=value)
-        bench.done_with(entry.batch)
-        if following.at.step > entry.at.step:
-            _update(bench, optimizer, settings.get(ordinal), entry)
-    msg = "there is no batch to train on again"
-    raise CannotReplay(msg)
+    for update in updates_of(entries, settings):
+        leg = Leg(before=TrainState.take(bench, update.entries[0].at), update=update, made=make_update(bench, update))
+        differs_at = _first_difference(leg, recorded) if differs_at is None else differs_at
+        if leg.made.spoilt_at is not None:
+            return _ended(legs, leg.before, update.entries[leg.made.spoilt_at], start, differs_at, leg.made.losses[-1])
+        legs.append(leg)
+    end, loss = start, math.nan
+    for entry in _open_window(entries):
+        end, loss = TrainState.take(bench, entry.at), _loss(bench, entry)
+        if differs_at is None and not is_same(loss, recorded.get(entry.at.ordinal)):
+            differs_at = entry.at.ordinal
+    return _ended(legs, end, entries[-1], start, differs_at, loss)
 
 
-def _check(bench: Bench, snapshot: Snapshot, entries: Sequence[RingEntry]) -> Optimizer:
-    optimizers = bench.trainer.optimizers
-    wanted = range(snapshot.at.ordinal, snapshot.at.ordinal + len(entries))
-    if [entry.at.ordinal for entry in entries] != list(wanted):
-        msg = "not all batches since the snapshot are still held"
-        raise CannotReplay(msg)
-    if any(entry.mutated for entry in entries):
-        msg = "training_step changes the batch in place: what the batches were is not known any more"
-        raise CannotReplay(msg)
-    if len(optimizers) != 1 or isinstance(optimizers[0], LBFGS):
-        msg = "updates are run again for a single optimizer other than LBFGS only"
-        raise CannotReplay(msg)
-    if getattr(bench.trainer.precision_plugin, "scaler", None) is not None:
-        msg = "updates under a loss scaler are not run again: which of them it skipped is not recorded"
-        raise CannotReplay(msg)
-    optimizer: Optimizer = optimizers[0]
-    return optimizer
-
-
-def _backward(bench: Bench, optimizer: Optimizer, entry: RingEntry, loss: Tensor) -> bool:
-    """As Lightning's closure; whether all gradients are finite afterwards."""
-    accumulate = bench.trainer.accumulate_grad_batches
-    if entry.at.batch_idx % accumulate == 0:
-        bench.module.on_before_zero_grad(optimizer)
-        optimizer.zero_grad()
-    bench.module.backward(loss / accumulate)
-    bench.module.on_after_backward()
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return all(bool(torch.isfinite(g.coalesce().values() if g.is_sparse else g).all()) for g in gradients)
-
-
-def _update(bench: Bench, optimizer: Optimizer, settings: Settings | None, entry: RingEntry) -> None:
-    if settings is None or len(settings) != len(optimizer.param_groups):
-        msg = f"the learning rate of the update at step {entry.at.step} is not known"
-        raise CannotReplay(msg)
-    trainer = bench.trainer
-    bench.module.on_before_optimizer_step(optimizer)
-    bench.module.configure_gradient_clipping(optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
-    for group, values in zip(optimizer.param_groups, settings, strict=True):
-        group.update({key: _copied(value) for key, value in values.items()})
-    optimizer.step()
-
-
-def _is_same(replayed: float, recorded: float | None) -> bool:
+def is_same(replayed: float, recorded: float | None) -> bool:
+    """Whether two losses are the same but for the rounding of kernels; nothing recorded is the same as anything."""
     if recorded is None:
         return True
     if not (math.isfinite(replayed) and math.isfinite(recorded)):
@@ -151,5 +107,52 @@ def _is_same(replayed: float, recorded: float | None) -> bool:
     return math.isclose(replayed, recorded, rel_tol=SAME, abs_tol=1e-9)
 
 
-def _copied(value: Any) -> Any:  # noqa: ANN401 - a number, a tensor or a tuple of them
-    return value.detach().clone() if isinstance(value, Tensor) else value
+def _ended(
+    legs: Sequence[Leg],
+    end: TrainState,
+    reached: RingEntry,
+    start: TrainState,
+    differs_at: int | None,
+    replayed: float,
+) -> Reproduction:
+    ordinal = reached.at.ordinal
+    return Reproduction(
+        legs=tuple(legs),
+        end=end,
+        reached=ordinal,
+        steps=ordinal - start.at.ordinal,
+        differs_at=differs_at,
+        replayed=replayed,
+    )
+
+
+def _check_batches(start: TrainState, entries: Sequence[RingEntry]) -> None:
+    wanted = range(start.at.ordinal, start.at.ordinal + len(entries))
+    if not entries or [entry.at.ordinal for entry in entries] != list(wanted):
+        msg = "not all batches since the snapshot are still held"
+        raise CannotReplay(msg)
+    if any(entry.mutated for entry in entries):
+        msg = "training_step changes the batch in place: what the batches were is not known any more"
+        raise CannotReplay(msg)
+
+
+def _legs_to_keep(state: TrainState) -> int:
+    return max(LEAST_LEGS, min(LEGS, KEEP_BYTES // max(state.nbytes, 1)))
+
+
+def _open_window(entries: Sequence[RingEntry]) -> list[RingEntry]:
+    """The last batch, and those before it whose gradients go into the same update: all are computed with the same weights."""
+    return [entry for entry in entries if entry.at.step == entries[-1].at.step]
+
+
+def _loss(bench: Bench, entry: RingEntry) -> float:
+    loss = loss_of(bench.step(entry.batch, entry.at.batch_idx, random=entry.rng, at=entry.at))
+    if loss is None:
+        msg = f"training_step returned no loss at step {entry.at.step}"
+        raise CannotReplay(msg)
+    return float(loss.detach())
+
+
+def _first_difference(leg: Leg, recorded: Mapping[int, float]) -> int | None:
+    pairs = zip(leg.update.entries, leg.made.losses, strict=True)
+    return next((e.at.ordinal for e, loss in pairs if not is_same(loss, recorded.get(e.at.ordinal))), None)

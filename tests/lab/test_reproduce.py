@@ -11,6 +11,7 @@ from lightning_spike.callbacks.counterfactual_replay import CounterfactualReplay
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.isolation import isolated
 from lightning_spike.lab.reproduce import reproduce
+from lightning_spike.lab.state import TrainState
 from lightning_spike.store import TrainerStateStore
 
 LAST = 40
@@ -45,7 +46,7 @@ class Probe(Callback):
         snapshot = self.suite._snapshots.latest_healthy(before=LAST)
         with isolated(trainer, pl_module, with_optimizers=True) as bench:
             try:
-                self.again = reproduce(bench, snapshot, entries, self.suite._settings, self.recorded)
+                self.again = reproduce(bench, TrainState.of(snapshot), entries, self.suite._settings, self.recorded)
             except CannotReplay as error:
                 self.error = str(error)
 

@@ -1,0 +1,89 @@
+"""All that the examination of one episode works with: live objects to run on, and records of what the run did."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_spike.actions.batch_ring import RingEntry
+from lightning_spike.actions.snapshot import Snapshot
+from lightning_spike.lab.errors import CannotReplay
+from lightning_spike.lab.update import Settings
+from lightning_spike.records import Episode
+
+__all__ = ["WINDOW", "Scene"]
+
+WINDOW = 64
+"""Losses before the onset that the scatter of ordinary batches is taken from."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Scene:
+    """One episode, with what is needed to run it again; made live by `CounterfactualReplay`, or read from disk in another process."""
+
+    trainer: Trainer
+    """Between two batches, with its optimizers set up."""
+    module: LightningModule
+    episode: Episode
+    snapshot: Snapshot
+    """The newest from before the onset that has proven healthy."""
+    entries: tuple[RingEntry, ...]
+    """Every batch that is held, oldest first: some from before the snapshot (to compare with), all from the snapshot to the present, none left out."""
+    settings: Mapping[int, Sequence[Settings]]
+    """Of the optimizer steps, one for each, by the ordinal of the batch they were made in."""
+    losses: Mapping[int, float]
+    """The training losses as recorded, by ordinal; from `2 * WINDOW` batches before the onset on."""
+    controls: int
+    """Ordinary batches to compare with, at most."""
+
+    @property
+    def onset(self) -> int:
+        """Ordinal of the first abnormal batch."""
+        return self.episode.onset.ordinal
+
+    @property
+    def spike(self) -> RingEntry:
+        """The batch of the onset."""
+        return next(entry for entry in self.entries if entry.at.ordinal == self.onset)
+
+    @property
+    def recorded(self) -> float:
+        """The loss of that batch in the training."""
+        return self.losses[self.onset]
+
+    @property
+    def stretch(self) -> tuple[RingEntry, ...]:
+        """The batches from the snapshot's to the onset's, both included."""
+        return tuple(e for e in self.entries if self.snapshot.at.ordinal <= e.at.ordinal <= self.onset)
+
+    @property
+    def after(self) -> tuple[RingEntry, ...]:
+        """The batches from the onset's to the present one, both included."""
+        return tuple(e for e in self.entries if e.at.ordinal >= self.onset)
+
+    def losses_before(self) -> npt.NDArray[np.float64]:
+        """The last `WINDOW` losses before the onset, oldest first, as far as they are known; float64."""
+        known = (self.losses.get(k) for k in range(self.onset - WINDOW, self.onset))
+        return np.array([loss for loss in known if loss is not None], dtype=np.float64)
+
+    def ordinary(self) -> list[RingEntry]:
+        """The newest batches trained on before the snapshot (both weights have seen them), made up with later ones from before the onset.
+
+        Raises:
+            CannotReplay: There is none.
+        """
+        start = self.snapshot.at.ordinal
+        held = [e for e in self.entries if e.at.ordinal < self.onset and self._is_usable(e)]
+        seen = [e for e in held if e.at.ordinal < start][::-1]
+        later = [e for e in held if e.at.ordinal >= start]
+        chosen = [*seen, *later][: self.controls]
+        if not chosen:
+            msg = "no ordinary batch from before the onset is held, to compare with"
+            raise CannotReplay(msg)
+        return chosen
+
+    def _is_usable(self, entry: RingEntry) -> bool:
+        return not entry.mutated and math.isfinite(self.losses.get(entry.at.ordinal, math.nan))
