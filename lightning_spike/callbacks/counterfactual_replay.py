@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Final
 
 from lightning.pytorch import LightningModule, Trainer
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_spike.actions.batch_ring import BatchRing
@@ -15,20 +14,15 @@ from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.flight.participant import TrainingBatch
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.examine import examine, not_run
-from lightning_spike.lab.scene import WINDOW, Scene
-from lightning_spike.lab.update import Settings, settings_of
-from lightning_spike.records import Action, Episode, EpisodeKind, Finding
+from lightning_spike.lab.live_scene import EXAMINED, REACH, live_scene
+from lightning_spike.lab.scene import Scene
+from lightning_spike.lab.update_settings import UpdateSettings
+from lightning_spike.records import Action, Episode, Finding
 
 __all__ = ["CounterfactualReplay"]
 
-EXAMINED: Final = frozenset({EpisodeKind.SPIKE, EpisodeKind.DIVERGENCE, EpisodeKind.NONFINITE})
-"""Kinds of episodes that have a moment to go back to."""
-
 FREE_SECONDS: Final = 5.0
 """Seconds in all that re-runs may take whatever the budget: nobody minds a few, and a short run has no 2 % to spend."""
-
-REACH: Final = 72
-"""Batches kept for the re-run: the cadence of the snapshots (50), what proves one of them healthy (8), and controls from before it."""
 
 
 class CounterfactualReplay(SpikeCallback):
@@ -74,17 +68,12 @@ class CounterfactualReplay(SpikeCallback):
         self._ring = self.flight.share(BatchRing, BatchRing, trainer, module)
         self._ring.want(depth=REACH)
         self._snapshots = self.flight.share(Snapshots, Snapshots, trainer, module)
+        self._settings = self.flight.share(UpdateSettings, UpdateSettings, trainer, module)
 
     @override
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
         self._began = time.monotonic()
         self._first = self.flight.last_moment(trainer).ordinal
-
-    @override
-    def sense_gradients(self, batch: TrainingBatch, optimizer: Optimizer) -> None:
-        self._settings.setdefault(batch.at.ordinal, []).append(settings_of(optimizer))
-        if len(self._settings) > 2 * REACH:
-            del self._settings[next(iter(self._settings))]
 
     @override
     def act(self, batch: TrainingBatch, changed: Sequence[Episode]) -> None:
@@ -93,13 +82,8 @@ class CounterfactualReplay(SpikeCallback):
                 self._seen.add(episode.id)
                 self._examine(batch, episode)
 
-    @override
-    def release(self) -> None:
-        self._settings.clear()
-
     def _forget(self) -> None:
         self._seen: set[int] = set()
-        self._settings: dict[int, list[Settings]] = {}
         self._examined = 0
         self._spent = 0.0
         self._began = time.monotonic()
@@ -129,27 +113,13 @@ class CounterfactualReplay(SpikeCallback):
             return [not_run(episode, f"the re-run failed: {type(error).__name__}: {error}")]
 
     def _scene(self, batch: TrainingBatch, episode: Episode) -> Scene:
-        onset = episode.onset.ordinal
-        snapshot = self._snapshots.latest_healthy(before=onset)
-        history = self.flight.store.history
-        losses = {k: loss for k in _reach(onset, batch) if (loss := history.at("loss", k)) is not None}
-        if self._ring.entry(onset) is None:
-            msg = f"the batch of the onset (step {episode.onset.step}) is not held any more"
-            raise CannotReplay(msg)
-        if snapshot is None:
-            msg = self._snapshots.unavailable or "there is no snapshot from before the onset that has proven healthy"
-            raise CannotReplay(msg)
-        if onset not in losses:
-            msg = "the training loss at the onset was not recorded"
-            raise CannotReplay(msg)
-        return Scene(
-            trainer=batch.trainer,
-            module=batch.module,
-            episode=episode,
-            snapshot=snapshot,
-            entries=tuple(self._ring.entries()),
+        return live_scene(
+            batch,
+            episode,
+            ring=self._ring,
+            snapshots=self._snapshots,
             settings=self._settings,
-            losses=losses,
+            history=self.flight.store.history,
             controls=self.controls,
         )
 
@@ -173,8 +143,3 @@ class CounterfactualReplay(SpikeCallback):
     def _elapsed(self) -> float:
         """Seconds of training, without those of the lab."""
         return time.monotonic() - self._began - self._spent
-
-
-def _reach(onset: int, batch: TrainingBatch) -> range:
-    """Ordinals whose losses an examination may ask for."""
-    return range(max(onset - 2 * WINDOW, 0), batch.at.ordinal + 1)

@@ -46,7 +46,9 @@ class Probe(Callback):
         snapshot = self.suite._snapshots.latest_healthy(before=LAST)
         with isolated(trainer, pl_module, with_optimizers=True) as bench:
             try:
-                self.again = reproduce(bench, TrainState.of(snapshot), entries, self.suite._settings, self.recorded)
+                self.again = reproduce(
+                    bench, TrainState.of(snapshot), entries, self.suite._settings.by_ordinal, self.recorded
+                )
             except CannotReplay as error:
                 self.error = str(error)
 

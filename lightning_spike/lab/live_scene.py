@@ -1,0 +1,69 @@
+"""The scene of an episode, put together in the running training from what its callbacks share."""
+
+from typing import Final
+
+from lightning_spike.actions.batch_ring import BatchRing
+from lightning_spike.actions.snapshot import Snapshots
+from lightning_spike.flight.participant import TrainingBatch
+from lightning_spike.lab.errors import CannotReplay
+from lightning_spike.lab.scene import WINDOW, Scene
+from lightning_spike.lab.update_settings import UpdateSettings
+from lightning_spike.records import Episode, EpisodeKind
+from lightning_spike.store import History
+
+__all__ = ["EXAMINED", "REACH", "live_scene"]
+
+EXAMINED: Final = frozenset({EpisodeKind.SPIKE, EpisodeKind.DIVERGENCE, EpisodeKind.NONFINITE})
+"""Kinds of episodes that have a moment to go back to."""
+
+REACH: Final = 72
+"""Batches kept for the re-run: the cadence of the snapshots (50), what proves one of them healthy (8), and controls from before it."""
+
+
+def live_scene(
+    batch: TrainingBatch,
+    episode: Episode,
+    *,
+    ring: BatchRing,
+    snapshots: Snapshots,
+    settings: UpdateSettings,
+    history: History,
+    controls: int,
+) -> Scene:
+    """What an episode needs to be run again; references to what is held, nothing is copied. Never blocks.
+
+    Args:
+        batch: The batch that the loop is at.
+        episode: One of the kinds in `EXAMINED`.
+        ring: With a depth of `REACH`.
+        snapshots: Those of the run.
+        settings: Those of the run.
+        history: Where the losses are.
+        controls: Ordinary batches to compare with, at most.
+
+    Raises:
+        CannotReplay: Something that a re-run needs is not there; the message says what.
+    """
+    onset = episode.onset.ordinal
+    snapshot = snapshots.latest_healthy(before=onset)
+    reach = range(max(onset - 2 * WINDOW, 0), batch.at.ordinal + 1)
+    losses = {k: loss for k in reach if (loss := history.at("loss", k)) is not None}
+    if ring.entry(onset) is None:
+        msg = f"the batch of the onset (step {episode.onset.step}) is not held any more"
+        raise CannotReplay(msg)
+    if snapshot is None:
+        msg = snapshots.unavailable or "there is no snapshot from before the onset that has proven healthy"
+        raise CannotReplay(msg)
+    if onset not in losses:
+        msg = "the training loss at the onset was not recorded"
+        raise CannotReplay(msg)
+    return Scene(
+        trainer=batch.trainer,
+        module=batch.module,
+        episode=episode,
+        snapshot=snapshot,
+        entries=tuple(ring.entries()),
+        settings=settings.by_ordinal,
+        losses=losses,
+        controls=controls,
+    )

@@ -1,0 +1,37 @@
+"""What the optimizers were set to in the recent updates: schedulers move it with every step, and nobody else remembers it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_spike.flight.participant import Participant, TrainingBatch
+from lightning_spike.lab.update import Settings, settings_of
+
+__all__ = ["UpdateSettings"]
+
+HELD: Final = 144
+"""Batches with an update whose settings are kept: twice as many as batches are held for a re-run (`live_scene.REACH`), some numbers each."""
+
+
+class UpdateSettings(Participant):
+    """Remembers the settings of the recent updates; shared by all callbacks that run some again, or write down how to."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, list[Settings]] = {}
+
+    @property
+    def by_ordinal(self) -> Mapping[int, Sequence[Settings]]:
+        """One entry for each optimizer step, by the ordinal of the batch they were made in; the live record, oldest first."""
+        return self._held
+
+    @override
+    def sense_gradients(self, batch: TrainingBatch, optimizer: Optimizer) -> None:
+        self._held.setdefault(batch.at.ordinal, []).append(settings_of(optimizer))
+        if len(self._held) > HELD:
+            del self._held[next(iter(self._held))]
+
+    @override
+    def release(self) -> None:
+        self._held.clear()
