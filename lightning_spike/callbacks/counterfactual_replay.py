@@ -7,16 +7,12 @@ from typing import Final
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_spike.actions.batch_ring import BatchRing
-from lightning_spike.actions.snapshot import Snapshots
 from lightning_spike.arguments import number, whole_number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.flight.participant import TrainingBatch
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.examine import examine, not_run
-from lightning_spike.lab.live_scene import EXAMINED, REACH, live_scene
-from lightning_spike.lab.scene import Scene
-from lightning_spike.lab.update_settings import UpdateSettings
+from lightning_spike.lab.live_scene import EXAMINED, Witnesses, live_scene
 from lightning_spike.records import Action, Episode, Finding
 
 __all__ = ["CounterfactualReplay"]
@@ -65,10 +61,7 @@ class CounterfactualReplay(SpikeCallback):
     @override
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         self._forget()
-        self._ring = self.flight.share(BatchRing, BatchRing, trainer, module)
-        self._ring.want(depth=REACH)
-        self._snapshots = self.flight.share(Snapshots, Snapshots, trainer, module)
-        self._settings = self.flight.share(UpdateSettings, UpdateSettings, trainer, module)
+        self._witnesses = Witnesses.of(self.flight, trainer, module)
 
     @override
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
@@ -106,22 +99,11 @@ class CounterfactualReplay(SpikeCallback):
 
     def _findings(self, batch: TrainingBatch, episode: Episode) -> list[Finding]:
         try:
-            return examine(self._scene(batch, episode))
+            return examine(live_scene(batch, episode, self._witnesses, controls=self.controls))
         except CannotReplay as reason:
             return [not_run(episode, str(reason))]
         except Exception as error:  # noqa: BLE001 - the user's code, run once more; the training is untouched and goes on
             return [not_run(episode, f"the re-run failed: {type(error).__name__}: {error}")]
-
-    def _scene(self, batch: TrainingBatch, episode: Episode) -> Scene:
-        return live_scene(
-            batch,
-            episode,
-            ring=self._ring,
-            snapshots=self._snapshots,
-            settings=self._settings,
-            history=self.flight.store.history,
-            controls=self.controls,
-        )
 
     def _reason_not_to(self, batch: TrainingBatch, episode: Episode) -> str | None:
         if batch.trainer.world_size > 1:
@@ -135,7 +117,7 @@ class CounterfactualReplay(SpikeCallback):
 
     def _expected(self, batch: TrainingBatch, episode: Episode) -> float:
         """Seconds that the examination will take, at the pace of the training so far."""
-        snapshot = self._snapshots.latest_healthy(before=episode.onset.ordinal)
+        snapshot = self._witnesses.snapshots.latest_healthy(before=episode.onset.ordinal)
         steps = 0 if snapshot is None else episode.onset.ordinal - snapshot.at.ordinal
         pace = self._elapsed() / max(batch.at.ordinal - self._first, 1)
         return pace * (steps + 2 * (1 + self.controls))

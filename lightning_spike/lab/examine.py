@@ -1,5 +1,6 @@
-"""The examination of one episode: run it again, say where a NaN was born, and whether it was the batch or the weights."""
+"""The examination of one episode: run it again, then ask it one question after the other, each answered by an experiment."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, Final
@@ -8,8 +9,12 @@ from torch import Tensor
 
 from lightning_spike.actions.batch_ring import RingEntry
 from lightning_spike.actions.state_copy import load_module
+from lightning_spike.lab.blame import Blame, blame, blame_outside
+from lightning_spike.lab.calm import Calmed, calmed
 from lightning_spike.lab.errors import CannotReplay
+from lightning_spike.lab.intervene import Attribution, attribute, surroundings
 from lightning_spike.lab.isolation import Bench, isolated
+from lightning_spike.lab.locate import damage_on_the_way
 from lightning_spike.lab.nonfinite import Origin, nonfinite_origin
 from lightning_spike.lab.reproduce import Reproduction, reproduce
 from lightning_spike.lab.scene import Scene
@@ -17,19 +22,23 @@ from lightning_spike.lab.split import Split, batch_noise, split
 from lightning_spike.lab.state import TrainState
 from lightning_spike.records import Episode, EpisodeKind, Finding
 
-__all__ = ["examine", "not_run"]
+__all__ = ["examine", "not_run", "triage"]
 
 NEAR: Final = 2
 """Batches before the onset from which a re-run that begins to differ is a spike that does not come back."""
 PROOF: Final = 3
 """Batches that must have come out the same before that is believed."""
+WORTH: Final = 0.25
+"""Share of the jump from which the batch, or the weights, are looked into."""
+TRIAGE_CONTROLS: Final = 2
+"""Ordinary batches in a triage: five forward passes, less than two training steps."""
 
 
 def examine(scene: Scene) -> list[Finding]:
-    """Examine one episode; leaves no trace in the training. Blocks.
+    """Examine one episode in full; leaves no trace in the training. Blocks.
 
     Returns:
-        Findings of the detector "lab": `nonfinite_origin` where a NaN or Inf could be traced, and `split`.
+        Findings of the detector "lab": `nonfinite_origin` where a NaN or Inf could be traced, `split`, and as far as it goes `calm`, `factors` and `blame`.
 
     Raises:
         CannotReplay: It cannot be examined; the message says why.
@@ -39,17 +48,40 @@ def examine(scene: Scene) -> list[Finding]:
         again, why = _reproduced(scene, bench)
         if again is not None and again.differs_at is not None:
             if _comes_out_healthy(scene, again):
-                return [_finding(scene, "split", _outside(scene, again))]
+                return _outside(scene, again, bench)
             why = f"the re-run differs from the training from ordinal {again.differs_at} on"
             again = None
         findings = _origins(scene, bench, again)
         parts = _split(scene, bench, again)
-    return [*findings, _finding(scene, "split", parts.detail() | {"exact": again is not None, "why_not_exact": why})]
+        findings.append(_finding(scene, "split", parts.detail() | {"exact": again is not None, "why_not_exact": why}))
+        if again is not None and again.reached == scene.onset:
+            findings += _whose(scene, bench, again, parts)
+        findings.append(_finding(scene, "cost", {"steps": bench.steps}))
+    return findings
+
+
+def triage(scene: Scene) -> list[Finding]:
+    """The first question only, with few batches and without going back: is the batch high for healthy weights too? Costs two training steps.
+
+    Returns:
+        A `split` that is not exact.
+
+    Raises:
+        CannotReplay: As `examine`, and other exceptions too.
+    """
+    few = dataclasses.replace(scene, controls=min(scene.controls, TRIAGE_CONTROLS))
+    with isolated(scene.trainer, scene.module) as bench:
+        parts = _split(few, bench, None)
+    why = "only a triage was made, for want of budget"
+    return [_finding(scene, "split", parts.detail() | {"exact": False, "why_not_exact": why})]
 
 
 def not_run(episode: Episode, why: str) -> Finding:
     """That an episode was not examined, and why."""
     return Finding(detector="lab", kind="not_run", at=episode.onset, detail={"episode": episode.id, "why": why})
+
+
+# -- does it come back ---------------------------------------------------------------------------------------------------
 
 
 def _reproduced(scene: Scene, bench: Bench) -> tuple[Reproduction | None, str | None]:
@@ -67,15 +99,22 @@ def _comes_out_healthy(scene: Scene, again: Reproduction) -> bool:
     return again.reached == scene.onset and at >= max(scene.onset - NEAR, scene.snapshot.at.ordinal + PROOF) and lower
 
 
-def _outside(scene: Scene, again: Reproduction) -> dict[str, Any]:
-    recorded = scene.recorded
+def _outside(scene: Scene, again: Reproduction, bench: Bench) -> list[Finding]:
+    recorded, first = scene.recorded, again.differs_at
     jump = math.log(recorded / again.replayed) if again.replayed > 0 and 0 < recorded < math.inf else math.nan
+    writes = [w for w in scene.writes if first is not None and first - 1 <= w.ordinal + 1 <= first + 1]
+    kind = "optimizer" if any(w.kind == "optimizer" for w in writes) else "weights"
     text = (
         f"Run again from {again.steps} batches before, with the same batches, learning rates and random states, the loss is {again.replayed:.3g} where it was "
         f"{recorded:.3g}: something that the re-run does not carry did it (state changed from outside, or a fault of the machine)."
     )
     shares = {"data": 0.0, "weights": 0.0, "interaction": 0.0, "noise": 0.0, "exact": True, "why_not_exact": None}
-    return {"jump": jump if math.isfinite(jump) else None, **shares, "verdict": "not_reproduced", "text": text}
+    detail = {"jump": jump if math.isfinite(jump) else None, **shares, "verdict": "not_reproduced", "text": text}
+    return [
+        _finding(scene, "split", detail),
+        _blame_finding(scene, blame_outside(kind)),
+        _finding(scene, "cost", {"steps": bench.steps}),
+    ]
 
 
 # -- where NaN is born ---------------------------------------------------------------------------------------------------
@@ -103,7 +142,7 @@ def _origin(bench: Bench, weights: Mapping[str, Tensor], entry: RingEntry) -> Or
     return nonfinite_origin(bench, entry.batch, entry.at.batch_idx, random=entry.rng, at=entry.at)
 
 
-# -- batch or weights ----------------------------------------------------------------------------------------------------
+# -- batch or weights, and then whose -----------------------------------------------------------------------------------
 
 
 def _split(scene: Scene, bench: Bench, again: Reproduction | None) -> Split:
@@ -116,6 +155,35 @@ def _split(scene: Scene, bench: Bench, again: Reproduction | None) -> Split:
         recorded=scene.recorded,
         scatter=batch_noise(scene.losses_before()),
     )
+
+
+def _whose(scene: Scene, bench: Bench, again: Reproduction, parts: Split) -> list[Finding]:
+    """What the batch's part, and the weights', are made of; as far as each is worth it."""
+    if parts.verdict == "noise":
+        return []
+    half = parts.interaction / 2
+    calm = calmed(bench, again.legs, scene.spike, scene.ordinary()) if parts.data + half >= WORTH else None
+    damage = _damage(scene, bench, again) if parts.weights + half >= WORTH else None
+    findings = [] if calm is None else [_finding(scene, "calm", _calm_detail(calm))]
+    findings += [] if damage is None else [_finding(scene, "factors", dataclasses.asdict(damage))]
+    return [*findings, _blame_finding(scene, blame(parts, calm, damage))]
+
+
+def _damage(scene: Scene, bench: Bench, again: Reproduction) -> Attribution | None:
+    controls = scene.ordinary()
+    found = damage_on_the_way(bench, again, controls, like=scene.spike)
+    if found is None or found.log_rise <= 0:
+        return None
+    around = surroundings(scene, again, found.leg, controls)
+    return attribute(bench, found, again.legs[found.leg], around, controls, like=scene.spike)
+
+
+def _calm_detail(calm: Calmed) -> dict[str, Any]:
+    return dataclasses.asdict(calm) | {"left": calm.left}
+
+
+def _blame_finding(scene: Scene, whose: Blame) -> Finding:
+    return _finding(scene, "blame", {"shares": dict(whose.shares), "first": whose.first})
 
 
 def _finding(scene: Scene, kind: str, detail: Mapping[str, Any]) -> Finding:

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_spike.actions.batch_ring import RingEntry
 from lightning_spike.actions.snapshot import Snapshot
 from lightning_spike.lab.errors import CannotReplay
+from lightning_spike.lab.outside_writes import OutsideWrite
 from lightning_spike.lab.update import Settings
 from lightning_spike.records import Episode
 
@@ -38,6 +39,8 @@ class Scene:
     """The training losses as recorded, by ordinal; from `2 * WINDOW` batches before the onset on."""
     controls: int
     """Ordinary batches to compare with, at most."""
+    writes: tuple[OutsideWrite, ...] = ()
+    """What others than the training step have written into weights and optimizer states, oldest first."""
 
     @property
     def onset(self) -> int:

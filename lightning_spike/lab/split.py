@@ -6,18 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from lightning_spike.actions.batch_ring import RingEntry
-from lightning_spike.actions.state_copy import load_module
-from lightning_spike.lab.errors import CannotReplay
-from lightning_spike.lab.isolation import Bench, loss_of
+from lightning_spike.lab.evaluate import Numbers, log_scale, losses_under
+from lightning_spike.lab.isolation import Bench
 
 __all__ = ["Split", "batch_noise", "judge", "split"]
 
-HIGHEST: Final = 1e6
-"""Losses above, and those that are not finite, count as this (science of the 2 x 2: log-loss, clipped)."""
 SELECTION: Final = 2.0
 """Standard deviations of the batches' noise that are taken off the batch's share: it was picked *because* its loss was high (winner's curse)."""
 CLEAR: Final = 3.0
@@ -28,7 +24,6 @@ ENTWINED: Final = 0.5
 """Share of the interaction in the sum of the magnitudes from which neither batch nor weights can be named alone."""
 
 Verdict = Literal["data", "weights", "both", "noise", "not_reproduced"]
-Numbers = npt.NDArray[np.float64]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,10 +81,12 @@ def split(
     Raises:
         CannotReplay: A step gave no loss.
     """
-    old_losses = [_loss(bench, old, entry, spike) for entry in (spike, *controls)]
-    at_spike = recorded if new is None else _loss(bench, new, spike, spike)
-    new_losses = [at_spike, *(_loss(bench, new or {}, entry, spike) for entry in controls)]
-    return judge(np.array(old_losses), np.array(new_losses), scatter=scatter, is_later=new is None)
+    old_losses = losses_under(bench, old, [spike, *controls], like=spike)
+    if new is None:
+        new_losses = np.array([recorded, *losses_under(bench, {}, controls, like=spike)])
+    else:
+        new_losses = losses_under(bench, new, [spike, *controls], like=spike)
+    return judge(old_losses, new_losses, scatter=scatter, is_later=new is None)
 
 
 def judge(old: Numbers, new: Numbers, *, scatter: float, is_later: bool = False) -> Split:
@@ -102,7 +99,7 @@ def judge(old: Numbers, new: Numbers, *, scatter: float, is_later: bool = False)
         is_later: The new weights on the controls are from after the batch: what is wrong with them may be its doing, so they count for no more than
             it leaves open.
     """
-    scale = _scale(old, new)
+    scale = log_scale(old, new)
     f_old, f_new = scale(old), scale(new)
     base = float(f_old[1:].mean())
     differences = f_new[1:] - f_old[1:]
@@ -132,31 +129,9 @@ def batch_noise(losses: Numbers) -> float:
     Args:
         losses: Recent losses before the trouble, oldest first.
     """
-    values = _scale(losses)(losses)
+    values = log_scale(losses)(losses)
     differences = np.diff(values[np.isfinite(values)])
     return 0.0 if len(differences) < 2 else float(1.4826 / math.sqrt(2) * np.median(np.abs(differences)))  # noqa: PLR2004
-
-
-def _loss(bench: Bench, weights: Mapping[str, Tensor], entry: RingEntry, spike: RingEntry) -> float:
-    bench.rewind()
-    load_module(bench.module, weights)
-    loss = loss_of(bench.step(entry.batch, entry.at.batch_idx, random=spike.rng, at=spike.at))
-    if loss is None:
-        msg = f"training_step returned no loss at step {entry.at.step}"
-        raise CannotReplay(msg)
-    return float(loss.detach())
-
-
-def _scale(*losses: Numbers) -> Any:  # noqa: ANN401 - a function of arrays
-    """The logarithm, or nothing at all for losses that can be negative; what is not finite counts as `HIGHEST`."""
-    finite = np.concatenate([values[np.isfinite(values)] for values in losses])
-    logs = finite.size == 0 or finite.min() > 0
-
-    def scaled(values: Numbers) -> Numbers:
-        clipped = np.minimum(np.where(np.isfinite(values), values, HIGHEST), HIGHEST)
-        return np.asarray(np.log(clipped) if logs else clipped, dtype=np.float64)
-
-    return scaled
 
 
 def _verdict(jump: float, data: float, weights: float, interaction: float, *, noise: float, error: float) -> Verdict:

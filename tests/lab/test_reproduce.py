@@ -42,12 +42,12 @@ class Probe(Callback):
             return
         history = TrainerStateStore.of(trainer).history
         self.recorded = {k: history.at("loss", k) for k in range(LAST + 1)}
-        entries = self.change(self.suite._ring.entries())
-        snapshot = self.suite._snapshots.latest_healthy(before=LAST)
+        entries = self.change(self.suite._witnesses.ring.entries())
+        snapshot = self.suite._witnesses.snapshots.latest_healthy(before=LAST)
         with isolated(trainer, pl_module, with_optimizers=True) as bench:
             try:
                 self.again = reproduce(
-                    bench, TrainState.of(snapshot), entries, self.suite._settings.by_ordinal, self.recorded
+                    bench, TrainState.of(snapshot), entries, self.suite._witnesses.settings.by_ordinal, self.recorded
                 )
             except CannotReplay as error:
                 self.error = str(error)

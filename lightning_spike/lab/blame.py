@@ -1,0 +1,75 @@
+"""One answer from all experiments: how much of the jump is whose."""
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from lightning_spike.lab.calm import Calmed
+from lightning_spike.lab.intervene import Attribution
+from lightning_spike.lab.split import Split
+
+__all__ = ["GROUPS", "Blame", "blame", "blame_outside"]
+
+GROUPS: Mapping[str, str] = MappingProxyType(
+    {
+        "data": "the batch",
+        "learning_rate": "the learning rate of that update",
+        "optimizer": "the optimizer's state",
+        "numerics": "low precision",
+        "intrinsic": "a step that is too long for this loss surface with everything as usual",
+        "outside": "a change from outside the training step",
+    }
+)
+"""Who can be to blame, in words."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Blame:
+    """Shares of the jump by who is to blame, in [0, 1]; they add up to 1 where anything could be told, and are empty where not."""
+
+    shares: Mapping[str, float]
+
+    @property
+    def first(self) -> str | None:
+        """The largest share's; `None` where nothing could be told."""
+        return max(self.shares, key=lambda group: self.shares[group], default=None)
+
+
+def blame(split: Split, calm: Calmed | None, damage: Attribution | None) -> Blame:
+    """Put the parts together; pure.
+
+    The batch's part of the jump (half of what only both together make included) is the data's, as far as it is still there under calmed weights; what is not is
+    a step too long all along. The weights' part is shared out as the damage of the located update is; without one it stays untold.
+
+    Args:
+        split: The batch against the weights.
+        calm: The batch under calmed weights, where that was tried.
+        damage: The factors of the update that did the damage, where there is one.
+    """
+    if split.verdict in ("noise", "not_reproduced"):
+        return Blame(shares={})
+    half = split.interaction / 2
+    data, weights = max(split.data + half, 0.0), max(split.weights + half, 0.0)
+    shares = dict.fromkeys(GROUPS, 0.0)
+    kept = 1.0 if calm is None else calm.left
+    shares["data"] += data * kept
+    shares["intrinsic"] += data * (1.0 - kept)
+    if damage is not None:
+        parts = {share.group: max(share.share, 0.0) for share in damage.shares}
+        parts["intrinsic"] = max(damage.intrinsic, 0.0)
+        whole = sum(parts.values())
+        for group, part in parts.items():
+            shares[group] += weights * part / whole if whole > 0 else 0.0
+    total = sum(shares.values())
+    return Blame(shares={g: s / total for g, s in shares.items()} if total > 0 else {})
+
+
+def blame_outside(kind: str) -> Blame:
+    """All of it came from outside: into the optimizer's state or into the weights.
+
+    Args:
+        kind: `"optimizer"` or `"weights"`.
+    """
+    shares = dict.fromkeys(GROUPS, 0.0)
+    shares["optimizer" if kind == "optimizer" else "outside"] = 1.0
+    return Blame(shares=shares)

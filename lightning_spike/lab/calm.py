@@ -1,0 +1,77 @@
+"""Is the batch still out of the ordinary for weights that have come to rest?"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from lightning_spike.actions.batch_ring import RingEntry
+from lightning_spike.actions.state_copy import copy_module
+from lightning_spike.lab.evaluate import log_scale, losses_under
+from lightning_spike.lab.isolation import Bench
+from lightning_spike.lab.reproduce import Leg
+from lightning_spike.lab.update import Update, make_update
+
+__all__ = ["Calmed", "calmed"]
+
+CALMER: Final = 0.1
+"""Factor on the learning rates while the weights come to rest."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Calmed:
+    """How a batch stands to ordinary ones before and after the weights have come to rest."""
+
+    before: float
+    """Its log-loss over their mean, under the weights as they were (difference of the losses where they can be negative)."""
+    after: float
+    """The same, under the calmed ones."""
+    scatter: float
+    """Standard deviation of the ordinary batches' log-losses under the calmed weights."""
+    steps: int
+
+    @property
+    def left(self) -> float:
+        """Share of the batch's excess that is left, in [0, 1]; 1 where there was none."""
+        return min(max(self.after / self.before, 0.0), 1.0) if self.before > 0 else 1.0
+
+
+def calmed(bench: Bench, legs: Sequence[Leg], spike: RingEntry, controls: Sequence[RingEntry]) -> Calmed | None:
+    """Train the last updates before the onset once more with a tenth of the rate, and look at the batch again; `None` without updates.
+
+    A batch with wrong labels or values stands out for any sensible weights. One that only stands out while steps are too long for the loss surface, so that the weights are
+    thrown about, is ordinary once they have come to rest: then the rate is to blame, with no event to be seen. (One-step tests do not show a chronically high
+    rate, science.md 2.3 and 2b.6.) Not a test of a cause by a safer value: what is looked at is the batch, and its loss *over* the others'.
+
+    Args:
+        bench: Inside `isolated(..., with_optimizers=True)`.
+        legs: The kept updates of the re-run.
+        spike: The batch of the onset.
+        controls: Ordinary batches.
+    """
+    if not legs:
+        return None
+    before = losses_under(bench, legs[-1].before.weights, [spike, *controls], like=spike)
+    bench.rewind()
+    legs[0].before.load(bench)
+    for leg in legs:
+        if make_update(bench, _calmer(leg.update)).spoilt_at is not None:
+            return None
+    after = losses_under(bench, copy_module(bench.module), [spike, *controls], like=spike)
+    scale = log_scale(before, after)
+    f_before, f_after = scale(before), scale(after)
+    return Calmed(
+        before=float(f_before[0] - f_before[1:].mean()),
+        after=float(f_after[0] - f_after[1:].mean()),
+        scatter=float(np.std(f_after[1:], ddof=1)) if len(controls) > 1 else 0.0,
+        steps=len(legs),
+    )
+
+
+def _calmer(update: Update) -> Update:
+    settings = tuple(
+        [{**group, "lr": group["lr"] * CALMER} if "lr" in group else group for group in step]
+        for step in update.settings
+    )
+    return dataclasses.replace(update, settings=settings)

@@ -1,0 +1,68 @@
+"""The losses of batches under given weights, all under the same random state, on the scale on which a jump is measured."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from lightning_spike.actions.batch_ring import RingEntry
+from lightning_spike.actions.state_copy import load_module
+from lightning_spike.lab.errors import CannotReplay
+from lightning_spike.lab.isolation import Bench, loss_of
+
+__all__ = ["HIGHEST", "Numbers", "log_scale", "losses_under"]
+
+HIGHEST: Final = 1e6
+"""Losses above, and those that are not finite, count as this (science of the 2 x 2: log-loss, clipped)."""
+
+Numbers = npt.NDArray[np.float64]
+
+
+def losses_under(
+    bench: Bench, weights: Mapping[str, Tensor], entries: Sequence[RingEntry], *, like: RingEntry
+) -> Numbers:
+    """The loss of each batch under these weights, in train mode, each from the same start.
+
+    Common random numbers: dropout masks and augmentation drawn in the step are those of the batch `like`, so that two sets of weights are
+    compared on the same thing.
+
+    Args:
+        bench: Inside `isolated`; rewound before every evaluation.
+        weights: Parameters and buffers, as `copy_module` gives them.
+        entries: The batches.
+        like: Whose random state and place in the run all are given.
+
+    Returns:
+        float64, shape `(len(entries),)`; NaN and Inf are kept.
+
+    Raises:
+        CannotReplay: A step gave no loss.
+    """
+    return np.array([_loss(bench, weights, entry, like) for entry in entries], dtype=np.float64)
+
+
+def log_scale(*losses: Numbers) -> Callable[[Numbers], Numbers]:
+    """The logarithm, or nothing at all where one of these losses is negative; what is not finite counts as `HIGHEST`.
+
+    On the logarithm a batch that makes the loss ten times as high and weights that do so add up; on the losses themselves the largest would say everything.
+    """
+    finite = np.concatenate([values[np.isfinite(values)] for values in losses])
+    logs = finite.size == 0 or finite.min() > 0
+
+    def scaled(values: Numbers) -> Numbers:
+        clipped = np.minimum(np.where(np.isfinite(values), values, HIGHEST), HIGHEST)
+        return np.asarray(np.log(clipped) if logs else clipped, dtype=np.float64)
+
+    return scaled
+
+
+def _loss(bench: Bench, weights: Mapping[str, Tensor], entry: RingEntry, like: RingEntry) -> float:
+    bench.rewind()
+    load_module(bench.module, weights)
+    loss = loss_of(bench.step(entry.batch, entry.at.batch_idx, random=like.rng, at=like.at))
+    if loss is None:
+        msg = f"training_step returned no loss at step {entry.at.step}"
+        raise CannotReplay(msg)
+    return float(loss.detach())

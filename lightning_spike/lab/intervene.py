@@ -1,0 +1,197 @@
+"""Make the update that did the damage once more, with one thing about it as it usually was, and see what is left of the damage."""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from lightning_spike.actions.batch_ring import RingEntry
+from lightning_spike.actions.state_copy import copy_module
+from lightning_spike.lab.evaluate import Numbers, log_scale, losses_under
+from lightning_spike.lab.factors.batch import Batch
+from lightning_spike.lab.factors.epsilon import Epsilon
+from lightning_spike.lab.factors.factor import Around, Factor
+from lightning_spike.lab.factors.learning_rate import LearningRate
+from lightning_spike.lab.factors.optimizer_state import Momentum, OptimizerState, SecondMoments
+from lightning_spike.lab.factors.precision import Precision
+from lightning_spike.lab.isolation import Bench
+from lightning_spike.lab.locate import Damage
+from lightning_spike.lab.reproduce import Leg, Reproduction
+from lightning_spike.lab.scene import Scene
+from lightning_spike.lab.shapley import shapley
+from lightning_spike.lab.update import Update, make_update
+
+__all__ = ["Attribution", "Share", "attribute", "surroundings"]
+
+RECENT: Final = 32
+"""Optimizer steps whose median rate is the recent normal one (science.md 2b.4)."""
+FIRST: Final[tuple[Factor, ...]] = (Batch(), LearningRate(), OptimizerState())
+"""The factors that are always tried, together: 2^3 outcomes (science.md 2b.4)."""
+FURTHER: Final[Mapping[str, tuple[Factor, ...]]] = {
+    "optimizer_state": (Momentum(), SecondMoments(), Epsilon()),
+    "intrinsic": (Epsilon(), Precision()),
+}
+"""What is tried where one of the first, or what they leave over, has a share worth looking into."""
+WORTH: Final = 0.25
+"""Share of the damage from which a factor is looked into."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What one factor has in the damage of an update."""
+
+    factor: str
+    group: str
+    share: float
+    """Shapley share of the damage; what is negative made it smaller."""
+    error: float
+    """Standard error of it, from control batch to control batch."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Attribution:
+    """The damage of one update, in parts that add up to 1."""
+
+    ordinal: int
+    """The batch that closed the update."""
+    step: int
+    damage: float
+    """Mean log-ratio of the control batches' losses after and before (their difference where they can be negative)."""
+    shares: tuple[Share, ...]
+    """Of the factors that were not at their normal value, the largest first."""
+    finer: tuple[Share, ...]
+    """What the largest of them, or the remainder, is made of: a factorial of its own, of the same damage."""
+    intrinsic: float
+    """What is left with all of them normal: the step was too long for this loss surface whatever it was made with."""
+    normal: tuple[str, ...]
+    """Factors that were at their normal value, so could not be to blame."""
+
+
+def surroundings(scene: Scene, again: Reproduction, leg: int, controls: Sequence[RingEntry]) -> Around:
+    """What was normal around one of the kept updates.
+
+    Args:
+        scene: The episode.
+        again: Its re-run.
+        leg: The place of the update in `again.legs`.
+        controls: Ordinary batches, the most ordinary first.
+    """
+    before = again.legs[leg].update.ordinal
+    ordinals = sorted(k for k in scene.settings if k < before)[-RECENT:]
+    optimizer = scene.trainer.optimizers[0]
+    return Around(
+        legs=again.legs[: leg + 1],
+        controls=controls,
+        settings=[step for k in ordinals for step in scene.settings[k][:1]],
+        defaults=_defaults(type(optimizer)),
+        is_mixed="mixed" in str(scene.trainer.precision),
+    )
+
+
+def attribute(
+    bench: Bench, damage: Damage, leg: Leg, around: Around, controls: Sequence[RingEntry], *, like: RingEntry
+) -> Attribution:
+    """Which of the factors made the damage of an update, alone and together.
+
+    Every combination of the factors that were not normal is run: those in it as they were, the others at their recent normal value; the worth of a combination is the
+    control batches' loss after the update. The shares are Shapley values, batch by batch of the controls, which gives their uncertainty. Costs up
+    to 2^3 updates and evaluations, and as many again where one factor is looked into; an update that is known already is not made again.
+
+    Args:
+        bench: Inside `isolated(..., with_optimizers=True)`.
+        damage: The update's, from `damage_on_the_way`.
+        leg: The update.
+        around: What was normal around it.
+        controls: The batches that `damage` was measured on.
+        like: Whose random state all evaluations are given.
+    """
+    cells = _Cells(bench, leg, around, controls, like, damage)
+    shares, normal = cells.shares(FIRST)
+    intrinsic = cells.left_over(FIRST)
+    largest = max(shares, key=lambda s: s.share, default=None)
+    closer = "intrinsic" if largest is None or intrinsic > largest.share else largest.factor
+    finer: list[Share] = []
+    if closer in FURTHER and max(intrinsic, largest.share if largest else 0.0) >= WORTH:
+        finer, further = cells.shares(FURTHER[closer])
+        normal += further
+    last = leg.update.entries[-1].at
+    return Attribution(
+        ordinal=last.ordinal,
+        step=last.step,
+        damage=damage.log_rise,
+        shares=tuple(shares),
+        finer=tuple(finer),
+        intrinsic=intrinsic,
+        normal=tuple(normal),
+    )
+
+
+class _Cells:
+    """The outcomes of one update under combinations of factors, each made once."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        leg: Leg,
+        around: Around,
+        controls: Sequence[RingEntry],
+        like: RingEntry,
+        damage: Damage,
+    ) -> None:
+        self._bench, self._leg, self._around = bench, leg, around
+        self._controls, self._like, self._damage = controls, like, damage
+        self._known: dict[frozenset[str], Numbers] = {frozenset(): damage.after}
+
+    def shares(self, factors: Sequence[Factor]) -> tuple[list[Share], list[str]]:
+        """Of the factors that were not normal, the largest first; and the names of those that were."""
+        active = self._active(factors)
+        by_id = {factor.id: factor for factor in active}
+        rises = shapley(list(by_id), lambda actual: self._rise([f for f in active if f.id not in actual]))
+        shares = [
+            Share(factor=name, group=by_id[name].group, share=self._part(rise), error=self._error(rise))
+            for name, rise in rises.items()
+        ]
+        return sorted(shares, key=lambda s: -s.share), [f.id for f in factors if f not in active]
+
+    def left_over(self, factors: Sequence[Factor]) -> float:
+        """Share of the damage with all of them normal."""
+        return self._part(self._rise(self._active(factors)))
+
+    def _active(self, factors: Sequence[Factor]) -> list[Factor]:
+        return [factor for factor in factors if factor.normal(self._leg.update, self._around) is not None]
+
+    def _rise(self, normal: Sequence[Factor]) -> Numbers:
+        """Rise of the control batches' losses over the update with these factors normal, batch by batch."""
+        names = frozenset(factor.id for factor in normal)
+        if names not in self._known:
+            self._known[names] = self._outcome(normal)
+        before, after = self._damage.before, self._known[names]
+        scale = log_scale(before, self._damage.after)
+        return np.asarray(scale(after) - scale(before), dtype=np.float64)
+
+    def _outcome(self, normal: Sequence[Factor]) -> Numbers:
+        update: Update = self._leg.update
+        for factor in normal:
+            update = factor.normal(update, self._around) or update
+        self._bench.rewind()
+        self._leg.before.load(self._bench)
+        made = make_update(self._bench, update)
+        if made.spoilt_at is not None:
+            return np.full(len(self._controls), math.nan)
+        return losses_under(self._bench, copy_module(self._bench.module), self._controls, like=self._like)
+
+    def _part(self, rise: Numbers) -> float:
+        whole = self._damage.log_rise
+        return float(rise.mean()) / whole if whole > 0 else 0.0
+
+    def _error(self, rise: Numbers) -> float:
+        whole = self._damage.log_rise
+        return float(rise.std(ddof=1) / math.sqrt(len(rise))) / whole if whole > 0 and len(rise) > 1 else math.nan
+
+
+def _defaults(kind: type) -> Mapping[str, Any]:
+    parameters = inspect.signature(kind).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
