@@ -1,0 +1,125 @@
+"""Faults that only an optimizer with a second moment can have."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_spike.testing.batch_edit import generator_for, some_of
+from lightning_spike.testing.fault import LastingFault, Needs, Scale
+from lightning_spike.testing.gradients import alter_gradients
+from lightning_spike.testing.settings import SettingsFault
+
+__all__ = ["EpsilonUnderflow", "GradientsOutgrowSecondMoment", "NoiseAtFullSize"]
+
+TINY: Final = 1e-12
+"""Factor on gradients that makes them far smaller than Adam's usual epsilon of 1e-8."""
+
+FAR_BELOW: Final = 1e-30
+"""An epsilon that has no effect in float32 beside gradients of that size."""
+
+
+def _need_adam(fault: LastingFault, trainer: Trainer) -> None:
+    if not any("betas" in group and "eps" in group for o in trainer.optimizers for group in o.param_groups):
+        raise fault.refuse(Needs.ADAM, [type(o).__name__ for o in trainer.optimizers])
+
+
+class GradientsOutgrowSecondMoment(LastingFault):
+    """Gradients grow at once and stay so, faster than Adam's second moment follows: rare tokens come in, a frozen part of the loss wakes up.
+
+    The gradients are multiplied by strength. The first updates are up to `(1 - beta1^k) / sqrt(1 - beta2^k)` times the usual size, about 6 with the usual
+    betas late in a run, until v_t has caught up (Wortsman et al. 2023, "Stable and low-precision training for large-scale vision-language models", section 3,
+    who measure it as the RMS of the gradient over the root of v_t). With SGD it would be an explosion; Adam bears any lasting factor.
+
+    Args:
+        at: The first batch with larger gradients: batches begun in the whole run before it, from 0.
+        strength: Factor on the gradients.
+        length: Batches that it lasts; `None` to the end of the run.
+        seed: Not used; nothing is drawn.
+    """
+
+    cause = "stale_second_moment"
+    SCALE: ClassVar[Scale] = Scale(means="the factor on the gradients", above=1)
+    MILD: ClassVar[Mapping[str, Any]] = {"strength": 30.0}
+    STRONG: ClassVar[Mapping[str, Any]] = {"strength": 1000.0}
+    NEEDS: ClassVar[frozenset[Needs]] = frozenset({Needs.ADAM})
+
+    @override
+    def prepare(self, trainer: Trainer, module: LightningModule) -> None:
+        _need_adam(self, trainer)
+        alter_gradients(self, trainer, module, lambda gradient, _: gradient * self.strength)
+
+
+class EpsilonUnderflow(SettingsFault):
+    """Adam's epsilon is lost: 1e-8 in a half-precision optimizer is 0, and then a weight that never had a gradient gets 0 / 0.
+
+    Some weights of every parameter never get a gradient, as those of a unit that is never active; with any epsilon their update is 0. At the batch
+    `at` the epsilon of every group becomes 0, and their update is NaN.
+
+    Args:
+        at: The first batch without an epsilon: batches begun in the whole run before it, from 0.
+        strength: Share of the weights of each parameter that never get a gradient, at least one.
+        length: Batches that it lasts; `None` to the end of the run.
+        seed: Of the choice of weights.
+    """
+
+    cause = "adam_epsilon_too_small"
+    FROM_START = True
+    SCALE: ClassVar[Scale] = Scale(means="the share of the weights without a gradient", above=0, at_most=1)
+    MILD: ClassVar[Mapping[str, Any]] = {"strength": 1e-9}
+    STRONG: ClassVar[Mapping[str, Any]] = {"strength": 0.1}
+    NEEDS: ClassVar[frozenset[Needs]] = frozenset({Needs.ADAM})
+
+    @override
+    def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        return {"eps": 0.0} if "eps" in group else {}
+
+    @override
+    def prepare(self, trainer: Trainer, module: LightningModule) -> None:
+        super().prepare(trainer, module)
+        _need_adam(self, trainer)
+        alter_gradients(self, trainer, module, self._masked, always=True)
+
+    def _masked(self, gradient: Tensor, number: int) -> Tensor:
+        where = some_of(gradient.numel(), self.strength, generator_for(self.seed, number), gradient.device)
+        return gradient.flatten().index_fill(0, where, 0.0).reshape(gradient.shape)
+
+
+class NoiseAtFullSize(SettingsFault):
+    """Gradients far below the usual epsilon and an epsilon far below them: Adam turns their rounding noise into updates of full size.
+
+    From the batch `at` on the epsilon of every group is 1e-30, and the gradients are `1e-12 * (g + strength * rms(g) * noise)`. Since v_t forgets slowly, it
+    only bites where it begins with the run.
+
+    Args:
+        at: The first batch with it: batches begun in the whole run before it; 0 for the beginning of the run.
+        strength: Noise over signal in the gradients.
+        length: Batches that it lasts; `None` to the end of the run.
+        seed: Of the noise.
+    """
+
+    cause = "adam_epsilon_too_small"
+    FROM_START = True
+    SCALE: ClassVar[Scale] = Scale(means="the noise over the signal in the gradients", at_least=0)
+    MILD: ClassVar[Mapping[str, Any]] = {"strength": 10.0}
+    STRONG: ClassVar[Mapping[str, Any]] = {"strength": 100.0}
+    NEEDS: ClassVar[frozenset[Needs]] = frozenset({Needs.ADAM})
+
+    @override
+    def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        return {"eps": FAR_BELOW} if "eps" in group else {}
+
+    @override
+    def prepare(self, trainer: Trainer, module: LightningModule) -> None:
+        super().prepare(trainer, module)
+        _need_adam(self, trainer)
+
+        def drowned(gradient: Tensor, number: int) -> Tensor:
+            generator = generator_for(self.seed + number, trainer.global_step)
+            noise = torch.randn(gradient.shape, generator=generator).to(gradient)
+            return TINY * (gradient + self.strength * gradient.square().mean().sqrt() * noise)
+
+        alter_gradients(self, trainer, module, drowned)
