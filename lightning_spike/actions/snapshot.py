@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_spike.actions import state_copy
+from lightning_spike.actions.own_state import OwnState, copy_own
 from lightning_spike.actions.running_means import RunningMean, take_running_means
 from lightning_spike.flight.participant import Participant, TrainingBatch
 from lightning_spike.recorder import Arrival
@@ -55,11 +56,16 @@ class Snapshot:
     """Averaged models that callbacks hold (EMA, SWA), by place."""
     means: dict[str, RunningMean]
     """The running means of `self.log(on_epoch=True)` as they stood."""
+    own: OwnState | None = None
+    """What the module keeps in attributes: counters, metrics, hidden states. For re-runs only."""
+    gradients: dict[str, Tensor] | None = None
+    """Under manual optimisation, where nobody else knows whether they are used up; by parameter name. For re-runs only."""
 
     def load_into(self, trainer: Trainer, module: LightningModule, *, hyperparameters: bool = False) -> None:
         """Put weights, buffers, optimizers, loss scale and averaged models back, in place; never aliases, so it can be done again.
 
-        Random states, gradients, schedulers, loops and logged means are left alone. Does not wait for the device.
+        Random states, gradients, schedulers, loops, logged means and attributes of the module are left alone, as the run goes on from where it is. Does not
+        wait for the device.
 
         Args:
             trainer: The trainer whose optimizers and precision plugin are written to.
@@ -207,6 +213,8 @@ class Snapshots(Participant):
             rng=RandomState.take(),
             averages=state_copy.copy_averages(trainer, module, to_host=to_host),
             means=take_running_means(trainer),
+            own=copy_own(module),
+            gradients=None if module.automatic_optimization else state_copy.copy_gradients(module, to_host=to_host),
         )
         for name, flag in _finite_flags(trainer, module).items():
             self.flight.recorder.put(name, flag)

@@ -16,10 +16,12 @@ from torch.utils import _pytree as pytree
 
 __all__ = [
     "copy_averages",
+    "copy_gradients",
     "copy_module",
     "copy_optimizer",
     "copy_scaler",
     "load_averages",
+    "load_gradients",
     "load_module",
     "load_optimizer",
     "load_scaler",
@@ -60,6 +62,17 @@ def load_module(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
         for name, tensor in _named_tensors(module):
             if name in saved:
                 tensor.copy_(saved[name], non_blocking=True)
+
+
+def copy_gradients(module: nn.Module, *, to_host: bool = False) -> dict[str, Tensor]:
+    """The gradients that parameters hold, by the parameters' names: under manual optimisation they may be sums that are not yet used."""
+    return {name: _copy(p.grad, to_host=to_host) for name, p in module.named_parameters() if p.grad is not None}
+
+
+def load_gradients(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Give parameters clones of these gradients, and none to those that had none."""
+    for name, parameter in module.named_parameters():
+        parameter.grad = saved[name].to(parameter.device, copy=True) if name in saved else None
 
 
 def copy_optimizer(optimizer: Optimizer, *, to_host: bool = False) -> dict[str, Any]:

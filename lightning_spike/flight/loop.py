@@ -15,7 +15,7 @@ from lightning_spike.flight.participant import Participant, TrainingBatch
 from lightning_spike.flight.warn import warn
 from lightning_spike.recorder import Arrival, Recorder
 from lightning_spike.records import Disabled, Episode, Moment, RunStatus
-from lightning_spike.signals.loss import training_losses
+from lightning_spike.signals.loss import batch_losses
 from lightning_spike.store import ATTRIBUTE, TrainerStateStore
 
 __all__ = ["Flight"]
@@ -188,15 +188,9 @@ class Flight:
             self.store.replace_episode(episode)
 
     def _put_losses(self, outputs: object) -> None:
-        """The returned loss, else what manual backward passes were called with; a single one of those is the loss."""
         facts = self.store.facts
-        losses = training_losses(
-            outputs, divided_by=facts.accumulate_grad_batches if facts.automatic_optimization else 1
-        )
-        if "loss" not in losses:
-            single = len(self._backward_losses) == 1
-            losses |= {"loss" if single else f"loss/backward{k}": loss for k, loss in enumerate(self._backward_losses)}
-        for name, loss in losses.items():
+        divided_by = facts.accumulate_grad_batches if facts.automatic_optimization else 1
+        for name, loss in batch_losses(outputs, self._backward_losses, divided_by=divided_by).items():
             self.recorder.put(name, loss)
 
     def _judge(self, arrivals: Sequence[Arrival]) -> list[Episode]:

@@ -2,19 +2,23 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.call import _call_lightning_module_hook
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.kept import Kept
+from lightning_spike.lab.surroundings import Places, Surroundings, set_position, standing_in
+from lightning_spike.lab.without_updates import without_schedulers, without_updates
 from lightning_spike.records import Moment
+from lightning_spike.signals.loss import batch_losses
 from lightning_spike.signals.random_state import RandomState
 
 __all__ = ["Bench", "eagerly", "isolated", "loss_of"]
@@ -37,9 +41,7 @@ class Bench:
         self.module = module
         self._random = RandomState.take()
         self._state = Kept(_roots(trainer, module, with_optimizers), leave=_left(trainer, with_optimizers))
-        self._loggers = list(trainer.loggers)
-        self._should_stop = trainer.should_stop
-        self._position = trainer.global_step, trainer.current_epoch
+        self._surroundings = Surroundings(trainer)
         self._batches: dict[int, tuple[object, Kept]] = {}
         self.steps = 0
         """How often `training_step` was run: what an examination costs, whatever the machine."""
@@ -53,10 +55,13 @@ class Bench:
         at: Moment | None = None,
         in_float32: bool = False,
     ) -> Any:  # noqa: ANN401 - as training_step
-        """Run `training_step` once, with gradients, under the run's own precision, without `torch.compile`.
+        """Run `training_step` once to look at it: with gradients, under the run's own precision, without `torch.compile`, on this rank alone.
 
         Buffers, counters and random states move on as they do in training; `rewind` takes them back. What the step writes into the batch stays
         there until the next step on this batch, `rewind` or the end, for a backward pass may need it.
+
+        Under manual optimisation the step runs without its backward passes and updates: `manual_backward` takes down the loss, `step` runs its closure only, and
+        `zero_grad`, toggling, clipping and schedulers do nothing. Not so for a bare `loss.backward()`.
 
         Args:
             batch: The batch, on the module's device.
@@ -66,21 +71,68 @@ class Bench:
             in_float32: Without autocast, in the precision of the weights.
 
         Returns:
-            What `training_step` returned, with its graph. Blocks as much as the step itself does.
+            What `training_step` returned, with its graph; under manual optimisation, if that holds no loss, a dict with the `"loss"` of the backward pass, or
+            with their sum and each of them (`"loss/backward0"`). Blocks as much as the step itself does.
 
         Raises:
             CannotReplay: The batch holds something that cannot be put back.
         """
-        self._keep(batch)
-        if random is not None:
-            random.restore()
-        if at is not None:
-            _set_position(self.trainer, at.step, at.epoch)
+        self._set_out(batch, random, at)
         arguments = (batch, batch_idx) if _takes_index(self.module) else (batch,)
-        autocast = contextlib.nullcontext() if in_float32 else self.trainer.precision_plugin.train_step_context()
-        with torch.enable_grad(), eagerly(), autocast:
-            self.steps += 1
-            return self.module.training_step(*arguments)
+        with torch.enable_grad(), eagerly(), self._precision(in_float32), without_updates(self.module) as losses:
+            outputs = self.module.training_step(*arguments)
+        return _with_loss(outputs, losses)
+
+    def train(
+        self,
+        batch: object,
+        batch_idx: int,
+        *,
+        random: RandomState,
+        at: Moment,
+        closes: bool,
+        listener: Callback,
+        in_float32: bool = False,
+    ) -> Any:  # noqa: ANN401 - as Lightning hands it on
+        """Train on one batch as the run did: Lightning's own loop, its strategy, compiled code and the optimizers, and no callback but one.
+
+        The module's hooks from `on_train_batch_start` to `on_train_batch_end` are run; schedulers are not stepped. Under DDP every rank must call it alike.
+
+        Args:
+            batch: As in `step`, as the next ones.
+            batch_idx: Also where in an accumulation window the batch is.
+            random: Taken before the batch.
+            at: Where in the run it was.
+            closes: The optimizer steps after this batch. Without a meaning under manual optimisation.
+            listener: Gets `on_before_backward`, `on_after_backward` and `on_before_optimizer_step`, as any callback.
+            in_float32: Without autocast.
+
+        Returns:
+            What `on_train_batch_end` is given: under automatic optimisation the loss, detached and divided by the accumulation.
+
+        Raises:
+            CannotReplay: The batch holds something that cannot be put back.
+            Exception: What the listener or the module's code raises; `rewind` is needed then.
+        """
+        self._set_out(batch, random, at)
+        loops, module = self.trainer.fit_loop.epoch_loop, self.module
+        arguments = OrderedDict(batch=batch, batch_idx=batch_idx) if _takes_index(module) else OrderedDict(batch=batch)
+        with self._as_trained(listener, in_float32=in_float32), _accumulating(self.trainer, accumulates=not closes):
+            _call_lightning_module_hook(self.trainer, "on_train_batch_start", batch, batch_idx)
+            if module.automatic_optimization:
+                outputs: Any = loops.automatic_optimization.run(self.trainer.optimizers[0], batch_idx, arguments)
+            else:
+                outputs = loops.manual_optimization.run(arguments)
+            _call_lightning_module_hook(self.trainer, "on_train_batch_end", outputs, batch, batch_idx)
+        return outputs
+
+    def loss_as_trained(self, batch: object, batch_idx: int, *, random: RandomState, at: Moment) -> Any:  # noqa: ANN401 - as training_step
+        """Run `training_step` as `train` does, without backward pass and update; for automatic optimisation."""
+        self._set_out(batch, random, at)
+        arguments = (batch, batch_idx) if _takes_index(self.module) else (batch,)
+        with self._as_trained(None, in_float32=False):
+            _call_lightning_module_hook(self.trainer, "on_train_batch_start", batch, batch_idx)
+            return self.trainer.strategy.training_step(*arguments)
 
     def rewind(self) -> None:
         """Bring weights, buffers, gradients, modes, attributes and batches back to what they were when the isolation began."""
@@ -92,6 +144,41 @@ class Bench:
         held = self._batches.pop(id(batch), None)
         if held is not None:
             held[1].put_back()
+
+    def _set_out(self, batch: object, random: RandomState | None, at: Moment | None) -> None:
+        self._keep(batch)
+        if random is not None:
+            random.restore()
+        if at is not None:
+            set_position(self.trainer, at)
+        self.steps += 1
+
+    def _precision(self, in_float32: bool) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if in_float32 else self.trainer.precision_plugin.train_step_context()
+
+    @contextlib.contextmanager
+    def _as_trained(self, listener: Callback | None, *, in_float32: bool) -> Iterator[None]:
+        trainer = self.trainer
+        # The strategy enters the plugin's context by itself; float32 is had by giving it an empty one.
+        precision = {"train_step_context": contextlib.nullcontext} if in_float32 else {}
+        places: Places = [
+            (vars(trainer), {"callbacks": [listener] if listener else []}),
+            (vars(trainer.precision_plugin), precision),
+        ]
+        with torch.enable_grad(), self._as_compiled(), without_schedulers(self.module), standing_in(places):
+            yield
+
+    @contextlib.contextmanager
+    def _as_compiled(self) -> Iterator[None]:
+        """Compiled code was traced with the real `self.log`; with another one it would be compiled again. What it logs is taken back by `rewind`."""
+        if self.module._compiler_ctx is None:  # noqa: SLF001 - where Lightning keeps that a module was compiled
+            yield
+            return
+        muted = {name: self.module.__dict__.pop(name) for name in MUTED if self.module.__dict__.get(name) is _swallow}
+        try:
+            yield
+        finally:
+            self.module.__dict__.update(muted)
 
     def _put_back(self) -> None:
         self._state.put_back()
@@ -105,20 +192,21 @@ class Bench:
         else:
             self._batches[id(batch)] = (batch, Kept([("batch", batch)]))
 
+    def _begin(self) -> None:
+        self._surroundings.mute()
+        self._mute()
+
     def _mute(self) -> None:
         for part in self.module.modules():
             if isinstance(part, LightningModule):
                 part.__dict__.update(dict.fromkeys(MUTED, _swallow))
         self.module.__dict__["_current_fx_name"] = "training_step"
-        self.trainer.loggers = [DummyLogger() for _ in self._loggers]
 
     def _end(self) -> None:
         try:
             self._put_back()
         finally:
-            self.trainer.loggers = self._loggers
-            self.trainer.should_stop = self._should_stop
-            _set_position(self.trainer, *self._position)
+            self._surroundings.put_back()
             self._random.restore()
 
 
@@ -128,8 +216,8 @@ def isolated(trainer: Trainer, module: LightningModule, *, with_optimizers: bool
 
     As it was, to the bit: weights, buffers (also those that are not persistent), gradients, `requires_grad`, the mode of every submodule, hooks, all random
     generators (global ones, and those that hang on the module), torchmetrics and every attribute of the module tree down through lists, dicts,
-    arrays and objects of the user's own, the batch, `trainer.should_stop`, the trainer's metrics, the optimizers' param groups and the
-    schedulers. `self.log`, `self.log_dict`, `self.print` and the loggers hear nothing.
+    arrays and objects of the user's own, the batch, `trainer.should_stop`, the trainer's metrics, its progress, the optimizers' param groups, the
+    schedulers and the loss scaler. `self.log`, `self.log_dict`, `self.print`, the loggers, the profiler and the trainer's callbacks hear nothing.
 
     Not undone, since nobody can: what `training_step` writes to a file, a socket or a writer object of its own, prints itself, keeps in a global or
     in the cell of a closure, and what forward hooks of other parties keep outside the module.
@@ -145,12 +233,12 @@ def isolated(trainer: Trainer, module: LightningModule, *, with_optimizers: bool
         The bench to run steps on.
 
     Raises:
-        CannotReplay: The module optimises by hand, is sharded, reads the data itself, or holds what cannot be put back. Nothing has been touched then.
+        CannotReplay: The module is sharded, reads the data itself, or holds what cannot be put back. Nothing has been touched then.
     """
     _refuse(trainer, module)
     bench = Bench(trainer, module, with_optimizers=with_optimizers)
     try:
-        bench._mute()  # noqa: SLF001 - the two are one
+        bench._begin()  # noqa: SLF001 - the two are one
         yield bench
     finally:
         bench._end()  # noqa: SLF001
@@ -171,9 +259,6 @@ def eagerly() -> Iterator[None]:
 
 
 def _refuse(trainer: Trainer, module: LightningModule) -> None:
-    if not module.automatic_optimization:
-        msg = "the module optimises by hand: its training_step steps the optimizers, so it cannot be run without changing the weights"
-        raise CannotReplay(msg)
     if isinstance(trainer.strategy, SHARDED):
         msg = f"under {type(trainer.strategy).__name__} the weights are in pieces; single processes cannot run a step by themselves"
         raise CannotReplay(msg)
@@ -184,12 +269,14 @@ def _refuse(trainer: Trainer, module: LightningModule) -> None:
 
 def _roots(trainer: Trainer, module: LightningModule, with_optimizers: bool) -> list[tuple[str, object]]:
     optimizers = [vars(o) if with_optimizers else o.param_groups for o in trainer.optimizers]
+    scaler: object = getattr(trainer.precision_plugin, "scaler", None)
     return [
         ("module", module),
         ("trainer results", trainer._results),  # noqa: SLF001 - what `callback_metrics` is computed from, and cached in
         ("trainer metrics", vars(trainer._logger_connector)),  # noqa: SLF001 - holds the dicts behind `callback_metrics`
         ("optimizers", optimizers),
         ("schedulers", [vars(c.scheduler) for c in trainer.lr_scheduler_configs]),
+        ("loss scaler", vars(scaler) if scaler is not None else {}),
     ]
 
 
@@ -198,10 +285,19 @@ def _left(trainer: Trainer, with_optimizers: bool) -> list[object]:
     return [] if with_optimizers else [o.state for o in trainer.optimizers]
 
 
-def _set_position(trainer: Trainer, step: int, epoch: int) -> None:
-    """Under automatic optimisation these two counters are all that `global_step` and `current_epoch` read."""
-    trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
-    trainer.fit_loop.epoch_progress.current.completed = epoch
+@contextlib.contextmanager
+def _accumulating(trainer: Trainer, *, accumulates: bool) -> Iterator[None]:
+    """What Lightning's loop asks to know whether to step; by itself it would go by the batch that the training is at."""
+    with standing_in([(trainer.fit_loop.epoch_loop.__dict__, {"_should_accumulate": lambda: accumulates})]):
+        yield
+
+
+def _with_loss(outputs: Any, losses: Sequence[Tensor]) -> Any:  # noqa: ANN401 - as training_step
+    if not losses or loss_of(outputs) is not None:
+        return outputs
+    named = batch_losses(None, losses)
+    total = torch.stack([loss.reshape(()) for loss in losses]).sum()
+    return {**(outputs if isinstance(outputs, Mapping) else {}), **named, "loss": total}
 
 
 def _takes_index(module: LightningModule) -> bool:

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from torch import Tensor
+from torch.optim import LBFGS
 
 from lightning_spike.actions.batch_ring import RingEntry
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.isolation import Bench, loss_of
 from lightning_spike.lab.state import TrainState
-from lightning_spike.lab.update import Made, Settings, Update, check_updates, make_update, updates_of
+from lightning_spike.lab.update import Made, Settings, Update, make_update, updates_of
 
 __all__ = ["Leg", "Reproduction", "is_same", "reproduce"]
 
@@ -77,24 +78,26 @@ def reproduce(
         recorded: The training losses by ordinal.
 
     Raises:
-        CannotReplay: Updates that cannot be made again, or a batch that is not held any more or was changed in place.
+        CannotReplay: Settings that are not known, or a batch that is not held any more or was changed in place.
     """
-    check_updates(bench.trainer)
     _check_batches(start, entries)
     start.load(bench)
     legs: deque[Leg] = deque(maxlen=_legs_to_keep(start))
     differs_at: int | None = None
-    for update in updates_of(entries, settings):
+    by_hand = not bench.module.automatic_optimization
+    for update in updates_of(entries, settings, by_hand=by_hand):
         leg = Leg(before=TrainState.take(bench, update.entries[0].at), update=update, made=make_update(bench, update))
         differs_at = _first_difference(leg, recorded) if differs_at is None else differs_at
         if leg.made.spoilt_at is not None:
             return _ended(legs, leg.before, update.entries[leg.made.spoilt_at], start, differs_at, leg.made.losses[-1])
         legs.append(leg)
     end, loss = start, math.nan
-    for entry in _open_window(entries):
-        end, loss = TrainState.take(bench, entry.at), _loss(bench, entry)
+    for entry in entries[-1:] if by_hand else _open_window(entries):
+        end, loss = TrainState.take(bench, entry.at), _loss(bench, entry, settings)
         if differs_at is None and not is_same(loss, recorded.get(entry.at.ordinal)):
             differs_at = entry.at.ordinal
+    if _updates_first(bench):
+        end.load(bench)
     return _ended(legs, end, entries[-1], start, differs_at, loss)
 
 
@@ -145,12 +148,21 @@ def _open_window(entries: Sequence[RingEntry]) -> list[RingEntry]:
     return [entry for entry in entries if entry.at.step == entries[-1].at.step]
 
 
-def _loss(bench: Bench, entry: RingEntry) -> float:
-    loss = loss_of(bench.step(entry.batch, entry.at.batch_idx, random=entry.rng, at=entry.at))
+def _loss(bench: Bench, entry: RingEntry, settings: Mapping[int, Sequence[Settings]]) -> float:
+    """The loss of one batch as the training had it: under manual optimisation and LBFGS that is one from after its own first updates."""
+    if _updates_first(bench):
+        made = make_update(bench, Update(entries=(entry,), settings=tuple(settings.get(entry.at.ordinal, ()))))
+        return made.losses[0]
+    loss = loss_of(bench.loss_as_trained(entry.batch, entry.at.batch_idx, random=entry.rng, at=entry.at))
     if loss is None:
         msg = f"training_step returned no loss at step {entry.at.step}"
         raise CannotReplay(msg)
-    return float(loss.detach())
+    accumulated = bench.trainer.accumulate_grad_batches  # Lightning divides by it, and the record is multiplied back
+    return float(loss.detach() / accumulated * accumulated)
+
+
+def _updates_first(bench: Bench) -> bool:
+    return not bench.module.automatic_optimization or isinstance(bench.trainer.optimizers[0], LBFGS)
 
 
 def _first_difference(leg: Leg, recorded: Mapping[int, float]) -> int | None:

@@ -5,8 +5,19 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from lightning_spike.actions.own_state import OwnState, copy_own, load_own
 from lightning_spike.actions.snapshot import Snapshot
-from lightning_spike.actions.state_copy import copy_module, copy_optimizer, load_module, load_optimizer, tensors_in
+from lightning_spike.actions.state_copy import (
+    copy_gradients,
+    copy_module,
+    copy_optimizer,
+    copy_scaler,
+    load_gradients,
+    load_module,
+    load_optimizer,
+    load_scaler,
+    tensors_in,
+)
 from lightning_spike.lab.isolation import Bench
 from lightning_spike.records import Moment
 
@@ -15,7 +26,7 @@ __all__ = ["TrainState"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainState:
-    """Weights, buffers and optimizers as they are before one batch; clones, never aliases of what is live."""
+    """Weights, buffers, optimizers and the module's own attributes as they are before one batch; clones, never aliases of what is live."""
 
     at: Moment
     """The batch before which it is."""
@@ -23,11 +34,24 @@ class TrainState:
     """Parameters and buffers by name, as `copy_module` gives them."""
     optimizers: list[dict[str, Any]]
     """One for each of `trainer.optimizers`, in the form of `Optimizer.state_dict()`."""
+    own: OwnState | None = None
+    """What the module keeps in attributes; `None` for as they stand."""
+    gradients: dict[str, Tensor] | None = None
+    """Under manual optimisation, by parameter name; under automatic optimisation every window begins without."""
+    scaler: dict[str, Tensor | None] | None = None
+    """Of the loss scaler, as `copy_scaler` gives it."""
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> Self:
         """That of a snapshot."""
-        return cls(at=snapshot.at, weights=snapshot.model, optimizers=snapshot.optimizers)
+        return cls(
+            at=snapshot.at,
+            weights=snapshot.model,
+            optimizers=snapshot.optimizers,
+            own=snapshot.own,
+            gradients=snapshot.gradients,
+            scaler=snapshot.scaler,
+        )
 
     @classmethod
     def take(cls, bench: Bench, at: Moment) -> Self:
@@ -36,6 +60,9 @@ class TrainState:
             at=at,
             weights=copy_module(bench.module),
             optimizers=[copy_optimizer(optimizer) for optimizer in bench.trainer.optimizers],
+            own=copy_own(bench.module),
+            gradients=None if bench.module.automatic_optimization else copy_gradients(bench.module),
+            scaler=copy_scaler(bench.trainer),
         )
 
     def load(self, bench: Bench) -> None:
@@ -46,8 +73,13 @@ class TrainState:
         load_module(bench.module, self.weights)
         for optimizer, saved in zip(bench.trainer.optimizers, self.optimizers, strict=True):
             load_optimizer(optimizer, saved, hyperparameters=True)
+        if self.own is not None:
+            load_own(bench.module, self.own)
+        if self.gradients is not None:
+            load_gradients(bench.module, self.gradients)
+        load_scaler(bench.trainer, self.scaler)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
-        return sum(t.nbytes for t in tensors_in(self.weights, self.optimizers))
+        return sum(t.nbytes for t in tensors_in(self.weights, self.optimizers, self.gradients or {}))

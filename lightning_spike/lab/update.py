@@ -1,24 +1,31 @@
 """One update, made again: the batches of an accumulation window, and what the optimizer was set to; or with something about it changed."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Final
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_spike.actions.batch_ring import RingEntry
 from lightning_spike.actions.state_copy import load_optimizer
+from lightning_spike.actions.stop import decide_together
 from lightning_spike.lab.errors import CannotReplay
-from lightning_spike.lab.isolation import Bench, loss_of
+from lightning_spike.lab.isolation import Bench
+from lightning_spike.signals.loss import batch_losses, total_loss
 
-__all__ = ["Made", "Settings", "Update", "check_updates", "make_update", "settings_of", "updates_of"]
+__all__ = ["Made", "Settings", "Update", "make_update", "settings_of", "updates_of"]
 
 Settings = Sequence[Mapping[str, Any]]
-"""Of one optimizer step, for every parameter group what schedulers write: lr, momentum, betas, weight decay."""
+"""Of one optimizer step, for every parameter group what schedulers write (lr, momentum, betas, weight decay), and under `PLACE` whose step it is."""
+
+PLACE: Final = "optimizer"
+"""The place of the optimizer in `trainer.optimizers`; not an entry of the parameter group."""
 
 WRITTEN_BY_SCHEDULERS: Final = ("lr", "momentum", "betas", "weight_decay")
 
@@ -49,27 +56,41 @@ class Made:
     """How an update went."""
 
     losses: tuple[float, ...]
-    """Of its batches, undivided."""
+    """Of its batches, undivided; the sum where a batch has several backward passes under manual optimisation."""
     gradients: dict[str, Tensor]
-    """By parameter name, complete and not yet clipped; clones."""
+    """By parameter name, complete, and not yet clipped (under manual optimisation as they were when the optimizer stepped); clones."""
     spoilt_at: int | None
-    """Place of the first of its batches after whose backward pass a gradient was not finite; no step was made then. `None` where all went well."""
+    """Place of the first of its batches after whose backward pass a gradient was not finite; no step was made then, except under manual optimisation, where
+    the step is the module's. `None` where all went well, and under a loss scaler, which sees to it itself."""
+    named_losses: tuple[Mapping[str, float], ...] = ()
+    """The losses of its batches by the names of their signals."""
 
 
-def settings_of(optimizer: Optimizer) -> Settings:
-    """What schedulers write into an optimizer's groups, to be taken just before its step; copies, no device read."""
+def settings_of(optimizer: Optimizer, place: int = 0) -> Settings:
+    """What schedulers write into an optimizer's groups, to be taken just before its step; copies, no device read.
+
+    Args:
+        optimizer: The one that is about to step.
+        place: Its place in `trainer.optimizers`.
+    """
     return [
-        {key: _copied(group[key]) for key in WRITTEN_BY_SCHEDULERS if key in group} for group in optimizer.param_groups
+        {PLACE: place} | {key: _copied(group[key]) for key in WRITTEN_BY_SCHEDULERS if key in group}
+        for group in optimizer.param_groups
     ]
 
 
-def updates_of(entries: Sequence[RingEntry], settings: Mapping[int, Sequence[Settings]]) -> list[Update]:
+def updates_of(
+    entries: Sequence[RingEntry], settings: Mapping[int, Sequence[Settings]], *, by_hand: bool = False
+) -> list[Update]:
     """Cut a run of batches into updates: each ends with the batch after which `global_step` had moved on.
 
     Args:
         entries: Batches in order, none left out. The last is where the run of updates ends, and belongs to none of them.
         settings: Of the optimizer steps, by the ordinal of the batch they were made in.
+        by_hand: Manual optimisation: each batch is one, for its `training_step` makes the updates, several or none.
     """
+    if by_hand:
+        return [Update(entries=(entry,), settings=tuple(settings.get(entry.at.ordinal, ()))) for entry in entries[:-1]]
     out: list[Update] = []
     window: list[RingEntry] = []
     for entry, following in pairwise(entries):
@@ -80,77 +101,141 @@ def updates_of(entries: Sequence[RingEntry], settings: Mapping[int, Sequence[Set
     return out
 
 
-def check_updates(trainer: Trainer) -> None:
-    """Refuse what cannot be made again.
-
-    Raises:
-        CannotReplay: LBFGS (it runs the step several times), several optimizers, or a loss scaler.
-    """
-    if len(trainer.optimizers) != 1 or isinstance(trainer.optimizers[0], LBFGS):
-        msg = "updates are run again for a single optimizer other than LBFGS only"
-        raise CannotReplay(msg)
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        msg = "updates under a loss scaler are not run again: which of them it skipped is not recorded"
-        raise CannotReplay(msg)
-
-
 def make_update(bench: Bench, update: Update) -> Made:
-    """Make one update with what is in the bench, as Lightning's automatic optimisation does it.
+    """Make one update with what is in the bench, through Lightning's own loop (`Bench.train`).
 
-    With the module's own hooks around backward and step and without those of callbacks: accumulation, clipping, and the settings that the update was
-    really made with. On the CPU losses and weights come out bit for bit. Blocks.
+    With the module's own hooks and without those of callbacks: accumulation, clipping, and the settings that the update was really made with. On the CPU
+    losses and weights come out bit for bit. Blocks. With several ranks each must call it with its own batches.
 
     Raises:
         CannotReplay: The settings of the update are not known, or `training_step` returned no loss.
     """
-    (optimizer,) = bench.trainer.optimizers
-    if len(update.settings) != 1 or len(update.settings[0]) != len(optimizer.param_groups):
+    trainer = bench.trainer
+    _check_settings(bench, update)
+    if update.optimizers is not None:
+        for optimizer, state in zip(trainer.optimizers, update.optimizers, strict=True):
+            load_optimizer(optimizer, state, hyperparameters=True)
+    listener = _Listener(trainer, bench.module, update)
+    losses: list[Mapping[str, float]] = []
+    for entry in update.entries:
+        spoilt = _train(bench, entry, update, listener, losses)
+        bench.done_with(entry.batch)
+        if spoilt:
+            break
+    whole = tuple(_whole(named, entry) for named, entry in zip(losses, update.entries, strict=False))
+    spoilt_at = len(losses) - 1 if listener.is_spoilt else None
+    return Made(losses=whole, gradients=listener.gradients, spoilt_at=spoilt_at, named_losses=tuple(losses))
+
+
+class _Spoilt(Exception):  # noqa: N818 - it only leads out of Lightning's loop
+    """A gradient is not finite: the step is not to be made."""
+
+
+class _Listener(Callback):
+    """The only callback while an update is made again: sets what the optimizers were set to, and takes down losses and gradients.
+
+    It is called where the callbacks of the run were when they took down what it now sets.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, update: Update) -> None:
+        self.gradients: dict[str, Tensor] = {}
+        self.backward_losses: list[Tensor] = []
+        self.is_spoilt = False
+        self._settings = list(update.settings)
+        self._clip = update.clip
+        self._by_hand = not module.automatic_optimization
+        self._is_scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        self._names = {parameter: name for name, parameter in module.named_parameters()}
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if loss.numel() == 1:
+            self.backward_losses.append(loss.detach())
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_scaled:
+            return
+        is_finite = _are_finite(p.grad for p in self._names if p.grad is not None)
+        self.is_spoilt |= decide_together(trainer, wanted=not is_finite)
+        if self.is_spoilt and not self._by_hand:
+            raise _Spoilt
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.gradients |= {self._names[p]: p.grad.detach().clone() for p in parameters if p in self._names}
+        if not self._settings:
+            msg = "an optimizer steps more often in the re-run than it did in the training"
+            raise CannotReplay(msg)
+        for group, values in zip(optimizer.param_groups, self._settings.pop(0), strict=True):
+            group.update({key: _copied(value) for key, value in values.items() if key != PLACE})
+        if self._clip is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self._clip)
+
+
+def _train(
+    bench: Bench, entry: RingEntry, update: Update, listener: _Listener, losses: list[Mapping[str, float]]
+) -> bool:
+    """Train on one batch and take down its losses; true if the update ends here, since a gradient is not finite."""
+    listener.backward_losses.clear()
+    automatic = bench.module.automatic_optimization
+    outputs: object = None
+    spoilt = False
+    try:
+        outputs = bench.train(
+            entry.batch,
+            entry.at.batch_idx,
+            random=entry.rng,
+            at=entry.at,
+            closes=entry is update.entries[-1],
+            listener=listener,
+            in_float32=update.in_float32,
+        )
+    except _Spoilt:
+        spoilt = True
+    backward = (
+        [loss * bench.trainer.accumulate_grad_batches for loss in listener.backward_losses]
+        if automatic
+        else listener.backward_losses
+    )
+    named = batch_losses(
+        outputs,
+        backward if spoilt or not automatic else (),
+        divided_by=bench.trainer.accumulate_grad_batches if automatic else 1,
+    )
+    losses.append({name: float(value) for name, value in named.items()})
+    return spoilt or listener.is_spoilt
+
+
+def _check_settings(bench: Bench, update: Update) -> None:
+    """Under automatic optimisation there is a step, so its settings must be there; by hand there may be none."""
+    if bench.module.automatic_optimization and not update.settings:
         msg = f"the learning rate of the update at step {update.entries[-1].at.step} is not known"
         raise CannotReplay(msg)
-    if update.optimizers is not None:
-        load_optimizer(optimizer, update.optimizers[0], hyperparameters=True)
-    losses: list[float] = []
-    for entry in update.entries:
-        losses.append(_backward(bench, optimizer, entry, in_float32=update.in_float32))
-        bench.done_with(entry.batch)
-        if not _gradients_are_finite(optimizer):
-            return Made(losses=tuple(losses), gradients={}, spoilt_at=len(losses) - 1)
-    named = bench.module.named_parameters()
-    gradients = {name: p.grad.detach().clone() for name, p in named if p.grad is not None}
-    _step(bench, optimizer, update)
-    return Made(losses=tuple(losses), gradients=gradients, spoilt_at=None)
+    for settings in update.settings:
+        if settings and len(settings) != len(bench.trainer.optimizers[settings[0].get(PLACE, 0)].param_groups):
+            msg = f"the parameter groups of the update at step {update.entries[-1].at.step} were others"
+            raise CannotReplay(msg)
 
 
-def _gradients_are_finite(optimizer: Optimizer) -> bool:
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return all(bool(torch.isfinite(g.coalesce().values() if g.is_sparse else g).all()) for g in gradients)
-
-
-def _backward(bench: Bench, optimizer: Optimizer, entry: RingEntry, *, in_float32: bool) -> float:
-    """As Lightning's closure."""
-    accumulate = bench.trainer.accumulate_grad_batches
-    outputs = bench.step(entry.batch, entry.at.batch_idx, random=entry.rng, at=entry.at, in_float32=in_float32)
-    loss = loss_of(outputs)
-    if loss is None:
+def _whole(named: Mapping[str, float], entry: RingEntry) -> float:
+    total = total_loss(named)
+    if total is None:
         msg = f"training_step returned no loss at step {entry.at.step}"
         raise CannotReplay(msg)
-    if entry.at.batch_idx % accumulate == 0:
-        bench.module.on_before_zero_grad(optimizer)
-        optimizer.zero_grad()
-    bench.module.backward(loss / accumulate)
-    bench.module.on_after_backward()
-    return float(loss.detach())
+    return total
 
 
-def _step(bench: Bench, optimizer: Optimizer, update: Update) -> None:
-    trainer = bench.trainer
-    bench.module.on_before_optimizer_step(optimizer)
-    if update.clip is not None:
-        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], update.clip)
-    bench.module.configure_gradient_clipping(optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
-    for group, values in zip(optimizer.param_groups, update.settings[0], strict=True):
-        group.update({key: _copied(value) for key, value in values.items()})
-    optimizer.step()
+def _are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all are; one read of the device for each device."""
+    groups: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        values = tensor.coalesce().values() if tensor.is_sparse else tensor
+        if values.numel():
+            groups.setdefault(values.device, []).append(values)
+    largest = [torch.stack(torch._foreach_norm(group, math.inf)).float().sum() for group in groups.values()]  # noqa: SLF001 - as torch's own clipping does
+    return all(math.isfinite(float(value)) for value in largest)
 
 
 def _copied(value: Any) -> Any:  # noqa: ANN401 - a number, a tensor or a tuple of them

@@ -28,10 +28,14 @@ class UpdateSettings(Participant):
 
     @override
     def sense_gradients(self, batch: TrainingBatch, optimizer: Optimizer) -> None:
-        self._held.setdefault(batch.at.ordinal, []).append(settings_of(optimizer))
+        self._held.setdefault(batch.at.ordinal, []).append(settings_of(optimizer, _place(batch, optimizer)))
         if len(self._held) > HELD:
             del self._held[next(iter(self._held))]
 
     @override
     def release(self) -> None:
         self._held.clear()
+
+
+def _place(batch: TrainingBatch, optimizer: Optimizer) -> int:
+    return next((k for k, own in enumerate(batch.trainer.optimizers) if own is optimizer), 0)

@@ -1,10 +1,40 @@
 """The training loss of a batch, from whatever `training_step` returned."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 from torch import Tensor
 
-__all__ = ["training_losses"]
+__all__ = ["batch_losses", "total_loss", "training_losses"]
+
+BACKWARD: Final = "loss/backward"
+"""Under manual optimisation, the losses of several backward passes of one batch: this and their place, from 0."""
+
+
+def batch_losses(outputs: object, backward: Sequence[Tensor], *, divided_by: int = 1) -> dict[str, Tensor]:
+    """The returned loss, else what manual backward passes were called with; a single one of those is the loss.
+
+    Args:
+        outputs: As in `training_losses`.
+        backward: What the batch's backward passes were called with, in order, each with one element; empty under automatic optimisation.
+        divided_by: As in `training_losses`.
+
+    Returns:
+        By signal name, as in `training_losses`, with `"loss/backward0"` and so on for several backward passes.
+    """
+    losses = training_losses(outputs, divided_by=divided_by)
+    if "loss" not in losses:
+        single = len(backward) == 1
+        losses |= {"loss" if single else f"{BACKWARD}{place}": loss for place, loss in enumerate(backward)}
+    return losses
+
+
+def total_loss(named: Mapping[str, float]) -> float | None:
+    """One number for a batch: its loss, or where it has several backward passes instead, the sum of theirs; `None` where there is neither."""
+    if "loss" in named:
+        return named["loss"]
+    parts = [value for name, value in named.items() if name.startswith(BACKWARD)]
+    return sum(parts) if parts else None
 
 
 def training_losses(outputs: object, *, divided_by: int = 1) -> dict[str, Tensor]:

@@ -180,21 +180,6 @@ class OwnIterator(Plain):
         return super().training_step(batch, batch_idx) + 0.01 * next(self.stream["numbers"])
 
 
-class ByHand(Plain):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def training_step(self, batch, batch_idx):
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        optimizer.step()
-
-
 class Tries(Callback):
     """Tries a re-run after each batch and remembers what stopped it."""
 
@@ -214,7 +199,6 @@ class Tries(Callback):
     [
         pytest.param(FailsTheSecondTime, "ValueError: this batch has been seen", id="raises"),
         pytest.param(OwnIterator, "CannotReplay: module.stream.numbers is a range_iterator", id="iterator"),
-        pytest.param(ByHand, "CannotReplay: the module optimises by hand", id="manual"),
     ],
 )
 def test_a_module_that_cannot_be_run_again_trains_on_untouched(shape, reason, tmp_path):

@@ -1,15 +1,23 @@
 """The run again, from its first snapshot: the same losses and the same weights, to the bit."""
 
+import collections
+import copy
 import dataclasses
 
 import pytest
 import torch
-from lightning.pytorch import Callback, seed_everything
+from lab.shapes import Counters, Ema, GrowingLists, Metrics, Randomness, Recurrent
+from lightning.pytorch import Callback, LightningModule, seed_everything
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
+from torchmetrics import MeanMetric
 from training_tasks import TASKS, Digits, train
 
 from lightning_spike.callbacks.counterfactual_replay import CounterfactualReplay
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.isolation import isolated
+from lightning_spike.lab.recorded_losses import recorded_losses
 from lightning_spike.lab.reproduce import reproduce
 from lightning_spike.lab.state import TrainState
 from lightning_spike.store import TrainerStateStore
@@ -26,6 +34,120 @@ class OneCycle(Digits):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+class Gru(Digits):
+    """The rows of an image as a sequence, with dropout between the layers, and a hidden state that is carried from batch to batch."""
+
+    def __init__(self):
+        super().__init__(0.01)
+        self.gru = nn.GRU(8, 12, num_layers=2, dropout=0.3, batch_first=True)
+        self.net = nn.Linear(12, 10)
+        self.hidden = None
+
+    def forward(self, x):
+        output, hidden = self.gru(x.squeeze(1), self.hidden)
+        self.hidden = hidden.detach()
+        return self.net(output[:, -1])
+
+
+class Gan(LightningModule):
+    """Two optimizers, toggled by turns, a schedule stepped by hand in the middle, gradients of two batches summed by hand in one of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.maker = nn.Sequential(nn.Linear(4, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 64))
+        self.judge = nn.Sequential(nn.Linear(64, 32), nn.LeakyReLU(), nn.Dropout(0.2), nn.Linear(32, 1))
+
+    def training_step(self, batch, batch_idx):
+        real = batch[0].flatten(1)
+        maker, judge = self.optimizers()
+        schedule, _ = self.lr_schedulers()
+        self.toggle_optimizer(maker)
+        made = self.maker(torch.randn(len(real), 4))
+        maker.zero_grad()
+        self.manual_backward(F.softplus(-self.judge(made)).mean() * (1 + 0.01 * self.global_step))
+        maker.step()
+        schedule.step()
+        self.untoggle_optimizer(maker)
+        with self.toggled_optimizer(judge):
+            loss = F.softplus(-self.judge(real)).mean() + F.softplus(self.judge(made.detach())).mean()
+            self.manual_backward(loss / 2)
+            if batch_idx % 2:
+                self.clip_gradients(judge, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
+                judge.step()
+                judge.zero_grad()
+        self.log("judge", loss)
+
+    def configure_optimizers(self):
+        maker = torch.optim.AdamW(self.maker.parameters(), lr=0.01)
+        judge = torch.optim.SGD(self.judge.parameters(), lr=0.05, momentum=0.9)
+        one_cycle = torch.optim.lr_scheduler.OneCycleLR(maker, 0.01, total_steps=64)
+        return [maker, judge], [one_cycle, torch.optim.lr_scheduler.ConstantLR(judge)]
+
+
+class ReturnsItsLoss(Digits):
+    """Manual optimisation with a closure, past Lightning's wrapper of the optimizer every other time."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers(use_pl_optimizer=bool(batch_idx % 2))
+
+        def closure():
+            optimizer.zero_grad()
+            self.loss = super(ReturnsItsLoss, self).training_step(batch, batch_idx)
+            self.manual_backward(self.loss)
+
+        optimizer.step(closure) if batch_idx % 2 else (closure(), optimizer.step())
+        return self.loss.detach()
+
+
+class Teacher(Digits):
+    """A slow copy of the weights that follows in a hook, a counter in another, a loss that depends on both, and a metric."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+        self.mean = MeanMetric()
+        self.beta, self.recent, self.count = 0.5, collections.deque(maxlen=4), {"begun": 0}
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.count["begun"] += 1
+        self.beta *= 0.99
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.mean.update(loss.detach())
+        self.recent.append(loss.detach())
+        pull = F.mse_loss(self.net(batch[0]), self.teacher(batch[0]))
+        return loss + self.beta * pull + 0.01 * self.count["begun"] * (self.mean.compute() + sum(self.recent))
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        with torch.no_grad():
+            for slow, fast in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                slow.lerp_(fast, 0.1)
+
+
+class Unfreezes(Digits):
+    """Its first layer takes no gradient until batch 30."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.net[0].requires_grad_(self.global_step >= 30)
+
+
+class Lbfgs(Digits):
+    """Runs its training step several times for each update."""
+
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters(), lr=0.05, max_iter=3, history_size=4)
+
+
+def loss_scaler():
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", growth_interval=9))]}
+
+
 class Probe(Callback):
     """At the end of one batch, runs everything up to it again; `change` may touch what it is run from."""
 
@@ -36,12 +158,13 @@ class Probe(Callback):
         self.count += 1
         if self.count == LAST:
             self.weights = {k: v.clone() for k, v in pl_module.state_dict().items()}
+            self.states = copy.deepcopy([o.state_dict()["state"] for o in trainer.optimizers])
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if self.count != LAST:
             return
         history = TrainerStateStore.of(trainer).history
-        self.recorded = {k: history.at("loss", k) for k in range(LAST + 1)}
+        self.recorded = recorded_losses(history, range(LAST + 1))
         entries = self.change(self.suite._witnesses.ring.entries())
         snapshot = self.suite._witnesses.snapshots.latest_healthy(before=LAST)
         with isolated(trainer, pl_module, with_optimizers=True) as bench:
@@ -61,21 +184,48 @@ def probed(make, tmp_path, change=lambda entries: entries, **options):
     return probe
 
 
-CASES = {name: task for name, task in TASKS.items() if name != "two_by_hand"} | {
+CASES = TASKS | {
     "one-cycle": (OneCycle, {"gradient_clip_val": 0.5}),
+    "clip-by-value": (Digits, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
     "bf16": (Digits, {"precision": "bf16-mixed"}),
     "double": (Digits, {"precision": "64-true"}),
+    "loss-scaler": (Digits, loss_scaler()),
+    "gru": (Gru, {"gradient_clip_val": 1.0}),
+    "gan": (Gan, {}),
+    "closure-by-hand": (ReturnsItsLoss, {}),
+    "hooks-and-attributes": (Teacher, {"accumulate_grad_batches": 2}),
+    "unfreezes": (Unfreezes, {}),
+    "lbfgs": (Lbfgs, {}),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_losses_and_weights_come_out_to_the_bit(case, tmp_path):
-    make, options = CASES[case]
-    probe = probed(make, tmp_path, **options)
+def is_exact(probe):
     assert probe.error is None
-    assert (probe.again.steps, probe.again.reached, probe.again.differs_at) == (LAST, LAST, None)
-    assert probe.again.replayed == probe.recorded[LAST]
-    assert all(torch.equal(probe.again.weights[name], value) for name, value in probe.weights.items())
+    again, recorded = probe.again, probe.recorded
+    assert (again.steps, again.reached, again.differs_at) == (LAST, LAST, None)
+    assert again.replayed == recorded[LAST]
+    for leg in again.legs:
+        assert leg.made.losses == tuple(recorded[entry.at.ordinal] for entry in leg.update.entries)
+    assert all(torch.equal(again.weights[name], value) for name, value in probe.weights.items())
+    for state, now in zip(again.end.optimizers, probe.states, strict=True):
+        torch.testing.assert_close(state["state"], now, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_weights_and_optimizer_states_come_out_to_the_bit(case, tmp_path):
+    make, options = CASES[case]
+    is_exact(probed(make, tmp_path, **options))
+
+
+@pytest.mark.parametrize("shape", [Counters, GrowingLists, Metrics, Randomness, Recurrent, Ema])
+def test_what_the_module_keeps_in_attributes_is_part_of_it(shape, tmp_path):
+    """The shapes have five batches an epoch."""
+    seed_everything(0, verbose=False)
+    suite = CounterfactualReplay()
+    probe = Probe(suite)
+    loader = shape().train_dataloader()
+    train(shape(), [suite, probe], tmp_path, dataset=loader.dataset, batch_size=8, max_epochs=10)
+    is_exact(probe)
 
 
 def test_a_loss_that_was_another_is_seen_at_its_batch(tmp_path):
