@@ -12,6 +12,7 @@ each cause; `DECOYS` are harmless, `UNCOVERED` are faults that no cause of the c
 """
 
 from lightning_spike.testing.fault import Description, Fault, LastingFault, Needs, OneOffFault, Scale
+from lightning_spike.testing.faults.activation_saturation import UnitsSaturate
 from lightning_spike.testing.faults.adam import EpsilonUnderflow, GradientsOutgrowSecondMoment, NoiseAtFullSize
 from lightning_spike.testing.faults.bad_batch import CorruptTokens, ExtremeValues
 from lightning_spike.testing.faults.code_bug import (
@@ -23,6 +24,8 @@ from lightning_spike.testing.faults.code_bug import (
 from lightning_spike.testing.faults.data_drift import TokenDrift, ValueDrift
 from lightning_spike.testing.faults.decoys import HarmlessNoise, HarmlessRate, HarmlessScale, HarmlessTokens
 from lightning_spike.testing.faults.distributed_desync import GradientsNotAveraged, RankDrifts
+from lightning_spike.testing.faults.generalization import FewBatches, SwingsAfterOverfitting
+from lightning_spike.testing.faults.gradient import GradientsExplode, GradientsVanish, SigmoidStack
 from lightning_spike.testing.faults.hard_sample_streak import SortedStretch
 from lightning_spike.testing.faults.hardware_fault import BitFlips, WrongResult
 from lightning_spike.testing.faults.label_noise import WrongLabels
@@ -30,6 +33,7 @@ from lightning_spike.testing.faults.learning_rate import RateCreepsUp, RateJump,
 from lightning_spike.testing.faults.loss_scaling import LossScaleHeldDown, LossScaleJumps
 from lightning_spike.testing.faults.momentum import GradientsTurnRound, MomentumTooHigh
 from lightning_spike.testing.faults.nonfinite_input import NonfiniteInput
+from lightning_spike.testing.faults.numerical_instability import DivisionByZero, ExpOverflow, LogOfZero, SqrtAtZero
 from lightning_spike.testing.faults.optimizer_state import StateRescaled, StateScrambled
 from lightning_spike.testing.faults.resume_fault import (
     ResumeLosesMoments,
@@ -38,6 +42,7 @@ from lightning_spike.testing.faults.resume_fault import (
 )
 from lightning_spike.testing.faults.sample_weight_blowup import WeightsPileUp
 from lightning_spike.testing.faults.uncovered import DropoutSurge, LossMultiplied, PenaltySwitchedOn
+from lightning_spike.testing.faults.weights import InitialWeightsScaled, WeightsGrow
 from lightning_spike.testing.registry import DECOYS, FAULTS, UNCOVERED, faults_for
 
 __all__ = [
@@ -47,20 +52,27 @@ __all__ = [
     "BitFlips",
     "CorruptTokens",
     "Description",
+    "DivisionByZero",
     "DropoutSurge",
     "EpsilonUnderflow",
     "EvalModeLeftOn",
+    "ExpOverflow",
     "ExtremeValues",
     "Fault",
+    "FewBatches",
+    "GradientsExplode",
     "GradientsNotAveraged",
     "GradientsNotZeroed",
     "GradientsOutgrowSecondMoment",
     "GradientsTurnRound",
+    "GradientsVanish",
     "HarmlessNoise",
     "HarmlessRate",
     "HarmlessScale",
     "HarmlessTokens",
+    "InitialWeightsScaled",
     "LastingFault",
+    "LogOfZero",
     "LossMultiplied",
     "LossScaleHeldDown",
     "LossScaleJumps",
@@ -80,12 +92,17 @@ __all__ = [
     "ResumeRestartsSchedule",
     "Scale",
     "ShortWarmUp",
+    "SigmoidStack",
     "SortedStretch",
+    "SqrtAtZero",
     "StateRescaled",
     "StateScrambled",
+    "SwingsAfterOverfitting",
     "TokenDrift",
+    "UnitsSaturate",
     "ValueDrift",
     "WarmRestarts",
+    "WeightsGrow",
     "WeightsOverwritten",
     "WeightsPileUp",
     "WrongLabels",

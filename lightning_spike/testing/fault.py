@@ -28,6 +28,8 @@ class Needs(StrEnum):
     ADAM = "an optimizer with a second moment (Adam, AdamW)"
     MOMENTUM = "an optimizer with momentum"
     HIDDEN_LAYERS = "at least one layer before the last"
+    ACTIVATIONS = "an activation module, a recurrent layer or a Transformer layer of torch"
+    WEIGHT_DECAY = "an optimizer with weight decay as a setting"
     LOSS_SCALER = "mixed precision with a gradient scaler"
     RANKS = "more than one rank"
     RESUME = "a run that is resumed: fit(ckpt_path=...)"
