@@ -11,6 +11,7 @@ from lightning_spike.flight.loop import Flight
 from lightning_spike.flight.participant import TrainingBatch
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.outside_writes import OutsideWrites
+from lightning_spike.lab.recorded_losses import recorded_losses
 from lightning_spike.lab.scene import WINDOW, Scene
 from lightning_spike.lab.update_settings import UpdateSettings
 from lightning_spike.records import Episode, EpisodeKind
@@ -64,7 +65,7 @@ def live_scene(batch: TrainingBatch, episode: Episode, witnesses: Witnesses, *, 
     onset = episode.onset.ordinal
     snapshot = witnesses.snapshots.latest_healthy(before=onset)
     reach = range(max(onset - 2 * WINDOW, 0), batch.at.ordinal + 1)
-    losses = {k: loss for k in reach if (loss := witnesses.history.at("loss", k)) is not None}
+    losses = recorded_losses(witnesses.history, reach)
     if witnesses.ring.entry(onset) is None:
         msg = f"the batch of the onset (step {episode.onset.step}) is not held any more"
         raise CannotReplay(msg)
