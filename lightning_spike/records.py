@@ -171,7 +171,7 @@ class Action:
     """Something that was done to the run, or written for it; as in report.json."""
 
     action: str
-    """`"rollback"`, `"dump"`, `"early_stop"`, `"skip"`, `"restore_best"` or `"replay"`."""
+    """`"rollback"`, `"dump"`, `"early_stop"`, `"skip"`, `"restore_best"`, `"replay"` or `"scene"`."""
     at: Moment
     detail: Mapping[str, Any] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
 

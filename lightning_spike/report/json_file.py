@@ -9,7 +9,7 @@ Beyond what every reader of version 1 may rely on (`run`, `episodes`, `causes`, 
 - on a piece of evidence `weight`, the natural log of the likelihood ratio that it gives the cause;
 - `disabled`, the parts of the suite that broke and were switched off: `[{"part", "reason", "step"}]`;
 - `remarks`, what could not be observed and why: `["…"]`;
-- further values of `actions[].action`: `restore_best`, `replay`, and on an action `at`, its moment as above;
+- further values of `actions[].action`: `restore_best`, `replay`, `scene`, and on an action `at`, its moment as above;
 - `files`, the names of what the run wrote beside this file: some of `signals`, `report.html`;
 - `notes`, what the run could not write, and why: `["…"]`;
 - `nonfinite`, the numbers that are not finite: `{"/episodes/0/loss_peak": "NaN | Infinity | -Infinity"}`, each by its JSON Pointer (RFC 6901).
@@ -33,7 +33,7 @@ from lightning_spike.files import write_whole
 from lightning_spike.records import Action, Disabled, Episode, Evidence, Moment, Verdict
 from lightning_spike.report.model import Report
 
-__all__ = ["SCHEMA_VERSION", "as_json", "read_report", "with_nonfinite", "write_report"]
+__all__ = ["SCHEMA_VERSION", "as_json", "read_report", "strict_json", "with_nonfinite", "write_report"]
 
 SCHEMA_VERSION: Final = 1
 
@@ -96,7 +96,7 @@ def with_nonfinite(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def as_json(report: Report, *, files: Sequence[str] = (), notes: Sequence[str] = ()) -> dict[str, Any]:
     """The report as what `json.dumps(..., allow_nan=False)` takes; arguments as of `write_report`."""
-    plain: dict[str, Any] = _plain(
+    return strict_json(
         {
             "schema_version": SCHEMA_VERSION,
             "lightning_spike": importlib.import_module("lightning_spike").__version__,
@@ -110,8 +110,12 @@ def as_json(report: Report, *, files: Sequence[str] = (), notes: Sequence[str] =
             "notes": notes,
         }
     )
+
+
+def strict_json(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What `json.dumps(..., allow_nan=False)` takes: null for numbers that are not finite, which stand in `nonfinite` by their JSON Pointers."""
     nonfinite: dict[str, str] = {}
-    strict: dict[str, Any] = _strict(plain, "", nonfinite)
+    strict: dict[str, Any] = _strict(_plain(content), "", nonfinite)
     return strict | {"nonfinite": nonfinite}
 
 

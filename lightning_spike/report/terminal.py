@@ -34,7 +34,7 @@ from lightning_spike.report.wording import (
     suspects_words,
 )
 
-__all__ = ["TerminalReport"]
+__all__ = ["WIDEST", "TerminalReport", "hanging", "print_lines", "title_line"]
 
 WIDEST: Final = 120
 """Columns used at most: longer lines are hard to read, however wide the terminal."""
@@ -73,11 +73,7 @@ class TerminalReport:
         """As rich calls it."""
         options = options.update(width=min(options.max_width, WIDEST))
         parts = [self._one_line()] if self.report.healthy else [*_parts(self.report, options.max_width)]
-        whole = Group(*parts, *self._endings())
-        for line in console.render_lines(whole, options, pad=False):
-            for segment in _without_trailing_space(line):
-                yield _in_ascii(segment, options.encoding) if options.ascii_only else segment
-            yield Segment.line()
+        yield from print_lines(Group(*parts, *self._endings()), console, options)
 
     def _one_line(self) -> Text:
         report = self.report
@@ -95,9 +91,9 @@ class TerminalReport:
         """What broke, and where the files are; on a healthy run the one line has said the latter."""
         for part in self.report.disabled:
             at = "" if part.step is None else f" at step {part.step:,}"
-            yield _hanging("! ", Text(f"{part.part} broke{at} and was switched off: {part.reason}", style="yellow"))
+            yield hanging("! ", Text(f"{part.part} broke{at} and was switched off: {part.reason}", style="yellow"))
         for note in self.notes:
-            yield _hanging("! ", Text(note, style="yellow"))
+            yield hanging("! ", Text(note, style="yellow"))
         if self.files and not self.report.healthy:
             names = ", ".join(path.name for path in self.files)
             yield Text.assemble(("Files: ", "bold"), f"{names} in {_common(self.files)}")
@@ -108,7 +104,7 @@ def _parts(report: Report, width: int) -> Iterator[RenderableType]:
     yield _title(report, width)
     yield Text(" · ".join(filter(None, [ending(report), setting(report)])), style="dim")
     if report.error:
-        yield _hanging("! ", Text(report.error, style="red"))
+        yield hanging("! ", Text(report.error, style="red"))
     for curve in _curves(report):
         yield Text()
         yield from _curve(curve, report.episodes, width)
@@ -118,7 +114,7 @@ def _parts(report: Report, width: int) -> Iterator[RenderableType]:
     for rank, verdict in enumerate(report.likely[:MOST_CAUSES], start=1):
         yield Text()
         yield _cause_line(rank, verdict, width)
-        yield from _in_full(report, verdict) if rank == 1 else [_hanging("   ", Text(verdict.summary))]
+        yield from _in_full(report, verdict) if rank == 1 else [hanging("   ", Text(verdict.summary))]
     yield from _rest(report)
     yield from _listed("Samples that stand out", *_suspects(report))
     done = actions_words(report.actions)
@@ -128,10 +124,23 @@ def _parts(report: Report, width: int) -> Iterator[RenderableType]:
 
 
 def _title(report: Report, width: int) -> Text:
+    return title_line(headline(report), width)
+
+
+def title_line(words: str, width: int) -> Text:
+    """The line that everything of ours begins with in the terminal."""
     title = Text.assemble(
-        ("lightning-spike", "bold"), " ── ", (headline(report), "bold red"), " ", overflow="ellipsis", no_wrap=True
+        ("lightning-spike", "bold"), " ── ", (words, "bold red"), " ", overflow="ellipsis", no_wrap=True
     )
     return title.append("─" * max(0, width - title.cell_len))
+
+
+def print_lines(whole: RenderableType, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+    """Its lines without trailing blanks, in ASCII where the terminal cannot show more."""
+    for line in console.render_lines(whole, options, pad=False):
+        for segment in _without_trailing_space(line):
+            yield _in_ascii(segment, options.encoding) if options.ascii_only else segment
+        yield Segment.line()
 
 
 # -- the curve -----------------------------------------------------------------------------------------------------------
@@ -229,22 +238,22 @@ def _cause_line(rank: int, verdict: Verdict, width: int) -> Text:
 
 
 def _in_full(report: Report, verdict: Verdict) -> Iterator[RenderableType]:
-    yield _hanging("   ", Text(verdict.summary))
+    yield hanging("   ", Text(verdict.summary))
     if verdict.confirmed is not None:
-        yield _hanging("   ", Text(confirmed_words(verdict), style="green" if verdict.confirmed else "red"))
+        yield hanging("   ", Text(confirmed_words(verdict), style="green" if verdict.confirmed else "red"))
     why_not = report.why_not_confirmed(verdict)
     if why_not is not None:
-        yield _hanging("   ", Text(f"– not confirmed by replay: {why_not}", style="dim"))
+        yield hanging("   ", Text(f"– not confirmed by replay: {why_not}", style="dim"))
     strongest = sorted(verdict.evidence, key=lambda e: -abs(e.weight))[:MOST_EVIDENCE]
     if strongest:
         yield Text("   evidence", style="dim")
     for evidence in strongest:
         sign = "   − " if evidence.weight < 0 else "   + "
-        yield _hanging(sign, Text.assemble(evidence.text, (f"  [{evidence_words(evidence)}]", "dim")))
+        yield hanging(sign, Text.assemble(evidence.text, (f"  [{evidence_words(evidence)}]", "dim")))
     if verdict.fixes:
         yield Text("   what to change", style="dim")
     for fix in verdict.fixes:
-        yield _hanging("   → ", Text(fix, style="bold"))
+        yield hanging("   → ", Text(fix, style="bold"))
 
 
 def _rest(report: Report) -> Iterator[RenderableType]:
@@ -272,12 +281,12 @@ def _listed(heading: str, lines: Sequence[str], total: int) -> Iterator[Renderab
         return
     yield Text()
     yield Text(heading, style="bold")
-    yield from (_hanging("   • ", Text(line)) for line in lines)
+    yield from (hanging("   • ", Text(line)) for line in lines)
     if total > len(lines):
         yield Text(f"     and {total - len(lines):,} more in the files", style="dim")
 
 
-def _hanging(lead: str, text: Text) -> RenderableType:
+def hanging(lead: str, text: Text) -> RenderableType:
     """A paragraph whose further lines start under its first word."""
     if not lead.strip():
         return Padding(text, (0, 0, 0, len(lead)))
