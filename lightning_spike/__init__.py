@@ -27,6 +27,7 @@ from lightning_spike.callbacks.grad_norm_monitor import GradNormMonitor
 from lightning_spike.callbacks.lr_peak_detector import LRPeakDetector
 from lightning_spike.callbacks.overfit_watcher import OverfitWatcher
 from lightning_spike.callbacks.root_cause_report import RootCauseReport
+from lightning_spike.callbacks.scene_recorder import SceneRecorder
 from lightning_spike.store import TrainerStateStore
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ __all__ = [
     "LRPeakDetector",
     "OverfitWatcher",
     "RootCauseReport",
+    "SceneRecorder",
     "SpikeCLI",
     "TrainerStateStore",
     "suite",
@@ -64,7 +66,8 @@ def suite(
         dirpath: Where reports, batches and signals go; by default `<logger.log_dir, else trainer.default_root_dir>/spike`.
         rollback: Heal the run: `AnomalyRollback` goes back to the last healthy snapshot when the loss does not come back.
         early_stop: Let `OverfitWatcher` stop the run and restore the best weights once it overfits.
-        replay: Confirm by experiment: after an episode, run the moment again with one thing changed (`CounterfactualReplay`).
+        replay: Confirm by experiment: after an episode, run the moment again with one thing changed (`CounterfactualReplay`), and write
+            down what that takes, so that it can be done when the run is over too (`SceneRecorder`).
 
     Returns:
         The callbacks, in no order that matters.
@@ -79,7 +82,7 @@ def suite(
     if rollback:
         defaults.append(AnomalyRollback())
     if replay:
-        defaults.append(CounterfactualReplay())
+        defaults += [CounterfactualReplay(), SceneRecorder(dirpath=dirpath)]
     return [*(d for d in defaults if not any(isinstance(o, type(d)) for o in own)), *own]
 
 

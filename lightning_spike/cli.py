@@ -8,10 +8,13 @@ SpikeCLI(MyModule, MyDataModule)  # python train.py fit --config config.yaml --o
 """
 
 import argparse
+import contextlib
 import importlib.util
+import logging
 import re
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,8 +26,11 @@ from typing_extensions import override
 from lightning_spike import suite
 from lightning_spike.demo.catalogue import DEMOS
 from lightning_spike.demo.show import show
-from lightning_spike.errors import MissingExtraError, SpikeError, UnreadableReportError
+from lightning_spike.errors import ConfigurationError, MissingExtraError, SpikeError, UnreadableReportError
+from lightning_spike.lab.encoding import find_class
+from lightning_spike.replay import DEFAULTS, Examiner, Makers, ReplayingCLI, find_config, scenes_of
 from lightning_spike.report.read_back import read_back
+from lightning_spike.report.replayed import ReplayReport, write_replay
 
 __all__ = ["SpikeCLI", "main"]
 
@@ -110,12 +116,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What stands behind the command; by default that of this process.
 
     Returns:
-        The exit status: 0 where all went well, 1 where a demo's report does not put the right cause first, a package is missing, or a report cannot be read.
+        The exit status: 0 where all went well, 1 where a demo's report does not put the right cause first, a package is missing, a report cannot be read, or no
+        scene could be run again, 2 where there is nothing to replay or the config is not that of the run.
 
     Raises:
         SystemExit: With status 2, for arguments that are none.
     """
-    given = _parser().parse_args(arguments)
+    parser = _parser()
+    given, more = parser.parse_known_args(arguments)
+    if given.command == "replay":
+        return _replay(given, more)
+    if more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
     return _report(given.run_dir) if given.command == "report" else _demo(given)
 
 
@@ -126,6 +138,66 @@ def _report(place: Path) -> int:
         print(error, file=sys.stderr)  # noqa: T201 - a command's error, bare for the programs that read it
         return 1
     return 0
+
+
+def _replay(given: argparse.Namespace, overrides: Sequence[str]) -> int:
+    try:
+        scenes = scenes_of(given.run_dir, given.episode)
+        configs = given.config or [find_config(given.run_dir)]
+        report = _examined(scenes, configs, overrides, given.cli)
+        rich.get_console().print(report)
+    except SpikeError as error:
+        print(error, file=sys.stderr)  # noqa: T201 - a command's error, bare for the programs that read it
+        return 2
+    return 0 if any(scene.examined for scene in report.scenes) else 1
+
+
+def _examined(
+    scenes: Sequence[Path], configs: Sequence[Path], overrides: Sequence[str], cli: str | None
+) -> ReplayReport:
+    """Build the run anew from its config, and examine its scenes in it."""
+    examiner, makers = Examiner(scenes), Makers.of(scenes[0], configs)
+    base = SpikeCLI if cli is None else find_class(":".join(cli.replace(":", ".").rsplit(".", 1)))
+    kind = type("Replay", (ReplayingCLI, base), {})
+    try:
+        with _quietly():
+            kind(
+                makers.model,
+                makers.data,
+                examiner=examiner,
+                batches_per_epoch=makers.batches_per_epoch,
+                save_config_callback=None,
+                args=["fit", *(f"--config={path}" for path in configs), *DEFAULTS, *overrides],
+            )
+    except SpikeError:
+        raise
+    except Exception as error:  # what the user's module, data or trainer has against the config
+        raise ConfigurationError.of(
+            "replay(--config)",
+            expected="a config that the run's module, data and trainer can be made from",
+            given=f"{type(error).__name__}: {error}",
+            do="Give that of the run, where its data can be set up.",
+        ) from error
+    file = scenes[0].parent.parent / "replay.json"
+    report = examiner.report(configs, file)
+    write_replay(report, file)
+    return report
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what Lightning says about a training that is none."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def _demo(given: argparse.Namespace) -> int:
@@ -159,7 +231,34 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "run_dir", type=Path, metavar="RUN_DIR", help="the run's dirpath, the folder above its spike/, or a report.json"
     )
+    _add_replay(commands)
     return parser
+
+
+def _add_replay(commands: Any) -> None:  # noqa: ANN401 - argparse keeps the type to itself
+    replay = commands.add_parser(
+        "replay",
+        help="examine a run's episodes after the fact",
+        description=(
+            "Run the moment of each episode again, from the scenes that the run wrote, and say what made the loss jump. Further arguments are those of the training's "
+            "own command line and change its config: --trainer.accelerator=gpu. On the CPU unless that is given. Exit status: 0 where something was examined, "
+            "1 where nothing could be run again, 2 where there is nothing to replay or the config is not that of the run."
+        ),
+        allow_abbrev=False,
+    )
+    replay.add_argument(
+        "run_dir", type=Path, metavar="RUN_DIR", help="the run's dirpath, or the folder above its spike/"
+    )
+    replay.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        help="the config that the run was started with, as often as there are files; by default the config.yaml in RUN_DIR or above it",
+    )
+    replay.add_argument("--episode", type=int, help="only this one; by default all that have a scene")
+    replay.add_argument(
+        "--cli", help="import path of your own LightningCLI class, where it adds arguments or links to the config"
+    )
 
 
 def _train(arguments: list[str]) -> None:

@@ -30,6 +30,7 @@ KEYS = {
     "LRPeakDetector": "lr_peak_detector",
     "OverfitWatcher": "overfit_watcher",
     "RootCauseReport": "root_cause_report",
+    "SceneRecorder": "scene_recorder",
 }
 
 

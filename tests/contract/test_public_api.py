@@ -13,12 +13,13 @@ from lightning_spike import (
     GradNormMonitor,
     OverfitWatcher,
     RootCauseReport,
+    SceneRecorder,
     suite,
 )
 
 NAMES = {
     "AnomalyRollback", "BadBatchDumper", "CounterfactualReplay", "GradNormMonitor", "LRPeakDetector", "OverfitWatcher", "RootCauseReport",
-    "SpikeCLI", "TrainerStateStore", "suite",
+    "SceneRecorder", "SpikeCLI", "TrainerStateStore", "suite",
 }  # fmt: skip
 
 
@@ -50,9 +51,9 @@ def test_every_callback_stands_alone(kind):
 def test_suite_observes_only_unless_asked():
     kinds = {type(c) for c in suite()}
     assert AnomalyRollback not in kinds
-    assert CounterfactualReplay in kinds
+    assert kinds >= {CounterfactualReplay, SceneRecorder}
     assert AnomalyRollback in {type(c) for c in suite(rollback=True)}
-    assert CounterfactualReplay not in {type(c) for c in suite(replay=False)}
+    assert not {type(c) for c in suite(replay=False)} & {CounterfactualReplay, SceneRecorder}
     (watcher,) = (c for c in suite(early_stop=True) if isinstance(c, OverfitWatcher))
     assert watcher.stop
     (watcher,) = (c for c in suite() if isinstance(c, OverfitWatcher))
@@ -67,5 +68,6 @@ def test_own_callbacks_take_the_place_of_the_suites():
 
 
 def test_dirpath_reaches_all_who_write(tmp_path):
-    (report,) = (c for c in suite(dirpath=tmp_path) if isinstance(c, RootCauseReport))
-    assert report.dirpath == tmp_path
+    writers = [c for c in suite(dirpath=tmp_path) if hasattr(c, "dirpath")]
+    assert {RootCauseReport, SceneRecorder} <= {type(c) for c in writers}
+    assert all(c.dirpath == tmp_path for c in writers)
