@@ -29,8 +29,7 @@ class CounterfactualReplay(SpikeCallback):
     come back was made from outside. Where the loss is not finite, the module and operation that made the first such value are named.
 
     Afterwards everything is as before, to the bit, and so is the rest of the training; where a moment cannot be run again, the report says why.
-    What leaks all the same is what `training_step` itself writes to files, globals or writers of its own (`lab.isolation`). Not run: with more than one rank, under manual
-    optimisation.
+    What leaks all the same is what `training_step` itself writes to files, globals or writers of its own (`lab.isolation`). Not run: with more than one rank.
 
     Args:
         budget: Share of the run's time so far that re-runs may take, above 0 and at most 1; 5 seconds in all are free on top of it, so that short

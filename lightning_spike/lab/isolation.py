@@ -39,8 +39,14 @@ class Bench:
     def __init__(self, trainer: Trainer, module: LightningModule, *, with_optimizers: bool) -> None:
         self.trainer = trainer
         self.module = module
+        self._takes_index = bool(
+            is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+        )  # Lightning's own rule
         self._random = RandomState.take()
         self._state = Kept(_roots(trainer, module, with_optimizers), leave=_left(trainer, with_optimizers))
+        # Twice the size of the weights, and written by updates only: most rewinds need not copy it.
+        self._optimizers = Kept(_optimizers(trainer) if with_optimizers else [], leave=module.parameters())
+        self._has_trained = False
         self._surroundings = Surroundings(trainer)
         self._batches: dict[int, tuple[object, Kept]] = {}
         self.steps = 0
@@ -78,7 +84,7 @@ class Bench:
             CannotReplay: The batch holds something that cannot be put back.
         """
         self._set_out(batch, random, at)
-        arguments = (batch, batch_idx) if _takes_index(self.module) else (batch,)
+        arguments = (batch, batch_idx) if self._takes_index else (batch,)
         with torch.enable_grad(), eagerly(), self._precision(in_float32), without_updates(self.module) as losses:
             outputs = self.module.training_step(*arguments)
         return _with_loss(outputs, losses)
@@ -115,8 +121,9 @@ class Bench:
             Exception: What the listener or the module's code raises; `rewind` is needed then.
         """
         self._set_out(batch, random, at)
+        self._has_trained = True
         loops, module = self.trainer.fit_loop.epoch_loop, self.module
-        arguments = OrderedDict(batch=batch, batch_idx=batch_idx) if _takes_index(module) else OrderedDict(batch=batch)
+        arguments = OrderedDict(batch=batch, batch_idx=batch_idx) if self._takes_index else OrderedDict(batch=batch)
         with self._as_trained(listener, in_float32=in_float32), _accumulating(self.trainer, accumulates=not closes):
             _call_lightning_module_hook(self.trainer, "on_train_batch_start", batch, batch_idx)
             if module.automatic_optimization:
@@ -129,14 +136,14 @@ class Bench:
     def loss_as_trained(self, batch: object, batch_idx: int, *, random: RandomState, at: Moment) -> Any:  # noqa: ANN401 - as training_step
         """Run `training_step` as `train` does, without backward pass and update; for automatic optimisation."""
         self._set_out(batch, random, at)
-        arguments = (batch, batch_idx) if _takes_index(self.module) else (batch,)
+        arguments = (batch, batch_idx) if self._takes_index else (batch,)
         with self._as_trained(None, in_float32=False):
             _call_lightning_module_hook(self.trainer, "on_train_batch_start", batch, batch_idx)
             return self.trainer.strategy.training_step(*arguments)
 
     def rewind(self) -> None:
         """Bring weights, buffers, gradients, modes, attributes and batches back to what they were when the isolation began."""
-        self._put_back()
+        self._put_back(trusting=not self._has_trained)
         self._mute()
 
     def done_with(self, batch: object) -> None:
@@ -180,8 +187,10 @@ class Bench:
         finally:
             self.module.__dict__.update(muted)
 
-    def _put_back(self) -> None:
+    def _put_back(self, *, trusting: bool = False) -> None:
         self._state.put_back()
+        self._optimizers.put_back(trusting=trusting)
+        self._has_trained = False
         for _, kept in self._batches.values():
             kept.put_back()
         self._batches.clear()
@@ -268,21 +277,24 @@ def _refuse(trainer: Trainer, module: LightningModule) -> None:
 
 
 def _roots(trainer: Trainer, module: LightningModule, with_optimizers: bool) -> list[tuple[str, object]]:
-    optimizers = [vars(o) if with_optimizers else o.param_groups for o in trainer.optimizers]
     scaler: object = getattr(trainer.precision_plugin, "scaler", None)
     return [
         ("module", module),
         ("trainer results", trainer._results),  # noqa: SLF001 - what `callback_metrics` is computed from, and cached in
         ("trainer metrics", vars(trainer._logger_connector)),  # noqa: SLF001 - holds the dicts behind `callback_metrics`
-        ("optimizers", optimizers),
+        ("optimizers", [] if with_optimizers else [o.param_groups for o in trainer.optimizers]),
         ("schedulers", [vars(c.scheduler) for c in trainer.lr_scheduler_configs]),
         ("loss scaler", vars(scaler) if scaler is not None else {}),
     ]
 
 
+def _optimizers(trainer: Trainer) -> list[tuple[str, object]]:
+    return [(f"optimizers[{place}]", vars(optimizer)) for place, optimizer in enumerate(trainer.optimizers)]
+
+
 def _left(trainer: Trainer, with_optimizers: bool) -> list[object]:
     """Nobody but a stepping optimizer changes its state, and a copy of it would be twice that of the weights."""
-    return [] if with_optimizers else [o.state for o in trainer.optimizers]
+    return list(trainer.optimizers) if with_optimizers else [o.state for o in trainer.optimizers]
 
 
 @contextlib.contextmanager
@@ -298,11 +310,6 @@ def _with_loss(outputs: Any, losses: Sequence[Tensor]) -> Any:  # noqa: ANN401 -
     named = batch_losses(None, losses)
     total = torch.stack([loss.reshape(()) for loss in losses]).sum()
     return {**(outputs if isinstance(outputs, Mapping) else {}), **named, "loss": total}
-
-
-def _takes_index(module: LightningModule) -> bool:
-    """Lightning's own rule for whether to hand on `batch_idx`."""
-    return bool(is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2))
 
 
 def _swallow(*_: object, **__: object) -> None:

@@ -12,7 +12,8 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
-from functools import partial
+from functools import cache, partial
+from operator import is_
 from pathlib import Path, PurePath
 from typing import Any, Final, TypeAlias
 
@@ -30,6 +31,9 @@ MOST_OBJECTS: Final = 1_000_000
 
 SHARE_OF_MEMORY: Final = 0.5
 """Of the host memory that is free, the most that copies may take: an out-of-memory kill cannot be caught."""
+
+NOTHING_TO_SPEAK_OF: Final = 1 << 26
+"""Bytes up to which nobody asks how much memory is free: that takes half a millisecond."""
 
 PLAIN: Final = (
     types.NoneType,
@@ -83,20 +87,23 @@ ATTRIBUTES_NOT_ENTERED: Final = frozenset({"_trainer", "_fabric"})
 MACHINERY_OF_MODULES: Final = re.compile(r"\._(?:modules|parameters|buffers)(?=\.)")
 """Left out of the paths in messages."""
 
+FAST: Final = frozenset({type(None), bool, int, float, str, types.FunctionType, type})
+"""Nearly everything is of these types; a look-up is cheaper than an `isinstance`."""
+
 Undo: TypeAlias = Callable[[], object]
-Look: TypeAlias = tuple[list[Undo], Iterable[tuple[str, object]]]
+Path_: TypeAlias = tuple["Path_ | None", object, str]
+"""Where something was found: in what, under which key, and how that is written. Put into words only where there is something to say."""
+Found: TypeAlias = tuple[Path_, object]
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class _Storage:
     """The bytes under one or more tensors."""
 
-    live: torch.UntypedStorage
-    kept: torch.UntypedStorage | None = None
-
-    def put_back(self) -> None:
-        if self.kept is not None:
-            self.live.copy_(self.kept, non_blocking=False)
+    live: Tensor
+    """A uint8 view of its own: writing into it leaves autograd's version counters of the tensors alone."""
+    kept: Tensor
+    seen: list[Tensor]
 
 
 class Kept:
@@ -120,67 +127,130 @@ class Kept:
     def __init__(self, roots: Iterable[tuple[str, object]], *, leave: Iterable[object] = ()) -> None:
         self._left = tuple(leave)  # held, so that no id is used again
         self._seen: dict[int, object] = {id(thing): thing for thing in self._left}
+        self._empty: list[Any] = []
+        self._dicts: list[tuple[dict[Any, Any], tuple[Any, ...], tuple[Any, ...]]] = []
+        self._sequences: list[tuple[list[Any] | deque[Any], tuple[Any, ...]]] = []
+        self._tensors: list[_Place] = []
         self._undo: list[Undo] = []
-        self._storages: dict[tuple[str, int], _Storage] = {}
-        self._walk(list(roots))
+        self._live: dict[tuple[str, int], tuple[torch.UntypedStorage, list[Tensor]]] = {}
+        self._walk([((None, name, "{}"), thing) for name, thing in roots])
         self._check_memory()
-        for storage in self._storages.values():
-            storage.kept = storage.live.clone()  # type: ignore[no-untyped-call]
+        self._storages = [
+            _Storage(live := _bytes(storage), live.clone(), seen) for storage, seen in self._live.values()
+        ]
+        self._versions = self._now()
 
-    def put_back(self) -> None:
-        """Make everything as it was; may be called more than once. Blocks."""
+    def put_back(self, *, trusting: bool = False) -> None:
+        """Make everything as it was; may be called more than once. Blocks.
+
+        Args:
+            trusting: Leave memory alone if autograd's version counters of the tensors on it have not moved since: for what only a few known operations write
+                into. A write through `.data` or by a foreign kernel does not move them.
+        """
         with torch.no_grad():
+            self._put_back_containers()
             for undo in self._undo:
                 undo()
-            for storage in self._storages.values():
-                storage.put_back()
+            for place in self._tensors:
+                place.put_back()
+            if not trusting or self._now() != self._versions:
+                _copy_all([s.live for s in self._storages], [s.kept for s in self._storages])
+                self._versions = self._now()
 
-    def _walk(self, to_see: list[tuple[str, object]]) -> None:
+    def _now(self) -> list[int]:
+        return [t._version for s in self._storages for t in s.seen if not t.is_inference()]  # noqa: SLF001 - the only witness of a write in place
+
+    def _put_back_containers(self) -> None:
+        for empty in self._empty:
+            if empty:
+                _clear(empty)
+        for held, keys, values in self._dicts:
+            there = len(held) == len(keys) and all(map(is_, dict.values(held), values))
+            if not (there and all(map(is_, dict.keys(held), keys))):
+                _clear(held)
+                (OrderedDict if isinstance(held, OrderedDict) else dict).update(held, zip(keys, values, strict=True))
+        for sequence, items in self._sequences:
+            if len(sequence) != len(items) or not all(map(is_, sequence, items)):
+                sequence.clear()
+                sequence.extend(items)
+
+    def _walk(self, to_see: list[Found]) -> None:
         while to_see:
             path, thing = to_see.pop()
-            if isinstance(thing, PLAIN) or id(thing) in self._seen:
+            if (
+                (type(thing) in FAST and type(thing) is not tuple)
+                or id(thing) in self._seen
+                or isinstance(thing, PLAIN)
+            ):
                 continue
             self._seen[id(thing)] = thing
-            path = MACHINERY_OF_MODULES.sub("", path)
             if len(self._seen) > MOST_OBJECTS:
-                msg = f"more than {MOST_OBJECTS} objects hang on the module, around {path}; to keep them all would take too long"
+                msg = f"more than {MOST_OBJECTS} objects hang on the module, around {_words(path)}; to keep them all would take too long"
                 raise CannotReplay(msg)
-            undo, inside = self._look(path, thing)
-            self._undo += undo
-            to_see += [(name, item) for name, item in inside if not isinstance(item, PLAIN)]
+            to_see += self._look(path, thing)
 
-    def _look(self, path: str, thing: object) -> Look:
+    def _look(self, path: Path_, thing: Any) -> Iterable[Found]:  # noqa: ANN401 - anything may hang on a module
         if isinstance(thing, Tensor):
             return self._look_at_tensor(path, thing)
+        if isinstance(thing, (dict, list, deque, set, tuple, frozenset)):
+            return [*self._look_at_container(path, thing), *self._attributes(path, thing)]
         for kind, look in LOOKS:
             if isinstance(thing, kind):
-                undo, inside = look(path, thing)
-                own, own_inside = _attributes(path, thing)
-                return [*undo, *own], [*inside, *own_inside]
+                self._undo += look(thing)
+                return self._attributes(path, thing)
         if isinstance(thing, nn.Module):
-            return _attributes(path, thing)
+            return self._attributes(path, thing)
         if isinstance(thing, Iterator):
-            msg = f"{path} is a {type(thing).__name__}: what it has handed out cannot be put back"
+            msg = f"{_words(path)} is a {type(thing).__name__}: what it has handed out cannot be put back"
             raise CannotReplay(msg)
-        return ([], []) if _is_machinery(type(thing)) else _attributes(path, thing)
+        return () if _is_machinery(type(thing).__module__) else self._attributes(path, thing)
 
-    def _look_at_tensor(self, path: str, tensor: Tensor) -> Look:
+    def _look_at_container(self, path: Path_, thing: Any) -> list[Found]:  # noqa: ANN401 - one of the containers
+        if not thing:
+            if not isinstance(thing, (tuple, frozenset)):
+                self._empty.append(thing)
+            return []
+        if isinstance(thing, dict):
+            keys, values = tuple(dict.keys(thing)), tuple(dict.values(thing))
+            self._dicts.append((thing, keys, values))
+            return [((path, k, ".{}"), v) for k, v in zip(keys, values, strict=True) if type(v) not in FAST]
+        if isinstance(thing, (list, deque)):
+            self._sequences.append((thing, tuple(thing)))
+        elif isinstance(thing, set):
+            self._undo.append(partial(_refill, thing, tuple(thing)))
+        return [((path, index, "[{}]"), item) for index, item in enumerate(thing)]
+
+    def _look_at_tensor(self, path: Path_, tensor: Tensor) -> list[Found]:
         parts = _wrapped(tensor)
         if parts:
-            return [], [(f"{path}.{name}", getattr(tensor, name)) for name in parts]
+            return [((path, name, ".{}"), getattr(tensor, name)) for name in parts]
         if tensor.layout != torch.strided or tensor.device.type == "meta":
-            return [], []
+            return []
         storage = tensor.untyped_storage()
         if storage.nbytes():
-            self._storages.setdefault((str(storage.device), storage.data_ptr()), _Storage(storage))
-        undo: list[Undo] = [_data_undo(tensor)]
-        if not tensor.is_leaf:
-            return undo, []
-        return [*undo, _leaf_undo(tensor)], [(f"{path}.grad", tensor.grad)]
+            self._live.setdefault((str(storage.device), storage.data_ptr()), (storage, []))[1].append(tensor)
+        self._tensors.append(_Place(tensor))
+        return [((path, "grad", ".{}"), tensor.grad)] if tensor.is_leaf else []
+
+    def _attributes(self, path: Path_, thing: object) -> list[Found]:
+        """The attributes of an object, in its `__dict__` and its slots."""
+        inside: list[Found] = []
+        held = getattr(thing, "__dict__", None)
+        if isinstance(held, dict) and held:
+            found = self._look_at_container(path, held)
+            inside = [pair for pair in found if pair[0][1] not in ATTRIBUTES_NOT_ENTERED]
+        elif isinstance(held, dict):
+            self._empty.append(held)
+        kind: Any = type(thing)  # mypy takes object for something without a hash
+        for name in _slots(kind):
+            value = getattr(thing, name, _MISSING)
+            self._undo.append(partial(_set_slot, thing, name, value))
+            inside.append(((path, name, ".{}"), value))
+        return inside
 
     def _check_memory(self) -> None:
-        needed = sum(s.live.nbytes() for s in self._storages.values() if s.live.device.type == "cpu")
-        free = _free_memory()
+        needed = sum(storage.nbytes() for storage, _ in self._live.values() if storage.device.type == "cpu")
+        free = _free_memory() if needed > NOTHING_TO_SPEAK_OF else None
         if free is not None and needed > SHARE_OF_MEMORY * free:
             msg = (
                 f"a copy of the module's state takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free"
@@ -188,154 +258,124 @@ class Kept:
             raise CannotReplay(msg)
 
 
+class _Place:
+    """Where a tensor's memory lies, and what hangs on a leaf of the graph."""
+
+    __slots__ = ("_alias", "_grad", "_is_leaf", "_layout", "_requires_grad", "_tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._alias = tensor, tensor.detach()
+        self._layout = tensor.data_ptr(), tensor.shape, tensor.stride()
+        self._is_leaf = tensor.is_leaf
+        self._requires_grad, self._grad = tensor.requires_grad, tensor.grad if tensor.is_leaf else None
+
+    def put_back(self) -> None:
+        """Put the tensor back onto its own memory, should it have been given another (`p.data = ...`), and its gradient to it."""
+        tensor = self._tensor
+        if (tensor.data_ptr(), tensor.shape, tensor.stride()) != self._layout:
+            tensor.data = self._alias
+        if self._is_leaf:
+            if tensor.requires_grad != self._requires_grad:
+                tensor.requires_grad_(self._requires_grad)
+            if tensor.grad is not self._grad:
+                tensor.grad = self._grad
+
+
+def _words(path: Path_ | None) -> str:
+    """The path as a person would write it."""
+    parts: list[str] = []
+    while path is not None:
+        path, key, form = path
+        parts.append(form.format(key) if isinstance(key, (str, int)) else f"[{type(key).__name__}]")
+    return MACHINERY_OF_MODULES.sub("", "".join(reversed(parts)))
+
+
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _copy_all(to: list[Tensor], source: list[Tensor]) -> None:
+    groups: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+    for one, other in zip(to, source, strict=True):
+        pair = groups.setdefault(one.device, ([], []))
+        pair[0].append(one)
+        pair[1].append(other)
+    for live, kept in groups.values():
+        torch._foreach_copy_(live, kept)
+
+
 def _wrapped(tensor: Any) -> list[str]:  # noqa: ANN401 - mypy takes a Tensor that is a wrapper as well for impossible
     """Names of the tensors inside a subclass that wraps others (a DTensor, a quantised weight)."""
     return list(tensor.__tensor_flatten__()[0]) if is_traceable_wrapper_subclass(tensor) else []
 
 
-def _data_undo(tensor: Tensor) -> Undo:
-    """Put the tensor back onto its own memory, should it have been given another (`p.data = ...`)."""
-    alias = tensor.detach()
-
-    def undo() -> None:
-        if tensor.data_ptr() != alias.data_ptr() or tensor.shape != alias.shape or tensor.stride() != alias.stride():
-            tensor.data = alias
-
-    return undo
+def _clear(container: Any) -> None:  # noqa: ANN401 - any that can be
+    """With the methods of the base: a subclass may do more in its own, and dict's own would break the order of an OrderedDict."""
+    kinds = (OrderedDict, dict, list, deque, set)
+    next(kind for kind in kinds if isinstance(container, kind)).clear(container)
 
 
-def _leaf_undo(tensor: Tensor) -> Undo:
-    requires_grad, grad = tensor.requires_grad, tensor.grad
-
-    def undo() -> None:
-        if tensor.requires_grad != requires_grad:
-            tensor.requires_grad_(requires_grad)
-        if tensor.grad is not grad:
-            tensor.grad = grad
-
-    return undo
+def _refill(thing: set[Any], before: tuple[Any, ...]) -> None:
+    thing.clear()
+    thing.update(before)
 
 
-def _look_at_dict(path: str, thing: dict[Any, Any]) -> Look:
-    # The methods of the base: a subclass may do more in its own, and dict's own would break the order of an OrderedDict.
-    base = OrderedDict if isinstance(thing, OrderedDict) else dict
-    before = list(dict.items(thing))
-
-    def undo() -> None:
-        now = list(dict.items(thing))
-        if len(now) != len(before) or any(a is not c or b is not d for (a, b), (c, d) in zip(now, before, strict=True)):
-            base.clear(thing)
-            base.update(thing, before)
-
-    return [undo], [(f"{path}.{key}" if isinstance(key, str) else f"{path}[{key!r:.40}]", v) for key, v in before]
-
-
-def _look_at_sequence(path: str, thing: list[Any] | deque[Any]) -> Look:
-    before = list(thing)
-
-    def undo() -> None:
-        if len(thing) != len(before) or any(a is not b for a, b in zip(thing, before, strict=True)):
-            thing.clear()
-            thing.extend(before)
-
-    return [undo], [(f"{path}[{index}]", item) for index, item in enumerate(before)]
-
-
-def _look_at_set(path: str, thing: set[Any]) -> Look:
-    before = list(thing)
-
-    def undo() -> None:
-        thing.clear()
-        thing.update(before)
-
-    return [undo], [(f"{path}{{}}", item) for item in before]
-
-
-def _look_at_fixed(path: str, thing: Iterable[Any]) -> Look:
-    return [], [(f"{path}[{index}]", item) for index, item in enumerate(thing)]
-
-
-def _look_at_array(path: str, thing: np.ndarray[Any, Any]) -> Look:  # noqa: ARG001 - all looks are called alike
+def _undo_array(thing: np.ndarray[Any, Any]) -> list[Undo]:
     if not thing.flags.writeable:
-        return [], []
+        return []
     before = thing.copy()
 
     def undo() -> None:
         thing[...] = before
 
-    return [undo], []
+    return [undo]
 
 
-def _look_at_bytes(path: str, thing: bytearray) -> Look:  # noqa: ARG001 - all looks are called alike
+def _undo_bytes(thing: bytearray) -> list[Undo]:
     before = bytes(thing)
 
     def undo() -> None:
         thing[:] = before
 
-    return [undo], []
+    return [undo]
 
 
-def _look_at_random(path: str, thing: random.Random) -> Look:  # noqa: ARG001 - all looks are called alike
-    before = thing.getstate()
-    return [lambda: thing.setstate(before)], []
+def _undo_random(thing: random.Random) -> list[Undo]:
+    return [partial(thing.setstate, thing.getstate())]
 
 
-def _look_at_numpy_random(path: str, thing: np.random.Generator) -> Look:
-    return _look_at_bit_generator(path, thing.bit_generator)
+def _undo_numpy_random(thing: np.random.Generator) -> list[Undo]:
+    return _undo_bit_generator(thing.bit_generator)
 
 
-def _look_at_bit_generator(path: str, thing: np.random.BitGenerator) -> Look:  # noqa: ARG001 - all looks are called alike
-    before = thing.state
-    return [lambda: setattr(thing, "state", before)], []
+def _undo_bit_generator(thing: np.random.BitGenerator) -> list[Undo]:
+    return [partial(setattr, thing, "state", thing.state)]
 
 
-def _look_at_numpy_legacy(path: str, thing: np.random.RandomState) -> Look:  # noqa: ARG001 - all looks are called alike
-    before = thing.get_state()
-    return [lambda: thing.set_state(before)], []
+def _undo_generator(thing: Any) -> list[Undo]:  # noqa: ANN401 - NumPy's and torch's have the same methods
+    return [partial(thing.set_state, thing.get_state())]
 
 
-def _look_at_torch_random(path: str, thing: torch.Generator) -> Look:  # noqa: ARG001 - all looks are called alike
-    before = thing.get_state()
-    return [lambda: thing.set_state(before)], []
-
-
-LOOKS: Final[tuple[tuple[type | tuple[type, ...], Callable[[str, Any], Look]], ...]] = (
-    (dict, _look_at_dict),
-    ((list, deque), _look_at_sequence),
-    (set, _look_at_set),
-    ((tuple, frozenset), _look_at_fixed),
-    (np.ndarray, _look_at_array),
-    (bytearray, _look_at_bytes),
-    (random.Random, _look_at_random),
-    (np.random.Generator, _look_at_numpy_random),
-    (np.random.BitGenerator, _look_at_bit_generator),
-    (np.random.RandomState, _look_at_numpy_legacy),
-    (torch.Generator, _look_at_torch_random),
+LOOKS: Final[tuple[tuple[type | tuple[type, ...], Callable[[Any], list[Undo]]], ...]] = (
+    (np.ndarray, _undo_array),
+    (bytearray, _undo_bytes),
+    (random.Random, _undo_random),
+    (np.random.Generator, _undo_numpy_random),
+    (np.random.BitGenerator, _undo_bit_generator),
+    ((np.random.RandomState, torch.Generator), _undo_generator),
 )
 
 
-def _attributes(path: str, thing: object) -> Look:
-    """The attributes of an object, in its `__dict__` and its slots."""
-    undo: list[Undo] = []
-    inside: list[tuple[str, object]] = []
-    held = getattr(thing, "__dict__", None)
-    if isinstance(held, dict):
-        undo, named = _look_at_dict(path, held)
-        inside = [pair for pair in named if pair[0].rpartition(".")[2] not in ATTRIBUTES_NOT_ENTERED]
-    for name in _slots(type(thing)):
-        value = getattr(thing, name, _MISSING)
-        undo.append(partial(_set_slot, thing, name, value))
-        inside.append((f"{path}.{name}", value))
-    return undo, inside
-
-
-def _slots(kind: type) -> Iterator[str]:
+@cache
+def _slots(kind: Any) -> tuple[str, ...]:  # noqa: ANN401 - a type
+    found: list[str] = []
     for base in kind.__mro__:
         names = base.__dict__.get("__slots__", ())
         for name in (names,) if isinstance(names, str) else tuple(names):
             if name not in ("__dict__", "__weakref__"):
                 mangled = f"_{base.__name__.lstrip('_')}{name}"
-                yield mangled if name.startswith("__") and not name.endswith("__") else name
+                found.append(mangled if name.startswith("__") and not name.endswith("__") else name)
+    return tuple(found)
 
 
 def _set_slot(thing: object, name: str, value: object) -> None:
@@ -350,8 +390,8 @@ def _set_slot(thing: object, name: str, value: object) -> None:
 _MISSING: Final = types.SimpleNamespace()
 
 
-def _is_machinery(kind: type) -> bool:
-    name = kind.__module__
+@cache
+def _is_machinery(name: str) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in NOT_ENTERED)
 
 
