@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-__all__ = ["MAD_TO_SIGMA", "Cusum", "SortedWindow", "mad", "median", "quantile", "theil_sen"]
+__all__ = ["MAD_TO_SIGMA", "Cusum", "LazyWindow", "SortedWindow", "mad", "median", "quantile", "theil_sen"]
 
 MAD_TO_SIGMA: Final = 1.4826022185056018
 """1 / Phi^-1(3/4): makes the median absolute deviation an estimate of the standard deviation of normal noise."""
@@ -61,6 +61,8 @@ class SortedWindow:
     A push costs one `bisect` and two `memmove`s of at most `size` pointers: under 2 µs for 1,024 values.
     """
 
+    __slots__ = ("_next", "_ring", "ordered", "size")
+
     def __init__(self, size: int) -> None:
         """Make an empty window that holds at most `size` >= 1 values."""
         self.size = size
@@ -105,6 +107,63 @@ class SortedWindow:
     def quantile(self, q: float) -> float:
         """Quantile, linear between neighbours; the window must not be empty."""
         return quantile(self.ordered, q)
+
+
+class LazyWindow:
+    """The last `size` values, put in order only when they are asked for.
+
+    For windows that are read once in many pushes: a push stores, and the sort that follows finds nearly all in order already. What
+    was pushed since the last look at `ordered` is kept beside the last `size` values, so look now and then.
+    """
+
+    __slots__ = ("_ordered", "_settled", "_values", "size")
+
+    def __init__(self, size: int) -> None:
+        """Make an empty window that holds at most `size` >= 1 values."""
+        self.size = size
+        self._values: list[float] = []
+        self._settled = 0
+        """How many of them are in `_ordered`."""
+        self._ordered: list[float] = []
+
+    def __len__(self) -> int:
+        return min(len(self._values), self.size)
+
+    def push(self, value: float) -> None:
+        """Take in a finite value; the oldest leaves when the window is full."""
+        self._values.append(value)
+
+    @property
+    def ordered(self) -> list[float]:
+        """Ascending; read it freely, do not change it."""
+        values, ordered = self._values, self._ordered
+        if self._settled < len(values):
+            ordered += values[self._settled :]
+            ordered.sort()
+            surplus = max(0, len(values) - self.size)
+            for value in values[:surplus]:
+                del ordered[bisect_left(ordered, value)]
+            del values[:surplus]
+            self._settled = len(values)
+        return ordered
+
+    def replace(self, values: Sequence[float]) -> None:
+        """Forget everything and take the last `size` of these instead."""
+        self._values = list(values[-self.size :])
+        self._settled = len(self._values)
+        self._ordered = sorted(self._values)
+
+    def latest(self, count: int) -> list[float]:
+        """The newest `count` values, oldest first; fewer where there are not as many."""
+        return self._values[-count:]
+
+    def back(self, count: int) -> float:
+        """The value that came `count` pushes ago, 1 for the newest; there must be as many."""
+        return self._values[-count]
+
+    def values(self) -> list[float]:
+        """Oldest first."""
+        return self._values[-self.size :]
 
 
 class Cusum:

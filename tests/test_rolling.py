@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_spike.rolling import MAD_TO_SIGMA, Cusum, SortedWindow, mad, median, quantile, theil_sen
+from lightning_spike.rolling import MAD_TO_SIGMA, Cusum, LazyWindow, SortedWindow, mad, median, quantile, theil_sen
 
 FINITE = st.floats(min_value=-1e12, max_value=1e12)
 
@@ -50,6 +50,22 @@ def test_window_goes_on_after_being_replaced_by_its_own_values(first, then, size
     for value in then:
         assert one.push(value) == other.push(value)
     assert one.values() == other.values()
+
+
+@given(st.lists(st.tuples(FINITE, st.booleans()), min_size=1, max_size=80), st.integers(1, 20))
+def test_lazy_window_holds_the_last_values_whenever_it_is_looked_at(pushes, size):
+    window, values = LazyWindow(size), []
+    for value, look in pushes:
+        window.push(value)
+        values.append(value)
+        if look:
+            assert window.ordered == sorted(values[-size:])
+            assert window.latest(3) == values[-min(3, size) :][-len(window) :]
+        assert window.values() == values[-size:]
+        assert len(window) == min(size, len(values))
+        assert window.back(1) == value
+    window.replace(values)
+    assert window.ordered == sorted(values[-size:])
 
 
 def test_theil_sen_finds_the_slope_beside_outliers():

@@ -7,18 +7,20 @@ far is read off the tail that the series itself has shown.
 """
 
 import math
+from collections import deque
+from math import log1p
 from typing import Any, Final
 
-from lightning_spike.rolling import SortedWindow, quantile
+from lightning_spike.rolling import LazyWindow, SortedWindow, quantile
 
-__all__ = ["Baseline"]
+__all__ = ["RUN", "RUN_CLIP", "Baseline"]
 
 CENTRE: Final = 32
 """Accepted values that make the present level: its median then adds 2.4 % to the noise, and follows a trend within 16 steps."""
 SIDE: Final = 8
 """Accepted values on either side of the one whose noise is learnt: the mean of their two medians leaves no trend in the residual."""
-SCALE: Final = 384
-"""Residuals that make the present noise; its standard error is then 6 %."""
+SCALE: Final = 512
+"""Residuals that make the present noise; its standard error is then 5 %."""
 AHEAD: Final = 128
 """Differences between a value and the level before it, which are larger than the noise where the loss wanders."""
 WIDER: Final = 0.98
@@ -30,17 +32,23 @@ TAIL: Final = 1536
 """Standardised residuals that show how heavy the tail is."""
 NEARBY: Final = 64
 """Residuals around one that standardise it for the tail: noise that grows or shrinks along the run must not pass for a heavy tail."""
-NEARBY_EVERY: Final = 8
-"""Pushes between two measures of their width."""
 LEAST: Final = 8
 """Accepted values without which no statement is made."""
 OFFSET: Final = 0.5
 """Share of the median that is added before the logarithm: between none, which makes noise of a loss near zero all lower tail, and
 one, which takes the logarithm back (science.md 1.5 compares 0.25 and 1)."""
 REFIT_EVERY: Final = 16
-"""Pushes between two looks at the tail; amortises its cost."""
-NORMAL_LIMIT: Final = 4.1
-"""How far out is far for normal noise, in standard deviations: 2.1e-5 of the values lie beyond."""
+"""Pushes between two measures of the noise; amortises their cost."""
+EVERY_TIME: Final = 4 * REFIT_EVERY
+"""Pushes from the start after each of which the noise is measured."""
+MANY: Final = 256
+"""Standardised residuals from which on the tail is looked at less often …"""
+RESHAPE_EVERY: Final = 4 * REFIT_EVERY
+"""… than the noise: it then changes by a few per cent in so many pushes."""
+NORMAL_LIMIT: Final = 4.0
+"""How far out is far for normal noise, in standard deviations: 3.2e-5 of the values lie beyond …"""
+PLAIN_LIMIT: Final = 4.2
+"""… and on the plain scale, where the logarithm does not shorten the upper side."""
 TAIL_POINTS: Final = ((0.99, 2.3263), (0.995, 2.5758))
 """Probabilities at which the tail is read, with the normal quantile of each."""
 FAR_POINT: Final = (0.998, 2.8782)
@@ -49,20 +57,28 @@ ONE_SIGMA: Final = 0.8413
 """Phi(1): the upper half-width of normal noise is its standard deviation."""
 HEAVIEST: Final = 0.30
 """Cap on the tail's shape h; Student's t with 2 degrees of freedom has about as much between these quantiles."""
-SCALE_POINTS: Final = ((0.75, 0.6745), (0.8413, 1.0), (0.90, 1.2816))
+SCALE_POINTS: Final = ((0.75, 0.6745), (0.8413, 1.0), (0.90, 1.2816), (0.95, 1.6449))
 """Probabilities whose half-widths are averaged into the scale, with the normal quantile of each."""
-DOUBT: Final = 0.54
-"""Standard error of h times the square root of the number of residuals, for normal noise."""
-HEAVY: Final = 2.1
-"""Standard errors of h from which on the tail is called heavier than normal."""
-POWER: Final = 1.1
-"""Factor on the shape of a heavy tail: one that falls like a power stretches further out than the quantiles that were read tell."""
-KNOWN: Final = 0.018
-"""Standard error of h from which on normal-looking noise is taken as normal: some 900 residuals."""
-EARLY: Final = 5.0
-"""Standard errors of h, above that, that are added before."""
+UPPER_DOUBT: Final = 0.78
+"""Standard error of the upper tail's h times the square root of the number of residuals, for normal noise …"""
+BOTH_DOUBT: Final = 0.5
+"""… and that of both tails' h."""
+HEAVY: Final = (2.0, 4.0)
+"""Standard errors of h up to which a tail counts as that of normal noise, and from which on as heavier in full."""
+POWER: Final = 1.2
+"""Factor on the shape of a heavy tail: one that falls like a power stretches further out than the quantiles that were read tell …"""
+ADDED: Final = 2.0
+"""… plus this many standard errors."""
+KNOWN: Final = 1100
+"""Residuals from which on noise that looks normal is taken as normal."""
+EARLY: Final = 2.5
+"""Standard errors that are added to what was seen when there is next to nothing yet; the fewer the closer that is."""
 EARLY_MOST: Final = 0.2
-"""Most that is added: five times the level at step 40 must be seen."""
+"""Most that is allowed for what was not seen: five times the level at step 40 must be seen."""
+SKEW_DOUBT: Final = 1.1
+"""Standard error of the skew times the square root of the number of residuals, for normal noise."""
+SKEW_POINTS: Final = (0.975, 0.99)
+"""Probabilities at which the two sides are compared: for lognormal noise of 10 % they differ by 10 %, four standard errors."""
 SURE: Final = 6.0
 """On the logarithmic scale tails are light (science.md 1.5), so however heavy the tail may look or might still turn out to be, this
 many standard deviations …"""
@@ -71,23 +87,27 @@ SURE_EARLY: Final = 5.0
 DOUBLED: Final = 0.5
 """… are too far where the value also stands this much, in logarithms, above the level: about twice it. Below, the noise is small beside
 the level and a heavy tail can well be an additive one."""
-WINDOWS: Final = ("centre", "before", "right", "nearby", "residuals", "ahead", "tail")
+WINDOWS: Final = ("centre", "residuals", "ahead", "tail")
+LISTS: Final = ("levels", "right", "rights", "waiting")
 NUMBERS: Final = (
     "linear",
     "pushed",
     "near",
     "level",
     "unit",
+    "shape",
+    "skew",
     "limit",
     "sure_limit",
     "pair_limit",
+    "run_limit",
     "scale",
     "agree",
     "side",
 )
-FAR_BEYOND: Final = 4.0
+FAR_BEYOND: Final = 5.0
 """Times the largest excess of the last 384 values from which on a value is too far whatever the law of the noise: beyond that, a tail that falls
-like 1/x^3 has 4e-5 of its values, a lognormal one with sigma 1 has 1e-5 …"""
+like 1/x^3 has 2e-5 of its values, a lognormal one with sigma 1 has 1e-5 …"""
 FEW: Final = 128.0
 """… plus this over the number of values."""
 NEAR_TOP: Final = 1.5
@@ -100,12 +120,26 @@ TREND: Final = 0.34
 """Share of the fall from one median of 32 to the next that a straight line adds to their upper half-width."""
 PAIR_LIMIT: Final = 3.2
 """Two in a row beyond this are too far for normal noise without memory: 5e-7 of the pairs are."""
+LATELY_DOUBT: Final = 0.4
+"""Standard error of a median of eight about that of the 32 that they belong to."""
+AHEAD_OF_LATELY: Final = 1.4
+"""Where a straight line through the two medians leads to: they are 16.5 and 4.5 values old, so 4.5 / 12 of their distance further."""
+RUN: Final = 8
+"""Successive scores that are summed."""
+RUN_CLIP: Final = 3.0
+"""Most that one of them may add: a heavy tail then says no more than normal noise does."""
+RUN_LIMIT: Final = 4.6
+"""Standard deviations of the sum that are too far: 2e-6 of the normal ones lie beyond. More where each score is like the one before,
+which is measured by the noise about a level that follows them, and is therefore more than it seems."""
+CENTRE_VARIANCE: Final = 1.53 / CENTRE
+"""Variance of a median of 32 normal values, which all of them share."""
 MEMORY: Final = 1.0 / 128.0
 """Weight of the newest pair in the share of neighbours on the same side of the level."""
 LIKE: Final = 0.5
 """Share by which the limit grows where each value is like the one before: the scale is then made of few independent values."""
 HUGE: Final = 1e300
 """Values are cut here, so that differences stay finite."""
+MOST_RULED: Final = math.log(HUGE)
 
 
 def _half_width(ordered: list[float]) -> float:
@@ -116,14 +150,14 @@ def _half_width(ordered: list[float]) -> float:
     )
 
 
-def _shape(ordered: list[float]) -> float:
-    """Tail shape h of Tukey's g-and-h family: a quantile at normal score z is stretched by exp(h z^2 / 2).
+def _shapes(ordered: list[float]) -> tuple[float, float]:
+    """Tail shape h of Tukey's g-and-h family, of the upper tail and of both together.
 
-    The heavier of the upper tail and of both tails together: where both are heavy, twice the values tell of it.
+    A quantile at normal score z is stretched by exp(h z^2 / 2). Where both tails are heavy, twice the values tell of it.
     """
     one = 0.5 * (quantile(ordered, ONE_SIGMA) - quantile(ordered, 1.0 - ONE_SIGMA))
     if one <= 0.0:
-        return HEAVIEST
+        return HEAVIEST, HEAVIEST
     count = max(2, math.ceil(2.0 * (1.0 - TAIL_POINTS[0][0]) * len(ordered)) + 1)
     ends = sorted([-value for value in ordered[:count]] + ordered[-count:])
     upper = [(quantile(ordered, probability), score) for probability, score in TAIL_POINTS]
@@ -131,7 +165,23 @@ def _shape(ordered: list[float]) -> float:
         (ends[-1 - round(2.0 * (1.0 - probability) * (len(ordered) - 1))], score)
         for probability, score in (*TAIL_POINTS, FAR_POINT)
     ]
-    return max(_mean_shape(upper, one), _mean_shape(both, one))
+    return _mean_shape(upper, one), _mean_shape(both, one)
+
+
+def _heavy(shape: float, doubt: float) -> float:
+    """What is made of a measured shape with this standard error: nothing for one that chance can give, the more the surer it is."""
+    sure = (shape / doubt - HEAVY[0]) / (HEAVY[1] - HEAVY[0])
+    return max(0.0, min(1.0, sure)) * (POWER * shape + ADDED * doubt)
+
+
+def _skew(ordered: list[float]) -> float:
+    """How much longer the upper side is than the lower one, as a share of their mean; 0 for a symmetric law."""
+    middle = quantile(ordered, 0.5)
+    shares = []
+    for probability in SKEW_POINTS:
+        low, high = quantile(ordered, 1.0 - probability), quantile(ordered, probability)
+        shares.append((high + low - 2.0 * middle) / (high - low) if high > low else 0.0)
+    return sum(shares) / len(shares)
 
 
 def _mean_shape(points: list[tuple[float, float]], one: float) -> float:
@@ -147,30 +197,36 @@ def _stretch(score: float, shape: float) -> float:
 class Baseline:
     """Recent accepted values of one series, and the ruler they make.
 
-    `score` says how far out a value is, `limit` how far out is too far, `push` accepts a value. Ten microseconds for the three.
+    `score` says how far out a value is, `limit` how far out is too far, `push` accepts a value.
     """
+
+    __slots__ = (*(f"_{name}" for name in (*WINDOWS, *LISTS, *NUMBERS)),)
 
     def __init__(self) -> None:
         """Start empty."""
         self._centre = SortedWindow(CENTRE)
-        self._before = SortedWindow(CENTRE)
-        self._right = SortedWindow(SIDE)
-        self._sides: list[float] = []
-        """Medians of the right side, the last nine: the first of them is that of the left side."""
-        self._waiting: list[float] = []
-        self._nearby = SortedWindow(NEARBY)
-        self._recent: list[float] = []
-        self._residuals = SortedWindow(SCALE)
-        self._ahead = SortedWindow(AHEAD)
-        self._tail = SortedWindow(TAIL)
+        self._levels: deque[float] = deque(maxlen=CENTRE + 1)
+        """The last levels: the first of 33 is that of the 32 values before those that make the present one."""
+        self._right: deque[float] = deque(maxlen=SIDE)
+        """The newest values: the right side of the one before them."""
+        self._rights: deque[float] = deque(maxlen=SIDE + 2)
+        """Medians of the right side: the first of ten is that of the left side."""
+        self._waiting: deque[float] = deque(maxlen=SIDE + 1)
+        """How noisy the newest values were said to be."""
+        self._residuals = LazyWindow(SCALE)
+        self._ahead = LazyWindow(AHEAD)
+        self._tail = LazyWindow(TAIL)
         self._linear = False
         self._pushed = 0
         self._near = 0.0
         self._level = 0.0
         self._unit = 1.0
+        self._shape = 0.0
+        self._skew = 0.0
         self._limit = math.inf
         self._sure_limit = math.inf
         self._pair_limit = math.inf
+        self._run_limit = math.inf
         self._agree = 0.0
         self._side = 0.0
         self._scale = math.inf
@@ -178,7 +234,7 @@ class Baseline:
     @property
     def ready(self) -> bool:
         """Enough values have been accepted to judge one."""
-        return len(self._residuals) >= LEAST
+        return self._scale != math.inf
 
     @property
     def level(self) -> float | None:
@@ -201,9 +257,25 @@ class Baseline:
         return self._pair_limit
 
     @property
+    def run_limit(self) -> float:
+        """Sum of eight successive clipped scores beyond which they do not belong to the noise."""
+        return self._run_limit
+
+    @property
+    def lately(self) -> float:
+        """Median of the last eight accepted values; of fewer, the level."""
+        return self._rights[-1] if self._rights else self._level
+
+    @property
+    def lift(self) -> float:
+        """How far above the level the last eight accepted values lead, in the unit of the score; 0 for what chance can give."""
+        lift = self._ruled(self.lately - self._level) / self._scale
+        return AHEAD_OF_LATELY * lift if lift > LATELY_DOUBT else 0.0
+
+    @property
     def spread(self) -> float:
         """The noise's upper half-width in the units of the series, at the present level; infinite until ready."""
-        if not self.ready:
+        if self._scale == math.inf:
             return math.inf
         return self._scale if self._linear else math.expm1(min(self._scale, 600.0)) * self._unit
 
@@ -214,60 +286,59 @@ class Baseline:
             value: A finite number.
             noise: How many times noisier than usual this value is, sqrt(usual / size) for a short batch.
         """
-        if not self.ready:
+        if self._scale == math.inf:
             return 0.0
-        return self._ruled(max(-HUGE, min(HUGE, value)) - self._level) / (self._scale * noise)
+        if not -HUGE <= value <= HUGE:
+            value = math.copysign(HUGE, value)
+        return self._ruled(value - self._level) / (self._scale * noise)
 
     def push(self, value: float, noise: float = 1.0) -> None:
         """Accept a finite value as healthy."""
-        value = max(-HUGE, min(HUGE, value))
+        if not -HUGE <= value <= HUGE:
+            value = math.copysign(HUGE, value)
         if value < 0.0 and not self._linear:
             self._go_linear()
-        if len(self._centre) >= LEAST:
+        if len(self._centre.ordered) >= LEAST:
             self._ahead.push(self._ruled(value - self._forecast()) / noise)
-        leaving = self._centre.push(value)
-        if leaving is not None:
-            self._before.push(leaving)
+        self._centre.push(value)
         self._follow()
         self._learn(value, noise)
         self._pushed += 1
-        if self._pushed % REFIT_EVERY == 0 or len(self._residuals) < 2 * REFIT_EVERY:
+        if self._pushed % REFIT_EVERY == 0 or self._pushed < EVERY_TIME:
             self._refit()
 
     def _follow(self) -> None:
         """Keep the level and the ruler's unit at hand: every value is measured with them several times."""
-        self._level = self._centre.median()
-        unit = (1.0 + OFFSET) * self._level
-        self._unit = unit if unit > 0.0 else max(0.05 * self._centre.ordered[-1], 1e-30)
+        self._level = level = self._centre.median()
+        unit = (1.0 + OFFSET) * level
+        ordered = self._centre.ordered
+        self._unit = unit if unit > 0.0 else max(0.05 * ordered[-1], 1e-30)
+        if len(ordered) == CENTRE:
+            self._levels.append(level)
 
     def _learn(self, value: float, noise: float) -> None:
         """Take in the noise of the value eight pushes ago, now that both its sides are known."""
+        right = self._right
         self._waiting.append(noise)
-        learnt = self._right.push(value)
-        if learnt is None:
-            if len(self._right) == SIDE:
-                self._sides.append(self._right.median())
+        learnt = right[0] if right else 0.0
+        right.append(value)
+        if len(right) < SIDE:
             return
-        its_noise = self._waiting.pop(0)
-        side = self._right.median()
-        self._sides.append(side)
-        if len(self._sides) > SIDE + 1:
-            self._take(self._ruled(learnt - 0.5 * (self._sides.pop(0) + side)) / its_noise)
+        ordered = sorted(right)
+        side = 0.5 * ordered[SIDE // 2 - 1] + 0.5 * ordered[SIDE // 2]
+        rights = self._rights
+        rights.append(side)
+        if len(rights) == SIDE + 2:
+            self._take(self._ruled(learnt - 0.5 * (rights[0] + side)) / self._waiting[0])
 
     def _take(self, residual: float) -> None:
         """Take in one value's noise."""
-        side = float((residual > 0.0) - (residual < 0.0))
+        side = 1.0 if residual > 0.0 else -1.0 if residual < 0.0 else 0.0
         self._agree += MEMORY * (side * self._side - self._agree)
         self._side = side
         self._residuals.push(residual)
-        self._nearby.push(residual)
-        self._recent.append(residual)
-        if len(self._nearby) == NEARBY:
-            del self._recent[: -(NEARBY // 2)]
-            if self._pushed % NEARBY_EVERY == 0 or self._near <= 0.0:
-                self._near = 0.5 * (self._nearby.quantile(ONE_SIGMA) - self._nearby.quantile(1.0 - ONE_SIGMA))
-            if self._near > 0.0:
-                self._tail.push(self._recent[0] / self._near)
+        if self._near > 0.0:
+            self._tail.push(self._residuals.back(NEARBY // 2) / self._near)
 
     def rebase(self, values: list[float]) -> None:
         """Take these finite values as the new level, e.g. after a shift that stayed."""
@@ -275,27 +346,27 @@ class Baseline:
         if min(values) < 0.0 and not self._linear:
             self._go_linear()
         self._centre.replace(values)
+        for followed in (self._levels, self._right, self._rights, self._waiting):
+            followed.clear()
         self._follow()
-        self._before.replace([])
-        self._sides.clear()
-        self._right.replace([])
-        self._waiting.clear()
         for value in values:
             self._learn(value, 1.0)
         self._refit()
 
     def _forecast(self) -> float:
         """The level that a straight line through the last two medians leads to; without it a steep fall would pass for noise."""
-        if len(self._before) < CENTRE:
+        if len(self._levels) <= CENTRE:
             return self._level
-        return self._level + (self._level - self._before.median()) * (CENTRE + 1) / (2 * CENTRE)
+        return self._level + (self._level - self._levels[0]) * ((CENTRE + 1) / (2 * CENTRE))
 
     def _ruled(self, difference: float) -> float:
         """A difference from the level on the scale of the ruler."""
         if self._linear:
             return difference
         relative = difference / self._unit
-        return min(math.log1p(relative), 700.0) if relative >= 0.0 else -min(math.log1p(-relative), 700.0)
+        if relative >= 0.0:
+            return log1p(relative) if relative < HUGE else MOST_RULED
+        return -log1p(-relative) if relative > -HUGE else -MOST_RULED
 
     def _unruled(self, residual: float) -> float:
         """The difference that `_ruled` made a residual of, on the logarithmic scale."""
@@ -303,36 +374,52 @@ class Baseline:
 
     def _go_linear(self) -> None:
         """The series is negative for the first time: from here on differences count as they are."""
-        for window in (self._residuals, self._ahead, self._nearby):
+        for window in (self._residuals, self._ahead):
             window.replace([self._unruled(residual) for residual in window.values()])
-        self._recent = [self._unruled(residual) for residual in self._recent]
-        self._near = 0.0
         self._linear = True
         self._refit()
 
     def _refit(self) -> None:
-        if not self.ready:
+        """Measure the noise and its tail, and set the limits by them."""
+        if len(self._residuals) < LEAST:
             return
         ordered = self._residuals.ordered
+        nearby = sorted(self._residuals.latest(NEARBY))
+        if len(nearby) == NEARBY:
+            self._near = 0.5 * (quantile(nearby, ONE_SIGMA) - quantile(nearby, 1.0 - ONE_SIGMA))
         floor = max(1e-9 * abs(self._level), 1e-30) if self._linear else 1e-4
         width = max(_half_width(ordered), floor)
         wander = _half_width(self._ahead.ordered) if len(self._ahead) >= LEAST else 0.0
         self._scale = max(WIDER * width, WANDER * wander, NEAR * self._near, PRESENT * self._present())
-        tail = self._tail.ordered if len(self._tail) >= NEARBY else ordered
-        doubt = DOUBT / math.sqrt(len(tail))
-        shape = _shape(tail)
-        shape = POWER * shape + doubt if shape > HEAVY * doubt else 0.0
-        shape = min(HEAVIEST, max(shape, min(EARLY_MOST, shape + EARLY * max(0.0, doubt - KNOWN))))
+        if len(self._tail) < MANY or self._pushed % RESHAPE_EVERY == 0:
+            tail = self._tail.ordered if len(self._tail) >= NEARBY else ordered
+            self._shape, self._skew = self._tail_shape(tail), max(0.0, _skew(tail) - SKEW_DOUBT / math.sqrt(len(tail)))
+        self._set_limits(ordered, nearby[-1])
+
+    def _tail_shape(self, tail: list[float]) -> float:
+        """Shape h of the tail, with what is not known of it added; 0 for one that is like that of normal noise."""
+        root = math.sqrt(len(tail))
+        upper, both = _shapes(tail)
+        heavy = (_heavy(upper, UPPER_DOUBT / root), _heavy(both, BOTH_DOUBT / root))
+        young = max(0.0, 1.0 - len(tail) / KNOWN)
+        allowed = young * (POWER * max(0.0, upper, both) + EARLY * BOTH_DOUBT / root)
+        return min(HEAVIEST, max(min(EARLY_MOST, allowed), *heavy))
+
+    def _set_limits(self, ordered: list[float], top: float) -> None:
+        shape = self._shape
         agree = max(0.0, math.sin(0.5 * math.pi * self._agree))
         few = 1.0 + LIKE * agree * agree
-        self._limit = few * min(NORMAL_LIMIT * _stretch(NORMAL_LIMIT, shape), self._beyond(ordered))
-        self._sure_limit = min(self._limit, few * self._surely())
+        normal = (PLAIN_LIMIT if self._linear else NORMAL_LIMIT) * (1.0 + self._skew)
+        self._limit = few * min(normal * _stretch(NORMAL_LIMIT, shape), self._beyond(ordered))
+        self._sure_limit = min(self._limit, few * self._surely(top))
         pair = PAIR_LIMIT * _stretch(PAIR_LIMIT, shape)
         self._pair_limit = min(self._limit, pair + min(1.0, 2.0 * agree) * (self._limit - pair))
+        alike = sum((RUN - lag) * agree**lag for lag in range(1, RUN)) if agree > 0.0 else 0.0
+        self._run_limit = RUN_LIMIT * (1.0 + agree) * math.sqrt(RUN + 2.0 * alike + RUN * RUN * CENTRE_VARIANCE)
 
     def _present(self) -> float:
         """The noise by the values that make the level alone, their trend taken off: it knows at once when noise grows."""
-        fall = self._before.median() - self._level if len(self._before) == CENTRE else 0.0
+        fall = self._levels[0] - self._level if len(self._levels) > CENTRE else 0.0
         return self._ruled(self._centre.quantile(ONE_SIGMA) - self._level - TREND * max(0.0, fall))
 
     def _beyond(self, ordered: list[float]) -> float:
@@ -341,12 +428,12 @@ class Baseline:
         top = max(ordered[-1], self._ahead.ordered[-1] if self._ahead.ordered else 0.0)
         return max(NORMAL_LIMIT, self._times(top, factor))
 
-    def _surely(self) -> float:
+    def _surely(self, top: float) -> float:
         """The score that is too far on the logarithmic scale, whose tails are light."""
         if self._linear:
             return math.inf
         surely = SURE + SURE_EARLY / math.sqrt(len(self._residuals))
-        return max(surely, DOUBLED / self._scale, self._times(self._nearby.ordered[-1], NEAR_TOP))
+        return max(surely, DOUBLED / self._scale, self._times(top, NEAR_TOP))
 
     def _times(self, residual: float, factor: float) -> float:
         """The score of a value whose distance from the level is `factor` times that of this residual."""
@@ -359,18 +446,17 @@ class Baseline:
         """JSON-able state."""
         return {
             **{name: getattr(self, f"_{name}").values() for name in WINDOWS},
+            **{name: list(getattr(self, f"_{name}")) for name in LISTS},
             **{name: getattr(self, f"_{name}") for name in NUMBERS},
-            "recent": list(self._recent),
-            "waiting": list(self._waiting),
-            "sides": list(self._sides),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` left off."""
         for name in WINDOWS:
             getattr(self, f"_{name}").replace(state[name])
+        for name in LISTS:
+            values = getattr(self, f"_{name}")
+            values.clear()
+            values.extend(state[name])
         for name in NUMBERS:
             setattr(self, f"_{name}", state[name])
-        self._recent = list(state["recent"])
-        self._waiting = list(state["waiting"])
-        self._sides = list(state["sides"])

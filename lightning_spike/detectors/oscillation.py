@@ -20,6 +20,8 @@ HISTORY: Final = 20
 LAG: Final = 4
 """Youngest spreads left out of the reference: they overlap with the window that is judged."""
 LEAST_HISTORY: Final = 6
+OFFSET: Final = 0.25
+"""Share of the middle that is added before the logarithm (science.md 1.5)."""
 WIDER: Final = 3.0
 """Times the usual spread from which it is called a swing; science.md 1.8 takes a variance ratio of 4 (2 in spread) as a hint."""
 PLAIN: Final = 2.0
@@ -58,36 +60,21 @@ class SwingDetector:
     def __init__(self) -> None:
         """Start empty."""
         self._window: list[float] = []
-        self._new = 0
         self._history: list[list[float]] = []
         self._logarithmic = True
         self.raised = False
 
-    def push(self, value: float) -> int | None:
-        """Take a finite loss. Does its work once every 16 losses.
+    def push(self, block: list[float]) -> int | None:
+        """Take the next 16 finite losses.
 
         Returns:
-            When swings have just been noticed: how many losses ago they began (0 for this one); else `None`.
+            When swings have just been noticed: how many losses ago they began (0 for the last one); else `None`.
         """
-        self._window.append(value)
-        self._new += 1
-        if self._new < BLOCK:
-            return None
-        self._new = 0
-        self._window = self._window[-WINDOW:]
+        self._window += block
         if len(self._window) < WINDOW:
             return None
+        del self._window[:-WINDOW]
         return self._watch() if self.raised else self._look()
-
-    def _scaled(self) -> list[float]:
-        """The window on a logarithmic scale; as it is once there was a loss that is not positive."""
-        middle = median(self._window)
-        if self._logarithmic and (min(self._window) < 0.0 or middle <= 0.0):
-            self._logarithmic = False
-            self._history.clear()
-        if not self._logarithmic:
-            return list(self._window)
-        return [math.log(value + 0.25 * middle) for value in self._window]
 
     def _reference(self) -> tuple[float, float, float] | None:
         """Usual spread on the scale, usual spread as it is, usual middle on the scale."""
@@ -95,45 +82,57 @@ class SwingDetector:
         if len(older) < LEAST_HISTORY:
             return None
         return (
-            median(spread for spread, _, _ in older),
-            median(plain for _, plain, _ in older),
-            median(middle for _, _, middle in older[-LEAST_HISTORY:]),
+            median([spread for spread, _, _ in older]),
+            median([plain for _, plain, _ in older]),
+            median([middle for _, _, middle in older[-LEAST_HISTORY:]]),
         )
 
+    def _choose_scale(self, ordered: list[float]) -> float:
+        """Share of the middle that is added before the logarithm; a loss that is not positive ends the logarithmic scale for good."""
+        middle = quantile(ordered, 0.5)
+        if self._logarithmic and (ordered[0] < 0.0 or middle <= 0.0):
+            self._logarithmic = False
+            self._history.clear()
+        return OFFSET * middle
+
+    def _scaled(self, value: float, offset: float) -> float:
+        return math.log(value + offset) if self._logarithmic else value
+
     def _look(self) -> int | None:
-        values = self._scaled()
-        ordered = sorted(values)
-        low, high = quantile(ordered, 0.1), quantile(ordered, 0.9)
-        reference = self._reference()
-        plain = self._plain_spread()
-        if reference is None or plain < PLAIN * reference[1] or not self._swings(values, low, high, reference[0]):
-            self._history = [*self._history, [high - low, plain, quantile(ordered, 0.5)]][-HISTORY:]
+        ordered = sorted(self._window)
+        offset = self._choose_scale(ordered)
+        low, middle, high = (quantile(ordered, probability) for probability in (0.1, 0.5, 0.9))
+        ends = self._scaled(low, offset), self._scaled(high, offset)
+        reference = self._reference() if ends[1] - ends[0] > self._least(middle) else None
+        if reference is None or high - low < PLAIN * reference[1] or not self._swings(offset, *ends, reference[0]):
+            self._history.append([ends[1] - ends[0], high - low, self._scaled(middle, offset)])
+            del self._history[:-HISTORY]
             return None
         self.raised = True
-        usual, _, middle = reference
-        far = [abs(value - middle) > FAR * usual for value in values]
+        usual, _, usual_middle = reference
+        far = [abs(self._scaled(value, offset) - usual_middle) > FAR * usual for value in self._window]
         first = next(
             (place for place in range(len(far)) if far[place] and sum(far[place : place + CLOSE]) >= CLOSE // 4), 0
         )
-        return len(values) - 1 - first
+        return len(far) - 1 - first
 
-    def _plain_spread(self) -> float:
-        ordered = sorted(self._window)
-        return quantile(ordered, 0.9) - quantile(ordered, 0.1)
+    def _least(self, middle: float) -> float:
+        return LEAST_SPREAD * (1.0 if self._logarithmic else abs(middle))
 
-    def _swings(self, values: list[float], low: float, high: float, usual: float) -> bool:
+    def _swings(self, offset: float, low: float, high: float, usual: float) -> bool:
         spread = high - low
-        least = LEAST_SPREAD * (1.0 if self._logarithmic else abs(median(self._window)))
-        if spread <= max(WIDER * usual, least):
+        if spread <= WIDER * usual:
             return False
+        values = [self._scaled(value, offset) for value in self._window]
         crossings, above, below = _crossings(values, low + 0.35 * spread, high - 0.35 * spread)
         return crossings >= LEAST_CROSSINGS and above >= LEAST_HIGH and below <= MOST_LOW
 
     def _watch(self) -> int | None:
         reference = self._reference()
-        values = self._scaled()
-        recent = sorted(values[-2 * BLOCK :])
-        if reference is None or quantile(recent, 0.9) - quantile(recent, 0.1) < CALMER * reference[0]:
+        offset = self._choose_scale(sorted(self._window))
+        recent = sorted(self._window[-2 * BLOCK :])
+        spread = self._scaled(quantile(recent, 0.9), offset) - self._scaled(quantile(recent, 0.1), offset)
+        if reference is None or spread < CALMER * reference[0]:
             self.raised = False
         return None
 
@@ -146,7 +145,6 @@ class SwingDetector:
         """JSON-able state."""
         return {
             "window": list(self._window),
-            "new": self._new,
             "history": [list(entry) for entry in self._history],
             "logarithmic": self._logarithmic,
             "raised": self.raised,
@@ -155,7 +153,6 @@ class SwingDetector:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` left off."""
         self._window = list(state["window"])
-        self._new = state["new"]
         self._history = [list(entry) for entry in state["history"]]
         self._logarithmic = state["logarithmic"]
         self.raised = state["raised"]

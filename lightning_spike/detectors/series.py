@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any, Final
 
 from lightning_spike.detectors.draft import Draft, moment_state, restored_moment
-from lightning_spike.detectors.fast import FastDetector
+from lightning_spike.detectors.fast import LEAST_RUN, FastDetector
 from lightning_spike.detectors.onset import ramp_onset
 from lightning_spike.detectors.oscillation import SwingDetector
 from lightning_spike.detectors.slow import SlowDetector
@@ -22,6 +22,8 @@ LARGEST: Final = 1e100
 """Finite losses are cut here, so that squares and sums of them are finite."""
 HISTORY: Final = 1280
 """Losses kept to date an onset back; spans the longest window in which a stall is seen."""
+BLOCK: Final = 16
+"""Losses whose median is one observation for what takes time to show."""
 CALM: Final = 24
 """Accepted losses in a row after which an episode is over; two spikes 30 batches apart are two episodes."""
 ABSORB: Final = 32
@@ -61,19 +63,22 @@ class SeriesTracker:
         """The open stall."""
         self._history: deque[tuple[Moment, float, float]] = deque(maxlen=HISTORY)
         self._pending: list[float] = []
+        self._block: list[float] = []
+        """Finite losses, flagged ones included, that wait until there are 16."""
 
     def observe(self, at: Moment, value: float, noise: float, samples: int | None = None) -> list[Draft]:
         """Judge one loss; returns the drafts that were opened or changed by it."""
         if not math.isfinite(value):
             self._history.append((at, value, MOST_SEVERE))
-            return [self._abnormal(at, value, MOST_SEVERE)]
+            return [self._abnormal(at, value, MOST_SEVERE, 1)]
         value = max(-LARGEST, min(LARGEST, value))
         score = self.fast.baseline.score(value, noise)
         self._history.append((at, value, score))
         inside_episode = self.draft is not None and not self.draft.absorbed and self.draft.calm < SHARP
-        if self.fast.outside(value, score, samples, inside_episode=inside_episode):
+        run = self.fast.outside(value, score, samples, inside_episode=inside_episode)
+        if run:
             self._pending.append(value)
-            changed = [self._abnormal(at, value, min(score, MOST_SEVERE))]
+            changed = [self._abnormal(at, value, min(score, MOST_SEVERE), run)]
             if len(self._pending) >= ABSORB:
                 self._absorb(changed[0])
         else:
@@ -83,19 +88,28 @@ class SeriesTracker:
         return changed + self._slowly(at, value)
 
     def _slowly(self, at: Moment, value: float) -> list[Draft]:
+        """Hand 16 losses at a time to the detectors that look at blocks of them."""
+        block = self._block
+        block.append(value)
+        if self.standing is not None:
+            self.standing.last_bad = at
+        if len(block) < BLOCK:
+            return []
+        self._block = []
+        middle = median(block)
         changed = []
-        if self.slow.push(value):
+        if self.slow.push(block, middle):
             changed.append(self._drifted(at))
-        since = self.swing.push(value)
+        since = self.swing.push(block)
         if since is not None:
             changed.append(self._swung(at, since))
-        changed += self._stalled(at, self.stall.push(value))
+        changed += self._stalled(at, self.stall.push(block, middle))
         return changed
 
-    def _abnormal(self, at: Moment, value: float, severity: float) -> Draft:
+    def _abnormal(self, at: Moment, value: float, severity: float, run: int) -> Draft:
         draft = self.draft
         if draft is None:
-            onset = self._first_of_run(at)
+            onset = self._first_of_run(at) if run == 1 else self._first_raised(run)
             kind = EpisodeKind.SPIKE if math.isfinite(value) else EpisodeKind.NONFINITE
             draft = self.draft = self._new(kind, onset, at, value, severity)
         elif not math.isfinite(value) and draft.kind is EpisodeKind.SPIKE and not draft.absorbed:
@@ -124,6 +138,11 @@ class SeriesTracker:
                 break
             first, following = moment, score
         return first
+
+    def _first_raised(self, run: int) -> Moment:
+        """The first of the last losses that is high, where they only together are outside."""
+        latest = list(islice(reversed(self._history), run))
+        return next(moment for moment, _, score in reversed(latest) if score >= LEAST_RUN)
 
     def _absorb(self, draft: Draft) -> None:
         """Take the losses that stayed outside for the new level, unless they are on their way back."""
@@ -180,8 +199,6 @@ class SeriesTracker:
             draft, self.standing = self.standing, None
             draft.end, draft.recovery = draft.last_bad, Recovery.WHOLE
             return [draft]
-        if self.standing is not None:
-            self.standing.last_bad = at
         if since is None or self.draft is not None:
             return []
         onset, value, _ = self._history[-1 - min(since, len(self._history) - 1)]
@@ -264,6 +281,7 @@ class SeriesTracker:
             "standing": None if self.standing is None else self.standing.state_dict(),
             "history": [[*moment_state(moment), value, score] for moment, value, score in self._history],
             "pending": list(self._pending),
+            "block": list(self._block),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -276,3 +294,4 @@ class SeriesTracker:
         self.standing = None if state["standing"] is None else Draft.restored(state["standing"])
         self._history = deque(((restored_moment(row[:4]), row[4], row[5]) for row in state["history"]), maxlen=HISTORY)
         self._pending = list(state["pending"])
+        self._block = list(state["block"])

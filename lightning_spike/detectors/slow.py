@@ -12,9 +12,8 @@ from lightning_spike.rolling import MAD_TO_SIGMA, Cusum, mad, median
 
 __all__ = ["SlowDetector"]
 
-BLOCK: Final = 16
 HISTORY: Final = 32
-"""Blocks that make the reference and the spread."""
+"""Blocks of 16 losses that make the reference and the spread."""
 REFERENCE: Final = 16
 """Blocks whose median is the level before."""
 LEAST_BLOCKS: Final = 6
@@ -22,6 +21,10 @@ SLACK: Final = 1.0
 CLIP: Final = 3.0
 ALARM: Final = 8.0
 """k = 1, h = 8 on clipped scores: Siegmund gives 4.6e7 blocks to a false alarm for normal noise; the spread is only estimated."""
+UNSURE: Final = 1.0
+"""Relative standard error of the spread times the square root of the number of blocks; their spread is widened by it."""
+LEAST_SPREAD: Final = 1e-3
+"""Share of the level below which a spread is not believed."""
 LEAST_RISE: Final = 0.15
 """Share of the reference by which the level must have risen to matter."""
 SETTLED: Final = 16
@@ -46,7 +49,7 @@ def _error(block: list[float]) -> float:
 def _spread(blocks: list[float]) -> float:
     """Standard deviation of block medians, from differences one and four blocks apart: a wandering level widens the latter."""
     spreads = [
-        median(abs(later - earlier) for earlier, later in zip(blocks, blocks[lag:], strict=False))
+        median([abs(later - earlier) for earlier, later in zip(blocks, blocks[lag:], strict=False)])
         * MAD_TO_SIGMA
         / math.sqrt(2.0)
         for lag in (1, 4)
@@ -60,7 +63,6 @@ class SlowDetector:
 
     def __init__(self) -> None:
         """Start empty."""
-        self._block: list[float] = []
         self._blocks: list[float] = []
         self._pending: list[float] = []
         self._cusum = Cusum(slack=SLACK, clip=CLIP)
@@ -72,21 +74,14 @@ class SlowDetector:
         self._early: list[list[float]] = []
         """Median and standard error of the first blocks."""
 
-    def push(self, value: float) -> bool:
-        """Take a finite loss; true when a rise has just been noticed. Does its work once every 16 losses."""
-        self._block.append(value)
-        if len(self._block) < BLOCK:
-            return False
-        block, error = median(self._block), _error(self._block)
-        self._block.clear()
+    def push(self, block: list[float], middle: float) -> bool:
+        """Take the next 16 finite losses and their median; true when a rise has just been noticed."""
         if self.raised:
-            return self._watch(block)
-        return self._look(block) or self._fell_back(block, error)
+            return self._watch(middle)
+        return self._look(middle) or (len(self._early) < EARLY_WATCH and self._fell_back(middle, _error(block)))
 
     def _fell_back(self, block: float, error: float) -> bool:
         """Whether a young run has lost for good what it had learned: too early for the sum, which needs a level to compare with."""
-        if len(self._early) >= EARLY_WATCH:
-            return False
         self._early.append([block, error])
         if len(self._early) < LOST + 2:
             return False
@@ -107,8 +102,7 @@ class SlowDetector:
             self._blocks.append(block)
             return False
         reference = median(self._blocks[-REFERENCE:])
-        unit = max(_spread(self._blocks), 1e-3 * abs(reference), 1e-30)
-        total = self._cusum.push((block - reference) / unit)
+        total = self._cusum.push(self._distance(block, reference))
         self._pending.append(block)
         if total == 0.0:
             self._blocks = (self._blocks + self._pending)[-HISTORY:]
@@ -120,6 +114,15 @@ class SlowDetector:
         elif len(self._pending) > HISTORY:
             self.rebase()
         return False
+
+    def _distance(self, block: float, reference: float) -> float:
+        """How far a block lies above the reference: on the logarithmic scale while all are positive, medians of heavy tails have a tail."""
+        doubtful = 1.0 + UNSURE / math.sqrt(len(self._blocks))
+        if min(block, reference, *self._blocks) > 0.0:
+            unit = max(_spread([math.log(value) for value in self._blocks]), LEAST_SPREAD)
+            return (math.log(block) - math.log(reference)) / (doubtful * unit)
+        unit = max(_spread(self._blocks), LEAST_SPREAD * abs(reference), 1e-30)
+        return (block - reference) / (doubtful * unit)
 
     def _watch(self, block: float) -> bool:
         self._pending = [*self._pending, block][-HISTORY:]
@@ -144,7 +147,6 @@ class SlowDetector:
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state."""
         return {
-            "block": list(self._block),
             "blocks": list(self._blocks),
             "pending": list(self._pending),
             "cusum": self._cusum.total,
@@ -157,7 +159,6 @@ class SlowDetector:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` left off."""
-        self._block = list(state["block"])
         self._blocks = list(state["blocks"])
         self._pending = list(state["pending"])
         self._cusum.total = state["cusum"]

@@ -51,7 +51,7 @@ def _noise(blocks: list[float]) -> float:
 
 
 def _broke_off(groups: list[float], noise: float) -> float | None:
-    """Where five decrements in a row run on a smooth course and the last three, due on it, are missing.
+    """Where the first five decrements, all of them falls, run on a smooth course and the last three, due on it, are missing.
 
     Returns:
         The break, in groups from the first one on; `None` where there is none. Between the last falling and the first flat group the
@@ -60,7 +60,7 @@ def _broke_off(groups: list[float], noise: float) -> float | None:
     drops = [earlier - later for earlier, later in itertools.pairwise(groups)]
     noise *= math.sqrt(2.0)
     falling = drops[:FALLING]
-    if not min(falling) > max(2.0 * noise, TINY):
+    if min(falling) <= 2.0 * noise:
         return None
     first, last = sum(falling[:2]) / 2.0, sum(falling[-2:]) / 2.0
     ratio: float = (last / first) ** (1.0 / (FALLING - 2))
@@ -86,7 +86,6 @@ class StallDetector:
 
     def __init__(self) -> None:
         """Start empty."""
-        self._block: list[float] = []
         self._blocks: list[float] = []
         self._first: float | None = None
         self._equal = 0
@@ -96,42 +95,42 @@ class StallDetector:
         self._unit = 0.0
         self.raised = False
 
-    def push(self, value: float) -> int | None:
-        """Take a finite loss. Does its work once every 16 losses.
+    def push(self, block: list[float], middle: float) -> int | None:
+        """Take the next 16 finite losses and their median.
 
         Returns:
             When a stall has just been noticed: how many losses ago it began; else `None`.
         """
-        if self._first is None:
-            self._first = value
-        if self._equal >= 0:
-            self._equal = self._equal + 1 if abs(value - self._first) <= 1e-7 * abs(self._first) else -1
-            if self._equal == CONSTANT_AFTER and self._first != 0.0 and not self.raised:
-                self._raise(value, 1e-6 * abs(value))
-                return CONSTANT_AFTER - 1
-        self._block.append(value)
-        if len(self._block) < BLOCK:
-            return None
-        block = median(self._block)
-        self._block.clear()
+        if self._equal >= 0 and self._constant(block):
+            self._raise(middle, 1e-6 * abs(middle))
+            return CONSTANT_AFTER - 1
         self._seen += 1
-        self._blocks = [*self._blocks, block][-GROUPS * SCALES[-1] :]
+        self._blocks.append(middle)
+        if len(self._blocks) > GROUPS * SCALES[-1]:
+            del self._blocks[0]
         if self._start is None:
-            self._start = block
+            self._start = middle
         if self.raised:
-            self._watch(block)
+            self._watch(middle)
             return None
         return self._look()
 
+    def _constant(self, block: list[float]) -> bool:
+        """Whether the loss has just stood still for as long as it takes, from the first one on."""
+        first = self._first = block[0] if self._first is None else self._first
+        same = max(abs(value - first) for value in block) <= 1e-7 * abs(first)
+        self._equal = self._equal + BLOCK if same else -1
+        return self._equal == CONSTANT_AFTER and first != 0.0 and not self.raised
+
     def _look(self) -> int | None:
-        if len(self._blocks) < GROUPS:
-            return None
-        one = _noise(self._blocks)
         for scale in SCALES:
             if len(self._blocks) < GROUPS * scale or self._seen % scale:
                 return None
-            groups, noise = _groups(self._blocks, scale), one / math.sqrt(scale)
-            place = _broke_off(groups, noise)
+            groups = _groups(self._blocks, scale)
+            if not all(earlier - later > TINY for earlier, later in itertools.pairwise(groups[: FALLING + 1])):
+                continue
+            one = _noise(self._blocks)
+            place = _broke_off(groups, one / math.sqrt(scale))
             if place is not None and abs(groups[-1]) > NEAR_ZERO * abs(self._start or 0.0):
                 self._raise(groups[-1], max(0.25 * (groups[FALLING - 1] - groups[FALLING]), 3.0 * one))
                 return round((GROUPS - place) * scale * BLOCK)
@@ -149,7 +148,6 @@ class StallDetector:
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state."""
         return {
-            "block": list(self._block),
             "blocks": list(self._blocks),
             "first": self._first,
             "equal": self._equal,
@@ -162,7 +160,6 @@ class StallDetector:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` left off."""
-        self._block = list(state["block"])
         self._blocks = list(state["blocks"])
         self._first = state["first"]
         self._equal = state["equal"]
