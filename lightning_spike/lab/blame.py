@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from lightning_spike.lab.calm import Calmed
+from lightning_spike.lab.consistency import Consistency
 from lightning_spike.lab.intervene import Attribution
 from lightning_spike.lab.split import Split
 
@@ -35,14 +36,16 @@ class Blame:
         return max(self.shares, key=lambda group: self.shares[group], default=None)
 
 
-def blame(split: Split, calm: Calmed | None, damage: Attribution | None) -> Blame:
+def blame(split: Split, steps: Consistency | None, calm: Calmed | None, damage: Attribution | None) -> Blame:
     """Put the parts together; pure.
 
     The batch's part of the jump (half of what only both together make included) is the data's, as far as it is still there under calmed weights; what is not is
-    a step too long all along. The weights' part is shared out as the damage of the located update is; without one it stays untold.
+    a step too long all along. The weights' part is shared out as the damage of the located update is, but for two things that are no fault of theirs: an ordinary batch
+    whose step did damage, and a momentum that was swung up by steps that are too long all the time. Both count as such steps.
 
     Args:
         split: The batch against the weights.
+        steps: Whether the updates before did what their gradients promised.
         calm: The batch under calmed weights, where that was tried.
         damage: The factors of the update that did the damage, where there is one.
     """
@@ -50,18 +53,25 @@ def blame(split: Split, calm: Calmed | None, damage: Attribution | None) -> Blam
         return Blame(shares={})
     half = split.interaction / 2
     data, weights = max(split.data + half, 0.0), max(split.weights + half, 0.0)
-    shares = dict.fromkeys(GROUPS, 0.0)
     kept = 1.0 if calm is None else calm.left
-    shares["data"] += data * kept
-    shares["intrinsic"] += data * (1.0 - kept)
-    if damage is not None:
-        parts = {share.group: max(share.share, 0.0) for share in damage.shares}
-        parts["intrinsic"] = max(damage.intrinsic, 0.0)
-        whole = sum(parts.values())
-        for group, part in parts.items():
-            shares[group] += weights * part / whole if whole > 0 else 0.0
+    shares = dict.fromkeys(GROUPS, 0.0) | {"data": data * kept, "intrinsic": data * (1.0 - kept)}
+    for group, part in _parts(damage, 0.0 if steps is None else steps.agitated).items():
+        shares[group] += weights * part
     total = sum(shares.values())
     return Blame(shares={g: s / total for g, s in shares.items()} if total > 0 else {})
+
+
+def _parts(damage: Attribution | None, agitated: float) -> dict[str, float]:
+    """Of an update's damage by group, adding up to 1."""
+    if damage is None:
+        return {}
+    parts = dict.fromkeys(GROUPS, 0.0) | {share.group: max(share.share, 0.0) for share in damage.shares}
+    parts["intrinsic"] = max(damage.intrinsic, 0.0)
+    for group, excused in (("data", 0.0 if damage.odd_batch else 1.0), ("optimizer", agitated)):
+        parts["intrinsic"] += excused * parts[group]
+        parts[group] *= 1.0 - excused
+    whole = sum(parts.values())
+    return {group: part / whole for group, part in parts.items()} if whole > 0 else {}
 
 
 def blame_outside(kind: str) -> Blame:

@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Final
 
-import numpy as np
-
 from lightning_spike.actions.batch_ring import RingEntry
 from lightning_spike.actions.state_copy import copy_module
 from lightning_spike.lab.evaluate import log_scale, losses_under
@@ -27,8 +25,6 @@ class Calmed:
     """Its log-loss over their mean, under the weights as they were (difference of the losses where they can be negative)."""
     after: float
     """The same, under the calmed ones."""
-    scatter: float
-    """Standard deviation of the ordinary batches' log-losses under the calmed weights."""
     steps: int
 
     @property
@@ -37,7 +33,9 @@ class Calmed:
         return min(max(self.after / self.before, 0.0), 1.0) if self.before > 0 else 1.0
 
 
-def calmed(bench: Bench, legs: Sequence[Leg], spike: RingEntry, controls: Sequence[RingEntry]) -> Calmed | None:
+def calmed(
+    bench: Bench, legs: Sequence[Leg], spike: RingEntry, controls: Sequence[RingEntry], *, excess: float
+) -> Calmed | None:
     """Train the last updates before the onset once more with a tenth of the rate, and look at the batch again; `None` without updates.
 
     A batch with wrong labels or values stands out for any sensible weights. One that only stands out while steps are too long for the loss surface, so that the weights are
@@ -49,24 +47,18 @@ def calmed(bench: Bench, legs: Sequence[Leg], spike: RingEntry, controls: Sequen
         legs: The kept updates of the re-run.
         spike: The batch of the onset.
         controls: Ordinary batches.
+        excess: How far the batch is above them under the weights as they were, see `Split`.
     """
     if not legs:
         return None
-    before = losses_under(bench, legs[-1].before.weights, [spike, *controls], like=spike)
     bench.rewind()
     legs[0].before.load(bench)
     for leg in legs:
         if make_update(bench, _calmer(leg.update)).spoilt_at is not None:
             return None
     after = losses_under(bench, copy_module(bench.module), [spike, *controls], like=spike)
-    scale = log_scale(before, after)
-    f_before, f_after = scale(before), scale(after)
-    return Calmed(
-        before=float(f_before[0] - f_before[1:].mean()),
-        after=float(f_after[0] - f_after[1:].mean()),
-        scatter=float(np.std(f_after[1:], ddof=1)) if len(controls) > 1 else 0.0,
-        steps=len(legs),
-    )
+    scaled = log_scale(after)(after)
+    return Calmed(before=excess, after=float(scaled[0] - scaled[1:].mean()), steps=len(legs))
 
 
 def _calmer(update: Update) -> Update:

@@ -5,13 +5,16 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
+import numpy as np
 from torch import Tensor
 
 from lightning_spike.actions.batch_ring import RingEntry
 from lightning_spike.actions.state_copy import load_module
 from lightning_spike.lab.blame import Blame, blame, blame_outside
 from lightning_spike.lab.calm import Calmed, calmed
+from lightning_spike.lab.consistency import Consistency, consistency
 from lightning_spike.lab.errors import CannotReplay
+from lightning_spike.lab.evaluate import log_scale
 from lightning_spike.lab.intervene import Attribution, attribute, surroundings
 from lightning_spike.lab.isolation import Bench, isolated
 from lightning_spike.lab.locate import damage_on_the_way
@@ -24,12 +27,16 @@ from lightning_spike.records import Episode, EpisodeKind, Finding
 
 __all__ = ["examine", "not_run", "triage"]
 
-NEAR: Final = 2
-"""Batches before the onset from which a re-run that begins to differ is a spike that does not come back."""
 PROOF: Final = 3
-"""Batches that must have come out the same before that is believed."""
+"""Batches that must have come out the same before a difference is taken for a change from outside: what is not reproducible at all differs from the start."""
+RECENT: Final = 16
+"""Losses before the onset whose median is where the loss was."""
 WORTH: Final = 0.25
 """Share of the jump from which the batch, or the weights, are looked into."""
+DOUBT: Final = 0.25
+"""Probability of steps that are too long all the time from which a batch that stands out gets a second look, under calmed weights."""
+FEWER: Final = 4
+"""Ordinary batches that damage is measured on once the weights are known to be worse: it is a difference of pairs, so few will do."""
 TRIAGE_CONTROLS: Final = 2
 """Ordinary batches in a triage: five forward passes, less than two training steps."""
 
@@ -93,10 +100,15 @@ def _reproduced(scene: Scene, bench: Bench) -> tuple[Reproduction | None, str | 
 
 
 def _comes_out_healthy(scene: Scene, again: Reproduction) -> bool:
-    """All went alike up to the onset, and there the spike is not."""
-    at = again.differs_at if again.differs_at is not None else scene.onset
-    lower = math.isfinite(again.replayed) and not again.replayed >= scene.recorded
-    return again.reached == scene.onset and at >= max(scene.onset - NEAR, scene.snapshot.at.ordinal + PROOF) and lower
+    """Some batches went alike, then they did not, and at the onset the re-run is nearer to where the loss was than to the spike."""
+    if again.reached != scene.onset or again.differs_at is None or not math.isfinite(again.replayed):
+        return False
+    before = scene.losses_before()
+    before = before[np.isfinite(before)][-RECENT:]
+    scale = log_scale(before, np.array([again.replayed, scene.recorded]))
+    usual = float(np.median(scale(before))) if before.size else math.nan
+    replayed, recorded = scale(np.array([again.replayed, scene.recorded]))
+    return again.differs_at >= scene.snapshot.at.ordinal + PROOF and bool(replayed - usual < recorded - replayed)
 
 
 def _outside(scene: Scene, again: Reproduction, bench: Bench) -> list[Finding]:
@@ -162,24 +174,28 @@ def _whose(scene: Scene, bench: Bench, again: Reproduction, parts: Split) -> lis
     if parts.verdict == "noise":
         return []
     half = parts.interaction / 2
-    calm = calmed(bench, again.legs, scene.spike, scene.ordinary()) if parts.data + half >= WORTH else None
     damage = _damage(scene, bench, again) if parts.weights + half >= WORTH else None
-    findings = [] if calm is None else [_finding(scene, "calm", _calm_detail(calm))]
-    findings += [] if damage is None else [_finding(scene, "factors", dataclasses.asdict(damage))]
-    return [*findings, _blame_finding(scene, blame(parts, calm, damage))]
+    steps = consistency(bench, again, but=None if damage is None else damage.ordinal)
+    doubtful = parts.data + half >= WORTH and steps is not None and steps.agitated >= DOUBT
+    calm = calmed(bench, again.legs, scene.spike, scene.ordinary(), excess=parts.excess) if doubtful else None
+    told = {"consistency": steps, "calm": calm, "factors": damage}
+    findings = [_finding(scene, kind, _detail(answer)) for kind, answer in told.items() if answer is not None]
+    return [*findings, _blame_finding(scene, blame(parts, steps, calm, damage))]
 
 
 def _damage(scene: Scene, bench: Bench, again: Reproduction) -> Attribution | None:
-    controls = scene.ordinary()
+    controls = scene.ordinary()[:FEWER]
     found = damage_on_the_way(bench, again, controls, like=scene.spike)
     if found is None or found.log_rise <= 0:
         return None
     around = surroundings(scene, again, found.leg, controls)
-    return attribute(bench, found, again.legs[found.leg], around, controls, like=scene.spike)
+    leg, scatter = again.legs[found.leg], batch_noise(scene.losses_before())
+    return attribute(bench, found, leg, around, controls, like=scene.spike, scatter=scatter)
 
 
-def _calm_detail(calm: Calmed) -> dict[str, Any]:
-    return dataclasses.asdict(calm) | {"left": calm.left}
+def _detail(answer: Consistency | Calmed | Attribution) -> dict[str, Any]:
+    derived = {"agitated", "left"} & set(dir(answer))
+    return dataclasses.asdict(answer) | {name: getattr(answer, name) for name in derived}
 
 
 def _blame_finding(scene: Scene, whose: Blame) -> Finding:

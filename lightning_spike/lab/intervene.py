@@ -38,6 +38,9 @@ FURTHER: Final[Mapping[str, tuple[Factor, ...]]] = {
 WORTH: Final = 0.25
 """Share of the damage from which a factor is looked into."""
 
+ODD: Final = 2.0
+"""Standard deviations of ordinary batches from which a batch is one no more, as in the split."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
@@ -64,6 +67,8 @@ class Attribution:
     """Of the factors that were not at their normal value, the largest first."""
     finer: tuple[Share, ...]
     """What the largest of them, or the remainder, is made of: a factorial of its own, of the same damage."""
+    odd_batch: bool
+    """Whether the update's own batch had a loss out of the ordinary before it: an ordinary one could not help what its step did."""
     intrinsic: float
     """What is left with all of them normal: the step was too long for this loss surface whatever it was made with."""
     normal: tuple[str, ...]
@@ -92,7 +97,14 @@ def surroundings(scene: Scene, again: Reproduction, leg: int, controls: Sequence
 
 
 def attribute(
-    bench: Bench, damage: Damage, leg: Leg, around: Around, controls: Sequence[RingEntry], *, like: RingEntry
+    bench: Bench,
+    damage: Damage,
+    leg: Leg,
+    around: Around,
+    controls: Sequence[RingEntry],
+    *,
+    like: RingEntry,
+    scatter: float,
 ) -> Attribution:
     """Which of the factors made the damage of an update, alone and together.
 
@@ -107,6 +119,7 @@ def attribute(
         around: What was normal around it.
         controls: The batches that `damage` was measured on.
         like: Whose random state all evaluations are given.
+        scatter: Standard deviation of the log-loss from batch to batch.
     """
     cells = _Cells(bench, leg, around, controls, like, damage)
     shares, normal = cells.shares(FIRST)
@@ -124,6 +137,7 @@ def attribute(
         damage=damage.log_rise,
         shares=tuple(shares),
         finer=tuple(finer),
+        odd_batch=_is_odd(leg, damage, scatter),
         intrinsic=intrinsic,
         normal=tuple(normal),
     )
@@ -190,6 +204,14 @@ class _Cells:
     def _error(self, rise: Numbers) -> float:
         whole = self._damage.log_rise
         return float(rise.std(ddof=1) / math.sqrt(len(rise))) / whole if whole > 0 and len(rise) > 1 else math.nan
+
+
+def _is_odd(leg: Leg, damage: Damage, scatter: float) -> bool:
+    own = np.array(leg.made.losses)
+    scale = log_scale(own, damage.before)
+    usual = scale(damage.before)
+    scatter = max(scatter, float(usual.std(ddof=1)) if len(usual) > 1 else 0.0)
+    return float(scale(own).max() - usual.mean()) > ODD * scatter
 
 
 def _defaults(kind: type) -> Mapping[str, Any]:

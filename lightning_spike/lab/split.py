@@ -38,6 +38,8 @@ class Split:
     """Share of the jump, in [0, 1], by which the control batches too are worse under the new weights."""
     interaction: float
     """What only both together make, as a share of the jump, in [-1, 1]."""
+    excess: float
+    """How far the batch is above the controls under the new weights, in the units of the jump."""
     noise: float
     """Standard deviation of the jump if nothing but the batches' ordinary scatter were at work, in its units."""
     verdict: Verdict
@@ -117,7 +119,14 @@ def judge(old: Numbers, new: Numbers, *, scatter: float, is_later: bool = False)
     text = _text(old, new, verdict, "those of now" if is_later else "those at the onset")
     together = _share(abs(interaction), abs(jump)) * math.copysign(1, interaction)
     return Split(
-        jump=jump, data=shares[0], weights=shares[1], interaction=together, noise=noise, verdict=verdict, text=text
+        jump=jump,
+        data=shares[0],
+        weights=shares[1],
+        interaction=together,
+        excess=float(f_new[0] - f_new[1:].mean()),
+        noise=noise,
+        verdict=verdict,
+        text=text,
     )
 
 
