@@ -18,6 +18,7 @@ class SettingsFault(LastingFault):
     """
 
     _kept: list[tuple[dict[str, Any], dict[str, Any]]]
+    _at_first: list[tuple[dict[str, Any], dict[str, Any]]]
 
     def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """What a parameter group gets while the fault lasts; none of it for a group that it does not concern."""
@@ -26,7 +27,9 @@ class SettingsFault(LastingFault):
     @override
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
         self._kept = []
-        self.later(self._put_settings_back)
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        self._at_first = [(group, {key: group[key] for key in self.settings(group)}) for group in groups]
+        self.later(self._leave)
 
     @override
     def before_batch(self, trainer: Trainer, module: LightningModule, batch: Any, ordinal: int) -> Any:
@@ -45,6 +48,12 @@ class SettingsFault(LastingFault):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if not self.lasts(self._begun):
             self._put_settings_back()
+
+    def _leave(self) -> None:
+        """As at first: what was found at the batch `at` may be another fault's, which has left already."""
+        if self._kept:
+            self._kept = self._at_first
+        self._put_settings_back()
 
     def _put_settings_back(self) -> None:
         for group, values in self._kept:

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_spike.arguments import whole_number
 from lightning_spike.testing.batch_edit import generator_for, some_of
 from lightning_spike.testing.fault import LastingFault, Needs, Scale
 from lightning_spike.testing.gradients import alter_gradients
@@ -28,29 +29,48 @@ def _need_adam(fault: LastingFault, trainer: Trainer) -> None:
 
 
 class GradientsOutgrowSecondMoment(LastingFault):
-    """Gradients grow at once and stay so, faster than Adam's second moment follows: rare tokens come in, a frozen part of the loss wakes up.
+    """Gradients grow from batch to batch, faster than Adam's second moment follows: rare tokens come in, a part of the loss wakes up.
 
-    The gradients are multiplied by strength. The first updates are up to `(1 - beta1^k) / sqrt(1 - beta2^k)` times the usual size, about 6 with the usual
-    betas late in a run, until v_t has caught up (Wortsman et al. 2023, "Stable and low-precision training for large-scale vision-language models", section 3,
-    who measure it as the RMS of the gradient over the root of v_t). With SGD it would be an explosion; Adam bears any lasting factor.
+    The gradients are multiplied by a factor that grows to the power of the batches since `at`, for `ramp` batches, and then stays. As long as they grow, v_t
+    is out of date and updates are too large, by up to `(1 - beta1) / (1 - beta1 / s) / sqrt((1 - beta2) / (1 - beta2 / s**2))`, some 7 times with the usual betas late in a
+    run and `sqrt(1 - beta2**t)` of that after t updates, because of the correction for the start: after 150 that is 2.5. So it bites late in a run, or where
+    the learning rate leaves little room. See Wortsman et al. 2023, "Stable and low-precision training for large-scale vision-language models", section 3. With SGD it
+    would be an explosion.
 
     Args:
-        at: The first batch with larger gradients: batches begun in the whole run before it, from 0.
-        strength: Factor on the gradients.
+        at: The batch before the first with larger gradients: batches begun in the whole run before it, from 0.
+        strength: The s above, the growth of the gradients in each batch.
         length: Batches that it lasts; `None` to the end of the run.
         seed: Not used; nothing is drawn.
+        ramp: Batches in which they grow.
     """
 
     cause = "stale_second_moment"
-    SCALE: ClassVar[Scale] = Scale(means="the factor on the gradients", above=1)
-    MILD: ClassVar[Mapping[str, Any]] = {"strength": 30.0}
-    STRONG: ClassVar[Mapping[str, Any]] = {"strength": 1000.0}
+    SCALE: ClassVar[Scale] = Scale(means="the factor by which gradients grow in each batch", above=1)
+    MILD: ClassVar[Mapping[str, Any]] = {"strength": 1.1, "ramp": 60}
+    STRONG: ClassVar[Mapping[str, Any]] = {"strength": 1.25, "ramp": 80}
     NEEDS: ClassVar[frozenset[Needs]] = frozenset({Needs.ADAM})
+
+    def __init__(self, at: int, strength: float, length: int | None = None, seed: int = 0, ramp: int = 60) -> None:
+        super().__init__(at, strength, length, seed)
+        self.ramp = whole_number("GradientsOutgrowSecondMoment(ramp)", ramp, at_least=1, do="Use 1 for a jump.")
+        self._options = {"ramp": self.ramp}
 
     @override
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
         _need_adam(self, trainer)
-        alter_gradients(self, trainer, module, lambda gradient, _: gradient * self.strength)
+        self._factors: dict[int, float] = {}
+
+        def grown(gradient: Tensor, _: int) -> Tensor:
+            return gradient * self._factors.get(trainer.global_step, 1.0)
+
+        alter_gradients(self, trainer, module, grown)
+
+    @override
+    def before_batch(self, trainer: Trainer, module: LightningModule, batch: Any, ordinal: int) -> Any:
+        """Kept by step, so that a step that is run again finds its own."""
+        self._factors[trainer.global_step] = self.strength ** min(ordinal - self.at + 1, self.ramp)
+        return batch
 
 
 class EpsilonUnderflow(SettingsFault):

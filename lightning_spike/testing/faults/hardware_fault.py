@@ -42,7 +42,7 @@ class BitFlips(OneOffFault):
     cause = "hardware_fault"
     SCALE: ClassVar[Scale] = Scale(means="the number of weights in which a bit flips", at_least=1)
     MILD: ClassVar[Mapping[str, Any]] = {"strength": 200, "bit": 6}
-    STRONG: ClassVar[Mapping[str, Any]] = {"strength": 1, "bit": 1}
+    STRONG: ClassVar[Mapping[str, Any]] = {"strength": 5, "bit": 1}
 
     def __init__(self, at: int, strength: float, seed: int = 0, bit: int = 1) -> None:
         super().__init__(at, strength, seed)

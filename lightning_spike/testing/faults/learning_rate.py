@@ -36,8 +36,8 @@ class RateTooHigh(RateFault):
     cause = "lr_too_high"
     FROM_START = True
     SCALE: ClassVar[Scale] = Scale(means="the factor on the planned learning rate", above=1)
-    MILD: ClassVar[Mapping[str, Any]] = {"strength": 10.0}
-    STRONG: ClassVar[Mapping[str, Any]] = {"strength": 50.0}
+    MILD: ClassVar[Mapping[str, Any]] = {"strength": 20.0}
+    STRONG: ClassVar[Mapping[str, Any]] = {"strength": 100.0}
 
     def __init__(self, at: int, strength: float, length: int | None = None, seed: int = 0) -> None:
         super().__init__(at, strength, length, seed)
@@ -117,8 +117,8 @@ class ShortWarmUp(RateFault):
     cause = "warmup_too_short"
     FROM_START = True
     SCALE: ClassVar[Scale] = Scale(means="the factor on the planned learning rate at the peak", above=1)
-    MILD: ClassVar[Mapping[str, Any]] = {"strength": 20.0, "ramp": 30}
-    STRONG: ClassVar[Mapping[str, Any]] = {"strength": 50.0, "ramp": 10}
+    MILD: ClassVar[Mapping[str, Any]] = {"strength": 30.0, "ramp": 20}
+    STRONG: ClassVar[Mapping[str, Any]] = {"strength": 100.0, "ramp": 10}
 
     def __init__(self, at: int, strength: float, length: int | None = None, seed: int = 0, ramp: int = 10) -> None:
         super().__init__(at, strength, length, seed)

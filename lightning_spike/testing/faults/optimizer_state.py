@@ -30,8 +30,8 @@ COUNTS: Final = frozenset({"mu_product", "step"})
 class StateRescaled(OneOffFault):
     """The optimizer's state is off by a factor: a shard restored in other units, a state divided by the world size twice.
 
-    Averages of squares are divided by strength squared, momenta are multiplied by strength, so that the next updates are about strength times
-    too large, in the direction that they would have had.
+    Momenta are multiplied by strength, so that the next updates are about strength times too large, in the direction that they would have had. In
+    an optimizer that has no momentum, averages of squares are divided by strength squared instead, to the same end.
 
     Args:
         at: The batch before which it happens: batches begun in the whole run, from 0.
@@ -48,12 +48,13 @@ class StateRescaled(OneOffFault):
     @override
     @torch.no_grad()
     def before_batch(self, trainer: Trainer, module: LightningModule, batch: Any, ordinal: int) -> Any:
-        adaptive = any(name in SECOND_MOMENTS for name, _ in self._state(trainer))
-        for name, value in self._state(trainer):
-            if name in SECOND_MOMENTS:
+        state = self._state(trainer)
+        momenta = [value for name, value in state if name not in SECOND_MOMENTS]
+        for value in momenta:
+            value.mul_(self.strength)
+        for name, value in state:
+            if not momenta:
                 value.div_(self.strength ** SECOND_MOMENTS[name])
-            elif not adaptive:
-                value.mul_(self.strength)
         return batch
 
     def _state(self, trainer: Trainer) -> list[tuple[str, Tensor]]:
