@@ -9,6 +9,7 @@ SpikeCLI(MyModule, MyDataModule)  # python train.py fit --config config.yaml --o
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import logging
 import re
@@ -26,9 +27,9 @@ from typing_extensions import override
 from lightning_spike import suite
 from lightning_spike.demo.catalogue import DEMOS
 from lightning_spike.demo.show import show
-from lightning_spike.errors import ConfigurationError, MissingExtraError, SpikeError, UnreadableReportError
+from lightning_spike.errors import MissingExtraError, SpikeError, UnreadableReportError
 from lightning_spike.lab.encoding import find_class
-from lightning_spike.replay import DEFAULTS, Examiner, Makers, ReplayingCLI, find_config, scenes_of
+from lightning_spike.replay import DEFAULTS, Examiner, Makers, ReplayingCLI, cannot_make, find_config, scenes_of
 from lightning_spike.report.read_back import read_back
 from lightning_spike.report.replayed import ReplayReport, write_replay
 
@@ -171,16 +172,15 @@ def _examined(
             )
     except SpikeError:
         raise
-    except Exception as error:  # what the user's module, data or trainer has against the config
-        raise ConfigurationError.of(
-            "replay(--config)",
-            expected="a config that the run's module, data and trainer can be made from",
-            given=f"{type(error).__name__}: {error}",
-            do="Give that of the run, where its data can be set up.",
-        ) from error
+    except Exception as error:  # what the user's module, data or trainer have against the config
+        raise cannot_make(type(error).__name__, error) from error
     file = scenes[0].parent.parent / "replay.json"
     report = examiner.report(configs, file)
-    write_replay(report, file)
+    try:
+        write_replay(report, file)
+    except OSError as error:  # a folder that is not ours to write to: what was found is printed all the same
+        note = f"replay.json could not be written: {error}"
+        return dataclasses.replace(report, file=None, notes=(*report.notes, note))
     return report
 
 

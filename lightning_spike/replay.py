@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import io
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from lightning_spike.lab.scene_files import find_scenes, read_manifest, read_sce
 from lightning_spike.records import Finding
 from lightning_spike.report.replayed import Replayed, ReplayReport
 
-__all__ = ["Examiner", "Makers", "ReplayingCLI", "find_config", "scenes_of"]
+__all__ = ["Examiner", "Makers", "ReplayingCLI", "cannot_make", "find_config", "scenes_of"]
 
 PLACES: Final = ("scenes", "spike/scenes")
 """Where the scenes are in the recorder's `dirpath`, and in the folder above the default one."""
@@ -106,6 +107,16 @@ def find_config(run_dir: Path) -> Path:
             do="Give it with --config: the file that the training was started with.",
         )
     return found
+
+
+def cannot_make(what: str, said: object) -> ConfigurationError:
+    """That the run's objects cannot be made from the config, with what was said against it."""
+    return ConfigurationError.of(
+        "replay(--config)",
+        expected="a config that the run's module, data and trainer can be made from",
+        given=what,
+        do=f"{said}. Give the config of the run, and --cli with its own LightningCLI class where that adds to it.",
+    )
 
 
 # -- the module, as the run had it ---------------------------------------------------------------------------------------
@@ -271,6 +282,18 @@ class ReplayingCLI(LightningCLI):
         self._examiner = examiner
         self._loader = _NoData() if batches_per_epoch is None else _Length(batches_per_epoch)
         super().__init__(*args, **kwargs)
+
+    @override
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """With the parser's complaint in the error, in place of a page of options and the end of the process."""
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                super().parse_arguments(parser, args)
+        except SystemExit as stop:
+            *_, complaint = said.getvalue().partition("error: ")
+            words = " ".join(complaint.split())
+            raise cannot_make("options that do not fit", words) from stop
 
     @override
     def before_instantiate_classes(self) -> None:
