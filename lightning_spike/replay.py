@@ -292,8 +292,8 @@ class ReplayingCLI(LightningCLI):
                 super().parse_arguments(parser, args)
         except SystemExit as stop:
             *_, complaint = said.getvalue().partition("error: ")
-            words = " ".join(complaint.split())
-            raise cannot_make("options that do not fit", words) from stop
+            misfit = cannot_make("options that do not fit", " ".join(complaint.split()))
+            raise misfit from stop
 
     @override
     def before_instantiate_classes(self) -> None:
