@@ -1,6 +1,7 @@
 """Snapshots of the training state, taken now and then, and believed only once they are proven healthy."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -17,7 +18,7 @@ from lightning_spike.recorder import Arrival
 from lightning_spike.records import Episode, EpisodeKind, Moment
 from lightning_spike.signals.random_state import RandomState
 
-__all__ = ["Snapshot", "Snapshots", "refuses_snapshots"]
+__all__ = ["Snapshot", "Snapshots", "near_cadence", "refuses_snapshots"]
 
 FLAG: Final = "snapshot/finite"
 """Signal that says whether everything in the snapshot taken at this batch is finite: 1 or 0; one a device, `snapshot/finite/<device>` for further ones."""
@@ -26,12 +27,20 @@ CONFIRM: Final = 8
 that; a rise that is slower is dated back by the detector, and then takes the snapshot with it."""
 SLOTS: Final = 4
 """Snapshots held at most, where memory allows: one that waits for its proof, and three to go back to."""
+NEAR_SLOTS: Final = 8
+"""The same where near ones are wanted: five a cadence of 16 apart reach back 72 batches (`lab.live_scene.REACH`), one waits, one is far, one is let go."""
+NEAREST: Final = 16
+"""Batches between near snapshots, where memory allows: so that, with the proof, 8 to 24 batches lie between one and the onset of a trouble."""
+FARTHEST: Final = 50
+"""Batches between them at most, however large the model."""
+NEAR_MB: Final = 1024
+"""Memory for all near snapshots together; a model of more than 10 M parameters under Adam is held fewer times, and more rarely."""
 LEAST_SLOTS: Final = 2
 """One to go back to while the next waits for its proof."""
 REACH: Final = 8
 """The oldest snapshot is kept until it is this many cadences old: troubles that are noticed late are dated back past the recent ones."""
 ON_DEVICE_MB: Final = 256
-"""Up to this size in all, snapshots stay on the device; larger ones go to pinned host memory (12 bytes a parameter under Adam: 5 M parameters)."""
+"""Up to this size in all, snapshots stay on the device; larger ones go to pinned host memory (12 bytes a parameter under Adam: 5 M parameters, 2.5 M near)."""
 MB: Final = 1 << 20
 LOSS_TROUBLES: Final = frozenset(
     {EpisodeKind.SPIKE, EpisodeKind.DIVERGENCE, EpisodeKind.NONFINITE, EpisodeKind.OSCILLATION}
@@ -98,7 +107,8 @@ class Snapshots(Participant):
     A snapshot is taken before the forward pass of the first batch of an accumulation window, on a grid of every `every` batches that is the same on
     all ranks, and not while the loss is in trouble. It is verified once a flag computed on the device has arrived that says that parameters, buffers and
     optimizer states are all finite, and the losses of its batch and of the `CONFIRM` batches after it were accepted. An episode
-    takes with it all snapshots from its onset on. Nothing blocks: clones are queued on the stream of the training.
+    takes with it all snapshots from its onset on. Nothing blocks: clones are queued on the stream of the training. For re-runs they are denser, as far as
+    memory allows (`want_near`).
 
     Args:
         every: Batches between two snapshots, unless somebody wants another cadence.
@@ -111,14 +121,17 @@ class Snapshots(Participant):
         """Why there are no snapshots in this run, as a sentence; `None` where there are."""
         self._default = (every, memory_mb)
         self._wanted: list[tuple[int, int]] = []
+        self._reach = 0
+        self._near = NEAREST
         self._held: list[_Held] = []
-        self._grid = -1
+        self._last = -1
         self._is_first = True
+        self._has_said = False
 
     @property
     def every(self) -> int:
         """Batches between two snapshots: the densest cadence that was wanted."""
-        return min((every for every, _ in self._wanted), default=self._default[0])
+        return min([*self._cadences(), *([self._near] if self._reach else [])])
 
     @property
     def memory_mb(self) -> int:
@@ -128,6 +141,10 @@ class Snapshots(Participant):
     def want(self, *, every: int, memory_mb: int) -> None:
         """What one of those who share it was asked for by the user; who came first makes no difference."""
         self._wanted.append((every, memory_mb))
+
+    def want_near(self, reach: int) -> None:
+        """Somebody trains again from them: snapshots as dense as `NEAR_MB` of memory allows, that reach back this many batches."""
+        self._reach = max(self._reach, reach)
 
     def latest_healthy(self, before: int | None = None) -> Snapshot | None:
         """The newest verified snapshot whose `at.ordinal` is below `before`; `None` where there is none."""
@@ -172,13 +189,13 @@ class Snapshots(Participant):
         return (
             self.unavailable is None
             and opens_window
-            and batch.at.ordinal // self.every > self._grid
+            and (self._is_first or batch.at.ordinal // self.every > self._last // self.every)
             and self.flight.episodes.healthy
         )
 
     def _make_room(self, batch: TrainingBatch) -> bool:
         """Let go of one too many; false where that would be one that waits for its proof, or the memory is too small for two."""
-        slots = min(SLOTS, self.memory_mb * MB // max(_size(batch.trainer, batch.module), 1))
+        slots = self._slots(max(_size(batch.trainer, batch.module), 1))
         if slots < LEAST_SLOTS:
             self._give_up(batch)
             return False
@@ -186,12 +203,25 @@ class Snapshots(Participant):
             del self._held[index]
         return len(self._held) < slots
 
+    def _slots(self, size: int) -> int:
+        """How many are held of this size in bytes; sets the cadence of the near ones by it."""
+        slots = min(SLOTS, self.memory_mb * MB // size)
+        if self._reach:
+            near = min(NEAR_SLOTS, NEAR_MB * MB // size, self.memory_mb * MB // size)
+            self._near = near_cadence(near, self._reach)
+            slots = max(slots, near)
+        return slots
+
+    def _cadences(self) -> list[int]:
+        asked = [every for every, _ in self._wanted]
+        return asked or ([] if self._reach else [self._default[0]])
+
     def _dispensable(self, ordinal: int) -> int | None:
         """Index of the snapshot to let go: the second oldest while the oldest is not too old, so that both far and near ones are held."""
         verified = [i for i, h in enumerate(self._held) if h.is_verified]
         if len(verified) < LEAST_SLOTS:
             return None
-        too_old = ordinal - self._held[verified[0]].ordinal > REACH * self.every
+        too_old = ordinal - self._held[verified[0]].ordinal > REACH * max([*self._cadences(), self.every])
         return verified[0] if too_old or len(verified) == LEAST_SLOTS else verified[1]
 
     def _give_up(self, batch: TrainingBatch) -> None:
@@ -204,7 +234,7 @@ class Snapshots(Participant):
 
     def _take(self, batch: TrainingBatch) -> None:
         trainer, module = batch.trainer, batch.module
-        to_host = _size(trainer, module) * SLOTS > ON_DEVICE_MB * MB
+        to_host = _size(trainer, module) * (NEAR_SLOTS if self._reach else SLOTS) > ON_DEVICE_MB * MB
         snapshot = Snapshot(
             at=batch.at,
             model=state_copy.copy_module(module, to_host=to_host),
@@ -219,7 +249,17 @@ class Snapshots(Participant):
         for name, flag in _finite_flags(trainer, module).items():
             self.flight.recorder.put(name, flag)
         self._held.append(_Held(snapshot, self._is_first))
-        self._grid, self._is_first = batch.at.ordinal // self.every, False
+        self._last, self._is_first = batch.at.ordinal, False
+        self._say_left_out(snapshot)
+
+    def _say_left_out(self, snapshot: Snapshot) -> None:
+        left_out = snapshot.own.left_out if snapshot.own is not None else ()
+        if left_out and not self._has_said:
+            self._has_said = True
+            names = ", ".join(left_out[:3]) + (", …" if len(left_out) > 3 else "")  # noqa: PLR2004 - enough to see which
+            self.flight.store.note(
+                f"Snapshots leave out {names}, as too large or of a kind that cannot be copied: should the loss depend on it, a re-run comes out differently."
+            )
 
     def _stands(self, held: _Held, arrival: Arrival, *, healthy: bool) -> bool:
         """Whether a waiting snapshot can still be believed after this batch; marks it once it is."""
@@ -230,6 +270,11 @@ class Snapshots(Participant):
             held.is_finite = _says_finite(arrival.row.values)
         held.is_verified = healthy and held.is_finite and age >= (0 if held.is_first else CONFIRM)
         return healthy and held.is_finite
+
+
+def near_cadence(slots: int, reach: int) -> int:
+    """Batches between two near snapshots: so many that those that are neither waiting nor about to be let go reach back far enough."""
+    return min(max(-(-reach // max(slots - 2, 1)), NEAREST), FARTHEST)
 
 
 def refuses_snapshots(trainer: Trainer) -> str | None:
@@ -265,18 +310,32 @@ def _finite_flags(trainer: Trainer, module: LightningModule) -> dict[str, Tensor
     """A flag a device, float32 of shape `()`, 1 where nothing is poisoned; not read here.
 
     Poisoned is a NaN anywhere and an Inf in parameters and optimizer states. A buffer may hold Inf by design: an attention mask does.
-    The largest magnitude of a tensor is finite exactly if all of it is, and cannot overflow as a sum of squares can.
     """
     by_design = {id(buffer) for buffer in module.buffers()}
-    groups: dict[torch.device, list[Tensor]] = {}
+    groups: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
     for tensor in _live_tensors(trainer, module):
         if (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel():
-            largest = torch.linalg.vector_norm(tensor.detach(), float("inf")).float()
-            sound = ~largest.isnan() if id(tensor) in by_design else largest.isfinite()
-            groups.setdefault(tensor.device, []).append(sound)
-    flags = {device: torch.stack(members).all().float() for device, members in groups.items()}
+            live = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+            groups.setdefault((live.device, live.dtype, id(tensor) in by_design), []).append(live)
+    sound: dict[torch.device, list[Tensor]] = {}
+    for (device, _, may_be_inf), members in groups.items():
+        told = _telling(device, members)
+        sound.setdefault(device, []).append((~told.isnan() if may_be_inf else told.isfinite()).all())
+    flags = {device: torch.stack(all_).all().float() for device, all_ in sound.items()}
     home = module.device if module.device in flags else next(iter(flags), None)
     return {FLAG if device == home else f"{FLAG}/{device}": flag for device, flag in flags.items()}
+
+
+def _telling(device: torch.device, members: list[Tensor]) -> Tensor:
+    """A number for each tensor that is finite exactly if all of it is, shape `(len(members),)`.
+
+    On the GPU the largest magnitudes, one kernel for all. On the CPU that takes twenty times as long as a sum; a sum of float32 overflows only where the
+    weights are past all use.
+    """
+    if device.type == "cuda":
+        return torch.stack(torch._foreach_norm(members, math.inf))  # noqa: SLF001 - as torch's own clipping does
+    wide = torch.float64 if members[0].dtype == torch.float64 else torch.float32
+    return torch.stack([member.sum(dtype=wide) for member in members])
 
 
 def _says_finite(values: Mapping[str, float]) -> bool:

@@ -53,7 +53,8 @@ def copy_module(module: nn.Module, *, to_host: bool = False) -> dict[str, Tensor
         module: Where to copy from.
         to_host: Copy CUDA tensors into pinned host memory, without waiting for the copy.
     """
-    return {name: _copy(tensor, to_host=to_host) for name, tensor in _named_tensors(module)}
+    live = dict(_named_tensors(module))
+    return dict(zip(live, _copy_all(list(live.values()), to_host=to_host), strict=True))
 
 
 def load_module(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
@@ -66,7 +67,8 @@ def load_module(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
 
 def copy_gradients(module: nn.Module, *, to_host: bool = False) -> dict[str, Tensor]:
     """The gradients that parameters hold, by the parameters' names: under manual optimisation they may be sums that are not yet used."""
-    return {name: _copy(p.grad, to_host=to_host) for name, p in module.named_parameters() if p.grad is not None}
+    live = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    return dict(zip(live, _copy_all(list(live.values()), to_host=to_host), strict=True))
 
 
 def load_gradients(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
@@ -78,7 +80,13 @@ def load_gradients(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
 def copy_optimizer(optimizer: Optimizer, *, to_host: bool = False) -> dict[str, Any]:
     """State and parameter groups in the form of `optimizer.state_dict()`, without its hooks and collectives."""
     index = {parameter: i for i, parameter in enumerate(_parameters(optimizer))}
-    state = {index[p]: _copy_tree(entry, to_host=to_host) for p, entry in optimizer.state.items() if p in index}
+    state = {index[p]: dict(entry) for p, entry in optimizer.state.items() if p in index}
+    places = [(entry, key) for entry in state.values() for key, value in entry.items() if isinstance(value, Tensor)]
+    for entry in state.values():
+        nested = {key: _copy_tree(v, to_host=to_host) for key, v in entry.items() if isinstance(v, (dict, list, tuple))}
+        entry.update(nested)
+    for (entry, key), copied in zip(places, _copy_all([e[k] for e, k in places], to_host=to_host), strict=True):
+        entry[key] = copied
     groups = [
         {key: _copy_tree(value, to_host=False) for key, value in group.items() if key != "params"}
         | {"params": [index[p] for p in group["params"]]}
@@ -154,17 +162,14 @@ def tensors_in(*trees: object) -> list[Tensor]:
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What can be copied and written in place: not what has no shape yet, nor what is one number seen many times (`expand`)."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        overlaps = any(stride == 0 and size > 1 for stride, size in zip(_strides(tensor), _shape(tensor), strict=True))
-        if not is_lazy(tensor) and not overlaps:
+        if not is_lazy(tensor) and not _overlaps(tensor):
             yield name, tensor
 
 
-def _strides(tensor: Tensor) -> Sequence[int]:
-    return () if is_lazy(tensor) or tensor.layout is not torch.strided else tensor.stride()
-
-
-def _shape(tensor: Tensor) -> Sequence[int]:
-    return () if is_lazy(tensor) or tensor.layout is not torch.strided else tensor.shape
+def _overlaps(tensor: Tensor) -> bool:
+    if tensor.layout is not torch.strided or tensor.is_contiguous():
+        return False
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def _copy(tensor: Tensor, *, to_host: bool) -> Tensor:
@@ -175,6 +180,29 @@ def _copy(tensor: Tensor, *, to_host: bool) -> Tensor:
         host = torch.empty_like(live, device="cpu", pin_memory=True)
         host.copy_(live, non_blocking=True)
         return host
+
+
+def _copy_all(tensors: Sequence[Tensor], *, to_host: bool) -> list[Tensor]:
+    """All of them, with one kernel for those of a device and dtype rather than one each."""
+    copies: list[Tensor | None] = [None] * len(tensors)
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        if (
+            (to_host and tensor.is_cuda)
+            or type(tensor) not in (Tensor, nn.Parameter)
+            or tensor.layout is not torch.strided
+        ):
+            copies[place] = _copy(tensor, to_host=to_host)
+        else:
+            groups.setdefault((tensor.device, tensor.dtype), []).append(place)
+    with torch.no_grad():
+        for places in groups.values():
+            live = [tensors[place].detach() for place in places]
+            clones = [torch.empty_like(tensor) for tensor in live]
+            torch._foreach_copy_(clones, live)
+            for place, clone in zip(places, clones, strict=True):
+                copies[place] = clone
+    return [copy for copy in copies if copy is not None]
 
 
 def _copy_tree(tree: Any, *, to_host: bool) -> Any:  # noqa: ANN401 - optimizer states nest as they like

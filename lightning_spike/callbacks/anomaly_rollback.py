@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_spike.actions.lr_cut import LearningRateCut
 from lightning_spike.actions.rollback_policy import RollbackPolicy, Wish
 from lightning_spike.actions.running_means import clean_running_means, reset_poisoned_metrics
-from lightning_spike.actions.snapshot import SLOTS, Snapshot, Snapshots, refuses_snapshots
+from lightning_spike.actions.snapshot import NEAR_SLOTS, Snapshot, Snapshots, refuses_snapshots
 from lightning_spike.actions.stop import decide_together
 from lightning_spike.arguments import number, switch, whole_number
 from lightning_spike.callbacks.base import SpikeCallback
@@ -187,10 +187,10 @@ class AnomalyRollback(SpikeCallback):
     def _common_snapshot(self, trainer: Trainer, onset: int) -> Snapshot | None:
         """The newest one from before the onset that every rank holds and believes. A collective on several ranks."""
         mine = {s.at.ordinal: s for s in self._snapshots.verified(onset)}
-        padded = [*mine, *[-1] * SLOTS][:SLOTS]
+        padded = [*mine, *[-1] * NEAR_SLOTS][:NEAR_SLOTS]
         if trainer.world_size > 1:
             gathered = trainer.strategy.all_gather(torch.tensor(padded, device=trainer.strategy.root_device))
-            held = [set(row) for row in gathered.reshape(-1, SLOTS).tolist()]
+            held = [set(row) for row in gathered.reshape(-1, NEAR_SLOTS).tolist()]
             mine = {ordinal: s for ordinal, s in mine.items() if all(ordinal in ordinals for ordinals in held)}
         return mine[max(mine)] if mine else None
 

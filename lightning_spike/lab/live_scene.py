@@ -23,7 +23,7 @@ EXAMINED: Final = frozenset({EpisodeKind.SPIKE, EpisodeKind.DIVERGENCE, EpisodeK
 """Kinds of episodes that have a moment to go back to."""
 
 REACH: Final = 72
-"""Batches kept for the re-run: the cadence of the snapshots (50), what proves one of them healthy (8), and controls from before it."""
+"""Batches kept for the re-run: the cadence of the snapshots (16 to 50), what proves one of them healthy (8), and controls from before it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,9 +41,11 @@ class Witnesses:
         """Those of a flight; they take part in it from now on, if they did not already."""
         ring = flight.share(BatchRing, BatchRing, trainer, module)
         ring.want(depth=REACH)
+        snapshots = flight.share(Snapshots, Snapshots, trainer, module)
+        snapshots.want_near(REACH)
         return cls(
             ring=ring,
-            snapshots=flight.share(Snapshots, Snapshots, trainer, module),
+            snapshots=snapshots,
             settings=flight.share(UpdateSettings, UpdateSettings, trainer, module),
             writes=flight.share(OutsideWrites, OutsideWrites, trainer, module),
             history=flight.store.history,

@@ -109,3 +109,31 @@ def test_nothing_is_held_after_the_fit(tmp_path):
     run(tmp_path, held, ring=ring)
     assert ring.entries() == []
     assert ring.entry(3) is None
+
+
+@pytest.mark.parametrize(
+    "write", [torch.Tensor.copy_, lambda buffer, new: buffer.numpy().__setitem__(..., new.numpy())]
+)
+def test_a_buffer_that_the_loader_fills_anew_does_not_pass_for_the_old_batch(write, tmp_path):
+    buffer = torch.zeros(3, 3)
+
+    def collate(samples):
+        write(buffer, torch.stack([s["x"] for s in samples]))
+        return {"x": buffer}
+
+    def look(ring, batch):
+        return [(e.at.ordinal, e.mutated, float(e.batch["x"][0, 0])) for e in ring.entries()]
+
+    probe = run(tmp_path, look, collate=collate)
+    for seen in probe.seen:
+        assert all(value == 3.0 * ordinal for ordinal, mutated, value in seen if not mutated)
+    assert [ordinal for ordinal, mutated, _ in probe.seen[-1] if mutated] == []
+
+
+def test_a_batch_that_is_written_to_later_is_marked_when_it_is_asked_for(tmp_path):
+    def look(ring, batch):
+        if batch.at.ordinal == 9:
+            ring.entry(7).batch["x"].add_(1)
+        return [e.at.ordinal for e in ring.entries() if e.mutated]
+
+    assert run(tmp_path, look).seen[8:10] == [[], [7]]

@@ -12,7 +12,15 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from torch import nn
 from training_tasks import TASKS, Digits, build, train
 
-from lightning_spike.actions.snapshot import CONFIRM, SLOTS, Snapshots, refuses_snapshots
+from lightning_spike.actions.snapshot import (
+    CONFIRM,
+    NEAR_SLOTS,
+    NEAREST,
+    SLOTS,
+    Snapshots,
+    near_cadence,
+    refuses_snapshots,
+)
 from lightning_spike.callbacks.base import SpikeCallback
 
 
@@ -298,6 +306,43 @@ def test_the_number_held_is_bounded_and_reaches_back(tmp_path):
     late = holder.verified[120]
     assert 120 - late[0] >= 10
     assert 120 - late[-1] <= 2 + CONFIRM + 2
+
+
+class Near(Holder):
+    def attach(self, trainer, module):
+        self.snapshots = self.flight.share(Snapshots, Snapshots, trainer, module)
+        self.snapshots.want_near(72)
+
+
+def test_near_snapshots_lie_8_to_24_batches_before_any_onset_and_reach_back(tmp_path):
+    module, options = build("cnn")
+    holder = Near()
+    train(module, [holder], tmp_path, **options, max_epochs=5)
+    assert max(map(len, holder.verified)) <= NEAR_SLOTS
+    for now, verified in enumerate(holder.verified[100:], 100):
+        assert CONFIRM <= now - verified[-1] <= CONFIRM + NEAREST
+        assert now - verified[0] >= 72
+
+
+def test_near_ones_stand_beside_the_far_ones_that_somebody_else_asked_for(tmp_path):
+    class Both(Near):
+        def attach(self, trainer, module):
+            super().attach(trainer, module)
+            self.snapshots.want(every=50, memory_mb=4096)
+
+    module, options = build("cnn")
+    holder = Both()
+    train(module, [holder], tmp_path, **options, max_epochs=6)
+    assert holder.snapshots.every == NEAREST
+    assert holder.verified[-1][0] == 0
+    assert len(holder.verified[-1]) > SLOTS
+
+
+def test_the_larger_the_model_the_rarer():
+    cadences = [near_cadence(slots, 72) for slots in range(1, NEAR_SLOTS + 1)]
+    assert cadences == sorted(cadences, reverse=True)
+    assert (cadences[0], cadences[-1]) == (50, NEAREST)
+    assert near_cadence(4, 72) * 2 >= 72
 
 
 def test_too_little_memory_is_said_and_costs_nothing(tmp_path, monkeypatch):
