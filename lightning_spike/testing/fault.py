@@ -71,6 +71,8 @@ class Fault(Callback):
     to one without it, unless `FROM_START` says otherwise; random numbers come from a generator of its own; and when the fit ends, however that
     comes about, whatever it had wrapped is put back. Strength and batch are parameters; `mild` and `strong` give two strengths that fit small trainings.
 
+    A `training_step` that takes `dataloader_iter` draws its batches past all hooks, so that faults of the batch cannot reach it.
+
     A new fault is a new file in `lightning_spike/testing/faults/` with a subclass in it that sets `cause`, `SCALE`, `MILD` and `STRONG` and overrides
     `prepare` and `before_batch`.
 

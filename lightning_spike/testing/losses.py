@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_spike.testing.fault import Fault
+from lightning_spike.testing.fault import Fault, Needs
 from lightning_spike.testing.wrapping import wrap
 
 __all__ = ["alter_loss"]
@@ -16,7 +16,12 @@ def alter_loss(fault: Fault, trainer: Trainer, module: LightningModule, change: 
     """From now on `change(loss)` stands in for the loss that `training_step` returns, in the steps in which the fault is on.
 
     As if the module's own code did it: a lab that runs the step again finds the same. A step that returns no loss is let through.
+
+    Raises:
+        ConfigurationError: The module optimises by hand: what it returns is not what it trains on.
     """
+    if not module.automatic_optimization:
+        raise fault.refuse(Needs.AUTOMATIC_OPTIMIZATION, type(module).__name__)
 
     def step(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as training_step
         outputs = call(*args, **kwargs)

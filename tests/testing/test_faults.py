@@ -4,8 +4,8 @@ import functools
 
 import pytest
 import torch
-from lightning.pytorch import Callback
-from testing.runs import AT, BATCHES, Items, different, optimizer_for, same, shape_for, train
+from lightning.pytorch import Callback, Trainer
+from testing.runs import AT, BATCHES, Items, Net, different, optimizer_for, same, shape_for, train
 
 from lightning_spike.errors import ConfigurationError
 from lightning_spike.testing import DECOYS, FAULTS, UNCOVERED, Needs
@@ -257,6 +257,18 @@ def test_mild_and_strong_differ_and_describe_themselves(kind):
     assert strong.seed == 3
     with pytest.raises(AttributeError):
         mild.at = 1
+
+
+class ByHand(Net):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ALL if Needs.AUTOMATIC_OPTIMIZATION in kind.NEEDS])
+def test_optimisation_by_hand_is_refused_where_it_would_have_no_effect(kind):
+    with pytest.raises(ConfigurationError, match="automatic optimisation"):
+        kind.mild(at=5).prepare(Trainer(accelerator="cpu", logger=False), ByHand())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Faults that only an optimizer with a second moment can have."""
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
@@ -59,17 +60,19 @@ class GradientsOutgrowSecondMoment(LastingFault):
     @override
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
         _need_adam(self, trainer)
-        self._factors: dict[int, float] = {}
+        self._steps: list[int] = []
+        self._factors: list[float] = []
 
         def grown(gradient: Tensor, _: int) -> Tensor:
-            return gradient * self._factors.get(trainer.global_step, 1.0)
+            """By step, so that a step that is run again finds its own; with several optimizers a batch has several."""
+            return gradient * self._factors[bisect_right(self._steps, trainer.global_step) - 1]
 
         alter_gradients(self, trainer, module, grown)
 
     @override
     def before_batch(self, trainer: Trainer, module: LightningModule, batch: Any, ordinal: int) -> Any:
-        """Kept by step, so that a step that is run again finds its own."""
-        self._factors[trainer.global_step] = self.strength ** min(ordinal - self.at + 1, self.ramp)
+        self._steps.append(trainer.global_step)
+        self._factors.append(self.strength ** min(ordinal - self.at + 1, self.ramp))
         return batch
 
 

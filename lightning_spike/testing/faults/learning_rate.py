@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_spike.arguments import whole_number
 from lightning_spike.errors import ConfigurationError
-from lightning_spike.testing.fault import LastingFault, Scale
+from lightning_spike.testing.fault import LastingFault, Needs, Scale
 from lightning_spike.testing.held_rate import RateFault
 
 __all__ = ["RateCreepsUp", "RateJump", "RateTooHigh", "ShortWarmUp", "WarmRestarts"]
@@ -149,6 +149,7 @@ class WarmRestarts(LastingFault):
     SCALE: ClassVar[Scale] = Scale(means="the peak, as a factor on the module's own rate", above=1)
     MILD: ClassVar[Mapping[str, Any]] = {"strength": 15.0}
     STRONG: ClassVar[Mapping[str, Any]] = {"strength": 60.0}
+    NEEDS: ClassVar[frozenset[Needs]] = frozenset({Needs.AUTOMATIC_OPTIMIZATION})
 
     def __init__(self, at: int, strength: float, seed: int = 0) -> None:
         super().__init__(at, strength, None, seed)
@@ -156,6 +157,8 @@ class WarmRestarts(LastingFault):
 
     @override
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
+        if not module.automatic_optimization:
+            raise self.refuse(Needs.AUTOMATIC_OPTIMIZATION, type(module).__name__)
         own = list(trainer.strategy.lr_scheduler_configs)
         rates = [
             [(group["lr"], group.get("initial_lr")) for group in optimizer.param_groups]

@@ -30,6 +30,7 @@ class LossMultiplied(Fault):
     SCALE: ClassVar[Scale] = Scale(means="the factor on the loss", above=0)
     MILD: ClassVar[Mapping[str, Any]] = {"strength": 10.0}
     STRONG: ClassVar[Mapping[str, Any]] = {"strength": 1000.0}
+    NEEDS: ClassVar[frozenset[Needs]] = frozenset({Needs.AUTOMATIC_OPTIMIZATION})
 
     @override
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
@@ -50,6 +51,7 @@ class PenaltySwitchedOn(LastingFault):
     SCALE: ClassVar[Scale] = Scale(means="the factor on the penalty", above=0)
     MILD: ClassVar[Mapping[str, Any]] = {"strength": 0.01}
     STRONG: ClassVar[Mapping[str, Any]] = {"strength": 0.1}
+    NEEDS: ClassVar[frozenset[Needs]] = frozenset({Needs.AUTOMATIC_OPTIMIZATION})
 
     @override
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
