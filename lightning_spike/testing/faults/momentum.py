@@ -34,7 +34,7 @@ class GradientsTurnRound(LastingFault):
     cause = "momentum_reversal"
     SCALE: ClassVar[Scale] = Scale(means="the size of the turned gradients, as a factor", above=0)
     MILD: ClassVar[Mapping[str, Any]] = {"strength": 2.0, "length": 3}
-    STRONG: ClassVar[Mapping[str, Any]] = {"strength": 5.0, "length": 8}
+    STRONG: ClassVar[Mapping[str, Any]] = {"strength": 3.0, "length": 8}
     NEEDS: ClassVar[frozenset[Needs]] = frozenset({Needs.MOMENTUM})
 
     @override
