@@ -27,7 +27,7 @@ from lightning_spike.actions.dump_facts import package_versions
 from lightning_spike.actions.own_state import OwnState, Untouched, copy_own, load_own
 from lightning_spike.actions.sample_ids import LoaderIds, SampleIds
 from lightning_spike.actions.snapshot import Snapshot
-from lightning_spike.actions.state_copy import copy_optimizer, load_module, load_optimizer
+from lightning_spike.actions.state_copy import copy_optimizer, copy_scaler, load_module, load_optimizer, load_scaler
 from lightning_spike.errors import ConfigurationError
 from lightning_spike.files import whole_folder
 from lightning_spike.lab.encoding import Decoder, Encoder, class_name, script_folder
@@ -170,6 +170,7 @@ def _present(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     return {
         "weights": {name: tensor.detach() for name, tensor in _named_tensors(module).items()},
         "optimizers": [copy_optimizer(optimizer, to_host=True) for optimizer in trainer.optimizers],
+        "scaler": copy_scaler(trainer),
         "own": _writable(copy_own(module)),
     }
 
@@ -253,6 +254,10 @@ def _put_into(trainer: Trainer, module: LightningModule, present: Mapping[str, A
     load_module(module, present["weights"])
     for optimizer, saved in zip(trainer.optimizers, present["optimizers"], strict=True):
         load_optimizer(optimizer, saved, hyperparameters=True)
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if present["scaler"] is not None and scaler is not None and scaler._scale is None:  # noqa: SLF001 - it makes its tensors when it first scales a loss
+        scaler._lazy_init_scale_growth_tracker(trainer.strategy.root_device)  # noqa: SLF001
+    load_scaler(trainer, present["scaler"])
     load_own(module, present["own"])
 
 

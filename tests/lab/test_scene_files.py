@@ -11,6 +11,7 @@ import types
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from torch.utils.data import DataLoader, default_collate
 from training_tasks import TASKS, Digits, digits, train
@@ -46,10 +47,11 @@ def image_of(batch):
     return batch["image"][0] if isinstance(batch, dict) else batch[0]
 
 
-def recorded(make, folder, **options):
+def recorded(make, folder, *, spoilt_before=True, **options):
     """A run with one episode: its live findings, and its scene."""
     seed_everything(0, verbose=False)
-    callbacks = [Spoil(), CounterfactualReplay(), SceneRecorder(dirpath=folder)]
+    ours = [CounterfactualReplay(), SceneRecorder(dirpath=folder)]
+    callbacks = [Spoil(), *ours] if spoilt_before else [*ours, Spoil()]
     trainer = train(make(), callbacks, folder, max_epochs=3, **options)
     store = TrainerStateStore.of(trainer)
     (scene,) = scene_files.find_scenes(folder / "scenes")
@@ -109,17 +111,39 @@ def nested(samples):
     return {"image": (x, torch.full((), 0.9)), "sample": Sample(y, "digits"), "paths": ["a.png", None], "": {}}
 
 
-CASES = TASKS | {"counting": (Counting, {}), "bf16": (Digits, {"precision": "bf16-mixed"})}
+def loss_scaler():
+    """The scale doubles every nine steps: at the onset it is not what it begins with."""
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=9))
+
+
+CASES = TASKS | {
+    "counting": (Counting, {}),
+    "bf16": (Digits, {"precision": "bf16-mixed"}),
+    "loss scaler": (Digits, {"plugins": loss_scaler}),
+}
+
+
+def _fresh(options):
+    """With a plugin of its own, as another process has."""
+    return {name: [value()] if name == "plugins" else value for name, value in options.items()}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_findings_are_those_of_the_live_examination(case, tmp_path):
     make, options = CASES[case]
-    live, scene = recorded(make, tmp_path, **options)
-    replayed = examined(scene, make(), **options)
+    live, scene = recorded(make, tmp_path, **_fresh(options))
+    replayed = examined(scene, make(), **_fresh(options))
     assert as_json(replayed.findings) == as_json(live)
     assert replayed.examined
     assert replayed.split["exact"], replayed.split["why_not_exact"]
+
+
+def test_so_are_those_of_an_examination_that_knows_only_the_present_weights(tmp_path):
+    """Where a batch was changed in place the run cannot be made again; then weights from before stand against those of now."""
+    live, scene = recorded(Digits, tmp_path, spoilt_before=False)
+    replayed = examined(scene, Digits())
+    assert as_json(replayed.findings) == as_json(live)
+    assert "in place" in replayed.split["why_not_exact"]
 
 
 def test_a_nested_batch_comes_back(tmp_path, monkeypatch):
