@@ -38,9 +38,8 @@ class SceneRecorder(SpikeCallback):
     """Writes the scene of an episode to disk, so that `lightning-spike replay` can examine it in another process, when the run is over.
 
     For each new spike, divergence or non-finite loss a folder under `<dirpath>/scenes`: the last healthy snapshot, the batches from before it up to the
-    present with their random states, the learning rates, the losses, and the present weights and optimizer states. It takes as much room as four times the weights
-    and their optimizer states at most, and the last 80 or so batches. What is the same is written once. All of it is tensors and JSON, and reading it runs no
-    code that it brings.
+    present with their random states, the learning rates, the losses, and the present weights and optimizer states. It takes as much room as weights and optimizer states
+    twice, and the last 80 or so batches; what is the same is written once. All of it is tensors and JSON, and reading it runs no code that it brings.
 
     The training is not changed. Writing blocks for as long as the disk takes, and happens only when there is an episode. With more than one rank, and where the
     batches hold what cannot be written so that it comes back (sparse tensors, functions, classes made inside functions), nothing is written, and the report
