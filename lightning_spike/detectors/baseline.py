@@ -298,9 +298,10 @@ class Baseline:
             value = math.copysign(HUGE, value)
         if value < 0.0 and not self._linear:
             self._go_linear()
-        if len(self._centre.ordered) >= LEAST:
+        centre = self._centre
+        if len(centre.ordered) >= LEAST:
             self._ahead.push(self._ruled(value - self._forecast()) / noise)
-        self._centre.push(value)
+        centre.push(value)
         self._follow()
         self._learn(value, noise)
         self._pushed += 1
@@ -309,12 +310,15 @@ class Baseline:
 
     def _follow(self) -> None:
         """Keep the level and the ruler's unit at hand: every value is measured with them several times."""
-        self._level = level = self._centre.median()
-        unit = (1.0 + OFFSET) * level
         ordered = self._centre.ordered
-        self._unit = unit if unit > 0.0 else max(0.05 * ordered[-1], 1e-30)
         if len(ordered) == CENTRE:
+            level = 0.5 * ordered[CENTRE // 2 - 1] + 0.5 * ordered[CENTRE // 2]
             self._levels.append(level)
+        else:
+            level = self._centre.median()
+        self._level = level
+        unit = (1.0 + OFFSET) * level
+        self._unit = unit if unit > 0.0 else max(0.05 * ordered[-1], 1e-30)
 
     def _learn(self, value: float, noise: float) -> None:
         """Take in the noise of the value eight pushes ago, now that both its sides are known."""

@@ -66,8 +66,11 @@ class EpisodeDetector:
             noise = math.sqrt(row.usual_batch_size / row.batch_size)
         changed: list[Draft] = []
         for signal, value in row.values.items():
-            if (signal == "loss" or signal.startswith("loss/")) and self._room(signal):
-                changed += self._tracker(signal).observe(row.at, float(value), noise, row.batch_size)
+            if signal != "loss" and not signal.startswith("loss/"):
+                continue
+            series = self._series.get(signal) or (self._tracker(signal) if self._room(signal) else None)
+            if series is not None:
+                changed += series.observe(row.at, float(value), noise, row.batch_size)
         return self._report(changed) if changed else []
 
     def _room(self, signal: str) -> bool:

@@ -65,8 +65,10 @@ class FastDetector:
         if level is None or not baseline.ready:
             wild = value > self._most * (WILD + WILD_FEW / max(1, self._seen))
             return int(self._seen >= LEAST_SEEN and self._least >= 0.0 and wild)
+        if score <= LEAST_RUN and not inside_episode:
+            return 0
         rise = value - level
-        if rise <= LEAST_OF_START * self._start or (score <= LEAST_RUN and not inside_episode):
+        if rise <= LEAST_OF_START * self._start:
             return 0
         one_can = samples is not None and rise * samples < ONE_SAMPLE * self._start
         limit = baseline.limit if one_can else baseline.sure_limit
@@ -94,7 +96,7 @@ class FastDetector:
         """Take a loss with this score as healthy."""
         self.baseline.push(value, noise)
         self._before = score
-        self._run.append(max(-RUN_CLIP, min(RUN_CLIP, score)))
+        self._run.append(score if -RUN_CLIP < score < RUN_CLIP else math.copysign(RUN_CLIP, score))
         if self._seen < START:
             self._least, self._most = min(self._least, value), max(self._most, value)
             self._seen += 1

@@ -71,10 +71,12 @@ class SeriesTracker:
         if not math.isfinite(value):
             self._history.append((at, value, MOST_SEVERE))
             return [self._abnormal(at, value, MOST_SEVERE, 1)]
-        value = max(-LARGEST, min(LARGEST, value))
+        if not -LARGEST <= value <= LARGEST:
+            value = math.copysign(LARGEST, value)
         score = self.fast.baseline.score(value, noise)
         self._history.append((at, value, score))
-        inside_episode = self.draft is not None and not self.draft.absorbed and self.draft.calm < SHARP
+        draft = self.draft
+        inside_episode = draft is not None and not draft.absorbed and draft.calm < SHARP
         run = self.fast.outside(value, score, samples, inside_episode=inside_episode)
         if run:
             self._pending.append(value)
@@ -84,18 +86,15 @@ class SeriesTracker:
         else:
             self.fast.accept(value, noise, score)
             self._pending.clear()
-            changed = self._calm()
-        return changed + self._slowly(at, value)
-
-    def _slowly(self, at: Moment, value: float) -> list[Draft]:
-        """Hand 16 losses at a time to the detectors that look at blocks of them."""
-        block = self._block
-        block.append(value)
+            changed = [] if draft is None else self._calm(draft)
+        self._block.append(value)
         if self.standing is not None:
             self.standing.last_bad = at
-        if len(block) < BLOCK:
-            return []
-        self._block = []
+        return changed if len(self._block) < BLOCK else changed + self._slowly(at)
+
+    def _slowly(self, at: Moment) -> list[Draft]:
+        """Hand the last 16 losses to the detectors that look at blocks of them."""
+        block, self._block = self._block, []
         middle = median(block)
         changed = []
         if self.slow.push(block, middle):
@@ -205,10 +204,7 @@ class SeriesTracker:
         self.standing = self._new(EpisodeKind.STALL, onset, at, value, 1.0)
         return [self.standing]
 
-    def _calm(self) -> list[Draft]:
-        draft = self.draft
-        if draft is None:
-            return []
+    def _calm(self, draft: Draft) -> list[Draft]:
         draft.calm += 1
         if draft.calm < CALM or self.slow.raised or self.swing.raised:
             return []
