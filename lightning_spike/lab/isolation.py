@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.call import _call_lightning_module_hook
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.kept import Kept
-from lightning_spike.lab.surroundings import Places, Surroundings, set_position, standing_in
+from lightning_spike.lab.surroundings import Places, Surroundings, open_window, set_position, standing_in
 from lightning_spike.lab.without_updates import without_schedulers, without_updates
 from lightning_spike.records import Moment
 from lightning_spike.signals.loss import batch_losses
@@ -122,6 +123,8 @@ class Bench:
         """
         self._set_out(batch, random, at)
         self._has_trained = True
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            open_window(self.trainer)
         loops, module = self.trainer.fit_loop.epoch_loop, self.module
         arguments = OrderedDict(batch=batch, batch_idx=batch_idx) if self._takes_index else OrderedDict(batch=batch)
         with self._as_trained(listener, in_float32=in_float32), _accumulating(self.trainer, accumulates=not closes):
@@ -137,7 +140,8 @@ class Bench:
         """Run `training_step` as `train` does, without backward pass and update; for automatic optimisation."""
         self._set_out(batch, random, at)
         arguments = (batch, batch_idx) if self._takes_index else (batch,)
-        with self._as_trained(None, in_float32=False):
+        # Without a backward pass DDP's reducer would wait for one for ever.
+        with self._as_trained(None, in_float32=False), _block_parallel_sync_behavior(self.trainer.strategy):
             _call_lightning_module_hook(self.trainer, "on_train_batch_start", batch, batch_idx)
             return self.trainer.strategy.training_step(*arguments)
 
@@ -172,20 +176,8 @@ class Bench:
             (vars(trainer), {"callbacks": [listener] if listener else []}),
             (vars(trainer.precision_plugin), precision),
         ]
-        with torch.enable_grad(), self._as_compiled(), without_schedulers(self.module), standing_in(places):
+        with torch.enable_grad(), without_schedulers(self.module), standing_in(places):
             yield
-
-    @contextlib.contextmanager
-    def _as_compiled(self) -> Iterator[None]:
-        """Compiled code was traced with the real `self.log`; with another one it would be compiled again. What it logs is taken back by `rewind`."""
-        if self.module._compiler_ctx is None:  # noqa: SLF001 - where Lightning keeps that a module was compiled
-            yield
-            return
-        muted = {name: self.module.__dict__.pop(name) for name in MUTED if self.module.__dict__.get(name) is _swallow}
-        try:
-            yield
-        finally:
-            self.module.__dict__.update(muted)
 
     def _put_back(self, *, trusting: bool = False) -> None:
         self._state.put_back()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import LBFGS
 
 from lightning_spike.actions.batch_ring import RingEntry
+from lightning_spike.actions.stop import decide_together, lowest_over_ranks
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.isolation import Bench, loss_of
 from lightning_spike.lab.state import TrainState
@@ -49,7 +50,7 @@ class Reproduction:
     steps: int
     """Batches that were trained on again."""
     differs_at: int | None
-    """Ordinal of the first batch, `reached` included, whose loss came out differently from the recorded one; `None` where all agree."""
+    """Ordinal of the first batch, `reached` included, whose loss came out differently from the recorded one on any rank; `None` where all agree."""
     replayed: float
     """The loss of the batch `reached` in the re-run."""
 
@@ -68,7 +69,7 @@ def reproduce(
 ) -> Reproduction:
     """Train from a state up to the last of the entries, and evaluate that one.
 
-    See `make_update` for how. What changed the state of the run from outside (a callback, a fault of the machine) is not in it, and shows as a difference.
+    With several ranks (DDP) every rank must call it at once, with its own batches and the same ordinals. See `make_update` for how. What changed the state of the run from outside (a callback, a fault of the machine) is not in it, and shows as a difference.
 
     Args:
         bench: From `isolated(..., with_optimizers=True)`; left with the weights of the end in it.
@@ -80,7 +81,7 @@ def reproduce(
     Raises:
         CannotReplay: Settings that are not known, or a batch that is not held any more or was changed in place.
     """
-    _check_batches(start, entries)
+    _check_together(bench, _why_not(start, entries))
     start.load(bench)
     legs: deque[Leg] = deque(maxlen=_legs_to_keep(start))
     differs_at: int | None = None
@@ -89,6 +90,7 @@ def reproduce(
         leg = Leg(before=TrainState.take(bench, update.entries[0].at), update=update, made=make_update(bench, update))
         differs_at = _first_difference(leg, recorded) if differs_at is None else differs_at
         if leg.made.spoilt_at is not None:
+            differs_at = lowest_over_ranks(bench.trainer, differs_at)
             return _ended(legs, leg.before, update.entries[leg.made.spoilt_at], start, differs_at, leg.made.losses[-1])
         legs.append(leg)
     end, loss = start, math.nan
@@ -98,7 +100,7 @@ def reproduce(
             differs_at = entry.at.ordinal
     if _updates_first(bench):
         end.load(bench)
-    return _ended(legs, end, entries[-1], start, differs_at, loss)
+    return _ended(legs, end, entries[-1], start, lowest_over_ranks(bench.trainer, differs_at), loss)
 
 
 def is_same(replayed: float, recorded: float | None) -> bool:
@@ -129,14 +131,19 @@ def _ended(
     )
 
 
-def _check_batches(start: TrainState, entries: Sequence[RingEntry]) -> None:
+def _why_not(start: TrainState, entries: Sequence[RingEntry]) -> str | None:
     wanted = range(start.at.ordinal, start.at.ordinal + len(entries))
     if not entries or [entry.at.ordinal for entry in entries] != list(wanted):
-        msg = "not all batches since the snapshot are still held"
-        raise CannotReplay(msg)
+        return "not all batches since the snapshot are still held"
     if any(entry.mutated for entry in entries):
-        msg = "training_step changes the batch in place: what the batches were is not known any more"
-        raise CannotReplay(msg)
+        return "training_step changes the batch in place: what the batches were is not known any more"
+    return None
+
+
+def _check_together(bench: Bench, why_not: str | None) -> None:
+    """A rank that cannot takes the others with it: they would wait for its gradients for ever."""
+    if decide_together(bench.trainer, wanted=why_not is not None):
+        raise CannotReplay(why_not or "another rank cannot run the moment again")
 
 
 def _legs_to_keep(state: TrainState) -> int:

@@ -11,7 +11,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 
 from lightning_spike.records import Moment
 
-__all__ = ["Places", "Surroundings", "set_position", "standing_in"]
+__all__ = ["Places", "Surroundings", "open_window", "set_position", "standing_in"]
 
 Places: TypeAlias = Sequence[tuple[MutableMapping[str, Any], Mapping[str, Any]]]
 """Namespaces (`vars(thing)`), each with what is to stand in it."""
@@ -20,7 +20,7 @@ _MISSING: Final = object()
 
 
 class Surroundings:
-    """The trainer's callbacks, loggers, profiler, progress and its wish to stop.
+    """The trainer's callbacks, loggers, profiler, progress, its wish to stop, and what DDP remembers from one forward pass to the next.
 
     Args:
         trainer: As it stands between two batches.
@@ -30,6 +30,7 @@ class Surroundings:
         self._trainer = trainer
         held: dict[str, Any] = vars(trainer)
         self._held: dict[str, Any] = {name: held[name] for name in ("callbacks", "should_stop", "profiler")}
+        self._wrapper = _ddp_flags(trainer)
         self._loggers = list(trainer.loggers)
         self._hooks = [(o, o._on_before_step, o._on_after_step) for o in trainer.strategy._lightning_optimizers]  # noqa: SLF001 - Lightning's manual loop sets them
         epoch_loop = trainer.fit_loop.epoch_loop
@@ -48,11 +49,17 @@ class Surroundings:
     def put_back(self) -> None:
         """Everything as it was found."""
         vars(self._trainer).update(self._held)
+        _set_ddp_flags(self._trainer, self._wrapper)
         self._trainer.loggers = self._loggers
         for optimizer, before, after in self._hooks:
             optimizer._on_before_step, optimizer._on_after_step = before, after  # noqa: SLF001 - as above
         for part, values in self._progress:
             vars(part).update(values)
+
+
+def open_window(trainer: Trainer) -> None:
+    """As after an update: DDP then sends the buffers of rank 0 to all before the next forward pass, which it does not between batches that accumulate."""
+    _set_ddp_flags(trainer, dict.fromkeys(_ddp_flags(trainer), True))
 
 
 def set_position(trainer: Trainer, at: Moment) -> None:
@@ -78,6 +85,17 @@ def standing_in(places: Places) -> Iterator[None]:
                     held.pop(name, None)
                 else:
                     held[name] = value
+
+
+def _ddp_flags(trainer: Trainer) -> dict[str, bool]:
+    """Whether buffers are sent round before the next forward pass; empty without DDP."""
+    held: dict[str, Any] = getattr(trainer.strategy.model, "__dict__", {})
+    return {name: held[name] for name in ("require_forward_param_sync",) if name in held}
+
+
+def _set_ddp_flags(trainer: Trainer, flags: Mapping[str, bool]) -> None:
+    for name, value in flags.items():
+        setattr(trainer.strategy.model, name, value)
 
 
 def _parts(progress: Any) -> Iterator[Any]:  # noqa: ANN401 - nested dataclasses of Lightning
