@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -11,24 +11,38 @@ from torch import Tensor
 from lightning_spike.actions.batch_ring import RingEntry
 from lightning_spike.actions.state_copy import load_module
 from lightning_spike.lab.blame import Blame, blame, blame_outside
-from lightning_spike.lab.calm import Calmed, calmed
-from lightning_spike.lab.consistency import Consistency, consistency
+from lightning_spike.lab.calm import calmed
+from lightning_spike.lab.compare import differences
+from lightning_spike.lab.consistency import consistency
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.evaluate import log_scale
-from lightning_spike.lab.intervene import Attribution, attribute, surroundings
+from lightning_spike.lab.intervene import Attribution, attribute, normal_around
 from lightning_spike.lab.isolation import Bench, isolated
 from lightning_spike.lab.locate import damage_on_the_way
 from lightning_spike.lab.nonfinite import Origin, nonfinite_origin
+from lightning_spike.lab.outside_writes import OutsideWrite
+from lightning_spike.lab.remedies import Remedy, try_remedies
 from lightning_spike.lab.reproduce import Reproduction, reproduce
 from lightning_spike.lab.scene import Scene
 from lightning_spike.lab.split import Split, batch_noise, split
 from lightning_spike.lab.state import TrainState
+from lightning_spike.lab.update import make_update, updates_of
+from lightning_spike.lab.wording import (
+    blame_text,
+    calm_text,
+    consistency_text,
+    differences_text,
+    factors_text,
+    remedies_text,
+)
 from lightning_spike.records import Episode, EpisodeKind, Finding
 
 __all__ = ["examine", "not_run", "triage"]
 
 PROOF: Final = 3
 """Batches that must have come out the same before a difference is taken for a change from outside: what is not reproducible at all differs from the start."""
+TOLD: Final = 8
+"""Tensors listed at most."""
 RECENT: Final = 16
 """Losses before the onset whose median is where the loss was."""
 WORTH: Final = 0.25
@@ -54,8 +68,8 @@ def examine(scene: Scene) -> list[Finding]:
     with isolated(scene.trainer, scene.module, with_optimizers=True) as bench:
         again, why = _reproduced(scene, bench)
         if again is not None and again.differs_at is not None:
-            if _comes_out_healthy(scene, again):
-                return _outside(scene, again, bench)
+            if _comes_out_healthy(scene, again) or _writes(scene, again):
+                return [*_outside(scene, again, bench), _finding(scene, "cost", {"steps": bench.steps})]
             why = f"the re-run differs from the training from ordinal {again.differs_at} on"
             again = None
         findings = _origins(scene, bench, again)
@@ -112,21 +126,63 @@ def _comes_out_healthy(scene: Scene, again: Reproduction) -> bool:
 
 
 def _outside(scene: Scene, again: Reproduction, bench: Bench) -> list[Finding]:
-    recorded, first = scene.recorded, again.differs_at
+    recorded = scene.recorded
     jump = math.log(recorded / again.replayed) if again.replayed > 0 and 0 < recorded < math.inf else math.nan
-    writes = [w for w in scene.writes if first is not None and first - 1 <= w.ordinal + 1 <= first + 1]
-    kind = "optimizer" if any(w.kind == "optimizer" for w in writes) else "weights"
     text = (
         f"Run again from {again.steps} batches before, with the same batches, learning rates and random states, the loss is {again.replayed:.3g} where it was "
         f"{recorded:.3g}: something that the re-run does not carry did it (state changed from outside, or a fault of the machine)."
     )
-    shares = {"data": 0.0, "weights": 0.0, "interaction": 0.0, "noise": 0.0, "exact": True, "why_not_exact": None}
-    detail = {"jump": jump if math.isfinite(jump) else None, **shares, "verdict": "not_reproduced", "text": text}
+    shares = {"data": 0.0, "weights": 0.0, "interaction": 0.0, "excess": 0.0, "noise": 0.0}
+    split = {"jump": jump if math.isfinite(jump) else None, **shares, "exact": True, "why_not_exact": None}
+    writes = _writes(scene, again)
+    bench.rewind()
+    live = TrainState.take(bench, scene.entries[-1].at)
+    differing = differences(live, _caught_up(scene, again, bench))
+    outside = {
+        "ordinal": again.differs_at,
+        "step": _step_of(scene, again.differs_at),
+        "writes": [dataclasses.asdict(write) for write in writes],
+        "different": [dataclasses.asdict(difference) for difference in differing[:TOLD]],
+        "text": differences_text(differing, writes),
+    }
     return [
-        _finding(scene, "split", detail),
-        _blame_finding(scene, blame_outside(kind)),
-        _finding(scene, "cost", {"steps": bench.steps}),
+        _finding(scene, "split", split | {"verdict": "not_reproduced", "text": text}),
+        _finding(scene, "outside", outside),
+        _blame_finding(scene, blame_outside(_kind(writes))),
     ]
+
+
+def _writes(scene: Scene, again: Reproduction) -> list[OutsideWrite]:
+    """Those just before the first loss that is another: into the weights before its batch, or into the optimizer's state before the update before that."""
+    first = again.differs_at
+    return [w for w in scene.writes if first is not None and first - 2 <= w.ordinal < first]
+
+
+def _kind(writes: Sequence[OutsideWrite]) -> str:
+    return "optimizer" if any(w.kind == "optimizer" for w in writes) else "weights"
+
+
+def _caught_up(scene: Scene, again: Reproduction, bench: Bench) -> TrainState:
+    """The re-run taken on to the present, with all updates that the training has made since."""
+    bench.rewind()
+    again.end.load(bench)
+    for update in updates_of(
+        [*scene.after, _beyond(scene)], scene.settings, by_hand=not bench.module.automatic_optimization
+    ):
+        if make_update(bench, update).spoilt_at is not None:
+            break
+    return TrainState.take(bench, scene.entries[-1].at)
+
+
+def _beyond(scene: Scene) -> RingEntry:
+    """A batch that is not there yet: where the last update ends."""
+    last = scene.entries[-1]
+    at = dataclasses.replace(last.at, ordinal=last.at.ordinal + 1, step=scene.trainer.global_step)
+    return dataclasses.replace(last, at=at)
+
+
+def _step_of(scene: Scene, ordinal: int | None) -> int | None:
+    return next((e.at.step for e in scene.entries if e.at.ordinal == ordinal), None)
 
 
 # -- where NaN is born ---------------------------------------------------------------------------------------------------
@@ -174,32 +230,39 @@ def _whose(scene: Scene, bench: Bench, again: Reproduction, parts: Split) -> lis
     if parts.verdict == "noise":
         return []
     half = parts.interaction / 2
-    damage = _damage(scene, bench, again) if parts.weights + half >= WORTH else None
+    damage, remedies = _damage(scene, bench, again) if parts.weights + half >= WORTH else (None, ())
     steps = consistency(bench, again, but=None if damage is None else damage.ordinal)
     doubtful = parts.data + half >= WORTH and steps is not None and steps.agitated >= DOUBT
     calm = calmed(bench, again.legs, scene.spike, scene.ordinary(), excess=parts.excess) if doubtful else None
-    told = {"consistency": steps, "calm": calm, "factors": damage}
-    findings = [_finding(scene, kind, _detail(answer)) for kind, answer in told.items() if answer is not None]
+    findings = []
+    if steps is not None:
+        detail = dataclasses.asdict(steps) | {"agitated": steps.agitated, "text": consistency_text(steps)}
+        findings.append(_finding(scene, "consistency", detail))
+    if calm is not None:
+        detail = dataclasses.asdict(calm) | {"left": calm.left, "text": calm_text(calm)}
+        findings.append(_finding(scene, "calm", detail))
+    if damage is not None:
+        findings.append(_finding(scene, "factors", dataclasses.asdict(damage) | {"text": factors_text(damage)}))
+    if remedies:
+        detail = {"tried": [dataclasses.asdict(remedy) for remedy in remedies], "text": remedies_text(remedies)}
+        findings.append(_finding(scene, "remedies", detail))
     return [*findings, _blame_finding(scene, blame(parts, steps, calm, damage))]
 
 
-def _damage(scene: Scene, bench: Bench, again: Reproduction) -> Attribution | None:
+def _damage(scene: Scene, bench: Bench, again: Reproduction) -> tuple[Attribution | None, tuple[Remedy, ...]]:
+    """The factors of the update that did the damage, and what would have helped; nothing where no update did any."""
     controls = scene.ordinary()[:FEWER]
     found = damage_on_the_way(bench, again, controls, like=scene.spike)
     if found is None or found.log_rise <= 0:
-        return None
-    around = surroundings(scene, again, found.leg, controls)
+        return None, ()
+    around = normal_around(scene, again, found.leg, controls)
     leg, scatter = again.legs[found.leg], batch_noise(scene.losses_before())
-    return attribute(bench, found, leg, around, controls, like=scene.spike, scatter=scatter)
-
-
-def _detail(answer: Consistency | Calmed | Attribution) -> dict[str, Any]:
-    derived = {"agitated", "left"} & set(dir(answer))
-    return dataclasses.asdict(answer) | {name: getattr(answer, name) for name in derived}
+    shared = attribute(bench, found, leg, around, controls, like=scene.spike, scatter=scatter)
+    return shared, try_remedies(bench, found, leg, around, controls, like=scene.spike)
 
 
 def _blame_finding(scene: Scene, whose: Blame) -> Finding:
-    return _finding(scene, "blame", {"shares": dict(whose.shares), "first": whose.first})
+    return _finding(scene, "blame", {"shares": dict(whose.shares), "first": whose.first, "text": blame_text(whose)})
 
 
 def _finding(scene: Scene, kind: str, detail: Mapping[str, Any]) -> Finding:

@@ -24,7 +24,7 @@ from lightning_spike.lab.scene import Scene
 from lightning_spike.lab.shapley import shapley
 from lightning_spike.lab.update import Update, make_update
 
-__all__ = ["Attribution", "Share", "attribute", "surroundings"]
+__all__ = ["Attribution", "Share", "attribute", "normal_around"]
 
 RECENT: Final = 32
 """Optimizer steps whose median rate is the recent normal one (science.md 2b.4)."""
@@ -75,7 +75,7 @@ class Attribution:
     """Factors that were at their normal value, so could not be to blame."""
 
 
-def surroundings(scene: Scene, again: Reproduction, leg: int, controls: Sequence[RingEntry]) -> Around:
+def normal_around(scene: Scene, again: Reproduction, leg: int, controls: Sequence[RingEntry]) -> Around:
     """What was normal around one of the kept updates.
 
     Args:
@@ -90,7 +90,7 @@ def surroundings(scene: Scene, again: Reproduction, leg: int, controls: Sequence
     return Around(
         legs=again.legs[: leg + 1],
         controls=controls,
-        settings=[step for k in ordinals for step in scene.settings[k][:1]],
+        settings=[step for k in ordinals for step in scene.settings[k]],
         defaults=_defaults(type(optimizer)),
         is_mixed="mixed" in str(scene.trainer.precision),
     )

@@ -19,7 +19,7 @@ from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.isolation import Bench
 from lightning_spike.signals.loss import batch_losses, total_loss
 
-__all__ = ["Made", "Settings", "Update", "make_update", "settings_of", "updates_of"]
+__all__ = ["PLACE", "Made", "Settings", "Update", "make_update", "settings_of", "updates_of"]
 
 Settings = Sequence[Mapping[str, Any]]
 """Of one optimizer step, for every parameter group what schedulers write (lr, momentum, betas, weight decay), and under `PLACE` whose step it is."""

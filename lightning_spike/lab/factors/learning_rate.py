@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_spike.lab.factors.factor import Around, Factor
-from lightning_spike.lab.update import Settings, Update
+from lightning_spike.lab.update import PLACE, Settings, Update
 
 __all__ = ["LearningRate"]
 
@@ -28,26 +28,28 @@ class LearningRate(Factor):
 
     @override
     def normal(self, update: Update, around: Around) -> Update | None:
-        usual = usual_rates(around.settings)
-        now = [[_rate(group) for group in settings] for settings in update.settings]
-        if usual is None or not any(
-            _is_changed(rate, ref) for rates in now for rate, ref in zip(rates, usual, strict=False)
-        ):
+        usual = [_usual_rates(step, around.settings) for step in update.settings]
+        if not any(_is_changed(step, rates) for step, rates in zip(update.settings, usual, strict=True)):
             return None
-        settings = tuple(_with_rates(settings, usual) for settings in update.settings)
+        settings = tuple(_with_rates(step, rates) for step, rates in zip(update.settings, usual, strict=True))
         return dataclasses.replace(update, settings=settings)
 
 
-def usual_rates(settings: Sequence[Settings]) -> list[float] | None:
-    """The median rate of every parameter group; `None` for too few steps."""
-    if len(settings) < FEWEST:
-        return None
-    groups = min(len(step) for step in settings)
-    return [statistics.median(_rate(step[k]) for step in settings) for k in range(groups)]
+def _usual_rates(step: Settings, before: Sequence[Settings]) -> list[float]:
+    """The median rate of every parameter group in the steps of the same optimizer; the step's own where these are too few."""
+    own = [_rate(group) for group in step]
+    like = [other for other in before if _place(other) == _place(step) and len(other) == len(step)]
+    return (
+        own if len(like) < FEWEST else [statistics.median(_rate(other[k]) for other in like) for k in range(len(own))]
+    )
 
 
-def _with_rates(settings: Settings, rates: Sequence[float]) -> Settings:
-    return [{**group, "lr": rate} for group, rate in zip(settings, rates, strict=False)]
+def _with_rates(step: Settings, rates: Sequence[float]) -> Settings:
+    return [{**group, "lr": rate} if "lr" in group else group for group, rate in zip(step, rates, strict=True)]
+
+
+def _is_changed(step: Settings, usual: Sequence[float]) -> bool:
+    return any(not (rate / CHANGED <= _rate(group) <= rate * CHANGED) for group, rate in zip(step, usual, strict=True))
 
 
 def _rate(group: Mapping[str, Any]) -> float:
@@ -55,5 +57,5 @@ def _rate(group: Mapping[str, Any]) -> float:
     return float(rate) if isinstance(rate, int | float | Tensor) else 0.0
 
 
-def _is_changed(rate: float, usual: float) -> bool:
-    return not (usual / CHANGED <= rate <= usual * CHANGED)
+def _place(step: Settings) -> object:
+    return step[0].get(PLACE) if step else None

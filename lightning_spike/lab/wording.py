@@ -1,0 +1,105 @@
+"""What the experiments say, in sentences for a person."""
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Final
+
+from lightning_spike.lab.blame import GROUPS, Blame
+from lightning_spike.lab.calm import Calmed
+from lightning_spike.lab.compare import Difference
+from lightning_spike.lab.consistency import Consistency
+from lightning_spike.lab.intervene import Attribution, Share
+from lightning_spike.lab.outside_writes import OutsideWrite
+from lightning_spike.lab.remedies import Remedy
+
+__all__ = ["blame_text", "calm_text", "consistency_text", "differences_text", "factors_text", "remedies_text"]
+
+FACTORS: Mapping[str, str] = MappingProxyType(
+    {
+        "batch": "the batch",
+        "learning_rate": "the learning rate",
+        "optimizer_state": "the optimizer's state",
+        "momentum": "the momentum",
+        "second_moments": "the second moments",
+        "epsilon": "epsilon",
+        "precision": "the low precision",
+    }
+)
+REMEDIES: Mapping[str, str] = MappingProxyType(
+    {
+        "lower_rate": "{value:g} times the learning rate",
+        "clip": "clipping the gradients at {value:.3g}, their usual norm",
+        "reset_state": "an empty optimizer state",
+        "float32": "float32",
+    }
+)
+NAMED: Final = 3
+"""Tensors named at most in one sentence."""
+MOST: Final = 0.5
+"""Share from which the greater part is left."""
+
+
+def factors_text(found: Attribution) -> str:
+    """Which update did it, and what about it."""
+    worse = f"made the loss of ordinary batches {math.exp(min(found.damage, 99)):.3g} times as high"
+    parts = [_share(share) for share in (*found.shares, *found.finer)]
+    rest = f"with all of that as usual {found.intrinsic:.0%} of the damage is left"
+    normal = [FACTORS.get(name, name) for name in found.normal]
+    as_usual = f" As usual were {_listed(normal)}." if normal else ""
+    excused = "" if found.odd_batch else " Its batch had an ordinary loss before it."
+    return f"The update at step {found.step} {worse}. Of that {_listed(parts)}; {rest}.{as_usual}{excused}"
+
+
+def blame_text(whose: Blame) -> str:
+    """Who is to blame, the largest share first."""
+    shares = sorted(((g, s) for g, s in whose.shares.items() if s >= 0.05), key=lambda pair: -pair[1])  # noqa: PLR2004 - a share of one in twenty
+    if not shares:
+        return "The experiments do not say whose the jump is."
+    return f"By experiment the jump is due to {_listed([f'{GROUPS[g]} ({s:.0%})' for g, s in shares])}."
+
+
+def consistency_text(steps: Consistency) -> str:
+    """Whether the steps before were too long."""
+    return (
+        f"Of the {steps.updates} updates before, {round(steps.worsened * steps.updates)} made the loss of their own batch worse (in a healthy run about one in "
+        f"twenty), and the change was {steps.rho:.2g} times what the gradients promised (usually 0.8 to 1)."
+    )
+
+
+def calm_text(calm: Calmed) -> str:
+    """What became of the batch's excess."""
+    itself, weights = (
+        "the batch itself is out of the ordinary",
+        "it was the weights, thrown about by steps that are too long",
+    )
+    told = f"After {calm.steps} steps with a tenth of the learning rate, {calm.left:.0%} of the batch's excess over ordinary batches was left"
+    return f"{told}: {itself if calm.left >= MOST else weights}."
+
+
+def remedies_text(tried: Sequence[Remedy]) -> str:
+    """What would have helped."""
+    words = [f"{REMEDIES[r.remedy].format(value=r.value or 0.0)} ({r.repaired:.0%} less damage)" for r in tried]
+    return f"At that update would have helped: {_listed(words)}. That is no sign of what was wrong."
+
+
+def differences_text(differences: Sequence[Difference], writes: Sequence[OutsideWrite]) -> str:
+    """Which tensors are not what they would have been."""
+    words = [
+        f"{d.name} (by {d.relative:.2g} of its size)" if math.isfinite(d.relative) else f"{d.name} (not finite)"
+        for d in differences[:NAMED]
+    ]
+    seen = [f"{_listed(w.names[:NAMED])}{' and others' if len(w.names) > NAMED else ''}" for w in writes]
+    told = f" Somebody other than the training step wrote into {_listed(seen)}." if seen else ""
+    return f"Most different now: {_listed(words)}.{told}" if words else told.strip()
+
+
+def _share(share: Share) -> str:
+    error = f" ± {share.error:.0%}" if math.isfinite(share.error) else ""
+    return f"{share.share:.0%}{error} is due to {FACTORS.get(share.factor, share.factor)}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    if len(words) < 2:  # noqa: PLR2004 - a list needs two
+        return words[0] if words else "nothing"
+    return f"{', '.join(words[:-1])} and {words[-1]}"
