@@ -76,7 +76,7 @@ class SwingsAfterOverfitting(LastingFault):
 
     Args:
         at: The first batch that is kept: batches begun in the whole run before it, from 0.
-        strength: How fast the perturbation grows: standard deviations of the input (for tokens: tenths of them) in 100 batches.
+        strength: How fast the perturbation grows: standard deviations of the input (for tokens: quarters of all) in 100 batches.
         length: Batches that it lasts; `None` to the end of the run.
         seed: Of the perturbation.
         batches: How many batches are left to train on.
@@ -126,7 +126,7 @@ def _perturbed(leaf: BatchLeaf, amount: float, generator: torch.Generator) -> Te
         noise = torch.randn(value.shape, generator=generator).to(value)
         return value + amount * value.std(correction=0) * noise
     others = value.flatten()[torch.randperm(value.numel(), generator=generator).to(value.device)].reshape(value.shape)
-    hit = torch.rand(value.shape, generator=generator) < amount / 10
+    hit = torch.rand(value.shape, generator=generator) < amount / 4
     return torch.where(hit.to(value.device), others, value)
 
 
