@@ -206,6 +206,8 @@ class Bench:
     def _end(self) -> None:
         try:
             self._put_back()
+            self._state.forget_writes()
+            self._optimizers.forget_writes()
         finally:
             self._surroundings.put_back()
             self._random.restore()

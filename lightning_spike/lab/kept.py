@@ -20,6 +20,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_spike.lab.errors import CannotReplay
@@ -139,6 +140,8 @@ class Kept:
             _Storage(live := _bytes(storage), live.clone(), seen) for storage, seen in self._live.values()
         ]
         self._versions = self._now()
+        counted = (tensor for storage in self._storages for tensor in storage.seen if not tensor.is_inference())
+        self._counters = [_unsafe_preserve_version_counter(tensor) for tensor in counted]
 
     def put_back(self, *, trusting: bool = False) -> None:
         """Make everything as it was; may be called more than once. Blocks.
@@ -156,6 +159,11 @@ class Kept:
             if not trusting or self._now() != self._versions:
                 _copy_all([s.live for s in self._storages], [s.kept for s in self._storages])
                 self._versions = self._now()
+
+    def forget_writes(self) -> None:
+        """Put autograd's version counters back too, at the end: whoever reads them must not take what happened here for a write into the state."""
+        for counter in self._counters:
+            counter.__exit__()
 
     def _now(self) -> list[int]:
         return [t._version for s in self._storages for t in s.seen if not t.is_inference()]  # noqa: SLF001 - the only witness of a write in place

@@ -156,6 +156,22 @@ def test_a_step_run_again_from_the_same_state_gives_the_same_loss_under_the_prec
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in again.pairs)
 
 
+def test_version_counters_do_not_tell_of_it_either(tmp_path):
+    class Writes(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            state = [t for entry in trainer.optimizers[0].state.values() for t in entry.values()]
+            tensors = [*pl_module.parameters(), *pl_module.buffers(), *state]
+            before = [t._version for t in tensors]
+            with isolated(trainer, pl_module, with_optimizers=True) as bench, torch.no_grad():
+                bench.step(batch, batch_idx)
+                for tensor in tensors:
+                    tensor.mul_(2)
+                assert [t._version for t in tensors] != before
+            assert [t._version for t in tensors] == before
+
+    train(next(s for s in SHAPES if s.__name__ == "NormAndDropout"), tmp_path, Writes())
+
+
 class FailsTheSecondTime(Plain):
     def __init__(self):
         super().__init__()
