@@ -400,6 +400,14 @@ class Case:
         return told[-1] if told else None
 
     @property
+    def blame(self) -> Mapping[str, float]:
+        """Shares of the jump by who is to blame, as the lab's experiments have them; empty where they say nothing."""
+        shares = (self.lab("blame") or {}).get("shares")
+        if not isinstance(shares, Mapping):
+            return {}
+        return {str(group): share for group, told in shares.items() if (share := number(told)) is not None}
+
+    @property
     def split(self) -> str | None:
         """The lab's verdict on whether the batch or the weights made the loss jump: `"data"`, `"weights"`, `"both"`, `"noise"`, `"not_reproduced"`.
 

@@ -53,6 +53,9 @@ class Cause(abc.ABC):
     applies_to: ClassVar[frozenset[EpisodeKind]] = LOSS_ROSE
     explains: ClassVar[frozenset[str]] = frozenset()
     """Ids of the causes that this one brings about as its symptoms: what speaks for it is taken off what speaks for them."""
+    tested_by: ClassVar[frozenset[str]] = frozenset()
+    """Whose share of the jump the lab's experiments must find for this to be the cause: of `"data"`, `"learning_rate"`, `"optimizer"`, `"numerics"`, `"intrinsic"` (a
+    step too long with everything as usual) and `"outside"`; the shares of several are added. Empty where no experiment tells."""
     prior: ClassVar[float] = 1.0
     """How common it is beside the others, before anything is known."""
 

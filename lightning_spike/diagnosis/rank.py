@@ -14,6 +14,7 @@ from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.catalogue import catalogue
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import LEAST_PROBABILITY, TEMPER, UNEXPLAINED, UPSTREAM
+from lightning_spike.diagnosis.experiment import with_experiment
 from lightning_spike.records import Episode, Family, Verdict
 from lightning_spike.store import TrainerStateStore
 
@@ -98,7 +99,7 @@ def _rank(
 
 def _examine(cause: Cause, case: Case, remarks: list[str]) -> _Examined | None:
     try:
-        examination = cause.examine(case)
+        examination = with_experiment(cause, case, cause.examine(case))
     except Exception as error:  # noqa: BLE001 - a cause may come from any package; its failure is reported, not hidden
         remarks.append(f"The cause {cause.id} could not be examined: {type(error).__name__}: {error}")
         return None

@@ -59,7 +59,9 @@ def rate_text(event: RateEvent) -> str:
 
 
 def split_verdict(case: Case, weights: Mapping[str, float]) -> Evidence | None:
-    """The lab's split of the jump into the share of the batch and that of the weights; `weights` by verdict."""
+    """The lab's split of the jump into the share of the batch and that of the weights; `weights` by verdict. `None` where the lab went on to say whose it is."""
+    if case.blame:
+        return None
     told, verdict = case.lab("split"), case.split
     if told is None or verdict is None or verdict not in weights:
         return None

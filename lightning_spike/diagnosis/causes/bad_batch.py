@@ -54,6 +54,7 @@ class BadBatch(Cause):
 
     id: ClassVar = "bad_batch"
     family: ClassVar = Family.DATA
+    tested_by: ClassVar = frozenset({"data"})
     title: ClassVar = "A bad batch"
     explains: ClassVar = frozenset({"gradient_explosion", "numerical_instability", "lr_too_high"})
 

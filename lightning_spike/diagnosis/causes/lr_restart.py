@@ -37,6 +37,7 @@ class LrRestart(Cause):
 
     id: ClassVar = "lr_restart"
     family: ClassVar = Family.LEARNING_RATE
+    tested_by: ClassVar = frozenset({"learning_rate", "intrinsic"})
     title: ClassVar = "The learning rate's restart"
     explains: ClassVar = frozenset({"lr_too_high", "warmup_too_short", "gradient_explosion", "numerical_instability"})
 

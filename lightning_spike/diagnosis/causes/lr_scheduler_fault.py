@@ -33,6 +33,7 @@ class LrSchedulerFault(Cause):
 
     id: ClassVar = "lr_scheduler_fault"
     family: ClassVar = Family.LEARNING_RATE
+    tested_by: ClassVar = frozenset({"learning_rate", "intrinsic"})
     title: ClassVar = "A jump of the learning rate that no schedule explains"
     explains: ClassVar = frozenset({"lr_too_high", "warmup_too_short", "gradient_explosion", "numerical_instability"})
 

@@ -61,6 +61,7 @@ class LrTooHigh(Cause):
 
     id: ClassVar = "lr_too_high"
     family: ClassVar = Family.LEARNING_RATE
+    tested_by: ClassVar = frozenset({"intrinsic"})
     title: ClassVar = "The learning rate is too high"
     explains: ClassVar = frozenset({"gradient_explosion", "numerical_instability"})
 

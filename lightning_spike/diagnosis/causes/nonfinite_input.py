@@ -30,6 +30,7 @@ class NonfiniteInput(Cause):
 
     id: ClassVar = "nonfinite_input"
     family: ClassVar = Family.DATA
+    tested_by: ClassVar = frozenset({"data"})
     title: ClassVar = "NaN or Inf in the batch"
     explains: ClassVar = frozenset(
         {"bad_batch", "numerical_instability", "gradient_explosion", "lr_too_high", "warmup_too_short"}

@@ -50,6 +50,7 @@ class WarmupTooShort(Cause):
 
     id: ClassVar = "warmup_too_short"
     family: ClassVar = Family.LEARNING_RATE
+    tested_by: ClassVar = frozenset({"learning_rate", "intrinsic"})
     title: ClassVar = "The warm-up is missing or too short"
     explains: ClassVar = frozenset({"lr_too_high", "gradient_explosion", "numerical_instability"})
 
