@@ -106,8 +106,8 @@ NUMBERS: Final = (
     "side",
 )
 FAR_BEYOND: Final = 5.0
-"""Times the largest excess of the last 384 values from which on a value is too far whatever the law of the noise: beyond that, a tail that falls
-like 1/x^3 has 2e-5 of its values, a lognormal one with sigma 1 has 1e-5 …"""
+"""Times the largest excess of the last 512 values from which on a value is too far whatever the law of the noise: beyond that, a tail
+that falls like 1/x^3 has 2e-5 of its values (1 / 512 / 5^3) …"""
 FEW: Final = 128.0
 """… plus this over the number of values."""
 NEAR_TOP: Final = 1.5

@@ -24,7 +24,7 @@ FAMILY: Final = 64
 class EpisodeDetector:
     """Judges every loss of a run as it arrives.
 
-    Pure: plain numbers in, records out; ten microseconds or so per batch; memory does not grow with the run. Judged is `"loss"`,
+    Pure: plain numbers in, records out; some fifteen microseconds per batch; memory does not grow with the run. Judged is `"loss"`,
     and every `"loss/<name>"` beside it; a trouble seen in several series is one episode, of the series that showed it first
     (`"loss"` if at the same batch). A batch without a loss is passed over.
     """

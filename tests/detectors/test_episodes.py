@@ -123,6 +123,24 @@ def test_a_level_that_stays_is_taken_up_and_the_next_spike_on_it_is_seen():
     assert (second.kind, second.onset.ordinal) == (EpisodeKind.SPIKE, 1500)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_losses_that_are_raised_together_are_seen_though_each_may_be_in_its_range(seed):
+    losses = 2.0 * np.random.default_rng([31, seed]).lognormal(0.0, 0.15, LENGTH)
+    losses[AT : AT + 12] *= 1.6  # some three standard deviations each
+    episodes = watched(losses).episodes
+    assert any(AT - 4 <= episode.onset.ordinal < AT + 12 for episode in episodes)
+
+
+def test_a_bump_within_the_noise_at_every_warm_restart_is_none():
+    found = 0
+    for seed in range(5):
+        since = np.arange(LENGTH) % 250
+        bump = np.where(np.arange(LENGTH) < 250, 0.0, 0.06 * (1.0 - np.exp(-since / 10.0)) * np.exp(-since / 60.0))
+        noise = np.random.default_rng([32, seed]).normal(0.0, 0.05, LENGTH)
+        found += len(watched(healthy(0, sigma=0.0) * (1.0 + bump) + noise).episodes)
+    assert found <= 1
+
+
 def test_a_spike_that_decays_slowly_is_one_spike():
     since = np.maximum(0, np.arange(LENGTH) - AT)
     losses = healthy(9) * (1.0 + np.where(np.arange(LENGTH) >= AT, 2.0 * np.exp(-since / 40.0), 0.0))
