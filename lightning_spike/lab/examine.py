@@ -175,9 +175,10 @@ def _caught_up(scene: Scene, again: Reproduction, bench: Bench) -> TrainState:
 
 
 def _beyond(scene: Scene) -> RingEntry:
-    """A batch that is not there yet: where the last update ends."""
+    """A batch that is not there yet: where the last update ends, if there was one."""
     last = scene.entries[-1]
-    at = dataclasses.replace(last.at, ordinal=last.at.ordinal + 1, step=scene.trainer.global_step)
+    stepped = last.at.ordinal in scene.settings
+    at = dataclasses.replace(last.at, ordinal=last.at.ordinal + 1, step=last.at.step + stepped)
     return dataclasses.replace(last, at=at)
 
 

@@ -44,7 +44,7 @@ def factors_text(found: Attribution) -> str:
     """Which update did it, and what about it."""
     worse = f"made the loss of ordinary batches {math.exp(min(found.damage, 99)):.3g} times as high"
     parts = [_share(share) for share in (*found.shares, *found.finer)]
-    rest = f"with all of that as usual {found.intrinsic:.0%} of the damage is left"
+    rest = f"with all of that as usual {max(found.intrinsic, 0.0):.0%} of the damage is left"
     normal = [FACTORS.get(name, name) for name in found.normal]
     as_usual = f" As usual were {_listed(normal)}." if normal else ""
     excused = "" if found.odd_batch else " Its batch had an ordinary loss before it."

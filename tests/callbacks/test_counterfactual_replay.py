@@ -67,20 +67,65 @@ def run(tmp_path, *faults, make=lambda: Digits(0.003), epochs=9, **options):
     return train(seeded(make), callbacks, tmp_path, max_epochs=epochs, batch_size=SIZE)
 
 
+def momentum_from_outside(trainer, module, batch):
+    for entry in trainer.optimizers[0].state.values():
+        entry["momentum_buffer"].mul_(-3000)
+
+
 @pytest.mark.parametrize(
-    ("fault", "verdict"),
+    ("fault", "verdict", "first"),
     [
-        pytest.param({"ordinal": LATE, "start": wrong_labels}, "data", id="batch"),
-        pytest.param({"ordinal": LATE - 1, "end": high_rate}, "weights", id="rate"),
-        pytest.param({"ordinal": LATE, "start": noise_on_weights}, "not_reproduced", id="outside"),
+        pytest.param({"ordinal": LATE, "start": wrong_labels}, "data", "data", id="batch"),
+        pytest.param({"ordinal": LATE - 1, "end": high_rate}, "weights", "learning_rate", id="rate"),
+        pytest.param(
+            {"ordinal": LATE, "start": noise_on_weights}, "not_reproduced", "outside", id="weights-from-outside"
+        ),
+        pytest.param(
+            {"ordinal": LATE - 1, "start": momentum_from_outside},
+            "not_reproduced",
+            "optimizer",
+            id="state-from-outside",
+        ),
     ],
 )
-def test_the_verdict_names_what_was_done(fault, verdict, tmp_path):
+def test_the_verdict_names_what_was_done(fault, verdict, first, tmp_path):
     trainer = run(tmp_path, At(**fault))
     splits = [s for s in told(trainer, "split") if s["episode"] == 1]
     assert [s["verdict"] for s in splits] == [verdict], told(trainer, "not_run")
     assert splits[0]["exact"]
+    blamed = told(trainer, "blame")[0]
+    assert blamed["first"] == first
+    assert blamed["shares"][first] > 0.7
+    assert sum(blamed["shares"].values()) == pytest.approx(1.0)
     assert next(a.detail["episode"] for a in TrainerStateStore.of(trainer).actions if a.action == "replay") == 1
+
+
+def test_the_update_that_did_it_is_found_and_what_would_have_helped(tmp_path):
+    trainer = run(tmp_path, At(LATE - 1, end=high_rate))
+    factors = told(trainer, "factors")[0]
+    assert factors["ordinal"] == LATE - 1
+    assert (factors["shares"][0]["factor"], "learning_rate" in factors["normal"]) == ("learning_rate", False)
+    assert factors["shares"][0]["share"] == pytest.approx(1.0, abs=0.3)
+    assert factors["shares"][0]["error"] < 0.3
+    lower = next(r for r in told(trainer, "remedies")[0]["tried"] if r["remedy"] == "lower_rate")
+    assert lower["repaired"] > 0.5
+
+
+def test_what_was_written_from_outside_is_named(tmp_path):
+    def into_one_layer(trainer, module, batch):
+        with torch.no_grad():
+            module.net[-1].weight.add_(torch.randn(10, 512, generator=torch.Generator().manual_seed(1)))
+
+    trainer = run(tmp_path, At(LATE, start=into_one_layer))
+    outside = told(trainer, "outside")[0]
+    assert outside["ordinal"] == LATE
+    assert [(write["kind"], write["names"]) for write in outside["writes"]] == [("weights", ("net.5.weight",))]
+    assert outside["different"][0]["name"].endswith(("net.5.weight", "momentum_buffer"))
+
+
+def test_an_examination_costs_no_more_than_some_dozens_of_steps(tmp_path):
+    trainer = run(tmp_path, At(LATE - 1, end=high_rate))
+    assert told(trainer, "cost")[0]["steps"] <= 150
 
 
 def test_a_value_that_is_not_finite_is_traced_to_the_batch(tmp_path):

@@ -1,0 +1,80 @@
+"""The answers of the experiments, put together."""
+
+import pytest
+
+from lightning_spike.lab.blame import blame, blame_outside
+from lightning_spike.lab.calm import Calmed
+from lightning_spike.lab.consistency import Consistency
+from lightning_spike.lab.intervene import Attribution, Share
+from lightning_spike.lab.split import Split
+
+
+def split(data, weights, interaction=0.0, verdict="both"):
+    return Split(
+        jump=1.0, data=data, weights=weights, interaction=interaction, excess=data, noise=0.1, verdict=verdict, text=""
+    )
+
+
+def damage(intrinsic=0.0, *, odd=True, **shares):
+    parts = tuple(Share(factor=group, group=group, share=share, error=0.0) for group, share in shares.items())
+    return Attribution(
+        ordinal=1, step=1, damage=1.0, shares=parts, finer=(), odd_batch=odd, intrinsic=intrinsic, normal=()
+    )
+
+
+def steps(worsened, updates=11):
+    return Consistency(rho=0.9, worsened=worsened / updates, against=0.0, updates=updates)
+
+
+CALM, WILD = steps(0), steps(7)
+
+
+def test_a_bad_batch_has_it_all():
+    assert blame(split(1.0, 0.0, verdict="data"), CALM, None, None).shares["data"] == 1.0
+
+
+def test_the_weights_part_is_shared_out_as_the_damage_is():
+    found = blame(split(0.0, 1.0), CALM, None, damage(learning_rate=0.9, optimizer=0.1))
+    assert found.first == "learning_rate"
+    assert found.shares["learning_rate"] == pytest.approx(0.9)
+
+
+def test_two_at_once_both_have_their_part():
+    found = blame(split(0.5, 0.5), CALM, None, damage(learning_rate=1.0))
+    assert found.shares["data"] == pytest.approx(found.shares["learning_rate"])
+
+
+def test_what_only_both_together_make_is_halved():
+    found = blame(split(0.2, 0.4, interaction=0.4), CALM, None, damage(learning_rate=1.0))
+    assert found.shares["data"] == pytest.approx(0.4)
+
+
+def test_a_batch_that_is_ordinary_for_calmed_weights_is_excused():
+    found = blame(split(1.0, 0.0), WILD, Calmed(before=2.0, after=0.0, steps=12), None)
+    assert found.shares["intrinsic"] == 1.0
+
+
+def test_an_ordinary_batch_cannot_help_what_its_step_did():
+    assert blame(split(0.0, 1.0), CALM, None, damage(data=1.0, odd=False)).first == "intrinsic"
+    assert blame(split(0.0, 1.0), CALM, None, damage(data=1.0, odd=True)).first == "data"
+
+
+def test_momentum_swung_up_by_steps_that_are_too_long_is_excused():
+    assert blame(split(0.0, 1.0), WILD, None, damage(optimizer=1.0)).first == "intrinsic"
+    assert blame(split(0.0, 1.0), CALM, None, damage(optimizer=1.0)).first == "optimizer"
+
+
+@pytest.mark.parametrize("verdict", ["noise", "not_reproduced"])
+def test_where_nothing_was_found_nobody_is_blamed(verdict):
+    found = blame(split(1.0, 0.0, verdict=verdict), CALM, None, None)
+    assert (found.shares, found.first) == ({}, None)
+
+
+@pytest.mark.parametrize(("kind", "first"), [("weights", "outside"), ("optimizer", "optimizer")])
+def test_what_came_from_outside(kind, first):
+    assert blame_outside(kind).first == first
+
+
+def test_the_share_of_worsened_updates_decides_between_two_rates():
+    assert steps(0).agitated < 0.02 < steps(2).agitated < steps(3).agitated
+    assert steps(4).agitated > 0.95

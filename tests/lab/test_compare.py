@@ -1,0 +1,36 @@
+"""Two states against each other, tensor by tensor."""
+
+import math
+
+import torch
+
+from lightning_spike.lab.compare import differences
+from lightning_spike.lab.state import TrainState
+from lightning_spike.records import Moment
+
+AT = Moment(ordinal=3, step=3, epoch=0, batch_idx=3)
+
+
+def state(**changes):
+    weights = {"net.weight": torch.ones(4), "net.bias": torch.zeros(2), "count": torch.tensor(3)}
+    moments = {"exp_avg": torch.full((4,), 2.0), "step": torch.tensor(1.0)}
+    for name, value in changes.items():
+        (weights if name in weights else moments)[name] = value
+    return TrainState(at=AT, weights=weights, optimizers=[{"state": {0: moments}, "param_groups": []}])
+
+
+def test_the_same_states_do_not_differ():
+    assert differences(state(), state()) == ()
+
+
+def test_what_differs_is_named_with_its_size_the_most_different_first():
+    found = differences(state(exp_avg=torch.full((4,), 8.0), **{"net.weight": torch.full((4,), 1.5)}), state())
+    assert [(d.name, d.kind, d.relative) for d in found] == [
+        ("0.0.exp_avg", "optimizer", 3.0),
+        ("net.weight", "weights", 0.5),
+    ]
+
+
+def test_what_was_zero_or_is_not_finite_is_infinitely_different():
+    changed = {"net.bias": torch.tensor([0.0, 1.0]), "net.weight": torch.full((4,), math.nan), "count": torch.tensor(4)}
+    assert [d.relative for d in differences(state(**changed), state())] == [math.inf] * 3
