@@ -10,8 +10,9 @@ from typing_extensions import override
 from lightning_spike.arguments import number, whole_number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.flight.participant import TrainingBatch
+from lightning_spike.lab.budget import FULL_STEPS, TRIAGE_STEPS, Budget, Extent
 from lightning_spike.lab.errors import CannotReplay
-from lightning_spike.lab.examine import examine, not_run
+from lightning_spike.lab.examine import examine, not_run, triage
 from lightning_spike.lab.live_scene import EXAMINED, Witnesses, live_scene
 from lightning_spike.records import Action, Episode, Finding
 
@@ -33,8 +34,8 @@ class CounterfactualReplay(SpikeCallback):
 
     Args:
         budget: Share of the run's time so far that re-runs may take, above 0 and at most 1; 5 seconds in all are free on top of it, so that short
-            runs get their answers too, and the first episode is always examined. Episodes are examined as they come, for nobody knows yet whether worse ones
-            follow; those that no longer fit are named in the report.
+            runs get their answers too, and the first episode is always examined. Episodes are examined as they come; one that is worse than all before it may
+            overdraw the budget, others that no longer fit get a triage (two steps' worth), or are named in the report.
         max_episodes: Episodes examined at most in one fit.
         controls: Ordinary batches that the batch of the onset is compared with; more make small effects of the weights visible.
 
@@ -69,58 +70,60 @@ class CounterfactualReplay(SpikeCallback):
 
     @override
     def act(self, batch: TrainingBatch, changed: Sequence[Episode]) -> None:
-        for episode in changed:
-            if episode.kind in EXAMINED and episode.id not in self._seen:
-                self._seen.add(episode.id)
-                self._examine(batch, episode)
+        new = [e for e in changed if e.kind in EXAMINED and e.id not in self._seen]
+        for episode in sorted(new, key=lambda e: -e.severity):
+            self._seen.add(episode.id)
+            self._examine(batch, episode)
 
     def _forget(self) -> None:
         self._seen: set[int] = set()
-        self._examined = 0
-        self._spent = 0.0
+        self._budget = Budget(share=self.budget, free=FREE_SECONDS)
         self._began = time.monotonic()
         self._first = 0
 
     def _examine(self, batch: TrainingBatch, episode: Episode) -> None:
-        why = self._reason_not_to(batch, episode)
-        if why is not None:
+        extent, why = self._extent(batch, episode)
+        if extent is None:
             self.flight.store.note(not_run(episode, why))
             return
         started = time.monotonic()
-        findings = self._findings(batch, episode)
+        findings = self._findings(batch, episode, extent)
         seconds = time.monotonic() - started
-        self._examined += any(finding.kind != "not_run" for finding in findings)
-        self._spent += seconds
+        done = any(finding.kind != "not_run" for finding in findings)
+        self._budget.took(seconds, extent=extent if done else "triage", severity=episode.severity)
         self.flight.store.note(*findings)
-        if any(finding.kind != "not_run" for finding in findings):
-            detail = {"episode": episode.id, "seconds": round(seconds, 3), "findings": [f.kind for f in findings]}
+        if done:
+            detail = {
+                "episode": episode.id,
+                "extent": extent,
+                "seconds": round(seconds, 3),
+                "findings": [f.kind for f in findings],
+            }
             self.flight.store.note(Action(action="replay", at=batch.at, detail=detail))
 
-    def _findings(self, batch: TrainingBatch, episode: Episode) -> list[Finding]:
+    def _findings(self, batch: TrainingBatch, episode: Episode, extent: Extent) -> list[Finding]:
+        examination = examine if extent == "full" else triage
         try:
-            return examine(live_scene(batch, episode, self._witnesses, controls=self.controls))
+            return examination(live_scene(batch, episode, self._witnesses, controls=self.controls))
         except CannotReplay as reason:
             return [not_run(episode, str(reason))]
         except Exception as error:  # noqa: BLE001 - the user's code, run once more; the training is untouched and goes on
             return [not_run(episode, f"the re-run failed: {type(error).__name__}: {error}")]
 
-    def _reason_not_to(self, batch: TrainingBatch, episode: Episode) -> str | None:
+    def _extent(self, batch: TrainingBatch, episode: Episode) -> tuple[Extent | None, str]:
+        """How far to examine, and if not at all, why."""
         if batch.trainer.world_size > 1:
-            return "with several ranks a forward pass may wait for the others; the moment is run again on single processes only"
-        if self._examined >= self.max_episodes:
-            return f"max_episodes={self.max_episodes} were examined already"
-        allowed = FREE_SECONDS + self.budget * self._elapsed() - self._spent
-        if self._examined and self._expected(batch, episode) > allowed:
-            return f"re-runs took {self._spent:.2g} s already, and another would not fit into budget={self.budget:.3g} of the run's time"
-        return None
-
-    def _expected(self, batch: TrainingBatch, episode: Episode) -> float:
-        """Seconds that the examination will take, at the pace of the training so far."""
+            return (
+                None,
+                "with several ranks a forward pass may wait for the others; the moment is run again on single processes only",
+            )
+        if self._budget.examined >= self.max_episodes:
+            return None, f"max_episodes={self.max_episodes} were examined already"
+        elapsed = time.monotonic() - self._began - self._budget.spent
+        pace = elapsed / max(batch.at.ordinal - self._first, 1)
         snapshot = self._witnesses.snapshots.latest_healthy(before=episode.onset.ordinal)
-        steps = 0 if snapshot is None else episode.onset.ordinal - snapshot.at.ordinal
-        pace = self._elapsed() / max(batch.at.ordinal - self._first, 1)
-        return pace * (steps + 2 * (1 + self.controls))
-
-    def _elapsed(self) -> float:
-        """Seconds of training, without those of the lab."""
-        return time.monotonic() - self._began - self._spent
+        way = 0 if snapshot is None else episode.onset.ordinal - snapshot.at.ordinal
+        full, triage_only = pace * (way + FULL_STEPS), pace * TRIAGE_STEPS
+        extent = self._budget.extent(severity=episode.severity, elapsed=elapsed, full=full, triage=triage_only)
+        spent = f"re-runs took {self._budget.spent:.2g} s already"
+        return extent, f"{spent}, and another would not fit into budget={self.budget:.3g} of the run's time"
