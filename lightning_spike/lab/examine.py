@@ -256,10 +256,10 @@ def _damage(scene: Scene, bench: Bench, again: Reproduction) -> tuple[Attributio
     found = damage_on_the_way(bench, again, controls, like=scene.spike)
     if found is None or found.log_rise <= 0:
         return None, ()
-    around = normal_around(scene, again, found.leg, controls)
-    leg, scatter = again.legs[found.leg], batch_noise(scene.losses_before())
-    shared = attribute(bench, found, leg, around, controls, like=scene.spike, scatter=scatter)
-    return shared, try_remedies(bench, found, leg, around, controls, like=scene.spike)
+    around = normal_around(scene, again, found.first, controls)
+    legs, scatter = again.legs[found.first : found.last + 1], batch_noise(scene.losses_before())
+    shared = attribute(bench, found, legs, around, controls, like=scene.spike, scatter=scatter)
+    return shared, try_remedies(bench, found, legs, around, controls, like=scene.spike)
 
 
 def _blame_finding(scene: Scene, whose: Blame) -> Finding:

@@ -1,4 +1,4 @@
-"""Make the update that did the damage once more, with one thing about it as it usually was, and see what is left of the damage."""
+"""Make the updates that did the damage once more, with one thing about them as it usually was, and see what is left of the damage."""
 
 import dataclasses
 import inspect
@@ -56,11 +56,13 @@ class Share:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Attribution:
-    """The damage of one update, in parts that add up to 1."""
+    """The damage of an update, or of a few in a row, in parts that add up to 1."""
 
     ordinal: int
-    """The batch that closed the update."""
+    """The batch that closed the first of them."""
     step: int
+    updates: int
+    """How many they are."""
     damage: float
     """Mean log-ratio of the control batches' losses after and before (their difference where they can be negative)."""
     shares: tuple[Share, ...]
@@ -76,7 +78,7 @@ class Attribution:
 
 
 def normal_around(scene: Scene, again: Reproduction, leg: int, controls: Sequence[RingEntry]) -> Around:
-    """What was normal around one of the kept updates.
+    """What was normal before one of the kept updates.
 
     Args:
         scene: The episode.
@@ -99,7 +101,7 @@ def normal_around(scene: Scene, again: Reproduction, leg: int, controls: Sequenc
 def attribute(
     bench: Bench,
     damage: Damage,
-    leg: Leg,
+    legs: Sequence[Leg],
     around: Around,
     controls: Sequence[RingEntry],
     *,
@@ -115,13 +117,13 @@ def attribute(
     Args:
         bench: Inside `isolated(..., with_optimizers=True)`.
         damage: The update's, from `damage_on_the_way`.
-        leg: The update.
-        around: What was normal around it.
+        legs: The updates that did it.
+        around: What was normal before the first of them.
         controls: The batches that `damage` was measured on.
         like: Whose random state all evaluations are given.
         scatter: Standard deviation of the log-loss from batch to batch.
     """
-    cells = _Cells(bench, leg, around, controls, like, damage)
+    cells = _Cells(bench, legs, around, controls, like, damage)
     shares, normal = cells.shares(FIRST)
     intrinsic = cells.left_over(FIRST)
     largest = max(shares, key=lambda s: s.share, default=None)
@@ -130,14 +132,15 @@ def attribute(
     if closer in FURTHER and max(intrinsic, largest.share if largest else 0.0) >= WORTH:
         finer, further = cells.shares(FURTHER[closer])
         normal += further
-    last = leg.update.entries[-1].at
+    at = legs[0].update.entries[-1].at
     return Attribution(
-        ordinal=last.ordinal,
-        step=last.step,
+        ordinal=at.ordinal,
+        step=at.step,
+        updates=len(legs),
         damage=damage.log_rise,
         shares=tuple(shares),
         finer=tuple(finer),
-        odd_batch=_is_odd(leg, damage, scatter),
+        odd_batch=_is_odd(legs, damage, scatter),
         intrinsic=intrinsic,
         normal=tuple(normal),
     )
@@ -149,13 +152,13 @@ class _Cells:
     def __init__(
         self,
         bench: Bench,
-        leg: Leg,
+        legs: Sequence[Leg],
         around: Around,
         controls: Sequence[RingEntry],
         like: RingEntry,
         damage: Damage,
     ) -> None:
-        self._bench, self._leg, self._around = bench, leg, around
+        self._bench, self._legs, self._around = bench, legs, around
         self._controls, self._like, self._damage = controls, like, damage
         self._known: dict[frozenset[str], Numbers] = {frozenset(): damage.after}
 
@@ -175,7 +178,7 @@ class _Cells:
         return self._part(self._rise(self._active(factors)))
 
     def _active(self, factors: Sequence[Factor]) -> list[Factor]:
-        return [factor for factor in factors if factor.normal(self._leg.update, self._around) is not None]
+        return [f for f in factors if any(f.normal(leg.update, self._around) is not None for leg in self._legs)]
 
     def _rise(self, normal: Sequence[Factor]) -> Numbers:
         """Rise of the control batches' losses over the update with these factors normal, batch by batch."""
@@ -187,15 +190,19 @@ class _Cells:
         return np.asarray(scale(after) - scale(before), dtype=np.float64)
 
     def _outcome(self, normal: Sequence[Factor]) -> Numbers:
-        update: Update = self._leg.update
+        self._bench.rewind()
+        self._legs[0].before.load(self._bench)
+        for place, leg in enumerate(self._legs):
+            made = make_update(self._bench, self._changed(leg.update, normal, place))
+            if made.spoilt_at is not None:
+                return np.full(len(self._controls), math.nan)
+        return losses_under(self._bench, copy_module(self._bench.module), self._controls, like=self._like)
+
+    def _changed(self, update: Update, normal: Sequence[Factor], place: int) -> Update:
         for factor in normal:
             update = factor.normal(update, self._around) or update
-        self._bench.rewind()
-        self._leg.before.load(self._bench)
-        made = make_update(self._bench, update)
-        if made.spoilt_at is not None:
-            return np.full(len(self._controls), math.nan)
-        return losses_under(self._bench, copy_module(self._bench.module), self._controls, like=self._like)
+        # The state is put back before the first of them; from then on it is what the updates make of it.
+        return update if place == 0 else dataclasses.replace(update, optimizers=None)
 
     def _part(self, rise: Numbers) -> float:
         whole = self._damage.log_rise
@@ -206,8 +213,8 @@ class _Cells:
         return float(rise.std(ddof=1) / math.sqrt(len(rise))) / whole if whole > 0 and len(rise) > 1 else math.nan
 
 
-def _is_odd(leg: Leg, damage: Damage, scatter: float) -> bool:
-    own = np.array(leg.made.losses)
+def _is_odd(legs: Sequence[Leg], damage: Damage, scatter: float) -> bool:
+    own = np.array([loss for leg in legs for loss in leg.made.losses])
     scale = log_scale(own, damage.before)
     usual = scale(damage.before)
     scatter = max(scatter, float(usual.std(ddof=1)) if len(usual) > 1 else 0.0)

@@ -34,50 +34,54 @@ class Remedy:
 
 
 def try_remedies(
-    bench: Bench, damage: Damage, leg: Leg, around: Around, controls: Sequence[RingEntry], *, like: RingEntry
+    bench: Bench, damage: Damage, legs: Sequence[Leg], around: Around, controls: Sequence[RingEntry], *, like: RingEntry
 ) -> tuple[Remedy, ...]:
-    """Make the update that did the damage with each remedy by itself, the most helpful first.
+    """Make the updates that did the damage with each remedy by itself, the most helpful first.
 
     A tenth of the learning rate takes most damage away, whatever made it (75 of 75, science.md 2b.6): these are remedies to report as such, never a test of a cause.
-    Each costs one update and the evaluation of the controls.
+    Each costs as many updates and the evaluation of the controls.
 
     Args:
         bench: Inside `isolated(..., with_optimizers=True)`.
-        damage: The update's.
-        leg: The update.
-        around: What was normal around it.
+        damage: Theirs.
+        legs: The updates that did it.
+        around: What was normal before the first of them.
         controls: The batches that `damage` was measured on.
         like: Whose random state all evaluations are given.
     """
     found = [
-        Remedy(remedy=name, value=value, repaired=_repaired(bench, update, leg, damage, controls, like))
-        for name, value, update in _safer(leg, around)
+        Remedy(remedy=name, value=value, repaired=_repaired(bench, updates, legs, damage, controls, like))
+        for name, value, updates in _safer(legs, around)
     ]
     return tuple(sorted(found, key=lambda remedy: -remedy.repaired))
 
 
-def _safer(leg: Leg, around: Around) -> list[tuple[str, float | None, Update]]:
-    update = leg.update
-    out: list[tuple[str, float | None, Update]] = [
-        ("lower_rate", LOWER, dataclasses.replace(update, settings=tuple(_slower(step) for step in update.settings)))
-    ]
+def _safer(legs: Sequence[Leg], around: Around) -> list[tuple[str, float | None, list[Update]]]:
+    updates = [leg.update for leg in legs]
+    slower = [dataclasses.replace(u, settings=tuple(_slower(step) for step in u.settings)) for u in updates]
+    out: list[tuple[str, float | None, list[Update]]] = [("lower_rate", LOWER, slower)]
     usual = [_norm(earlier) for earlier in around.legs[:-1] if earlier.made.gradients]
-    if usual and _norm(leg) > (healthy := statistics.median(usual)):
-        out.append(("clip", healthy, dataclasses.replace(update, clip=healthy)))
-    if any(state["state"] for state in leg.before.optimizers):
-        empty = [{**state, "state": {}} for state in leg.before.optimizers]
-        out.append(("reset_state", None, dataclasses.replace(update, optimizers=empty)))
+    if usual and max(map(_norm, legs)) > (healthy := statistics.median(usual)):
+        out.append(("clip", healthy, [dataclasses.replace(u, clip=healthy) for u in updates]))
+    if any(state["state"] for state in legs[0].before.optimizers):
+        empty = [{**state, "state": {}} for state in legs[0].before.optimizers]
+        out.append(("reset_state", None, [dataclasses.replace(updates[0], optimizers=empty), *updates[1:]]))
     if around.is_mixed:
-        out.append(("float32", None, dataclasses.replace(update, in_float32=True)))
+        out.append(("float32", None, [dataclasses.replace(u, in_float32=True) for u in updates]))
     return out
 
 
 def _repaired(
-    bench: Bench, update: Update, leg: Leg, damage: Damage, controls: Sequence[RingEntry], like: RingEntry
+    bench: Bench,
+    updates: Sequence[Update],
+    legs: Sequence[Leg],
+    damage: Damage,
+    controls: Sequence[RingEntry],
+    like: RingEntry,
 ) -> float:
     bench.rewind()
-    leg.before.load(bench)
-    if make_update(bench, update).spoilt_at is not None:
+    legs[0].before.load(bench)
+    if any(make_update(bench, update).spoilt_at is not None for update in updates):
         return 0.0
     after = losses_under(bench, copy_module(bench.module), controls, like=like)
     scale = log_scale(damage.before, damage.after)

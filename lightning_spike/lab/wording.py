@@ -36,6 +36,8 @@ REMEDIES: Mapping[str, str] = MappingProxyType(
 )
 NAMED: Final = 3
 """Tensors named at most in one sentence."""
+HELPED: Final = 0.25
+"""Share of the damage from which a remedy is said to help."""
 MOST: Final = 0.5
 """Share from which the greater part is left."""
 
@@ -47,8 +49,11 @@ def factors_text(found: Attribution) -> str:
     rest = f"with all of that as usual {max(found.intrinsic, 0.0):.0%} of the damage is left"
     normal = [FACTORS.get(name, name) for name in found.normal]
     as_usual = f" As usual were {_listed(normal)}." if normal else ""
-    excused = "" if found.odd_batch else " Its batch had an ordinary loss before it."
-    return f"The update at step {found.step} {worse}. Of that {_listed(parts)}; {rest}.{as_usual}{excused}"
+    excused = "" if found.odd_batch else " The batch had an ordinary loss before it."
+    which = f"The update at step {found.step}"
+    if found.updates > 1:
+        which = f"The {found.updates} updates from step {found.step} on"
+    return f"{which} {worse}. Of that {_listed(parts)}; {rest}.{as_usual}{excused}"
 
 
 def blame_text(whose: Blame) -> str:
@@ -79,7 +84,12 @@ def calm_text(calm: Calmed) -> str:
 
 def remedies_text(tried: Sequence[Remedy]) -> str:
     """What would have helped."""
-    words = [f"{REMEDIES[r.remedy].format(value=r.value or 0.0)} ({r.repaired:.0%} less damage)" for r in tried]
+    helped = [r for r in tried if r.repaired >= HELPED]
+    words = [
+        f"{REMEDIES[r.remedy].format(value=r.value or 0.0)} ({min(r.repaired, 1.0):.0%} less damage)" for r in helped
+    ]
+    if not helped:
+        return "None of the usual remedies would have helped at that update."
     return f"At that update would have helped: {_listed(words)}. That is no sign of what was wrong."
 
 

@@ -18,7 +18,7 @@ def split(data, weights, interaction=0.0, verdict="both"):
 def damage(intrinsic=0.0, *, odd=True, **shares):
     parts = tuple(Share(factor=group, group=group, share=share, error=0.0) for group, share in shares.items())
     return Attribution(
-        ordinal=1, step=1, damage=1.0, shares=parts, finer=(), odd_batch=odd, intrinsic=intrinsic, normal=()
+        ordinal=1, step=1, updates=1, damage=1.0, shares=parts, finer=(), odd_batch=odd, intrinsic=intrinsic, normal=()
     )
 
 
