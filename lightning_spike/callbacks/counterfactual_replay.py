@@ -14,7 +14,7 @@ from lightning_spike.lab.budget import FULL_STEPS, TRIAGE_STEPS, Budget, Extent
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.examine import examine, not_run, triage
 from lightning_spike.lab.live_scene import EXAMINED, Witnesses, live_scene
-from lightning_spike.records import Action, Episode, Finding
+from lightning_spike.records import Action, Episode, EpisodeKind, Finding, RunStatus
 
 __all__ = ["CounterfactualReplay"]
 
@@ -70,13 +70,21 @@ class CounterfactualReplay(SpikeCallback):
 
     @override
     def act(self, batch: TrainingBatch, changed: Sequence[Episode]) -> None:
-        new = [e for e in changed if e.kind in EXAMINED and e.id not in self._seen]
-        for episode in sorted(new, key=lambda e: -e.severity):
+        self._waiting |= {e.id: e for e in changed if e.kind in EXAMINED and e.id not in self._seen}
+        due = [e for e in self._waiting.values() if not _may_wait(e, batch)]
+        for episode in sorted(due, key=lambda e: -e.severity):
+            del self._waiting[episode.id]
             self._seen.add(episode.id)
             self._examine(batch, episode)
 
+    @override
+    def conclude(self, trainer: Trainer, status: RunStatus, error: BaseException | None) -> None:
+        for episode in self._waiting.values():
+            self.flight.store.note(not_run(episode, "the run ended with it"))
+
     def _forget(self) -> None:
         self._seen: set[int] = set()
+        self._waiting: dict[int, Episode] = {}
         self._budget = Budget(share=self.budget, free=FREE_SECONDS)
         self._began = time.monotonic()
         self._first = 0
@@ -127,3 +135,13 @@ class CounterfactualReplay(SpikeCallback):
         extent = self._budget.extent(severity=episode.severity, elapsed=elapsed, full=full, triage=triage_only)
         spent = f"re-runs took {self._budget.spent:.2g} s already"
         return extent, f"{spent}, and another would not fit into budget={self.budget:.3g} of the run's time"
+
+
+def _may_wait(episode: Episode, batch: TrainingBatch) -> bool:
+    """Whether to look at the next loss first: where the batch of the onset has only just been trained on, the jump itself may be still to come."""
+    if episode.kind is EpisodeKind.NONFINITE or batch.at.ordinal > episode.onset.ordinal:
+        return False
+    trainer = batch.trainer
+    in_last_epoch = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch + 1
+    is_last = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
+    return not (is_last or (in_last_epoch and trainer.is_last_batch))

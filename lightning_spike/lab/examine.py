@@ -75,7 +75,7 @@ def examine(scene: Scene) -> list[Finding]:
         findings = _origins(scene, bench, again)
         parts = _split(scene, bench, again)
         findings.append(_finding(scene, "split", parts.detail() | {"exact": again is not None, "why_not_exact": why}))
-        if again is not None and again.reached == scene.onset:
+        if again is not None and again.reached == scene.struck:
             findings += _whose(scene, bench, again, parts)
         findings.append(_finding(scene, "cost", {"steps": bench.steps}))
     return findings
@@ -115,7 +115,7 @@ def _reproduced(scene: Scene, bench: Bench) -> tuple[Reproduction | None, str | 
 
 def _comes_out_healthy(scene: Scene, again: Reproduction) -> bool:
     """Some batches went alike, then they did not, and at the onset the re-run is nearer to where the loss was than to the spike."""
-    if again.reached != scene.onset or again.differs_at is None or not math.isfinite(again.replayed):
+    if again.reached != scene.struck or again.differs_at is None or not math.isfinite(again.replayed):
         return False
     before = scene.losses_before()
     before = before[np.isfinite(before)][-RECENT:]
@@ -192,7 +192,7 @@ def _step_of(scene: Scene, ordinal: int | None) -> int | None:
 def _origins(scene: Scene, bench: Bench, again: Reproduction | None) -> list[Finding]:
     if scene.episode.kind is not EpisodeKind.NONFINITE and math.isfinite(scene.recorded):
         return []
-    reached = scene.onset if again is None else again.reached
+    reached = scene.struck if again is None else again.reached
     entry = next((e for e in scene.entries if e.at.ordinal == reached), scene.spike)
     old = _origin(bench, scene.snapshot.model, entry)
     new = old if again is None else _origin(bench, again.weights, entry)
@@ -220,7 +220,7 @@ def _split(scene: Scene, bench: Bench, again: Reproduction | None) -> Split:
         scene.spike,
         scene.ordinary(),
         old=scene.snapshot.model,
-        new=again.weights if again is not None and again.reached == scene.onset else None,
+        new=again.weights if again is not None and again.reached == scene.struck else None,
         recorded=scene.recorded,
         scatter=batch_noise(scene.losses_before()),
     )

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_spike.actions.batch_ring import RingEntry
 from lightning_spike.actions.snapshot import Snapshot
 from lightning_spike.lab.errors import CannotReplay
+from lightning_spike.lab.evaluate import log_scale
 from lightning_spike.lab.outside_writes import OutsideWrite
 from lightning_spike.lab.update import Settings
 from lightning_spike.records import Episode
@@ -19,6 +20,10 @@ __all__ = ["WINDOW", "Scene"]
 
 WINDOW = 64
 """Losses before the onset that the scatter of ordinary batches is taken from."""
+
+
+TWICE = 2.0
+"""How many times the rise at the onset that of the next batch must be for it to be the one to explain."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -48,24 +53,38 @@ class Scene:
         return self.episode.onset.ordinal
 
     @property
+    def struck(self) -> int:
+        """Ordinal of the batch whose loss is to be explained: the onset's, or the next where that one's rose by more than twice as much.
+
+        A loss that was merely somewhat high just before a jump may have been taken for its onset.
+        """
+        following, before = self.losses.get(self.onset + 1), self.losses_before()
+        before = before[np.isfinite(before)]
+        if following is None or before.size == 0 or not math.isfinite(self.losses[self.onset]):
+            return self.onset
+        values = np.array([float(np.median(before)), self.losses[self.onset], following])
+        usual, first, second = log_scale(values)(values)
+        return self.onset + 1 if second - usual > TWICE * max(first - usual, 0.0) else self.onset
+
+    @property
     def spike(self) -> RingEntry:
-        """The batch of the onset."""
-        return next(entry for entry in self.entries if entry.at.ordinal == self.onset)
+        """That batch."""
+        return next(entry for entry in self.entries if entry.at.ordinal == self.struck)
 
     @property
     def recorded(self) -> float:
         """The loss of that batch in the training."""
-        return self.losses[self.onset]
+        return self.losses[self.struck]
 
     @property
     def stretch(self) -> tuple[RingEntry, ...]:
-        """The batches from the snapshot's to the onset's, both included."""
-        return tuple(e for e in self.entries if self.snapshot.at.ordinal <= e.at.ordinal <= self.onset)
+        """The batches from the snapshot's to that one, both included."""
+        return tuple(e for e in self.entries if self.snapshot.at.ordinal <= e.at.ordinal <= self.struck)
 
     @property
     def after(self) -> tuple[RingEntry, ...]:
-        """The batches from the onset's to the present one, both included."""
-        return tuple(e for e in self.entries if e.at.ordinal >= self.onset)
+        """The batches from that one to the present one, both included."""
+        return tuple(e for e in self.entries if e.at.ordinal >= self.struck)
 
     def losses_before(self) -> npt.NDArray[np.float64]:
         """The last `WINDOW` losses before the onset, oldest first, as far as they are known; float64."""
