@@ -56,9 +56,13 @@ TOLD: Final = 0.05
 """Share from which a group is listed with a wrong answer."""
 WRITERS: Final = (RootCauseReport, SceneRecorder)
 """What only writes files."""
-CHRONIC_STEPS: Final = 400
-CHRONIC_EPISODES: Final = 2
+CHRONIC_STEPS: Final = 600
+CHRONIC_RATES: Final = {"SGD": (6.0, 8.0, 12.0), "AdamW": (15.0, 30.0, 60.0)}
+"""Factors on a good rate at which runs go on training, but spike now and then."""
+CHRONIC_EPISODES: Final = 3
 """Episodes of a run with a rate that is too high all along that count, the first ones."""
+SETTLED: Final = 60
+"""Batches after which a run has left its first, wild phase."""
 
 
 # -- what is put in ------------------------------------------------------------------------------------------------------
@@ -192,7 +196,7 @@ def outcomes_of(run: Run, show: bool = False) -> list[Outcome]:
         e for e in store.episodes if e.kind in {EpisodeKind.SPIKE, EpisodeKind.DIVERGENCE, EpisodeKind.NONFINITE}
     ]
     if chronic:
-        told = [e for e in episodes if e.onset.ordinal >= AT // 2][:CHRONIC_EPISODES]
+        told = [e for e in episodes if e.onset.ordinal >= SETTLED][:CHRONIC_EPISODES]
     else:
         told = [e for e in episodes if run.at - 1 <= e.onset.ordinal <= run.at + SEEN][:1]
     if show:
@@ -295,14 +299,14 @@ def _by_signature(store: TrainerStateStore, episode: int) -> str | None:
 def runs(net: str, optimizer: str, batch_size: int, seed: int, faults: Sequence[str], *, quick: bool) -> Iterable[Run]:
     """The runs of one training, one for each fault and strength; with `quick` the middle strength only."""
     for fault in faults:
-        strengths = _strengths(fault, net)
+        strengths = _strengths(fault, net, optimizer)
         for strength in strengths[1:2] if quick else strengths:
             yield Run(net=net, optimizer=optimizer, batch_size=batch_size, fault=fault, strength=strength, seed=seed)
 
 
-def _strengths(fault: str, net: str) -> tuple[float, ...]:
+def _strengths(fault: str, net: str, optimizer: str) -> tuple[float, ...]:
     if fault == CHRONIC:
-        return (4.0, 8.0, 16.0)
+        return CHRONIC_RATES[optimizer]
     if fault == TWO:
         return (30.0, 60.0, 150.0)
     return KINDS[fault].strengths if net in KINDS[fault].nets else ()

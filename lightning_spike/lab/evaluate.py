@@ -59,10 +59,18 @@ def log_scale(*losses: Numbers) -> Callable[[Numbers], Numbers]:
 
 
 def _loss(bench: Bench, weights: Mapping[str, Tensor], entry: RingEntry, like: RingEntry) -> float:
-    bench.rewind()
-    load_module(bench.module, weights)
-    loss = loss_of(bench.step(entry.batch, entry.at.batch_idx, random=like.rng, at=like.at))
+    try:
+        outputs = _outputs(bench, weights, entry, like, graph=False)
+    except RuntimeError:  # a step that differentiates something itself, a gradient penalty say, needs the graph
+        outputs = _outputs(bench, weights, entry, like, graph=True)
+    loss = loss_of(outputs)
     if loss is None:
         msg = f"training_step returned no loss at step {entry.at.step}"
         raise CannotReplay(msg)
     return float(loss.detach())
+
+
+def _outputs(bench: Bench, weights: Mapping[str, Tensor], entry: RingEntry, like: RingEntry, *, graph: bool) -> object:
+    bench.rewind()
+    load_module(bench.module, weights)
+    return bench.step(entry.batch, entry.at.batch_idx, random=like.rng, at=like.at, graph=graph)

@@ -61,8 +61,9 @@ class Bench:
         random: RandomState | None = None,
         at: Moment | None = None,
         in_float32: bool = False,
+        graph: bool = True,
     ) -> Any:  # noqa: ANN401 - as training_step
-        """Run `training_step` once to look at it: with gradients, under the run's own precision, without `torch.compile`, on this rank alone.
+        """Run `training_step` once to look at it: under the run's own precision, without `torch.compile`, on this rank alone.
 
         Buffers, counters and random states move on as they do in training; `rewind` takes them back. What the step writes into the batch stays
         there until the next step on this batch, `rewind` or the end, for a backward pass may need it.
@@ -76,9 +77,10 @@ class Bench:
             random: The state of the random generators to begin with; as it stands where none is given.
             at: Where in the run it was: what `global_step` and `current_epoch` tell the step; as they stand where it is not given.
             in_float32: Without autocast, in the precision of the weights.
+            graph: Record what a backward pass needs.
 
         Returns:
-            What `training_step` returned, with its graph; under manual optimisation, if that holds no loss, a dict with the `"loss"` of the backward pass, or
+            What `training_step` returned, with its graph if that was asked for; under manual optimisation, if that holds no loss, a dict with the `"loss"` of the backward pass, or
             with their sum and each of them (`"loss/backward0"`). Blocks as much as the step itself does.
 
         Raises:
@@ -86,7 +88,12 @@ class Bench:
         """
         self._set_out(batch, random, at)
         arguments = (batch, batch_idx) if self._takes_index else (batch,)
-        with torch.enable_grad(), eagerly(), self._precision(in_float32), without_updates(self.module) as losses:
+        with (
+            torch.set_grad_enabled(graph),
+            eagerly(),
+            self._precision(in_float32),
+            without_updates(self.module) as losses,
+        ):
             outputs = self.module.training_step(*arguments)
         return _with_loss(outputs, losses)
 
