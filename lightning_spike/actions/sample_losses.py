@@ -1,27 +1,39 @@
 """The losses of single samples around the onset of an episode, under weights that were healthy where such are at hand."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_spike.actions.batch_ring import RingEntry
 from lightning_spike.actions.snapshot import Snapshot
-from lightning_spike.actions.state_copy import load_module
 from lightning_spike.lab.errors import CannotReplay
-from lightning_spike.lab.isolation import isolated
-from lightning_spike.lab.per_sample import per_sample_losses
+from lightning_spike.lab.isolation import Bench, isolated
+from lightning_spike.lab.per_sample import PerSampleLosses, samples_under
 
 __all__ = ["SampleLosses", "losses_of_samples"]
+
+CONTROLS: Final = 8
+"""Healthy batches whose samples the batch's are held against: 256 samples of batches of 32, for one pass each."""
+
+Losses = npt.NDArray[np.float64]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SampleLosses:
-    """Losses of a batch, one a sample, and of a healthy one to compare with."""
+    """Losses of a batch, one a sample, and of healthy ones to compare with."""
 
     losses: tuple[float, ...]
     control: tuple[float, ...] | None
-    """Of the batch before the onset, under the same weights; `None` where there is none, or where samples would have to be run one by one."""
+    """Of the samples of batches from before the onset, under the same weights; `None` where there is none."""
+    pulls: tuple[float, ...] | None
+    """How hard each sample pulls at the weights (see `lab.sample_pulls`); `None` where that cannot be had."""
+    control_pulls: tuple[float, ...] | None
+    """Those of the control samples."""
     weights: str
     """Under which weights, in words."""
 
@@ -32,20 +44,20 @@ def losses_of_samples(
     entry: RingEntry,
     *,
     size: int,
-    control: RingEntry | None = None,
+    controls: Sequence[RingEntry] = (),
     snapshot: Snapshot | None = None,
 ) -> SampleLosses | None:
-    """Run the batch again, and leave no trace.
+    """Run the batch again, and healthy ones, in eval mode, and leave no trace.
 
     Under the snapshot's weights where there is one, else under the present ones, if these are finite: after an update that blew the weights up, every sample looks bad.
-    Blocks, and takes as long as a step or, where the loss functions cannot be listened to, as long as one for each sample.
+    Blocks, and takes nine passes at most or, where the loss functions cannot be listened to, two for each sample.
 
     Args:
         trainer: The trainer, between two batches. With several ranks nothing is run: what `training_step` gathers from the others would wait for ever.
         module: Its module.
         entry: The batch.
         size: Samples in it; losses of another number (a batch of several loaders has no one length) are no answer.
-        control: A healthy batch.
+        controls: Healthy batches, oldest first; the newest eight are used.
         snapshot: Weights from before the onset.
 
     Returns:
@@ -54,29 +66,45 @@ def losses_of_samples(
     if trainer.world_size > 1 or (snapshot is None and not _is_finite(module)):
         return None
     try:
-        with isolated(trainer, module):
-            if snapshot is not None:
-                load_module(module, snapshot.model)
-            found = _under_present_weights(trainer, module, entry, control, _words(snapshot))
+        with isolated(trainer, module) as bench:
+            usual = _of_controls(bench, controls[-CONTROLS:], snapshot)
+            found = _losses(bench, entry, snapshot, trusting=any(u.how == "tap" and u.explains for u in usual))
     except CannotReplay:
         return None
-    return found if found is not None and len(found.losses) == size else None
-
-
-def _under_present_weights(
-    trainer: Trainer, module: LightningModule, entry: RingEntry, control: RingEntry | None, words: str
-) -> SampleLosses | None:
-    found = per_sample_losses(trainer, module, entry.batch, entry.at.batch_idx, random=entry.rng)
-    if found is None:
+    if found is None or len(found.losses) != size:
         return None
-    usual = None
-    if control is not None and found.how == "tap":
-        usual = per_sample_losses(trainer, module, control.batch, control.at.batch_idx, random=control.rng)
+    usual = [u for u in usual if u.how == found.how]
+    pulls = [u.pulls for u in usual if u.pulls is not None] if found.pulls is not None else []
     return SampleLosses(
         losses=tuple(found.losses.tolist()),
-        control=None if usual is None else tuple(usual.losses.tolist()),
-        weights=words,
+        control=_joined([u.losses for u in usual]),
+        pulls=None if found.pulls is None else tuple(found.pulls.tolist()),
+        control_pulls=_joined(pulls),
+        weights=_words(snapshot),
     )
+
+
+def _of_controls(bench: Bench, controls: Sequence[RingEntry], snapshot: Snapshot | None) -> list[PerSampleLosses]:
+    """From the newest on; one is enough where samples must be run one by one."""
+    usual: list[PerSampleLosses] = []
+    for control in reversed(controls):
+        found = _losses(bench, control, snapshot)
+        if found is not None:
+            usual.append(found)
+        if found is None or found.how == "slices":
+            break
+    return usual
+
+
+def _losses(
+    bench: Bench, entry: RingEntry, snapshot: Snapshot | None, *, trusting: bool = False
+) -> PerSampleLosses | None:
+    weights = None if snapshot is None else snapshot.model
+    return samples_under(bench, weights, entry.batch, entry.at.batch_idx, random=entry.rng, trusting=trusting)
+
+
+def _joined(parts: Sequence[Losses]) -> tuple[float, ...] | None:
+    return tuple(np.concatenate(parts).tolist()) if parts else None
 
 
 def _words(snapshot: Snapshot | None) -> str:

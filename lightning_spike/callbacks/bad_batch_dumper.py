@@ -198,15 +198,17 @@ class BadBatchDumper(SpikeCallback):
                 "Losses of single samples are not computed under several ranks: a step run on one rank could wait for the others."
             )
         if module is not None and seen.size is not None:
-            control = earlier[-1].entry if earlier else None
+            controls = [e.entry for e in earlier]
             snapshots = self.flight.taking_part(Snapshots)
             snapshot = None if snapshots is None else snapshots.latest_healthy(first_of_step + 1)
-            losses = losses_of_samples(trainer, module, entry, size=seen.size, control=control, snapshot=snapshot)
+            losses = losses_of_samples(trainer, module, entry, size=seen.size, controls=controls, snapshot=snapshot)
         suspects = find_suspects(
             seen.values,
             usual=[e.values for e in earlier],
             losses=None if losses is None else losses.losses,
             usual_losses=None if losses is None else losses.control,
+            pulls=None if losses is None else losses.pulls,
+            usual_pulls=None if losses is None else losses.control_pulls,
         )
         return dataclasses.replace(
             seen,

@@ -1,9 +1,10 @@
-"""Which samples of a batch make its loss what it is: the loss of every sample by itself."""
+"""Which samples of a batch make its loss what it is: the loss of every sample by itself, and how hard each pulls at the weights."""
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +15,14 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
+from lightning_spike.actions.state_copy import load_module
 from lightning_spike.lab.batches import samples_in, take_samples
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.isolation import Bench, isolated, loss_of
+from lightning_spike.lab.sample_pulls import Pulls
 from lightning_spike.signals.random_state import RandomState
 
-__all__ = ["PerSampleLosses", "per_sample_losses"]
+__all__ = ["PerSampleLosses", "per_sample_losses", "samples_under"]
 
 MOST_SLICES: Final = 256
 """Samples that are run one by one at most; a larger batch would take longer than any answer is worth."""
@@ -32,6 +35,7 @@ TINY: Final = 1e-12
 """Two losses this close are equal, whatever their share."""
 
 Losses = npt.NDArray[np.float64]
+Answer = TypeVar("Answer")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +51,8 @@ class PerSampleLosses:
     explains: bool
     """Whether mean or sum of `losses` is the batch's loss, up to 2 %; where it is not, other terms are part of the loss and the order of the samples is all there is.
     Always false where the loss is not finite: nothing can be compared then."""
+    pulls: Losses | None = None
+    """How hard each sample pulls at the weights, shape `(B,)`, where that was asked for and could be had; see `sample_pulls`."""
 
 
 def per_sample_losses(
@@ -71,22 +77,70 @@ def per_sample_losses(
 
     Blocks: it copies the module's state and reads the losses. For use after an episode.
     """
-    size = samples_in(batch)
-    if size is None:
-        return None
     try:
         with isolated(trainer, module) as bench:
-            tapped = _attempt(lambda: _by_tap(bench, batch, batch_idx, size, random))
-            if tapped is not None and tapped.explains:
-                return tapped
-            bench.rewind()
-            sliced = _attempt(lambda: _by_slices(bench, batch, batch_idx, size, random))
-            return sliced or tapped
+            return _by_any_way(_Case(bench=bench, batch=batch, batch_idx=batch_idx, random=random))
     except CannotReplay:
         return None
 
 
-def _attempt(way: Callable[[], PerSampleLosses | None]) -> PerSampleLosses | None:
+def samples_under(
+    bench: Bench,
+    weights: Mapping[str, Tensor] | None,
+    batch: object,
+    batch_idx: int,
+    *,
+    random: RandomState | None = None,
+    trusting: bool = False,
+) -> PerSampleLosses | None:
+    """As `per_sample_losses`, but in eval mode, so that no sample sees another through BatchNorm, and with the samples' pulls at the weights.
+
+    One forward and one backward pass where the tap works, else two forward passes and one for each sample.
+
+    Args:
+        bench: Inside `isolated`; rewound first.
+        weights: Parameters and buffers, as `copy_module` gives them; `None` for as they stand.
+        batch: The batch, on its device.
+        batch_idx: As `training_step` takes it.
+        random: The random state before the batch's forward pass.
+        trusting: Take what the tap sees though the loss is not finite and proves nothing: another batch has shown that the tap sees this module's loss.
+    """
+    case = _Case(bench=bench, batch=batch, batch_idx=batch_idx, random=random, weights=weights, in_eval=True)
+    return _by_any_way(case, trusting=trusting)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Case:
+    """What is run, and how."""
+
+    bench: Bench
+    batch: object
+    batch_idx: int
+    random: RandomState | None
+    weights: Mapping[str, Tensor] | None = None
+    in_eval: bool = False
+
+    def loss(self, part: object, *, in_eval: bool) -> Tensor | None:
+        """From the beginning, on the batch or a part of it."""
+        self.bench.rewind()
+        if self.weights is not None:
+            load_module(self.bench.module, self.weights)
+        if in_eval:
+            self.bench.module.eval()
+        return loss_of(self.bench.step(part, self.batch_idx, random=self.random))
+
+
+def _by_any_way(case: _Case, *, trusting: bool = False) -> PerSampleLosses | None:
+    size = samples_in(case.batch)
+    if size is None:
+        return None
+    tapped = _attempt(lambda: _by_tap(case, size))
+    if tapped is not None and (tapped.explains or (trusting and not np.isfinite(tapped.batch_loss))):
+        return tapped
+    return _attempt(lambda: _by_slices(case, size)) or tapped
+
+
+def _attempt(way: Callable[[], Answer | None]) -> Answer | None:
     """A step of the user's that fails when it is run again is an answer: this way does not work."""
     try:
         return way()
@@ -168,12 +222,10 @@ def _unreduced(
     return _Values(values.reshape(size, -1), counts.reshape(size, -1))
 
 
-def _by_tap(
-    bench: Bench, batch: object, batch_idx: int, size: int, random: RandomState | None
-) -> PerSampleLosses | None:
-    tap = _Tap(size)
-    with tap:
-        loss = loss_of(bench.step(batch, batch_idx, random=random))
+def _by_tap(case: _Case, size: int) -> PerSampleLosses | None:
+    tap, pulls = _Tap(size), Pulls(size)
+    with tap, pulls.following(case.bench.module) if case.in_eval else contextlib.nullcontext():
+        loss = case.loss(case.batch, in_eval=case.in_eval)
     if loss is None or not tap.seen:
         return None
     batch_loss = float(loss.detach())
@@ -182,7 +234,13 @@ def _by_tap(
         ways.append((np.sum([losses for losses, _ in ways], axis=0), sum(mean for _, mean in ways)))
     fits = [losses for losses, mean in ways if _explains(losses, mean, batch_loss)]
     likeliest = max(ways, key=lambda way: np.nan_to_num(way[1], nan=np.inf))[0]
-    return PerSampleLosses(losses=fits[0] if fits else likeliest, how="tap", batch_loss=batch_loss, explains=bool(fits))
+    return PerSampleLosses(
+        losses=fits[0] if fits else likeliest,
+        how="tap",
+        batch_loss=batch_loss,
+        explains=bool(fits),
+        pulls=_attempt(lambda: pulls.of(loss)) if case.in_eval else None,
+    )
 
 
 def _explains(losses: Losses, mean: float, batch_loss: float) -> bool:
@@ -196,20 +254,16 @@ def _explains(losses: Losses, mean: float, batch_loss: float) -> bool:
 # -- the slices ----------------------------------------------------------------------------------------------------------
 
 
-def _by_slices(
-    bench: Bench, batch: object, batch_idx: int, size: int, random: RandomState | None
-) -> PerSampleLosses | None:
+def _by_slices(case: _Case, size: int) -> PerSampleLosses | None:
     if size > MOST_SLICES:
         return None
 
     def loss(part: object) -> float | None:
-        bench.rewind()
-        bench.module.eval()
-        value = loss_of(bench.step(part, batch_idx, random=random))
+        value = case.loss(part, in_eval=True)
         return None if value is None else float(value.detach())
 
-    whole = loss(batch)
-    each = [loss(take_samples(batch, [index], size=size)) for index in range(size)]
+    whole = loss(case.batch)
+    each = [loss(take_samples(case.batch, [index], size=size)) for index in range(size)]
     if whole is None or None in each:
         return None
     losses = np.array(each, dtype=np.float64)

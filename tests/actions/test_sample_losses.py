@@ -35,7 +35,7 @@ class Asks(SpikeCallback):
         before = {name: t.clone() for name, t in module.state_dict().items()}
         entry, control = self.ring.entry(3), self.ring.entry(2)
         self.found = losses_of_samples(
-            batch.trainer, module, entry, size=16, control=control, snapshot=snapshot if self.with_snapshot else None
+            batch.trainer, module, entry, size=16, controls=[control], snapshot=snapshot if self.with_snapshot else None
         )
         for name, tensor in module.state_dict().items():
             torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
