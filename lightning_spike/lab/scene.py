@@ -46,6 +46,8 @@ class Scene:
     """Ordinary batches to compare with, at most."""
     writes: tuple[OutsideWrite, ...] = ()
     """What others than the training step have written into weights and optimizer states, oldest first."""
+    looks_at: int | None = None
+    """Ordinal of the batch whose loss is to be explained; `None` for the one that the losses themselves point to."""
 
     @property
     def onset(self) -> int:
@@ -58,6 +60,8 @@ class Scene:
 
         A loss that was merely somewhat high just before a jump may have been taken for its onset.
         """
+        if self.looks_at is not None:
+            return self.looks_at
         following, before = self.losses.get(self.onset + 1), self.losses_before()
         before = before[np.isfinite(before)]
         if following is None or before.size == 0 or not math.isfinite(self.losses[self.onset]):
@@ -65,6 +69,13 @@ class Scene:
         values = np.array([float(np.median(before)), self.losses[self.onset], following])
         usual, first, second = log_scale(values)(values)
         return self.onset + 1 if second - usual > TWICE * max(first - usual, 0.0) else self.onset
+
+    def elsewhere(self) -> "Scene | None":
+        """The same episode, with the highest of the later losses to be explained; `None` where there is no later one."""
+        later = [e.at.ordinal for e in self.after if e.at.ordinal > self.struck and e.at.ordinal in self.losses]
+        if not later:
+            return None
+        return dataclasses.replace(self, looks_at=max(later, key=lambda ordinal: self.losses[ordinal]))
 
     @property
     def spike(self) -> RingEntry:

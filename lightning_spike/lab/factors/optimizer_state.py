@@ -1,10 +1,10 @@
 """What the optimizer remembers: its momentum and its second moments, apart and together."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -20,6 +20,9 @@ SECOND: Final = ("exp_avg_sq", "square_avg")
 """… and the running mean of the squared gradients."""
 FRESH: Final = 4
 """Updates whose gradients make a second moment of their own; fewer say little about each element."""
+
+STALE: Final = 1.5
+"""How many times larger the recent mean square of a tensor's gradients must be for its second moment to be called stale; a step is then a fifth too long."""
 
 States = list[dict[str, Any]]
 
@@ -40,7 +43,8 @@ class SecondMoments(Factor):
     """The second moments, against such as have kept up with the gradients of the last updates.
 
     A second moment that lags behind gradients that grew (1 / (1 - beta2) steps) is stale, and was as stale a dozen steps ago; so its normal value is not
-    its recent one but the larger of itself and the mean squared gradient since, which the difference of two states of it gives.
+    its recent one. It is multiplied by how much larger the mean squared gradient since then is, over the whole tensor (element by element a dozen
+    gradients are noise); the difference of two states of it gives that mean.
     """
 
     id: ClassVar = "second_moments"
@@ -59,7 +63,8 @@ class SecondMoments(Factor):
             if then is None or decay is None or not 0.0 < decay < 1.0:
                 return None
             faded = decay**steps
-            return torch.maximum(now, (now - faded * then) / (1.0 - faded))
+            held, fresh = float(now.mean()), float((now - faded * then).mean()) / (1.0 - faded)
+            return now * (fresh / held) if 0.0 < STALE * held < fresh < math.inf else None
 
         return _replaced(update, around, SECOND, kept_up)
 
