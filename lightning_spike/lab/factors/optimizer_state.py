@@ -63,7 +63,8 @@ class SecondMoments(Factor):
             if then is None or decay is None or not 0.0 < decay < 1.0:
                 return None
             faded = decay**steps
-            held, fresh = float(now.mean()), float((now - faded * then).mean()) / (1.0 - faded)
+            held = float(now.mean()) / _filled(around, optimizer, place, key, decay)
+            fresh = float((now - faded * then).mean()) / (1.0 - faded)
             return now * (fresh / held) if 0.0 < STALE * held < fresh < math.inf else None
 
         return _replaced(update, around, SECOND, kept_up)
@@ -119,3 +120,11 @@ def _decay(around: Around, optimizer: int, place: int) -> float | None:
     betas = group.get("betas")
     decay = betas[1] if isinstance(betas, tuple | list) and len(betas) > 1 else group.get("alpha")
     return float(decay) if decay is not None else None
+
+
+def _filled(around: Around, optimizer: int, place: int, key: str, decay: float) -> float:
+    """How much of its weight a second moment has by now: Adam's begins at zero and is corrected for that, RMSprop's is not (Kingma and Ba 2015, section 3)."""
+    step = around.legs[-1].before.optimizers[optimizer]["state"].get(place, {}).get("step")
+    if key != "exp_avg_sq" or step is None or not float(step) > 0.0:
+        return 1.0
+    return float(1.0 - decay ** float(step))
