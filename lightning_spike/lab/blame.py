@@ -3,13 +3,14 @@
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Final
 
 from lightning_spike.lab.calm import Calmed
 from lightning_spike.lab.consistency import Consistency
 from lightning_spike.lab.intervene import Attribution
 from lightning_spike.lab.split import Split
 
-__all__ = ["GROUPS", "Blame", "blame", "blame_outside"]
+__all__ = ["GROUPS", "Blame", "blame", "blame_outside", "blame_steps"]
 
 GROUPS: Mapping[str, str] = MappingProxyType(
     {
@@ -22,6 +23,10 @@ GROUPS: Mapping[str, str] = MappingProxyType(
     }
 )
 """Who can be to blame, in words."""
+
+
+UNKNOWN: Final = 0.5
+"""Probability that steps are too long all the time where too few updates say: even odds."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +60,7 @@ def blame(split: Split, steps: Consistency | None, calm: Calmed | None, damage: 
     data, weights = max(split.data + half, 0.0), max(split.weights + half, 0.0)
     kept = 1.0 if calm is None else calm.left
     shares = dict.fromkeys(GROUPS, 0.0) | {"data": data * kept, "intrinsic": data * (1.0 - kept)}
-    for group, part in _parts(damage, 0.0 if steps is None else steps.agitated).items():
+    for group, part in _parts(damage, UNKNOWN if steps is None else steps.agitated).items():
         shares[group] += weights * part
     total = sum(shares.values())
     return Blame(shares={g: s / total for g, s in shares.items()} if total > 0 else {})
@@ -72,6 +77,11 @@ def _parts(damage: Attribution | None, agitated: float) -> dict[str, float]:
         parts[group] *= 1.0 - excused
     whole = sum(parts.values())
     return {group: part / whole for group, part in parts.items()} if whole > 0 else {}
+
+
+def blame_steps() -> Blame:
+    """All of it is the steps': too long all the time, and nothing else stands out."""
+    return Blame(shares=dict.fromkeys(GROUPS, 0.0) | {"intrinsic": 1.0})
 
 
 def blame_outside(kind: str) -> Blame:

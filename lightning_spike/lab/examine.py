@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lightning_spike.actions.batch_ring import RingEntry
 from lightning_spike.actions.state_copy import load_module
-from lightning_spike.lab.blame import Blame, blame, blame_outside
-from lightning_spike.lab.calm import calmed
+from lightning_spike.lab.blame import Blame, blame, blame_outside, blame_steps
+from lightning_spike.lab.calm import Calmed, calmed
 from lightning_spike.lab.compare import differences
-from lightning_spike.lab.consistency import consistency
+from lightning_spike.lab.consistency import Consistency, consistency
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.evaluate import log_scale
 from lightning_spike.lab.intervene import Attribution, attribute, normal_around
@@ -49,6 +49,8 @@ WORTH: Final = 0.25
 """Share of the jump from which the batch, or the weights, are looked into."""
 DOUBT: Final = 0.25
 """Probability of steps that are too long all the time from which a batch that stands out gets a second look, under calmed weights."""
+CHRONIC: Final = 0.9
+"""… from which they explain a jump that nothing else does."""
 FEWER: Final = 4
 """Ordinary batches that damage is measured on once the weights are known to be worse: it is a difference of pairs, so few will do."""
 TRIAGE_CONTROLS: Final = 2
@@ -244,25 +246,32 @@ def _split(scene: Scene, bench: Bench, again: Reproduction | None) -> Split:
 def _whose(scene: Scene, bench: Bench, again: Reproduction, parts: Split) -> list[Finding]:
     """What the batch's part, and the weights', are made of; as far as each is worth it."""
     if parts.verdict == "noise":
-        return []
+        steps = consistency(bench, again)
+        chronic = steps is not None and steps.agitated >= CHRONIC
+        return [*_told(scene, steps, None), _blame_finding(scene, blame_steps())] if chronic else []
     half = parts.interaction / 2
     damage, remedies = _damage(scene, bench, again) if parts.weights + half >= WORTH else (None, ())
     steps = consistency(bench, again, but=None if damage is None else damage.ordinal)
-    doubtful = parts.data + half >= WORTH and steps is not None and steps.agitated >= DOUBT
+    doubtful = parts.data + half >= WORTH and (steps is None or steps.agitated >= DOUBT)
     calm = calmed(bench, again.legs, scene.spike, scene.ordinary(), excess=parts.excess) if doubtful else None
-    findings = []
-    if steps is not None:
-        detail = dataclasses.asdict(steps) | {"agitated": steps.agitated, "text": consistency_text(steps)}
-        findings.append(_finding(scene, "consistency", detail))
-    if calm is not None:
-        detail = dataclasses.asdict(calm) | {"left": calm.left, "text": calm_text(calm)}
-        findings.append(_finding(scene, "calm", detail))
+    findings = _told(scene, steps, calm)
     if damage is not None:
         findings.append(_finding(scene, "factors", dataclasses.asdict(damage) | {"text": factors_text(damage)}))
     if remedies:
         detail = {"tried": [dataclasses.asdict(remedy) for remedy in remedies], "text": remedies_text(remedies)}
         findings.append(_finding(scene, "remedies", detail))
     return [*findings, _blame_finding(scene, blame(parts, steps, calm, damage))]
+
+
+def _told(scene: Scene, steps: Consistency | None, calm: Calmed | None) -> list[Finding]:
+    findings: list[Finding] = []
+    if steps is not None:
+        detail = dataclasses.asdict(steps) | {"agitated": steps.agitated, "text": consistency_text(steps)}
+        findings.append(_finding(scene, "consistency", detail))
+    if calm is not None:
+        detail = dataclasses.asdict(calm) | {"left": calm.left, "text": calm_text(calm)}
+        findings.append(_finding(scene, "calm", detail))
+    return findings
 
 
 def _damage(scene: Scene, bench: Bench, again: Reproduction) -> tuple[Attribution | None, tuple[Remedy, ...]]:

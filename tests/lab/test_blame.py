@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_spike.lab.blame import blame, blame_outside
+from lightning_spike.lab.blame import GROUPS, blame, blame_outside, blame_steps
 from lightning_spike.lab.calm import Calmed
 from lightning_spike.lab.consistency import Consistency
 from lightning_spike.lab.intervene import Attribution, Share
@@ -62,6 +62,15 @@ def test_an_ordinary_batch_cannot_help_what_its_step_did():
 def test_momentum_swung_up_by_steps_that_are_too_long_is_excused():
     assert blame(split(0.0, 1.0), WILD, None, damage(optimizer=1.0)).first == "intrinsic"
     assert blame(split(0.0, 1.0), CALM, None, damage(optimizer=1.0)).first == "optimizer"
+
+
+def test_where_too_few_updates_say_the_odds_are_even():
+    shares = blame(split(0.0, 1.0), None, None, damage(optimizer=1.0)).shares
+    assert shares["optimizer"] == shares["intrinsic"] == 0.5
+
+
+def test_nothing_but_long_steps():
+    assert blame_steps().shares == dict.fromkeys(GROUPS, 0.0) | {"intrinsic": 1.0}
 
 
 @pytest.mark.parametrize("verdict", ["noise", "not_reproduced"])
