@@ -71,10 +71,14 @@ def _parts(damage: Attribution | None, agitated: float) -> dict[str, float]:
     if damage is None:
         return {}
     parts = dict.fromkeys(GROUPS, 0.0) | {share.group: max(share.share, 0.0) for share in damage.shares}
-    parts["intrinsic"] = max(damage.intrinsic, 0.0)
-    for group, excused in (("data", 0.0 if damage.odd_batch else 1.0), ("optimizer", agitated)):
-        parts["intrinsic"] += excused * parts[group]
-        parts[group] *= 1.0 - excused
+    swung_up = agitated * parts["optimizer"]
+    parts["optimizer"] -= swung_up
+    parts["intrinsic"] = max(damage.intrinsic, 0.0) + swung_up
+    if not damage.odd_batch:
+        excused = parts.pop("data")
+        rest = sum(parts.values())
+        # An ordinary batch is what everything else met: its part is theirs. Where nothing else stands out it is the length of the step.
+        parts = {g: p * (1.0 + excused / rest) for g, p in parts.items()} if rest > 0 else {"intrinsic": excused}
     whole = sum(parts.values())
     return {group: part / whole for group, part in parts.items()} if whole > 0 else {}
 

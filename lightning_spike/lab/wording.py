@@ -48,7 +48,7 @@ def factors_text(found: Attribution) -> str:
     parts = [_share(share) for share in (*found.shares, *found.finer)]
     rest = f"with all of that as usual {max(found.intrinsic, 0.0):.0%} of the damage is left"
     normal = [FACTORS.get(name, name) for name in found.normal]
-    as_usual = f" As usual were {_listed(normal)}." if normal else ""
+    as_usual = f" As usual: {_listed(normal)}." if normal else ""
     excused = "" if found.odd_batch else " The batch had an ordinary loss before it."
     which = f"The update at step {found.step}"
     if found.updates > 1:

@@ -57,6 +57,8 @@ def test_a_batch_that_is_ordinary_for_calmed_weights_is_excused():
 def test_an_ordinary_batch_cannot_help_what_its_step_did():
     assert blame(split(0.0, 1.0), CALM, None, damage(data=1.0, odd=False)).first == "intrinsic"
     assert blame(split(0.0, 1.0), CALM, None, damage(data=1.0, odd=True)).first == "data"
+    with_rate = blame(split(0.0, 1.0), CALM, None, damage(data=0.7, learning_rate=0.3, odd=False))
+    assert with_rate.shares["learning_rate"] == 1.0
 
 
 def test_momentum_swung_up_by_steps_that_are_too_long_is_excused():
