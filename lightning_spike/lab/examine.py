@@ -19,6 +19,7 @@ from lightning_spike.lab.evaluate import log_scale
 from lightning_spike.lab.intervene import Attribution, attribute, normal_around
 from lightning_spike.lab.isolation import Bench, isolated
 from lightning_spike.lab.locate import damage_on_the_way
+from lightning_spike.lab.measure.measure import measure
 from lightning_spike.lab.nonfinite import Origin, nonfinite_origin
 from lightning_spike.lab.outside_writes import OutsideWrite
 from lightning_spike.lab.remedies import Remedy, try_remedies
@@ -260,7 +261,15 @@ def _whose(scene: Scene, bench: Bench, again: Reproduction, parts: Split) -> lis
     if remedies:
         detail = {"tried": [dataclasses.asdict(remedy) for remedy in remedies], "text": remedies_text(remedies)}
         findings.append(_finding(scene, "remedies", detail))
+    findings += _measured(scene, bench, again, parts, None if damage is None else damage.ordinal)
     return [*findings, _blame_finding(scene, blame(parts, steps, calm, damage))]
+
+
+def _measured(scene: Scene, bench: Bench, again: Reproduction, parts: Split, located: int | None) -> list[Finding]:
+    half = parts.interaction / 2
+    data, weights = parts.data + half >= WORTH, parts.weights + half >= WORTH
+    told = measure(scene, bench, again, located=located, blames_batch=data, blames_weights=weights)
+    return [_finding(scene, "measured", detail) for detail in told]
 
 
 def _told(scene: Scene, steps: Consistency | None, calm: Calmed | None) -> list[Finding]:

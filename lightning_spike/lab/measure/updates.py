@@ -1,0 +1,205 @@
+"""One update against those before it: second moments, momentum, length, and whether the step was too long or in a wrong direction."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Final, Literal
+
+import numpy as np
+from torch import Tensor
+
+from lightning_spike.lab.evaluate import losses_under
+from lightning_spike.lab.isolation import Bench
+from lightning_spike.lab.measure.moments import moments_in
+from lightning_spike.lab.reproduce import Leg, Reproduction
+from lightning_spike.lab.state import TrainState
+
+__all__ = ["Direction", "UpdateMeasures", "direction_of", "measure_update"]
+
+STALE: Final = 2.3
+"""RMS from which a second moment lags behind the gradients (Wortsman et al. 2023, arXiv:2304.13013)."""
+OPPOSED: Final = -0.3
+"""Cosine of momentum and gradient from which they point against each other; an engineering choice."""
+LONG: Final = 3.0
+"""Times the usual length from which an update is called long; an engineering choice."""
+KEPT_PROMISE: Final = 0.5
+"""Share of the promised change from which a step is ordinary; healthy ones have 0.83 to 0.96, steps that are too long less than 0 (science.md 2.3)."""
+RECENT: Final = 4
+"""Gradients of the updates just before that the step's direction is held against."""
+
+Direction = Literal["ordinary", "too_long", "wrong_direction", "unclear"]
+Tensors = Mapping[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateMeasures:
+    """One update; `None` for what an optimizer without such a state, or too few updates before, leave open."""
+
+    ordinal: int
+    """The batch that closed it."""
+    step: int
+    tensor: str | None
+    """The parameter with the largest `rms`."""
+    rms: float | None
+    """sqrt(mean(g^2 / max(v, eps^2))) of that parameter, with the second moment v from *before* the update (corrected for its start), so that it is not bounded by 1 / sqrt(1 - beta2)."""
+    rms_usual: float | None
+    """The median of the same parameter's in the updates before."""
+    cosine: float | None
+    """Of the momentum before the update with its gradient, over all parameters."""
+    cosine_usual: float | None
+    length: float
+    """L2 norm of the change of the parameters."""
+    relative_length: float
+    """That over the norm of the parameters."""
+    length_usual: float | None
+    """The median length of the updates before."""
+    rho: float | None
+    """Change of the loss of the update's own batches over `g . u`, what the gradient promised; 1 for a step short against the curvature, below 0 for one that overshot."""
+    against: float | None
+    """Mean cosine of the step with the gradients of the updates just before; above 0 it goes up where other batches want down …"""
+    against_error: float | None
+    """… and its standard error."""
+    direction: Direction
+    text: str
+
+
+def measure_update(bench: Bench, again: Reproduction, leg: int) -> UpdateMeasures:
+    """Measure one of the kept updates beside those before it; one forward pass for each of its batches, all else is kept from the re-run.
+
+    Args:
+        bench: Inside `isolated(..., with_optimizers=True)`.
+        again: The re-run.
+        leg: The place of the update in `again.legs`.
+    """
+    legs, here = again.legs[: leg + 1], again.legs[leg]
+    states = [*(one.before for one in again.legs), again.end]
+    ratios = [_rms(bench, one) for one in legs]
+    tensor = max(ratios[-1], key=lambda name: ratios[-1][name], default=None)
+    cosines = [_momentum_cosine(bench, one) for one in legs]
+    steps = [_step(bench, states[k], states[k + 1]) for k in range(leg + 1)]
+    lengths = [_norm(step) for step in steps]
+    change = _change(bench, here, states[leg + 1])
+    promise = _dot(_dense(here.made.gradients), steps[-1])
+    against = [_cosine(_dense(one.made.gradients), steps[-1]) for one in legs[:-1][-RECENT:]]
+    mean, error = _mean(against)
+    rho = change / promise if promise != 0.0 and math.isfinite(change / promise) else None
+    weights = _norm({name: here.before.weights[name] for name in steps[-1]})
+    found = UpdateMeasures(
+        ordinal=here.update.ordinal,
+        step=here.update.entries[-1].at.step,
+        tensor=tensor,
+        rms=None if tensor is None else ratios[-1][tensor],
+        rms_usual=None if tensor is None else _median([r[tensor] for r in ratios[:-1] if tensor in r]),
+        cosine=cosines[-1],
+        cosine_usual=_median([c for c in cosines[:-1] if c is not None]),
+        length=lengths[-1],
+        relative_length=lengths[-1] / weights if weights > 0 else math.inf,
+        length_usual=_median(lengths[:-1]),
+        rho=rho,
+        against=mean,
+        against_error=error,
+        direction=direction_of(rho, promise, mean, error),
+        text="",
+    )
+    return dataclasses.replace(found, text=_text(found))
+
+
+def direction_of(rho: float | None, promise: float, against: float | None, error: float | None) -> Direction:
+    """Whether a step was too long or in a wrong direction (science.md 2.3); pure.
+
+    Args:
+        rho: Change over promise; `None` where there is none.
+        promise: `g . u`; negative for a step down its own gradient.
+        against: Mean cosine of the step with the gradients of other batches.
+        error: Its standard error.
+    """
+    if against is not None and against > (error or 0.0):
+        return "wrong_direction"
+    if rho is None or promise >= 0.0:
+        return "unclear"
+    if rho >= KEPT_PROMISE:
+        return "ordinary"
+    return "too_long" if rho < 0.0 else "unclear"
+
+
+def _rms(bench: Bench, leg: Leg) -> dict[str, float]:
+    """By parameter: how much larger the gradient is than its second moment knows."""
+    gradients, found = _dense(leg.made.gradients), {}
+    for name, known in moments_in(bench, leg.before).items():
+        if known.second is not None and name in gradients:
+            floor = known.second.double().clamp_min(known.epsilon**2)
+            found[name] = float((gradients[name].double().square() / floor).mean().sqrt())
+    return found
+
+
+def _momentum_cosine(bench: Bench, leg: Leg) -> float | None:
+    known = moments_in(bench, leg.before)
+    momenta = {name: m.momentum for name, m in known.items() if m.momentum is not None}
+    gradients = _dense(leg.made.gradients)
+    return _cosine({n: g for n, g in gradients.items() if n in momenta}, momenta) if momenta else None
+
+
+def _step(bench: Bench, before: TrainState, after: TrainState) -> dict[str, Tensor]:
+    names = [name for name, parameter in bench.module.named_parameters() if parameter.is_floating_point()]
+    return {name: after.weights[name] - before.weights[name] for name in names if name in before.weights}
+
+
+def _change(bench: Bench, leg: Leg, after: TrainState) -> float:
+    """Of the mean loss of its own batches."""
+    later = [float(losses_under(bench, after.weights, [entry], like=entry)[0]) for entry in leg.update.entries]
+    return float(np.mean(later) - np.mean(leg.made.losses))
+
+
+def _dense(gradients: Tensors) -> dict[str, Tensor]:
+    return {name: g.to_dense() if g.is_sparse else g for name, g in gradients.items()}
+
+
+def _dot(a: Tensors, b: Tensors) -> float:
+    return float(sum(g.double().flatten() @ b[name].double().flatten() for name, g in a.items() if name in b))
+
+
+def _norm(a: Tensors) -> float:
+    return math.sqrt(_dot(a, a))
+
+
+def _cosine(a: Tensors, b: Tensors) -> float | None:
+    """`None` where one of them is zero or not finite."""
+    shared = {name: b[name] for name in a if name in b}
+    size = _norm({name: a[name] for name in shared}) * _norm(shared)
+    return _dot(a, shared) / size if 0.0 < size < math.inf else None
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return float(np.median(values)) if values else None
+
+
+def _mean(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    known = [v for v in values if v is not None]
+    if not known:
+        return None, None
+    error = float(np.std(known, ddof=1) / math.sqrt(len(known))) if len(known) > 1 else None
+    return float(np.mean(known)), error
+
+
+# -- in words ------------------------------------------------------------------------------------------------------------
+
+DIRECTIONS: Final[Mapping[Direction, str]] = {
+    "ordinary": "It changed the loss of its own batch about as its gradient promised.",
+    "too_long": "It went down the gradient and overshot: the loss of its own batch rose, so the step was too long.",
+    "wrong_direction": "It went up the gradients of the batches just before: the step had a wrong direction.",
+    "unclear": "Whether it was too long or in a wrong direction is not clear.",
+}
+
+
+def _text(found: UpdateMeasures) -> str:
+    parts = [f"The update at step {found.step} changed the weights by {found.relative_length:.2g} of their size"]
+    if found.length_usual:
+        ratio = found.length / found.length_usual
+        parts[0] += f", {ratio:.3g} times the usual" if ratio >= LONG or ratio <= 1 / LONG else ", a usual length"
+    parts[0] += "."
+    if found.rms is not None and found.rms >= STALE:
+        usual = "" if found.rms_usual is None else f" (usually {found.rms_usual:.2g})"
+        parts.append(f"The gradient of {found.tensor} was {found.rms:.3g} times what its second moment knew{usual}.")
+    if found.cosine is not None and found.cosine <= OPPOSED:
+        parts.append(f"Its momentum pointed against its gradient (cosine {found.cosine:.2f}).")
+    return " ".join([*parts, DIRECTIONS[found.direction]])
