@@ -198,7 +198,8 @@ def outcomes_of(run: Run, show: bool = False) -> list[Outcome]:
     if chronic:
         told = [e for e in episodes if e.onset.ordinal >= SETTLED][:CHRONIC_EPISODES]
     else:
-        told = [e for e in episodes if run.at - 1 <= e.onset.ordinal <= run.at + SEEN][:1]
+        near = [e for e in episodes if run.at - 1 <= e.onset.ordinal <= run.at + SEEN]
+        told = sorted(near, key=lambda e: -e.severity)[:1]  # a decoy may have made a small one of its own
     if show:
         print(run)
         for finding in store.findings:

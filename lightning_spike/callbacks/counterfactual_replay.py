@@ -1,5 +1,6 @@
 """`CounterfactualReplay`: after an episode, run the moment again and see whether the batch or the weights made the loss jump."""
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Final
@@ -18,6 +19,8 @@ from lightning_spike.records import Action, Episode, EpisodeKind, Finding, RunSt
 
 __all__ = ["CounterfactualReplay"]
 
+OUTGROWN: Final = 2.0
+"""How many times as severe an episode must have become since its examination for it to be examined again, at its peak."""
 FREE_SECONDS: Final = 5.0
 """Seconds in all that re-runs may take whatever the budget: nobody minds a few, and a short run has no 2 % to spend."""
 
@@ -72,10 +75,11 @@ class CounterfactualReplay(SpikeCallback):
     def act(self, batch: TrainingBatch, changed: Sequence[Episode]) -> None:
         self._waiting |= {e.id: e for e in changed if e.kind in EXAMINED and e.id not in self._seen}
         due = [e for e in self._waiting.values() if not _may_wait(e, batch)]
+        due += [e for e in changed if self._has_outgrown(e)]
         for episode in sorted(due, key=lambda e: -e.severity):
-            del self._waiting[episode.id]
-            self._seen.add(episode.id)
-            self._examine(batch, episode)
+            self._waiting.pop(episode.id, None)
+            self._examine(batch, episode, again=episode.id in self._seen)
+            self._seen.setdefault(episode.id, []).append(episode.severity)
 
     @override
     def conclude(self, trainer: Trainer, status: RunStatus, error: BaseException | None) -> None:
@@ -83,23 +87,29 @@ class CounterfactualReplay(SpikeCallback):
             self.flight.store.note(not_run(episode, "the run ended with it"))
 
     def _forget(self) -> None:
-        self._seen: set[int] = set()
+        self._seen: dict[int, list[float]] = {}
+        """By the id of an examined episode, its severity at each examination."""
         self._waiting: dict[int, Episode] = {}
         self._budget = Budget(share=self.budget, free=FREE_SECONDS)
         self._began = time.monotonic()
         self._first = 0
 
-    def _examine(self, batch: TrainingBatch, episode: Episode) -> None:
+    def _has_outgrown(self, episode: Episode) -> bool:
+        """What was examined was only the beginning: the peak has become another matter. Looked into once."""
+        severities = self._seen.get(episode.id, [])
+        return len(severities) == 1 and episode.severity > OUTGROWN * severities[0]
+
+    def _examine(self, batch: TrainingBatch, episode: Episode, *, again: bool) -> None:
         extent, why = self._extent(batch, episode)
         if extent is None:
-            self.flight.store.note(not_run(episode, why))
+            self.flight.store.note(*([] if again else [not_run(episode, why)]))
             return
         started = time.monotonic()
-        findings = self._findings(batch, episode, extent)
+        findings = self._findings(batch, episode, extent, again=again)
         seconds = time.monotonic() - started
         done = any(finding.kind != "not_run" for finding in findings)
         self._budget.took(seconds, extent=extent if done else "triage", severity=episode.severity)
-        self.flight.store.note(*findings)
+        self.flight.store.note(*(findings if done or not again else []))
         if done:
             detail = {
                 "episode": episode.id,
@@ -109,10 +119,12 @@ class CounterfactualReplay(SpikeCallback):
             }
             self.flight.store.note(Action(action="replay", at=batch.at, detail=detail))
 
-    def _findings(self, batch: TrainingBatch, episode: Episode, extent: Extent) -> list[Finding]:
+    def _findings(self, batch: TrainingBatch, episode: Episode, extent: Extent, *, again: bool) -> list[Finding]:
         examination = examine if extent == "full" else triage
         try:
-            return examination(live_scene(batch, episode, self._witnesses, controls=self.controls))
+            scene = live_scene(batch, episode, self._witnesses, controls=self.controls)
+            at_peak = again and any(entry.at.ordinal == episode.peak.ordinal for entry in scene.entries)
+            return examination(dataclasses.replace(scene, looks_at=episode.peak.ordinal) if at_peak else scene)
         except CannotReplay as reason:
             return [not_run(episode, str(reason))]
         except Exception as error:  # noqa: BLE001 - the user's code, run once more; the training is untouched and goes on
