@@ -38,6 +38,8 @@ from lightning_spike import RootCauseReport, TrainerStateStore, suite
 from lightning_spike.callbacks.counterfactual_replay import CounterfactualReplay
 from lightning_spike.callbacks.scene_recorder import SceneRecorder
 from lightning_spike.diagnosis.rank import diagnose
+from lightning_spike.flight.participant import TrainingBatch
+from lightning_spike.lab.budget import Extent
 from lightning_spike.records import Episode, EpisodeKind, Finding
 from lightning_spike.testing.faults.bad_batch import CorruptTokens, ExtremeValues
 from lightning_spike.testing.faults.code_bug import WeightsOverwritten
@@ -120,7 +122,7 @@ def _decoys(at: int, seed: int, net: str, group: str) -> list[Callback]:
     if net == "autoencoder":  # its target is its input as it was: to scale one of them alone would be no harmless thing
         odd_batch: Callback = HarmlessNoise(at, 0.1, seed=seed)
     else:
-        odd_batch = HarmlessScale(at, 1.5, seed=seed) if net in FLOATS else HarmlessTokens(at, 0.05, seed=seed)
+        odd_batch = HarmlessScale(at, 1.5, seed=seed) if net in FLOATS else HarmlessTokens(at, 0.02, seed=seed)
     decoys: dict[str, Callback] = {"learning_rate": HarmlessRate(at, 1.5), "data": odd_batch}
     return [decoy for guilty, decoy in decoys.items() if guilty != group]
 
@@ -178,11 +180,27 @@ class Outcome:
     """Of the examination, in training steps' worth of time."""
     passes: int | None = None
     """Runs of `training_step` in the examination."""
+    triage: float | None = None
+    """Cost of a triage of the run's first episode, in the same."""
     worsened: tuple[int, int] | None = None
     """Of the updates before, how many worsened their own batch's loss, and how many there were."""
 
 
 # -- one run -------------------------------------------------------------------------------------------------------------
+
+
+class WithTriage(CounterfactualReplay):
+    """Makes a triage before every full examination, to see what it costs."""
+
+    triage_seconds: float | None = None
+
+    @override
+    def _findings(self, batch: TrainingBatch, episode: Episode, extent: Extent, *, again: bool) -> list[Finding]:
+        if extent == "full" and not again:
+            started = time.perf_counter()
+            super()._findings(batch, episode, "triage", again=again)
+            self.triage_seconds = time.perf_counter() - started
+        return super()._findings(batch, episode, extent, again=again)
 
 
 def outcomes_of(run: Run, show: bool = False) -> list[Outcome]:
@@ -191,7 +209,8 @@ def outcomes_of(run: Run, show: bool = False) -> list[Outcome]:
     chronic = run.fault == CHRONIC
     seed_everything(run.seed, verbose=False)
     task = Task(run.net, run.optimizer, run.batch_size, faster=run.strength if chronic else 1.0)
-    store, pace = _train(run, task, CHRONIC_STEPS if chronic else run.at + AFTER)
+    replay = WithTriage(budget=1.0)
+    store, pace = _train(run, task, CHRONIC_STEPS if chronic else run.at + AFTER, replay)
     episodes = [
         e for e in store.episodes if e.kind in {EpisodeKind.SPIKE, EpisodeKind.DIVERGENCE, EpisodeKind.NONFINITE}
     ]
@@ -207,14 +226,15 @@ def outcomes_of(run: Run, show: bool = False) -> list[Outcome]:
                 print("   ", finding.kind, dict(finding.detail))
     if not told:
         return [Outcome(run=run)]
-    return [_outcome(run, store, episode, pace) for episode in told]
+    triage = None if replay.triage_seconds is None else replay.triage_seconds / pace
+    return [dataclasses.replace(_outcome(run, store, episode, pace), triage=triage) for episode in told]
 
 
-def _train(run: Run, task: Task, steps: int) -> tuple[TrainerStateStore, float]:
+def _train(run: Run, task: Task, steps: int, replay: WithTriage) -> tuple[TrainerStateStore, float]:
     """The store afterwards, and the seconds of a training step."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        watching = [c for c in suite(CounterfactualReplay(budget=1.0), dirpath=folder) if not isinstance(c, WRITERS)]
+        watching = [c for c in suite(replay, dirpath=folder) if not isinstance(c, WRITERS)]
         callbacks = [*run.faults(), *watching, clock]
         trainer = Trainer(
             max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -358,6 +378,7 @@ def _figures(outcomes: Sequence[Outcome]) -> list[str]:
     located = [
         o.located for o in seen if o.located is not None and o.run.fault in KINDS and KINDS[o.run.fault].shows_at
     ]
+    triages = sorted(o.triage for o in seen if o.triage is not None)
     costs = sorted(o.cost for o in seen if o.cost is not None)
     return [
         str(len({id(o.run) for o in outcomes})),
@@ -368,6 +389,7 @@ def _figures(outcomes: Sequence[Outcome]) -> list[str]:
         f"{signatures / len(seen):.2f}" if seen else "",
         f"{sum(k == 0 for k in located)}/{len(located)}" if located else "",
         f"{statistics.median(costs):.0f}, {costs[int(0.95 * (len(costs) - 1))]:.0f}" if costs else "",
+        f"{statistics.median(triages):.1f}, {triages[int(0.95 * (len(triages) - 1))]:.1f}" if triages else "",
     ]
 
 
@@ -396,7 +418,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--show", action="store_true", help="every finding of the lab")
     options = parser.parse_args()
-    console = Console(width=200)
+    console = Console(width=220)
     seeds = range(options.seed, options.seed + options.seeds)
     trainings = itertools.product(options.net, options.optimizer, options.batch_size, seeds)
     todo = [run for training in trainings for run in runs(*training, options.fault, quick=options.quick)]
