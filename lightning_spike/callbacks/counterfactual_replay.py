@@ -95,9 +95,17 @@ class CounterfactualReplay(SpikeCallback):
         self._first = 0
 
     def _has_outgrown(self, episode: Episode) -> bool:
-        """What was examined was only the beginning: the peak has become another matter. Looked into once."""
+        """What was examined was only the beginning: the peak has become another matter. Looked into once; if the weights were at fault already, it is their doing."""
         severities = self._seen.get(episode.id, [])
-        return len(severities) == 1 and episode.severity > OUTGROWN * severities[0]
+        return (
+            len(severities) == 1
+            and episode.severity > OUTGROWN * severities[0]
+            and not self._weights_are_to_blame(episode)
+        )
+
+    def _weights_are_to_blame(self, episode: Episode) -> bool:
+        told = (f.detail for f in self.flight.store.findings if f.detector == "lab" and f.kind == "blame")
+        return any(d["first"] != "data" for d in told if d["episode"] == episode.id)
 
     def _examine(self, batch: TrainingBatch, episode: Episode, *, again: bool) -> None:
         extent, why = self._extent(batch, episode)
