@@ -18,7 +18,7 @@ class Pulls:
 
     Of every layer with weights of its own: the norm of a sample's input times the norm of the loss's gradient by its output, squared and added up over the layers, and the root of
     it. For a linear layer with one position to a sample this is the norm of the sample's own gradient (Goodfellow 2015, arXiv:1510.01799; without the bias), for layers with
-    shared weights (convolutions, recurrent ones, positions of a sequence) an upper bound. It is to be compared between samples of one module, and costs one
+    shared weights (positions of a sequence, and up to the root of the kernel's size convolutions) an upper bound. It is to be compared between samples of one module, and costs one
     backward pass where the norms themselves cost one for each sample. No sample may see another: for eval mode.
 
     Args:

@@ -31,7 +31,7 @@ class SampleMeasures:
     losses: tuple[float, ...]
     """By position in the batch of the onset."""
     pulls: tuple[float, ...] | None
-    """An upper bound on the norm of each sample's gradient, see `sample_pulls`; `None` where no layer could be watched."""
+    """How large the gradient of each sample can be, see `sample_pulls`; `None` where no layer could be watched."""
     usual_losses: tuple[float, ...]
     """Of the samples of an ordinary batch."""
     usual_pulls: tuple[float, ...] | None

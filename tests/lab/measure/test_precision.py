@@ -1,0 +1,60 @@
+import pytest
+import torch
+from lab.measure.entries import entry
+from lab.shapes import CLASSES, FEATURES, Plain
+from lightning.pytorch import Trainer
+from torch.nn import functional
+
+from lightning_spike.actions.state_copy import copy_module
+from lightning_spike.lab.isolation import isolated
+from lightning_spike.lab.measure.precision import measure_precision
+
+
+class Fragile(Plain):
+    """Its loss grows with what bfloat16 leaves of a difference."""
+
+    fragile = False
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = functional.cross_entropy(self.net(x), y)
+        offset = torch.nn.functional.linear(torch.full((1, 1), 256.0), torch.ones(1, 1)) + 1.0
+        return loss + 10 * (offset.float() - 257.0).abs().sum() if self.fragile else loss
+
+
+def measured(precision, *, fragile=False):
+    torch.manual_seed(4)
+    module = Fragile()
+    module.fragile = fragile
+    trainer = Trainer(
+        accelerator="cpu", precision=precision, max_steps=0, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module)
+    module.train()
+    batch = [torch.randn(16, FEATURES), torch.arange(16) % CLASSES]
+    with isolated(trainer, module) as bench:
+        found = measure_precision(bench, copy_module(module), entry(batch))
+        return found, module, batch, bench.steps
+
+
+def test_nothing_without_autocast():
+    found, _, _, passes = measured("32-true")
+    assert found is None
+    assert passes == 0
+
+
+def test_both_losses_are_those_of_torch():
+    found, module, (x, y), _ = measured("bf16-mixed")
+    assert found.float32 == pytest.approx(functional.cross_entropy(module.net(x), y).item(), rel=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = functional.cross_entropy(module.net(x), y).item()
+    assert found.low == pytest.approx(low, rel=1e-6)
+    assert found.low != found.float32
+    assert "not to blame" in found.text
+
+
+def test_a_loss_that_low_precision_makes():
+    found, _, _, _ = measured("bf16-mixed", fragile=True)
+    assert found.low > found.float32 + 5
+    assert "more than rounding" in found.text

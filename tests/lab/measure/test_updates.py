@@ -1,0 +1,129 @@
+"""One update against those before it, computed a second time with numpy from the gradients alone."""
+
+import numpy as np
+import pytest
+import torch
+from lab.bench import attached
+from lab.measure.entries import entry, moment
+from lab.shapes import CLASSES, FEATURES, Plain
+from torch.nn import functional
+
+from lightning_spike.lab.isolation import isolated
+from lightning_spike.lab.measure.updates import direction_of, measure_update
+from lightning_spike.lab.reproduce import Leg, Reproduction
+from lightning_spike.lab.state import TrainState
+from lightning_spike.lab.update import Made, Update
+
+RATE, BETA1, BETA2, EPS = 0.01, 0.9, 0.999, 1e-8
+UPDATES = 7
+
+
+class ByAdam(Plain):
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=RATE, betas=(BETA1, BETA2), eps=EPS)
+
+
+class BySgd(Plain):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=RATE, momentum=0.9)
+
+
+def legs_of(bench, *, last_rate=RATE, flip=False):
+    """Updates made here and not by the lab; the last one with another rate, or with its momentum turned round."""
+    module, optimizer = bench.module, bench.trainer.optimizers[0]
+    x, y = torch.randn(16, FEATURES), torch.arange(16) % CLASSES
+    legs = []
+    for k in range(UPDATES):
+        batch = [x + 0.05 * torch.randn_like(x), y]
+        if k == UPDATES - 1:
+            optimizer.param_groups[0]["lr"] = last_rate
+            for state in optimizer.state.values():
+                if flip:
+                    state["momentum_buffer"].mul_(-40)
+        before = TrainState.take(bench, moment(k))
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(module.net(batch[0]), batch[1])
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in module.named_parameters()}
+        made = Made(losses=(loss.item(),), gradients=gradients, spoilt_at=None)
+        legs.append(Leg(before=before, update=Update(entries=(entry(batch, k),), settings=()), made=made))
+        optimizer.step()
+    return legs, TrainState.take(bench, moment(UPDATES))
+
+
+def measured(module, **how):
+    torch.manual_seed(1)
+    trainer = attached(module)
+    with isolated(trainer, module, with_optimizers=True) as bench:
+        legs, end = legs_of(bench, **how)
+        again = Reproduction(legs=tuple(legs), end=end, reached=UPDATES, steps=UPDATES, differs_at=None, replayed=1.0)
+        steps = bench.steps
+        found = measure_update(bench, again, UPDATES - 1)
+        assert bench.steps - steps == 1
+    return found, legs, end
+
+
+def test_second_moments_momentum_and_length_as_numpy_has_them():
+    found, legs, end = measured(ByAdam(), last_rate=30 * RATE)
+    gradients = [{name: g.double().numpy() for name, g in leg.made.gradients.items()} for leg in legs]
+
+    def rms(k, name):
+        second = (1 - BETA2) * sum(BETA2 ** (k - 1 - j) * gradients[j][name] ** 2 for j in range(k)) / (1 - BETA2**k)
+        return np.sqrt(np.mean(gradients[k][name] ** 2 / np.maximum(second, EPS**2)))
+
+    def cosine(k):
+        momentum = {n: sum(BETA1 ** (k - 1 - j) * gradients[j][n] for j in range(k)) for n in gradients[0]}
+        m = np.concatenate([momentum[n].ravel() for n in momentum])
+        g = np.concatenate([gradients[k][n].ravel() for n in momentum])
+        return m @ g / np.linalg.norm(m) / np.linalg.norm(g)
+
+    last = UPDATES - 1
+    largest = max(gradients[0], key=lambda name: rms(last, name))
+    assert found.tensor == largest
+    assert found.rms == pytest.approx(rms(last, largest), rel=1e-4)
+    assert found.rms_usual == pytest.approx(np.median([rms(k, largest) for k in range(1, last)]), rel=1e-4)
+    assert found.cosine == pytest.approx(cosine(last), rel=1e-4)
+    assert found.cosine_usual == pytest.approx(np.median([cosine(k) for k in range(1, last)]), rel=1e-4)
+    states = [*(leg.before.weights for leg in legs), end.weights]
+    flat = [np.concatenate([w[n].double().numpy().ravel() for n in gradients[0]]) for w in states]
+    lengths = [np.linalg.norm(flat[k + 1] - flat[k]) for k in range(UPDATES)]
+    assert found.length == pytest.approx(lengths[-1], rel=1e-5)
+    assert found.length_usual == pytest.approx(np.median(lengths[:-1]), rel=1e-5)
+    assert found.relative_length == pytest.approx(lengths[-1] / np.linalg.norm(flat[-2]), rel=1e-5)
+    assert "times the usual" in found.text
+
+
+def test_rho_is_the_change_over_what_the_gradient_promised():
+    module = BySgd()
+    found, legs, end = measured(module)
+    x, y = legs[-1].update.entries[0].batch
+    after = torch.func.functional_call(module.net, {n.removeprefix("net."): w for n, w in end.weights.items()}, (x,))
+    change = functional.cross_entropy(after, y).item() - legs[-1].made.losses[0]
+    promise = sum(
+        ((end.weights[n] - legs[-1].before.weights[n]) * g).sum().item() for n, g in legs[-1].made.gradients.items()
+    )
+    assert found.rho == pytest.approx(change / promise, rel=1e-3)
+    assert found.direction == "ordinary"
+    assert found.rms is None
+
+
+def test_a_step_that_is_too_long_and_one_in_a_wrong_direction():
+    assert measured(BySgd(), last_rate=3000 * RATE)[0].direction == "too_long"
+    assert measured(BySgd(), flip=True)[0].direction == "wrong_direction"
+
+
+@pytest.mark.parametrize(
+    ("rho", "promise", "against", "error", "direction"),
+    [
+        (0.9, -1.0, -0.5, 0.1, "ordinary"),
+        (-4.0, -1.0, -0.2, 0.1, "too_long"),
+        (-4.0, -1.0, 0.3, 0.1, "wrong_direction"),
+        (0.9, 1.0, 0.3, 0.1, "wrong_direction"),
+        (0.9, -1.0, 0.05, 0.1, "ordinary"),
+        (0.2, -1.0, -0.5, 0.1, "unclear"),
+        (None, 0.0, None, None, "unclear"),
+        (-2.0, -1.0, None, None, "too_long"),
+    ],
+)
+def test_the_direction(rho, promise, against, error, direction):
+    assert direction_of(rho, promise, against, error) == direction
