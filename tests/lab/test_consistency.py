@@ -1,0 +1,71 @@
+"""Steps that keep the promise of their gradient and steps that do not, on a parabola where both are known."""
+
+import pytest
+import torch
+from lab.bench import attached
+from lab.made import entry, moment, settings
+from lightning.pytorch import LightningModule
+
+from lightning_spike.lab.consistency import consistency
+from lightning_spike.lab.isolation import isolated
+from lightning_spike.lab.reproduce import Leg, Reproduction
+from lightning_spike.lab.state import TrainState
+from lightning_spike.lab.update import Made, Update
+
+CURVATURE = 4.0
+
+
+class Parabola(LightningModule):
+    """loss = curvature / 2 * w^2, whatever the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def training_step(self, batch, batch_idx):
+        return CURVATURE / 2 * self.weight.square().sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train_dataloader(self):
+        return [torch.zeros(1)] * 3
+
+
+def descent(rate, steps=8):
+    """The updates of plain gradient descent, by hand."""
+    legs, w = [], 1.0
+    for k in range(steps):
+        state = TrainState(at=moment(k), weights={"weight": torch.tensor([w])}, optimizers=[])
+        made = Made(
+            losses=(CURVATURE / 2 * w * w,), gradients={"weight": torch.tensor([CURVATURE * w])}, spoilt_at=None
+        )
+        update = Update(entries=(entry(k, torch.zeros(1)),), settings=(settings(rate),))
+        legs.append(Leg(before=state, update=update, made=made))
+        w -= rate * CURVATURE * w
+    end = TrainState(at=moment(steps), weights={"weight": torch.tensor([w])}, optimizers=[])
+    return Reproduction(legs=tuple(legs), end=end, reached=steps, steps=steps, differs_at=None, replayed=0.0)
+
+
+def told(rate, **options):
+    module = Parabola()
+    with isolated(attached(module), module) as bench:
+        return consistency(bench, descent(rate, **options))
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.25, 0.45, 0.6])
+def test_rho_is_one_less_half_of_rate_times_curvature(rate):
+    """dL = -rate g^2 (1 - rate curvature / 2): below 0 exactly beyond 2 / curvature."""
+    found = told(rate)
+    assert found.rho == pytest.approx(1 - rate * CURVATURE / 2, abs=1e-3)
+    assert found.worsened == float(rate > 2 / CURVATURE)
+    assert found.against == 0.0
+
+
+def test_steps_beyond_the_edge_are_called_too_long_all_the_time():
+    assert told(0.6).agitated > 0.99
+    assert told(0.1).agitated < 0.05
+
+
+def test_few_updates_say_nothing():
+    assert told(0.1, steps=3) is None
