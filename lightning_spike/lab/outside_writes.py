@@ -88,7 +88,8 @@ class _Book:
         """Take in the versions at the beginning of a batch; the places of the tensors that were written to unusually often since the last one."""
         versions = [tensor._version for tensor in tensors]  # noqa: SLF001 - the only witness of a write in place
         before, self._versions = self._versions, versions
-        if len(before) != len(versions):  # optimizer states come to be with the first step, and when a layer is unfrozen
+        if len(before) != len(versions):
+            # Optimizer states come to be with the first step, and when a layer is unfrozen.
             self._usual.clear()
             return []
         writes = [now - then for now, then in zip(versions, before, strict=True)]
