@@ -20,14 +20,20 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback
 
+from lightning_spike.callbacks.activation_monitor import ActivationMonitor
 from lightning_spike.callbacks.anomaly_rollback import AnomalyRollback
 from lightning_spike.callbacks.bad_batch_dumper import BadBatchDumper
 from lightning_spike.callbacks.counterfactual_replay import CounterfactualReplay
+from lightning_spike.callbacks.data_monitor import DataMonitor
 from lightning_spike.callbacks.grad_norm_monitor import GradNormMonitor
 from lightning_spike.callbacks.lr_peak_detector import LRPeakDetector
+from lightning_spike.callbacks.optimizer_monitor import OptimizerMonitor
 from lightning_spike.callbacks.overfit_watcher import OverfitWatcher
+from lightning_spike.callbacks.precision_monitor import PrecisionMonitor
+from lightning_spike.callbacks.rank_sync_monitor import RankSyncMonitor
 from lightning_spike.callbacks.root_cause_report import RootCauseReport
 from lightning_spike.callbacks.scene_recorder import SceneRecorder
+from lightning_spike.callbacks.weight_monitor import WeightMonitor
 from lightning_spike.store import TrainerStateStore
 
 if TYPE_CHECKING:
@@ -36,16 +42,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationMonitor",
     "AnomalyRollback",
     "BadBatchDumper",
     "CounterfactualReplay",
+    "DataMonitor",
     "GradNormMonitor",
     "LRPeakDetector",
+    "OptimizerMonitor",
     "OverfitWatcher",
+    "PrecisionMonitor",
+    "RankSyncMonitor",
     "RootCauseReport",
     "SceneRecorder",
     "SpikeCLI",
     "TrainerStateStore",
+    "WeightMonitor",
     "suite",
 ]
 
@@ -75,6 +87,12 @@ def suite(
     defaults: list[Callback] = [
         GradNormMonitor(),
         LRPeakDetector(),
+        DataMonitor(),
+        ActivationMonitor(),
+        WeightMonitor(),
+        OptimizerMonitor(),
+        PrecisionMonitor(),
+        RankSyncMonitor(),
         BadBatchDumper(dirpath=dirpath),
         OverfitWatcher(stop=early_stop, restore_best=early_stop),
         RootCauseReport(dirpath=dirpath),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lightning_spike.errors import ConfigurationError
 
-__all__ = ["directory", "number", "switch", "whole_number"]
+__all__ = ["batch_path", "directory", "number", "switch", "whole_number"]
 
 
 def whole_number(name: str, value: object, *, at_least: int, do: str) -> int:
@@ -70,3 +70,19 @@ def directory(name: str, value: object) -> Path | None:
             name, expected="a folder's path", given=value, do="A file of that name is in the way: choose another."
         )
     return path
+
+
+def batch_path(name: str, value: object) -> str | None:
+    """Where something is in a batch, keys and positions joined by dots; `None` for what the convention says.
+
+    Raises:
+        ConfigurationError: It is neither.
+    """
+    if value is None or (isinstance(value, str) and value):
+        return value
+    raise ConfigurationError.of(
+        name,
+        expected="a path in the batch, or None",
+        given=value,
+        do='Join keys and positions by dots: "labels", "1.y".',
+    )

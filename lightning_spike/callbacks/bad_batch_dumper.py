@@ -11,18 +11,18 @@ from typing_extensions import override
 
 from lightning_spike.actions.batch_dump import tensor_bytes, write_dump
 from lightning_spike.actions.batch_ring import BatchRing, RingEntry
+from lightning_spike.actions.batch_statistics import BatchStatistics
 from lightning_spike.actions.dump_facts import ExaminedBatch, dump_facts
 from lightning_spike.actions.sample_losses import SampleLosses, losses_of_samples
 from lightning_spike.actions.snapshot import Snapshots
 from lightning_spike.actions.suspect_samples import find_suspects, sample_values
-from lightning_spike.arguments import directory, number, whole_number
+from lightning_spike.arguments import batch_path, directory, number, whole_number
 from lightning_spike.callbacks.base import SpikeCallback
-from lightning_spike.errors import ConfigurationError
 from lightning_spike.flight.loop import batch_size
 from lightning_spike.flight.participant import TrainingBatch
 from lightning_spike.recorder import Arrival
 from lightning_spike.records import Action, Episode, EpisodeKind, Finding, Moment, RunStatus
-from lightning_spike.signals.batch import BatchRoles, batch_leaves, batch_signals
+from lightning_spike.signals.batch import BatchRoles, batch_leaves
 
 __all__ = ["BadBatchDumper"]
 
@@ -83,7 +83,7 @@ class BadBatchDumper(SpikeCallback):
             "BadBatchDumper(neighbours)", neighbours, at_least=0, do="Use 0 for the onset alone."
         )
         self.roles = BatchRoles(
-            target=_path("BadBatchDumper(target)", target), weight=_path("BadBatchDumper(weight)", weight)
+            target=batch_path("BadBatchDumper(target)", target), weight=batch_path("BadBatchDumper(weight)", weight)
         )
         self._begin_anew()
 
@@ -91,12 +91,8 @@ class BadBatchDumper(SpikeCallback):
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         self._begin_anew()
         self._ring: BatchRing = self.flight.share(BatchRing, BatchRing, trainer, module)
+        self.flight.share(BatchStatistics, BatchStatistics, trainer, module).take_roles(self.roles)
         self._folder = (self.dirpath or self.flight.default_dirpath) / "batches"
-
-    @override
-    def sense_batch(self, batch: TrainingBatch) -> None:
-        for signal, value in batch_signals(batch.batch, self.roles).items():
-            self.flight.recorder.put(signal, value)
 
     @override
     def judge(self, arrival: Arrival) -> None:
@@ -299,14 +295,3 @@ def _text(batch: ExaminedBatch) -> str:
 def _median(values: Sequence[float]) -> float | None:
     finite = sorted(v for v in values if math.isfinite(v))
     return finite[len(finite) // 2] if finite else None
-
-
-def _path(name: str, value: object) -> str | None:
-    if value is None or (isinstance(value, str) and value):
-        return value
-    raise ConfigurationError.of(
-        name,
-        expected="a path in the batch, or None",
-        given=value,
-        do='Join keys and positions by dots: "labels", "1.y".',
-    )

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -15,6 +14,7 @@ from lightning_spike.flight.participant import TrainingBatch
 from lightning_spike.records import RunStatus
 from lightning_spike.signals.gradients import gradient_norms
 from lightning_spike.signals.learning_rate import optimizer_names
+from lightning_spike.signals.precision import left_scale
 
 __all__ = ["GradNormMonitor"]
 
@@ -61,7 +61,7 @@ class GradNormMonitor(SpikeCallback):
     @override
     def sense_gradients(self, batch: TrainingBatch, optimizer: Optimizer) -> None:
         norms = gradient_norms(self._parameters[id(optimizer)])
-        unscale = _left_scale(batch.trainer, optimizer)
+        unscale = left_scale(batch.trainer, optimizer)
         self._totals[id(optimizer)] = norms.total / unscale
         if len(self._parameters) > 1:
             self.flight.recorder.put(f"grad_norm/{self._optimizer_names[id(optimizer)]}", norms.total / unscale)
@@ -103,19 +103,3 @@ class GradNormMonitor(SpikeCallback):
 
 def _joined(totals: Sequence[Tensor]) -> Tensor:
     return totals[0] if len(totals) == 1 else torch.linalg.vector_norm(torch.stack(list(totals)))
-
-
-def _left_scale(trainer: Trainer, optimizer: Optimizer) -> Tensor | float:
-    """The loss scale that is still on the gradients: Lightning does not unscale for a fused optimizer under fp16 (it does so itself).
-
-    Read as a device tensor from the scaler, since its public `get_scale()` waits for the device.
-    """
-    plugin = trainer.precision_plugin
-    if (
-        not isinstance(plugin, MixedPrecision)
-        or plugin.scaler is None
-        or not getattr(optimizer, "_step_supports_amp_scaling", False)
-    ):
-        return 1.0
-    scale: Tensor | None = plugin.scaler._scale  # noqa: SLF001
-    return 1.0 if scale is None else scale

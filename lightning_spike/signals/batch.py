@@ -1,6 +1,6 @@
-"""What is in a batch, whatever its structure: which tensor is input, target or sample weight, and how large its values are.
+"""What is in a batch, whatever its structure: which tensor is input, target or sample weight, how large its values are, how its classes and weights are spread.
 
-`batch_leaves` names the tensors, `value_statistics` measures one, `batch_signals` does both for the recorder.
+`batch_leaves` names the tensors, `value_statistics`, `class_statistics` and `weight_statistics` measure one, `batch_signals` does it all for the recorder.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "DISTINCT_BINS",
     "MAX_LEAVES",
     "BatchLeaf",
     "BatchPart",
@@ -19,7 +20,9 @@ __all__ = [
     "batch_leaves",
     "batch_signals",
     "children",
+    "class_statistics",
     "value_statistics",
+    "weight_statistics",
 ]
 
 MAX_LEAVES: Final = 16
@@ -57,6 +60,8 @@ class BatchRoles:
     """Path of the target in the batch, keys and positions joined by dots (`"labels"`, `"1"`, `"views.0.y"`), everything below it included."""
     weight: str | None = None
     """Path of the sample weights."""
+    input: str | None = None
+    """Path of the input; what is then none of the three (ids, masks) is passed over."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,11 +114,21 @@ def batch_leaves(batch: object, roles: BatchRoles | None = None) -> tuple[BatchL
         item.part = _overridden(item.path, roles) or item.part
         if roles.target is not None and item.part is BatchPart.TARGET and not _is_under(item.path, roles.target):
             item.part = BatchPart.INPUT
+    if roles.input is not None:
+        found = [
+            item for item in found if item.part not in {None, BatchPart.INPUT} or _is_under(item.path, roles.input)
+        ]
     return tuple(_named(found))
 
 
 def batch_signals(batch: object, roles: BatchRoles | None = None) -> dict[str, Tensor]:
-    """The statistics of the first `MAX_LEAVES` tensors by signal name, `batch/<leaf>/<statistic>`; see `value_statistics`. Never blocks."""
+    """The statistics of the first `MAX_LEAVES` tensors by signal name, `batch/<leaf>/<statistic>`. Never blocks.
+
+    `value_statistics` of every floating tensor, with `weight_statistics` for sample weights; `class_statistics` of an integer target.
+
+    Returns:
+        Tensors of shape `()`, but for `histogram`, of shape `(64,)`.
+    """
     return {
         f"batch/{leaf.name}/{statistic}": value
         for leaf in batch_leaves(batch, roles)[:MAX_LEAVES]
@@ -156,24 +171,64 @@ def value_statistics(tensor: Tensor) -> dict[str, Tensor]:
         }
 
 
-def _statistics(leaf: BatchLeaf) -> dict[str, Tensor]:
-    distinct = _distinct(leaf.value) if leaf.part is BatchPart.TARGET else {}
-    return distinct or value_statistics(leaf.value)
+def class_statistics(tensor: Tensor) -> dict[str, Tensor]:
+    """How the classes of an integer target are spread over the batch, by their remainders modulo 64, so that the cost does not depend on the values.
 
+    By comparison with every bin: counting by value (`unique`, `bincount`) waits for the device, and scattering is refused where the user asks for deterministic kernels.
 
-def _distinct(tensor: Tensor) -> dict[str, Tensor]:
-    """`distinct`: how many of the 64 remainders of an integer target occur: the number of classes in the batch where there are up to 64.
-
-    By comparison with every bin: counting by value (`unique`, `bincount`) waits for the device, and scattering is refused where the user
-    asks for deterministic kernels.
+    Returns:
+        `distinct`: how many of the 64 remainders occur, the number of classes in the batch where there are up to 64; `entropy`: of their shares, in nats, log(k) for k equally
+        frequent ones; `largest`: share of the most frequent; `longest_run`: elements in a row, in row-major order, with the same value; each of shape `()`; `histogram`: how
+        often each remainder occurs, shape `(64,)`; all float32 on the tensor's device. Empty for other dtypes, booleans, and more than 65,536 elements. Never blocks.
     """
     is_integer = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
     if not _is_plain(tensor) or not is_integer or tensor.numel() > MAX_DISTINCT_VALUES:
         return {}
     with torch.no_grad():
+        values = tensor.detach().reshape(-1)
         bins = torch.arange(DISTINCT_BINS, device=tensor.device)
-        present = (tensor.detach().reshape(-1, 1).remainder(DISTINCT_BINS) == bins).any(dim=0)
-        return {"distinct": present.sum().float()}
+        counts = (values.unsqueeze(1).remainder(DISTINCT_BINS) == bins).sum(dim=0, dtype=torch.float32)
+        shares = counts / values.numel()
+        return {
+            "distinct": counts.sign().sum(),
+            "entropy": -torch.xlogy(shares, shares).sum(),
+            "largest": shares.amax(),
+            "longest_run": _longest_run(values),
+            "histogram": counts,
+        }
+
+
+def weight_statistics(tensor: Tensor) -> dict[str, Tensor]:
+    """How evenly the sample weights of a batch are spread.
+
+    Returns:
+        `ess`: the effective sample size (sum w)² / sum w² (Kish) as a share of their number, 1 where all are equal, 1 / n where one has everything; `max_share`: the largest weight's
+        share of the sum of the absolute weights; shape `()`, float32 or wider, on the tensor's device, NaN where all are 0. Empty for tensors that are not floating. Never blocks.
+    """
+    if not _is_plain(tensor) or not tensor.is_floating_point():
+        return {}
+    with torch.no_grad():
+        weights = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+        unit = weights / weights.abs().amax()
+        return {
+            "ess": unit.sum().square() / (unit.square().sum() * weights.numel()),
+            "max_share": 1.0 / unit.abs().sum(),
+        }
+
+
+def _longest_run(values: Tensor) -> Tensor:
+    place = torch.arange(values.numel(), device=values.device)
+    begins = place[1:] * (values[1:] != values[:-1])
+    if not begins.numel():
+        return torch.ones((), device=values.device)
+    return (place[1:] - begins.cummax(dim=0).values).amax().float() + 1.0
+
+
+def _statistics(leaf: BatchLeaf) -> dict[str, Tensor]:
+    if leaf.part is BatchPart.TARGET and (classes := class_statistics(leaf.value)):
+        return classes
+    values = value_statistics(leaf.value)
+    return values | weight_statistics(leaf.value) if leaf.part is BatchPart.WEIGHT else values
 
 
 def _is_plain(tensor: Tensor) -> bool:

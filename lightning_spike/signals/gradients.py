@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-__all__ = ["NO_GRADIENT", "GradientNorms", "gradient_norms"]
+__all__ = ["NO_GRADIENT", "GradientNorms", "gradient_norms", "tensor_norms"]
 
 NO_GRADIENT: Final = -1.0
 """Stands in the vector of norms for a parameter that has no gradient; NaN would be taken for a gradient that is NaN."""
@@ -33,7 +33,7 @@ def gradient_norms(parameters: Sequence[Tensor]) -> GradientNorms:
         present = [i for i, p in enumerate(parameters) if p.grad is not None]
         if not present:
             return GradientNorms(per_parameter=torch.full((len(parameters),), NO_GRADIENT), total=torch.zeros(()))
-        norms = _norms([_values(parameters[i].grad) for i in present])
+        norms = tensor_norms([_values(parameters[i].grad) for i in present])
         missing = torch.full((), NO_GRADIENT, device=norms[0].device)
         laid_out = [missing] * len(parameters)
         for index, norm in zip(present, norms, strict=True):
@@ -41,16 +41,21 @@ def gradient_norms(parameters: Sequence[Tensor]) -> GradientNorms:
         return GradientNorms(per_parameter=torch.stack(laid_out), total=torch.linalg.vector_norm(torch.stack(norms)))
 
 
-def _norms(grads: list[Tensor]) -> list[Tensor]:
-    """Norms in the order of the gradients, float32, on the first one's device; grouped, as the fused kernel wants one device and dtype."""
+def tensor_norms(tensors: Sequence[Tensor], order: float = 2) -> list[Tensor]:
+    """Norms in the order of the tensors, each of shape `()`, float32, on the first one's device; one fused kernel for each device and dtype.
+
+    Args:
+        tensors: At least one, strided, floating, none empty where `order` is infinite.
+        order: 2, 1, or infinite for the largest absolute value.
+    """
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, grad in enumerate(grads):
-        groups.setdefault((grad.device, grad.dtype), []).append(index)
+    for index, tensor in enumerate(tensors):
+        groups.setdefault((tensor.device, tensor.dtype), []).append(index)
     out: dict[int, Tensor] = {}
     for (_, dtype), indices in groups.items():
         wide = torch.promote_types(dtype, torch.float32)
-        out.update(zip(indices, torch._foreach_norm([grads[i] for i in indices], 2, dtype=wide), strict=True))  # noqa: SLF001 - public get_total_norm has no per-tensor form
-    return [_over_shards(out[i]).to(grads[0].device, torch.float32, non_blocking=True) for i in range(len(grads))]
+        out.update(zip(indices, torch._foreach_norm([tensors[i] for i in indices], order, dtype=wide), strict=True))  # noqa: SLF001 - public get_total_norm has no per-tensor form
+    return [_over_shards(out[i]).to(tensors[0].device, torch.float32, non_blocking=True) for i in range(len(tensors))]
 
 
 def _values(grad: Tensor | None) -> Tensor:

@@ -18,8 +18,9 @@ from lightning_spike import (
 )
 
 NAMES = {
-    "AnomalyRollback", "BadBatchDumper", "CounterfactualReplay", "GradNormMonitor", "LRPeakDetector", "OverfitWatcher", "RootCauseReport",
-    "SceneRecorder", "SpikeCLI", "TrainerStateStore", "suite",
+    "ActivationMonitor", "AnomalyRollback", "BadBatchDumper", "CounterfactualReplay", "DataMonitor", "GradNormMonitor", "LRPeakDetector",
+    "OptimizerMonitor", "OverfitWatcher", "PrecisionMonitor", "RankSyncMonitor", "RootCauseReport", "SceneRecorder", "SpikeCLI",
+    "TrainerStateStore", "WeightMonitor", "suite",
 }  # fmt: skip
 
 

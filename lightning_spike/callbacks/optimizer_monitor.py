@@ -1,0 +1,205 @@
+"""`OptimizerMonitor`: what the optimizer's state says about its updates, and whether the training step does what every training step must."""
+
+from typing import Any, Final
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_spike.actions.gradient_checks import GradientChecks
+from lightning_spike.actions.update_meter import NO_UPDATE, NOT_MEASURED, UpdateMeter
+from lightning_spike.arguments import whole_number
+from lightning_spike.callbacks.base import SpikeCallback
+from lightning_spike.flight.participant import TrainingBatch
+from lightning_spike.lab.outside_writes import OutsideWrite, OutsideWrites
+from lightning_spike.recorder import Arrival
+from lightning_spike.records import Finding, Moment
+from lightning_spike.signals.optimizer import Memory, corrected_roots, eps_shares, memories, momentum_cosine, update_rms
+
+__all__ = ["OptimizerMonitor"]
+
+RMS: Final = "update_rms"
+EPS: Final = "eps_share"
+COSINE: Final = "momentum_cosine"
+NAMED: Final = 8
+CONFIRMED: Final = 2
+"""Measured updates in a row that changed nothing before it is said."""
+
+
+class OptimizerMonitor(SpikeCallback):
+    """Records what the optimizer remembers against what it gets, every few updates, and finds training steps that do not do what they must.
+
+    For Adam's kind and RMSprop: `update_rms`, the highest over the parameters of RMS_t = sqrt(mean(g² / max(v, eps²))) (Wortsman et al. 2023) with the gradient that the update used
+    and the second moment from before it, and the vector of the same for every parameter; `eps_share`, the share of all coordinates whose sqrt(v) is below 10 eps, and the vector.
+    For any optimizer with momentum: `momentum_cosine`, the cosine between the gradient and the momentum before the update. Of parameters with more than 65,536 elements a
+    subset is taken; in the vectors -1 stands for a parameter without. With several optimizers the one whose RMS_t is highest counts, and the lowest cosine.
+
+    Findings, which hardly ever are false alarms:
+
+    - those of `GradientChecks`: detector `"optimizer"`, kinds `"not_optimized"`, `"no_gradient"`, `"not_zeroed"`;
+    - detector `"optimizer"`, kind `"no_update"`: in two measured updates in a row nothing that is looked at changed, though there were gradients and a learning rate above a thousandth
+      of its highest; `text`;
+    - detector `"outside_writes"`, kinds `"weights"` and `"optimizer_state"`: something was written into them in place that the training step does not write; `names` (the first
+      eight), `count`, `text`. `"weights_at_validation"` and `"optimizer_state_at_validation"` where a validation lay in between, for averaged weights are swapped in there and out
+      again. `at` is the batch between whose beginning and the next one's it was.
+
+    Args:
+        every: Updates between two looks at the optimizer's state; 1 for each. What must hold is checked at every step.
+
+    Raises:
+        ConfigurationError: `every` is not a whole number of at least 1.
+    """
+
+    def __init__(self, every: int = 10) -> None:
+        self.every = whole_number("OptimizerMonitor(every)", every, at_least=1, do="Use 1 for every update.")
+        self._handles: list[RemovableHandle] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sizes: dict[int, int] = {}
+        """Elements of every parameter, in the order of the vectors."""
+        self._updates: dict[int, int] = {}
+        self._due: dict[int, tuple[list[Memory], list[Tensor]]] = {}
+        """By optimizer, what an update about to be made is measured against."""
+        self._rms: dict[int, Tensor] = {}
+        self._shares: dict[int, Tensor] = {}
+        self._cosines: list[Tensor] = []
+        self._error: Exception | None = None
+        self._stuck = 0
+        self._told = -1
+        self._last: Moment | None = None
+        self._validated = False
+
+    @override
+    def attach(self, trainer: Trainer, module: LightningModule) -> None:
+        self._reset()
+        self.flight.share(UpdateMeter, UpdateMeter, trainer, module).measure_every(self.every)
+        self.flight.share(GradientChecks, GradientChecks, trainer, module)
+        self._outside = self.flight.share(OutsideWrites, OutsideWrites, trainer, module)
+
+    @override
+    def begin(self, trainer: Trainer, module: LightningModule) -> None:
+        named = [(n.replace("_orig_mod.", ""), p) for n, p in module.named_parameters()]
+        self._sizes = {id(p): p.numel() for _, p in named}
+        store = self.flight.store
+        store.layer_names[RMS] = store.layer_names[EPS] = tuple(n for n, _ in named)
+        self._handles = [o.register_step_post_hook(self._stepped) for o in trainer.optimizers]
+
+    @override
+    def sense_batch(self, batch: TrainingBatch) -> None:
+        self._due, self._rms, self._shares, self._cosines = {}, {}, {}, []
+        self._tell_writes()
+        self._last, self._validated = batch.at, False
+
+    @override
+    def sense_gradients(self, batch: TrainingBatch, optimizer: Optimizer) -> None:
+        key = id(optimizer)
+        count = self._updates[key] = self._updates.get(key, -1) + 1
+        if count % self.every:
+            return
+        held = [memory for memory in memories(optimizer) if id(memory.parameter) in self._sizes]
+        if with_momentum := [memory for memory in held if memory.momentum is not None]:
+            self._cosines.append(momentum_cosine(with_momentum))
+        if adaptive := [memory for memory in held if memory.second is not None]:
+            roots, eps = corrected_roots(adaptive), [memory.eps for memory in adaptive]
+            self._due[key] = adaptive, roots
+            self._shares |= _by_parameter(adaptive, eps_shares(roots, eps))
+
+    @override
+    def sense_outcome(self, batch: TrainingBatch, outputs: object) -> None:
+        self._due = {}
+        if self._error is not None:
+            self.release()
+            raise self._error
+        recorder = self.flight.recorder
+        if self._cosines:
+            recorder.put(COSINE, torch.stack(self._cosines).amin())
+        if self._rms:
+            recorder.put(RMS, torch.stack(list(self._rms.values())).amax())
+            recorder.put_vector(RMS, self._laid_out(self._rms))
+        if self._shares:
+            recorder.put(EPS, self._share_of_all())
+            recorder.put_vector(EPS, self._laid_out(self._shares))
+
+    @override
+    def sense_validation(self, trainer: Trainer, module: LightningModule, at: Moment) -> None:
+        self._validated = True
+
+    @override
+    def judge(self, arrival: Arrival) -> None:
+        stuck = arrival.row.values.get(NO_UPDATE)
+        if stuck is None:
+            return
+        self._stuck = self._stuck + 1 if stuck == 1.0 else 0
+        if self._stuck == CONFIRMED:
+            text = "Updates do not change the weights, though there are gradients and a learning rate: they are lost in rounding, or the optimizer holds other tensors."
+            self.flight.store.note(
+                Finding(detector="optimizer", kind="no_update", at=arrival.row.at, detail={"text": text})
+            )
+
+    @override
+    def release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._due, self._rms, self._shares, self._sizes = {}, {}, {}, {}
+
+    def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ANN401 - as torch calls it
+        """Called by torch when the optimizer has stepped, the gradients still as it used them; inside the user's step, so that nothing may be raised here."""
+        del args, kwargs
+        due = self._due.pop(id(optimizer), None)
+        if due is None or torch.compiler.is_compiling():
+            return
+        try:
+            pairs = [(m, root) for m, root in zip(*due, strict=True) if m.parameter.grad is not None]
+            held, gradients = (
+                [m for m, _ in pairs],
+                [m.parameter.grad for m, _ in pairs if m.parameter.grad is not None],
+            )
+            if held:
+                rms = update_rms(gradients, [root for _, root in pairs], [m.eps for m in held])
+                self._rms |= _by_parameter(held, rms)
+        except Exception as error:  # noqa: BLE001 - raised in our own phase, where it switches us off
+            self._error = error
+
+    def _laid_out(self, values: dict[int, Tensor]) -> Tensor:
+        first = next(iter(values.values()))
+        none = torch.full((), NOT_MEASURED, device=first.device)
+        return torch.stack(
+            [values[key].to(first.device, non_blocking=True) if key in values else none for key in self._sizes]
+        )
+
+    def _share_of_all(self) -> Tensor:
+        """The mean of the parameters' shares, each weighted with its size."""
+        sizes = [self._sizes[key] for key in self._shares]
+        first = next(iter(self._shares.values()))
+        parts = [
+            share.to(first.device, non_blocking=True) * (size / sum(sizes))
+            for share, size in zip(self._shares.values(), sizes, strict=True)
+        ]
+        return torch.stack(parts).sum()
+
+    def _tell_writes(self) -> None:
+        at = self._last
+        for write in self._outside.writes:
+            if at is not None and write.ordinal == at.ordinal and write.ordinal > self._told:
+                self.flight.store.note(_finding(write, at, validated=self._validated))
+        if at is not None:
+            self._told = at.ordinal
+
+
+def _by_parameter(held: list[Memory], values: Tensor) -> dict[int, Tensor]:
+    return {id(memory.parameter): value for memory, value in zip(held, values.unbind(), strict=True)}
+
+
+def _finding(write: OutsideWrite, at: Moment, *, validated: bool) -> Finding:
+    kind = "weights" if write.kind == "weights" else "optimizer_state"
+    what = "weights" if write.kind == "weights" else "states of the optimizer"
+    names, count = list(write.names[:NAMED]), len(write.names)
+    some = ", ".join(names) + (", …" if count > NAMED else "")
+    text = f"{count} {what} were written to outside of the optimizer's step: {some}."
+    detail = {"names": names, "count": count, "text": text}
+    return Finding(detector="outside_writes", kind=f"{kind}_at_validation" if validated else kind, at=at, detail=detail)

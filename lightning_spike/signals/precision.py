@@ -1,0 +1,75 @@
+"""Mixed precision: the loss scale, and gradients that are too small for it."""
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from lightning_spike.signals.subset import is_readable, subset
+
+__all__ = ["left_scale", "loss_scale", "low_precision", "scaler_of", "underflow"]
+
+DTYPES: Final = {"16": torch.float16, "bf16": torch.bfloat16}
+LIMIT: Final = 1 << 14
+"""Elements of one gradient that are looked at."""
+
+
+def scaler_of(trainer: Trainer) -> GradScaler | None:
+    """The gradient scaler, `None` where the run has none."""
+    plugin = trainer.precision_plugin
+    return plugin.scaler if isinstance(plugin, MixedPrecision) else None
+
+
+def low_precision(trainer: Trainer) -> torch.dtype | None:
+    """float16 or bfloat16 where Lightning computes in it (`16-mixed`, `bf16-true`, …); `None` else."""
+    return DTYPES.get(str(trainer.precision_plugin.precision).split("-", maxsplit=1)[0])
+
+
+def loss_scale(scaler: GradScaler) -> Tensor | None:
+    """A copy of the present scale, shape `()`, on its device; `None` before the first backward pass. The public `get_scale()` would wait for the device."""
+    scale: Tensor | None = scaler._scale  # noqa: SLF001 - as said
+    return None if scale is None else scale.detach().clone()
+
+
+def left_scale(trainer: Trainer, optimizer: Optimizer) -> Tensor | float:
+    """The loss scale that is still on the gradients: Lightning does not unscale for a fused optimizer under fp16 (it does so itself).
+
+    Read as a device tensor from the scaler, since its public `get_scale()` waits for the device.
+    """
+    scaler = scaler_of(trainer)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return 1.0
+    scale: Tensor | None = scaler._scale  # noqa: SLF001 - as said
+    return 1.0 if scale is None else scale
+
+
+@torch.no_grad()
+def underflow(gradients: Sequence[Tensor], smallest: Tensor | float) -> tuple[Tensor, Tensor] | None:
+    """Which share of the gradients' entries is exactly 0, and which share is not but below `smallest` in size.
+
+    Args:
+        gradients: Any dtypes and devices; what has no plain values is passed over. Of large ones a subset is taken.
+        smallest: The smallest normal number of the low precision, over the loss scale where the gradients are unscaled; one element.
+
+    Returns:
+        Zeros, underflowing; shape `()`, float32, on the first gradient's device. `None` where there is no gradient. Never blocks.
+    """
+    readable = [g for g in gradients if is_readable(g)]
+    if not readable:
+        return None
+    device, whole = readable[0].device, sum(g.numel() for g in readable)
+    small = torch.as_tensor(smallest, dtype=torch.float64)
+    counts = []
+    for gradient in readable:
+        size = subset(gradient, LIMIT).abs().double()
+        is_zero = size == 0
+        below = (size < small.to(size.device, non_blocking=True)) & ~is_zero
+        share = torch.stack([is_zero.sum(), below.sum()]) * (gradient.numel() / (size.numel() * whole))
+        counts.append(share.to(device, torch.float32, non_blocking=True))
+    zeros, below = torch.stack(counts).sum(dim=0).unbind()
+    return zeros, below

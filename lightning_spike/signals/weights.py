@@ -1,0 +1,103 @@
+"""How large weights are, how far an update moved them, and how their first values compare with what their fan-in asks for."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from lightning_spike.signals.gradients import tensor_norms
+from lightning_spike.signals.subset import subset
+
+__all__ = ["Displacement", "WeightSizes", "displacement", "fan_scale", "initial_scales", "weight_sizes"]
+
+EMBEDDINGS: Final = (nn.Embedding, nn.EmbeddingBag)
+CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSizes:
+    """How large a set of weights is."""
+
+    norms: Tensor
+    """L2 norm of each, shape `(n,)`, float32."""
+    largest: Tensor
+    """Largest absolute value of each, shape `(n,)`, float32."""
+    total: Tensor
+    """L2 norm of all together, shape `()`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Displacement:
+    """How far an update moved a set of weights."""
+
+    norms: Tensor
+    """L2 norm of each one's change, shape `(n,)`, float32."""
+    total: Tensor
+    """L2 norm of the change of all together, shape `()`."""
+
+
+@torch.no_grad()
+def weight_sizes(weights: Sequence[Tensor]) -> WeightSizes:
+    """Norms and largest values in one fused pass each, on the first weight's device; at least one weight, none empty. Never blocks."""
+    detached = [w.detach() for w in weights]
+    norms = torch.stack(tensor_norms(detached))
+    return WeightSizes(
+        norms=norms,
+        largest=torch.stack(tensor_norms(detached, order=math.inf)),
+        total=torch.linalg.vector_norm(norms),
+    )
+
+
+@torch.no_grad()
+def displacement(before: Sequence[Tensor], after: Sequence[Tensor]) -> Displacement:
+    """The change of each weight, estimated from a subset of its elements where it is large.
+
+    Args:
+        before: Copies of `subset(weight)` for each weight.
+        after: The weights now.
+
+    Returns:
+        Norms on the first weight's device: exact for weights of up to `subset.LIMIT` elements, else scaled up from the subset. Never blocks.
+    """
+    changes = [subset(now) - then for then, now in zip(before, after, strict=True)]
+    scales = [math.sqrt(now.numel() / then.numel()) for then, now in zip(before, after, strict=True)]
+    norms = torch.stack([norm * scale for norm, scale in zip(tensor_norms(changes), scales, strict=True)])
+    return Displacement(norms=norms, total=torch.linalg.vector_norm(norms))
+
+
+def fan_scale(module: nn.Module, name: str, weight: Tensor) -> float | None:
+    """The root mean square that one part of a weight's inputs can bear, 1 / sqrt(fan-in); 1 for an embedding, which has no sum over inputs.
+
+    The usual initialisations lie around it: torch's own default for linear layers, convolutions and recurrent ones at 0.58 (uniform in ±1 / sqrt(fan), recurrent ones with the number of hidden
+    units for the fan), Xavier at up to 1.4, He at 1.4 (`torch.nn.init`), the largest gain of `calculate_gain`, 5/3, on top of them at 2.4.
+
+    Args:
+        module: The module that holds the weight directly.
+        name: The weight's name in it.
+        weight: The weight.
+
+    Returns:
+        `None` for what has no fan-in that would be known: biases, norms, parameters of user modules, depthwise convolutions, whose sums run over a handful of inputs.
+    """
+    if weight.dim() < 2:  # noqa: PLR2004 - a vector has no fan-in
+        return None
+    if isinstance(module, EMBEDDINGS):
+        return 1.0
+    if isinstance(module, nn.RNNBase):
+        return 1.0 / math.sqrt(module.hidden_size)
+    if isinstance(module, CONVOLUTIONS) and module.groups > 1:
+        return None
+    known = isinstance(module, (nn.Linear, nn.Bilinear, *CONVOLUTIONS)) and name == "weight"
+    if known or (isinstance(module, nn.MultiheadAttention) and name.endswith("proj_weight")):
+        return 1.0 / math.sqrt(weight[0].numel())
+    return None
+
+
+@torch.no_grad()
+def initial_scales(weights: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+    """The root mean square of each weight over its `fan_scale`; shape `(n,)`, float32, on the first weight's device. Never blocks."""
+    sizes = zip(tensor_norms([w.detach() for w in weights]), weights, scales, strict=True)
+    return torch.stack([norm / (math.sqrt(weight.numel()) * scale) for norm, weight, scale in sizes])
