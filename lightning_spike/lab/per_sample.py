@@ -120,13 +120,16 @@ class _Case:
     weights: Mapping[str, Tensor] | None = None
     in_eval: bool = False
 
-    def loss(self, part: object, *, in_eval: bool) -> Tensor | None:
-        """From the beginning, on the batch or a part of it."""
+    def set_out(self, *, in_eval: bool) -> None:
+        """Back to the beginning; takes hooks away too, so they come after it."""
         self.bench.rewind()
         if self.weights is not None:
             load_module(self.bench.module, self.weights)
         if in_eval:
             self.bench.module.eval()
+
+    def loss(self, part: object) -> Tensor | None:
+        """Of the batch, or a part of it."""
         return loss_of(self.bench.step(part, self.batch_idx, random=self.random))
 
 
@@ -224,8 +227,9 @@ def _unreduced(
 
 def _by_tap(case: _Case, size: int) -> PerSampleLosses | None:
     tap, pulls = _Tap(size), Pulls(size)
+    case.set_out(in_eval=case.in_eval)
     with tap, pulls.following(case.bench.module) if case.in_eval else contextlib.nullcontext():
-        loss = case.loss(case.batch, in_eval=case.in_eval)
+        loss = case.loss(case.batch)
     if loss is None or not tap.seen:
         return None
     batch_loss = float(loss.detach())
@@ -259,7 +263,8 @@ def _by_slices(case: _Case, size: int) -> PerSampleLosses | None:
         return None
 
     def loss(part: object) -> float | None:
-        value = case.loss(part, in_eval=True)
+        case.set_out(in_eval=True)
+        value = case.loss(part)
         return None if value is None else float(value.detach())
 
     whole = loss(case.batch)

@@ -1,3 +1,6 @@
+import dataclasses
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
@@ -78,3 +81,37 @@ def test_without_a_snapshot_they_are_those_of_the_present_weights(tmp_path):
 
 def test_weights_that_are_not_finite_tell_nothing(tmp_path):
     assert asked(tmp_path, spoil=True, snapshot=False).found is None
+
+
+class OneSpoilt(Asks):
+    """A sample of the batch is scaled and another is not a number, in a net with BatchNorm."""
+
+    def act(self, batch, changed):
+        if batch.at.ordinal != 3:
+            return
+        entries = [self.ring.entry(k) for k in range(4)]
+        x, y = (t.clone() for t in entries[3].batch)
+        x[5] *= 100
+        x[9, 0, 0, 0] = torch.nan
+        struck = dataclasses.replace(entries[3], batch=[x, y])
+        self.found = losses_of_samples(batch.trainer, batch.module, struck, size=16, controls=entries[:3])
+        self.weights = {name: t.clone() for name, t in batch.module.state_dict().items()}
+        self.batch = x, y
+
+
+def test_no_sample_is_seen_through_another(tmp_path):
+    module, options = build("cnn")
+    asks = OneSpoilt(spoil=False, snapshot=False)
+    train(module, [asks], tmp_path, dataset=digits(64), max_epochs=1, **options)
+    found = asks.found
+    module.load_state_dict(asks.weights)
+    module.eval()
+    x, y = asks.batch
+    expected = F.cross_entropy(module(x), y, reduction="none").detach()
+    assert [k for k, loss in enumerate(found.losses) if math.isnan(loss)] == [9]
+    torch.testing.assert_close(
+        torch.tensor(found.losses), expected, rtol=1e-4, atol=1e-5, equal_nan=True, check_dtype=False
+    )
+    assert len(found.control) == len(found.control_pulls) == 48
+    others = [p for k, p in enumerate(found.pulls) if k not in {5, 9}]
+    assert max(others) < 5 * max(found.control_pulls)

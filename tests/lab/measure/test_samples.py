@@ -81,6 +81,7 @@ def test_losses_and_the_hardest_pullers_beside_an_ordinary_batch(kind):
     for told, b in ((found.losses, batch), (found.usual_losses, ordinary)):
         expected = functional.cross_entropy(module.net(b["sample"]["x"]), b["sample"]["y"], reduction="none")
         np.testing.assert_allclose(told, expected.detach().numpy(), rtol=1e-4, atol=1e-6)
+    assert (found.pulls is None) == (kind is ByHand)
     norms = norms_by_torch(module, batch)
     np.testing.assert_allclose(found.gradients, norms[list(found.closer)], rtol=1e-4, atol=1e-6)
     if kind is Nested:
