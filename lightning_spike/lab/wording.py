@@ -45,7 +45,7 @@ MOST: Final = 0.5
 def factors_text(found: Attribution) -> str:
     """Which update did it, and what about it."""
     worse = f"made the loss of ordinary batches {math.exp(min(found.damage, 99)):.3g} times as high"
-    parts = [_share(share) for share in (*found.shares, *found.finer)]
+    parts = [_share(share) for share in found.shares]
     rest = f"with all of that as usual {max(found.intrinsic, 0.0):.0%} of the damage is left"
     normal = [FACTORS.get(name, name) for name in found.normal]
     as_usual = f" As usual: {_listed(normal)}." if normal else ""
@@ -53,7 +53,8 @@ def factors_text(found: Attribution) -> str:
     which = f"The update at step {found.step}"
     if found.updates > 1:
         which = f"The {found.updates} updates from step {found.step} on"
-    return f"{which} {worse}. Of that {_listed(parts)}; {rest}.{as_usual}{excused}"
+    closer = f" Looked at more closely, {_listed([_share(share) for share in found.finer])}." if found.finer else ""
+    return f"{which} {worse}. Of that {_listed(parts)}; {rest}.{closer}{as_usual}{excused}"
 
 
 def blame_text(whose: Blame) -> str:
