@@ -20,7 +20,8 @@ from lightning_spike.actions.dump_facts import package_versions
 from lightning_spike.errors import ConfigurationError
 from lightning_spike.lab.encoding import find_class
 from lightning_spike.lab.errors import CannotReplay
-from lightning_spike.lab.examine import examine, not_run
+from lightning_spike.lab.examine import examine
+from lightning_spike.lab.findings import not_run
 from lightning_spike.lab.scene_files import find_scenes, read_manifest, read_scene
 from lightning_spike.records import Finding
 from lightning_spike.report.replayed import Replayed, ReplayReport

@@ -13,7 +13,8 @@ from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.flight.participant import TrainingBatch
 from lightning_spike.lab.budget import FULL_STEPS, TRIAGE_STEPS, Budget, Extent
 from lightning_spike.lab.errors import CannotReplay
-from lightning_spike.lab.examine import examine, not_run, triage
+from lightning_spike.lab.examine import examine, triage
+from lightning_spike.lab.findings import not_run
 from lightning_spike.lab.live_scene import EXAMINED, Witnesses, live_scene
 from lightning_spike.records import Action, Episode, EpisodeKind, Finding, RunStatus
 

@@ -3,49 +3,38 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
 from torch import Tensor
 
 from lightning_spike.actions.batch_ring import RingEntry
 from lightning_spike.actions.state_copy import load_module
-from lightning_spike.lab.blame import Blame, blame, blame_outside, blame_steps
+from lightning_spike.lab.blame import blame, blame_steps
 from lightning_spike.lab.calm import Calmed, calmed
-from lightning_spike.lab.compare import differences
 from lightning_spike.lab.consistency import Consistency, consistency
 from lightning_spike.lab.errors import CannotReplay
-from lightning_spike.lab.evaluate import log_scale
+from lightning_spike.lab.findings import blame_finding, finding
 from lightning_spike.lab.intervene import Attribution, attribute, normal_around
 from lightning_spike.lab.isolation import Bench, isolated
 from lightning_spike.lab.locate import damage_on_the_way
 from lightning_spike.lab.measure.measure import measure
 from lightning_spike.lab.nonfinite import Origin, nonfinite_origin
-from lightning_spike.lab.outside_writes import OutsideWrite
+from lightning_spike.lab.outside import came_from_outside, outside_findings
 from lightning_spike.lab.remedies import Remedy, try_remedies
 from lightning_spike.lab.reproduce import Reproduction, reproduce
 from lightning_spike.lab.scene import Scene
 from lightning_spike.lab.split import Split, batch_noise, split
 from lightning_spike.lab.state import TrainState
-from lightning_spike.lab.update import make_update, updates_of
 from lightning_spike.lab.wording import (
-    blame_text,
     calm_text,
     consistency_text,
-    differences_text,
     factors_text,
     remedies_text,
 )
-from lightning_spike.records import Episode, EpisodeKind, Finding
+from lightning_spike.records import EpisodeKind, Finding
 
-__all__ = ["examine", "not_run", "triage"]
+__all__ = ["examine", "triage"]
 
-PROOF: Final = 3
-"""Batches that must have come out the same before a difference is taken for a change from outside: what is not reproducible at all differs from the start."""
-TOLD: Final = 8
-"""Tensors listed at most."""
-RECENT: Final = 16
-"""Losses before the onset whose median is where the loss was."""
 WORTH: Final = 0.25
 """Share of the jump from which the batch, or the weights, are looked into."""
 DOUBT: Final = 0.25
@@ -73,7 +62,7 @@ def examine(scene: Scene) -> list[Finding]:
         other = scene.elsewhere() if _is_noise(findings) else None
         if other is not None and not _is_noise(second := _examined(other, bench)):
             findings = second
-        findings.append(_finding(scene, "cost", {"steps": bench.steps}))
+        findings.append(finding(scene, "cost", {"steps": bench.steps}))
     return findings
 
 
@@ -82,13 +71,13 @@ def _examined(scene: Scene, bench: Bench) -> list[Finding]:
     bench.rewind()
     again, why = _reproduced(scene, bench)
     if again is not None and again.differs_at is not None:
-        if _comes_out_healthy(scene, again) or _writes(scene, again):
-            return _outside(scene, again, bench)
+        if came_from_outside(scene, again):
+            return outside_findings(scene, again, bench)
         why = f"the re-run differs from the training from ordinal {again.differs_at} on"
         again = None
     findings = _origins(scene, bench, again)
     parts = _split(scene, bench, again)
-    findings.append(_finding(scene, "split", parts.detail() | {"exact": again is not None, "why_not_exact": why}))
+    findings.append(finding(scene, "split", parts.detail() | {"exact": again is not None, "why_not_exact": why}))
     if again is not None and again.reached == scene.struck:
         findings += _whose(scene, bench, again, parts)
     return findings
@@ -112,12 +101,7 @@ def triage(scene: Scene) -> list[Finding]:
     with isolated(scene.trainer, scene.module) as bench:
         parts = _split(few, bench, None)
     why = "only a triage was made, for want of budget"
-    return [_finding(scene, "split", parts.detail() | {"exact": False, "why_not_exact": why})]
-
-
-def not_run(episode: Episode, why: str) -> Finding:
-    """That an episode was not examined, and why."""
-    return Finding(detector="lab", kind="not_run", at=episode.onset, detail={"episode": episode.id, "why": why})
+    return [finding(scene, "split", parts.detail() | {"exact": False, "why_not_exact": why})]
 
 
 # -- does it come back ---------------------------------------------------------------------------------------------------
@@ -129,79 +113,6 @@ def _reproduced(scene: Scene, bench: Bench) -> tuple[Reproduction | None, str | 
         return reproduce(bench, TrainState.of(scene.snapshot), scene.stretch, scene.settings, scene.losses), None
     except CannotReplay as reason:
         return None, str(reason)
-
-
-def _comes_out_healthy(scene: Scene, again: Reproduction) -> bool:
-    """Some batches went alike, then they did not, and at the onset the re-run is nearer to where the loss was than to the spike."""
-    if again.reached != scene.struck or again.differs_at is None or not math.isfinite(again.replayed):
-        return False
-    before = scene.losses_before()
-    before = before[np.isfinite(before)][-RECENT:]
-    scale = log_scale(before, np.array([again.replayed, scene.recorded]))
-    usual = float(np.median(scale(before))) if before.size else math.nan
-    replayed, recorded = scale(np.array([again.replayed, scene.recorded]))
-    return again.differs_at >= scene.snapshot.at.ordinal + PROOF and bool(replayed - usual < recorded - replayed)
-
-
-def _outside(scene: Scene, again: Reproduction, bench: Bench) -> list[Finding]:
-    recorded = scene.recorded
-    jump = math.log(recorded / again.replayed) if again.replayed > 0 and 0 < recorded < math.inf else math.nan
-    text = (
-        f"Run again from {again.steps} batches before, with the same batches, learning rates and random states, the loss is {again.replayed:.3g} where it was "
-        f"{recorded:.3g}: something that the re-run does not carry did it (state changed from outside, or a fault of the machine)."
-    )
-    shares = {"data": 0.0, "weights": 0.0, "interaction": 0.0, "excess": 0.0, "noise": 0.0}
-    split = {"jump": jump if math.isfinite(jump) else None, **shares, "exact": True, "why_not_exact": None}
-    writes = _writes(scene, again)
-    bench.rewind()
-    live = TrainState.take(bench, scene.entries[-1].at)
-    differing = differences(live, _caught_up(scene, again, bench))
-    outside = {
-        "ordinal": again.differs_at,
-        "step": _step_of(scene, again.differs_at),
-        "writes": [dataclasses.asdict(write) for write in writes],
-        "different": [dataclasses.asdict(difference) for difference in differing[:TOLD]],
-        "text": differences_text(differing, writes),
-    }
-    return [
-        _finding(scene, "split", split | {"verdict": "not_reproduced", "text": text}),
-        _finding(scene, "outside", outside),
-        _blame_finding(scene, blame_outside(_kind(writes))),
-    ]
-
-
-def _writes(scene: Scene, again: Reproduction) -> list[OutsideWrite]:
-    """Those just before the first loss that is another: into the weights before its batch, or into the optimizer's state before the update before that."""
-    first = again.differs_at
-    return [w for w in scene.writes if first is not None and first - 2 <= w.ordinal < first]
-
-
-def _kind(writes: Sequence[OutsideWrite]) -> str:
-    return "optimizer" if any(w.kind == "optimizer" for w in writes) else "weights"
-
-
-def _caught_up(scene: Scene, again: Reproduction, bench: Bench) -> TrainState:
-    """The re-run taken on to the present, with all updates that the training has made since."""
-    bench.rewind()
-    again.end.load(bench)
-    for update in updates_of(
-        [*scene.after, _beyond(scene)], scene.settings, by_hand=not bench.module.automatic_optimization
-    ):
-        if make_update(bench, update).spoilt_at is not None:
-            break
-    return TrainState.take(bench, scene.entries[-1].at)
-
-
-def _beyond(scene: Scene) -> RingEntry:
-    """A batch that is not there yet: where the last update ends, if there was one."""
-    last = scene.entries[-1]
-    stepped = last.at.ordinal in scene.settings
-    at = dataclasses.replace(last.at, ordinal=last.at.ordinal + 1, step=last.at.step + stepped)
-    return dataclasses.replace(last, at=at)
-
-
-def _step_of(scene: Scene, ordinal: int | None) -> int | None:
-    return next((e.at.step for e in scene.entries if e.at.ordinal == ordinal), None)
 
 
 # -- where NaN is born ---------------------------------------------------------------------------------------------------
@@ -220,7 +131,7 @@ def _origins(scene: Scene, bench: Bench, again: Reproduction | None) -> list[Fin
     healthy = old is not None
     text = origin.text if healthy else f"{origin.text} With weights from before, the same batch passes."
     detail = {"phase": origin.phase, "module": origin.module, "operation": origin.operation, "text": text}
-    return [_finding(scene, "nonfinite_origin", detail | {"with_healthy_weights": healthy})]
+    return [finding(scene, "nonfinite_origin", detail | {"with_healthy_weights": healthy})]
 
 
 def _origin(bench: Bench, weights: Mapping[str, Tensor], entry: RingEntry) -> Origin | None:
@@ -249,7 +160,7 @@ def _whose(scene: Scene, bench: Bench, again: Reproduction, parts: Split) -> lis
     if parts.verdict == "noise":
         steps = consistency(bench, again)
         chronic = steps is not None and steps.agitated >= CHRONIC
-        return [*_told(scene, steps, None), _blame_finding(scene, blame_steps())] if chronic else []
+        return [*_told(scene, steps, None), blame_finding(scene, blame_steps())] if chronic else []
     half = parts.interaction / 2
     damage, remedies = _damage(scene, bench, again) if parts.weights + half >= WORTH else (None, ())
     steps = consistency(bench, again, but=None if damage is None else damage.ordinal)
@@ -257,29 +168,29 @@ def _whose(scene: Scene, bench: Bench, again: Reproduction, parts: Split) -> lis
     calm = calmed(bench, again.legs, scene.spike, scene.ordinary(), excess=parts.excess) if doubtful else None
     findings = _told(scene, steps, calm)
     if damage is not None:
-        findings.append(_finding(scene, "factors", dataclasses.asdict(damage) | {"text": factors_text(damage)}))
+        findings.append(finding(scene, "factors", dataclasses.asdict(damage) | {"text": factors_text(damage)}))
     if remedies:
         detail = {"tried": [dataclasses.asdict(remedy) for remedy in remedies], "text": remedies_text(remedies)}
-        findings.append(_finding(scene, "remedies", detail))
+        findings.append(finding(scene, "remedies", detail))
     findings += _measured(scene, bench, again, parts, None if damage is None else damage.ordinal)
-    return [*findings, _blame_finding(scene, blame(parts, steps, calm, damage))]
+    return [*findings, blame_finding(scene, blame(parts, steps, calm, damage))]
 
 
 def _measured(scene: Scene, bench: Bench, again: Reproduction, parts: Split, located: int | None) -> list[Finding]:
     half = parts.interaction / 2
     data, weights = parts.data + half >= WORTH, parts.weights + half >= WORTH
     told = measure(scene, bench, again, located=located, blames_batch=data, blames_weights=weights)
-    return [_finding(scene, "measured", detail) for detail in told]
+    return [finding(scene, "measured", detail) for detail in told]
 
 
 def _told(scene: Scene, steps: Consistency | None, calm: Calmed | None) -> list[Finding]:
     findings: list[Finding] = []
     if steps is not None:
         detail = dataclasses.asdict(steps) | {"agitated": steps.agitated, "text": consistency_text(steps)}
-        findings.append(_finding(scene, "consistency", detail))
+        findings.append(finding(scene, "consistency", detail))
     if calm is not None:
         detail = dataclasses.asdict(calm) | {"left": calm.left, "text": calm_text(calm)}
-        findings.append(_finding(scene, "calm", detail))
+        findings.append(finding(scene, "calm", detail))
     return findings
 
 
@@ -293,11 +204,3 @@ def _damage(scene: Scene, bench: Bench, again: Reproduction) -> tuple[Attributio
     legs, scatter = again.legs[found.first : found.last + 1], batch_noise(scene.losses_before())
     shared = attribute(bench, found, legs, around, controls, like=scene.spike, scatter=scatter)
     return shared, try_remedies(bench, found, legs, around, controls, like=scene.spike)
-
-
-def _blame_finding(scene: Scene, whose: Blame) -> Finding:
-    return _finding(scene, "blame", {"shares": dict(whose.shares), "first": whose.first, "text": blame_text(whose)})
-
-
-def _finding(scene: Scene, kind: str, detail: Mapping[str, Any]) -> Finding:
-    return Finding(detector="lab", kind=kind, at=scene.episode.onset, detail={"episode": scene.episode.id, **detail})
