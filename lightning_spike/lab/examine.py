@@ -85,7 +85,7 @@ def _examined(scene: Scene, bench: Bench) -> list[Finding]:
 
 def _is_noise(findings: Sequence[Finding]) -> bool:
     """The batch that was looked at is an ordinary one: the jump, if there is one, is elsewhere."""
-    return any(finding.kind == "split" and finding.detail["verdict"] == "noise" for finding in findings)
+    return any(told.kind == "split" and told.detail["verdict"] == "noise" for told in findings)
 
 
 def triage(scene: Scene) -> list[Finding]:
