@@ -51,7 +51,8 @@ def examine(scene: Scene) -> list[Finding]:
     """Examine one episode in full; leaves no trace in the training. Blocks.
 
     Returns:
-        Findings of the detector "lab": `nonfinite_origin` where a NaN or Inf could be traced, `split`, and as far as it goes `calm`, `factors` and `blame`.
+        Findings of the detector "lab": `nonfinite_origin` where a NaN or Inf could be traced, `split`, and as far as it goes
+        `consistency`, `calm`, `factors`, `remedies`, `measured`, `outside` and `blame`; last the `cost` in runs of `training_step`.
 
     Raises:
         CannotReplay: It cannot be examined; the message says why.

@@ -28,13 +28,15 @@ __all__ = ["Attribution", "Share", "attribute", "normal_around"]
 
 RECENT: Final = 32
 """Optimizer steps whose median rate is the recent normal one (science.md 2b.4)."""
-FIRST: Final[tuple[Factor, ...]] = (Batch(), LearningRate(), OptimizerState())
+FIRST: Final[tuple[Factor, ...]] = (LearningRate(), OptimizerState(), Batch())
 """The factors that are always tried, together: 2^3 outcomes (science.md 2b.4)."""
 FURTHER: Final[Mapping[str, tuple[Factor, ...]]] = {
     "optimizer_state": (Momentum(), SecondMoments(), Epsilon()),
     "intrinsic": (Epsilon(), Precision()),
 }
 """What is tried where one of the first, or what they leave over, has a share worth looking into."""
+NEARLY_ALL: Final = 0.85
+"""Share of the damage from which a factor is enough for it, or needed for it."""
 WORTH: Final = 0.25
 """Share of the damage from which a factor is looked into."""
 
@@ -111,8 +113,9 @@ def attribute(
     """Which of the factors made the damage of an update, alone and together.
 
     Every combination of the factors that were not normal is run: those in it as they were, the others at their recent normal value; the worth of a combination is the
-    control batches' loss after the update. The shares are Shapley values, batch by batch of the controls, which gives their uncertainty. Costs up
-    to 2^3 updates and evaluations, and as many again where one factor is looked into; an update that is known already is not made again.
+    control batches' loss after the update. The shares are Shapley values, batch by batch of the controls, which gives their uncertainty. Where one factor is both enough and
+    needed, two combinations tell and the others are not run. Costs up to 2^3 updates and evaluations, and as many again where one factor is looked into; an
+    update that is known already is not made again.
 
     Args:
         bench: Inside `isolated(..., with_optimizers=True)`.
@@ -124,13 +127,12 @@ def attribute(
         scatter: Standard deviation of the log-loss from batch to batch.
     """
     cells = _Cells(bench, legs, around, controls, like, damage)
-    shares, normal = cells.shares(FIRST)
-    intrinsic = cells.left_over(FIRST)
+    shares, normal, intrinsic = cells.shares(FIRST)
     largest = max(shares, key=lambda s: s.share, default=None)
     closer = "intrinsic" if largest is None or intrinsic > largest.share else largest.factor
     finer: list[Share] = []
     if closer in FURTHER and max(intrinsic, largest.share if largest else 0.0) >= WORTH:
-        finer, further = cells.shares(FURTHER[closer])
+        finer, further, _ = cells.shares(FURTHER[closer])
         normal += further
     at = legs[0].update.entries[-1].at
     return Attribution(
@@ -162,20 +164,31 @@ class _Cells:
         self._controls, self._like, self._damage = controls, like, damage
         self._known: dict[frozenset[str], Numbers] = {frozenset(): damage.after}
 
-    def shares(self, factors: Sequence[Factor]) -> tuple[list[Share], list[str]]:
-        """Of the factors that were not normal, the largest first; and the names of those that were."""
+    def shares(self, factors: Sequence[Factor]) -> tuple[list[Share], list[str], float]:
+        """Of the factors that were not normal, the largest first; the names of those that were; and what is left with all of them normal."""
         active = self._active(factors)
+        normal = [factor.id for factor in factors if factor not in active]
+        alone = next((found for factor in active if (found := self._alone(factor, active)) is not None), None)
+        if alone is not None:
+            return [alone], normal, max(1.0 - alone.share, 0.0)
         by_id = {factor.id: factor for factor in active}
         rises = shapley(list(by_id), lambda actual: self._rise([f for f in active if f.id not in actual]))
-        shares = [
-            Share(factor=name, group=by_id[name].group, share=self._part(rise), error=self._error(rise))
-            for name, rise in rises.items()
-        ]
-        return sorted(shares, key=lambda s: -s.share), [f.id for f in factors if f not in active]
+        shares = [self._share(by_id[name], rise) for name, rise in rises.items()]
+        return sorted(shares, key=lambda s: -s.share), normal, self._part(self._rise(active))
 
-    def left_over(self, factors: Sequence[Factor]) -> float:
-        """Share of the damage with all of them normal."""
-        return self._part(self._rise(self._active(factors)))
+    def _alone(self, factor: Factor, active: Sequence[Factor]) -> Share | None:
+        """Its share where it is both enough (all others normal, and the damage is there) and needed (it alone normal, and the damage is gone).
+
+        Then the other combinations add nothing: a Shapley value lies between the two where no factor makes up for another.
+        """
+        enough = self._rise([other for other in active if other is not factor])
+        if self._part(enough) < NEARLY_ALL:
+            return None
+        needed = self._rise([]) - self._rise([factor])
+        return self._share(factor, (enough + needed) / 2) if self._part(needed) >= NEARLY_ALL else None
+
+    def _share(self, factor: Factor, rise: Numbers) -> Share:
+        return Share(factor=factor.id, group=factor.group, share=self._part(rise), error=self._error(rise))
 
     def _active(self, factors: Sequence[Factor]) -> list[Factor]:
         return [f for f in factors if any(f.normal(leg.update, self._around) is not None for leg in self._legs)]
