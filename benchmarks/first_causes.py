@@ -15,7 +15,6 @@ import json
 import logging
 import tempfile
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +23,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from rich.console import Console
 from rich.table import Table
-from sklearn.datasets import load_digits
+from tasks import ByteGRU, ByteTransformer, cnn, mlp
+from tasks import dataset as data_of
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import lr_scheduler
@@ -39,56 +39,10 @@ from lightning_spike.report.terminal import TerminalReport
 STEPS: Final = 400
 AT: Final = 230
 """The batch that a fault strikes."""
-CONTEXT: Final = 16
 UNEXPLAINED: Final = "unexplained"
 
 
 # -- tasks ---------------------------------------------------------------------------------------------------------------
-
-
-class ByteGRU(nn.Module):
-    """Predicts the next byte."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes, self.body, self.head = nn.Embedding(128, 32), nn.GRU(32, 64, batch_first=True), nn.Linear(64, 128)
-
-    @override
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits, shape `(batch, 128, time)`, of int64 tokens of shape `(batch, time)`."""
-        scores: Tensor = self.head(self.body(self.bytes(tokens))[0])
-        return scores.transpose(1, 2)
-
-
-class ByteTransformer(nn.Module):
-    """The same with attention."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes, self.head = nn.Embedding(128, 32), nn.Linear(32, 128)
-        self.places = nn.Parameter(0.02 * torch.randn(CONTEXT, 32))
-        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.1, batch_first=True)
-        self.body = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
-
-    @override
-    def forward(self, tokens: Tensor) -> Tensor:
-        """As `ByteGRU`."""
-        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
-        hidden = self.body(self.bytes(tokens) + self.places, mask=mask, is_causal=True)
-        scores: Tensor = self.head(hidden)
-        return scores.transpose(1, 2)
-
-
-def mlp() -> nn.Module:
-    """Two hidden layers on the digits."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-
-
-def cnn() -> nn.Module:
-    """A small convolutional network with BatchNorm and dropout on the digits."""
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2), nn.Linear(512, 10)
-    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,18 +64,6 @@ TASKS: Final[Mapping[str, Task]] = {
     "gru sgd 32": Task(make=ByteGRU, bytes=True, batch=32, optimizer="SGD", rate=0.5),
     "transformer adamw 32": Task(make=ByteTransformer, bytes=True, batch=32, optimizer="AdamW", rate=2e-3),
 }
-
-
-def _data(task: Task, seed: int) -> tuple[Tensor, Tensor]:
-    if not task.bytes:
-        digits = load_digits()
-        return torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16.0, torch.tensor(digits.target)
-    source = Path(next(p for p in Path(zipfile.__file__).parents if p.name.startswith("python")))
-    text = b"".join((source / name).read_bytes() for name in ("argparse.py", "ast.py", "inspect.py", "typing.py"))
-    tokens = torch.tensor(list(text), dtype=torch.long).clamp(max=127)
-    starts = torch.randint(len(tokens) - CONTEXT - 1, (8192,), generator=torch.Generator().manual_seed(seed))
-    windows = tokens[starts.unsqueeze(1) + torch.arange(CONTEXT + 1)]
-    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
 # -- faults --------------------------------------------------------------------------------------------------------------
@@ -327,7 +269,7 @@ def run(name: str, task_name: str, seed: int, *, show: bool) -> Outcome:
 def _train(name: str, task_name: str, seed: int) -> tuple[Report, TrainerStateStore]:
     task, fault = TASKS[task_name], FAULTS[name]
     seed_everything(seed, verbose=False)
-    inputs, targets = _data(task, seed)
+    inputs, targets = data_of("bytes" if task.bytes else "digits", seed).tensors
     held = 256
     x, y = inputs[held:], targets[held:]
     epochs = 1

@@ -31,9 +31,9 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from tasks import NETS, Task, loader
 from typing_extensions import override
 
-from benchmarks.tasks import NETS, Task, loader
 from lightning_spike import RootCauseReport, TrainerStateStore, suite
 from lightning_spike.callbacks.counterfactual_replay import CounterfactualReplay
 from lightning_spike.callbacks.scene_recorder import SceneRecorder

@@ -31,11 +31,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from tasks import NETS, Task, loader
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from typing_extensions import override
 
-from benchmarks.tasks import NETS, Task, loader
 from lightning_spike import RootCauseReport, TrainerStateStore, suite
 from lightning_spike.callbacks.bad_batch_dumper import BadBatchDumper
 from lightning_spike.callbacks.scene_recorder import SceneRecorder

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
-__all__ = ["NETS", "Net", "Task", "loader"]
+__all__ = ["NETS", "ByteGRU", "ByteTransformer", "Net", "Task", "cnn", "dataset", "loader", "mlp"]
 
 CONTEXT: Final = 16
 WINDOWS: Final = 8192
@@ -123,7 +123,8 @@ class Task(LightningModule):
 
 
 @functools.cache
-def _data(kind: str, seed: int) -> TensorDataset:
+def dataset(kind: str, seed: int) -> TensorDataset:
+    """`"digits"`, `"images"` (digits as their own targets) or `"bytes"` (windows of source text drawn from `seed`)."""
     if kind == "bytes":
         source = Path(next(p for p in Path(zipfile.__file__).parents if p.name.startswith("python")))
         text = b"".join((source / name).read_bytes() for name in ("argparse.py", "ast.py", "inspect.py", "typing.py"))
@@ -140,5 +141,5 @@ def loader(net: str, batch_size: int, seed: int) -> DataLoader[Any]:
     """The net's data, shuffled from `seed`; the short last batch left out."""
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(
-        _data(NETS[net].data, seed), batch_size=batch_size, shuffle=True, generator=generator, drop_last=True
+        dataset(NETS[net].data, seed), batch_size=batch_size, shuffle=True, generator=generator, drop_last=True
     )
