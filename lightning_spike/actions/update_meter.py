@@ -39,7 +39,7 @@ class _Before:
 class UpdateMeter(Participant):
     """Puts `update_norm` (L2 norm of the change of all weights), the same for every parameter, and `update_norm/none` into the recorder.
 
-    Shared by those who ask for it; the shortest interval counts. Of a parameter with more than 65,536 elements a subset is copied before the step and compared after it, so that the
+    Shared by those who ask for it; the shortest interval counts. Of a parameter with more than 16,384 elements a subset is copied before the step and compared after it, so that the
     cost and the memory are bounded. An update that a gradient scaler skips is not measured. Nothing is read on the host.
     """
 

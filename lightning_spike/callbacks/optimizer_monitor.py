@@ -34,7 +34,7 @@ class OptimizerMonitor(SpikeCallback):
 
     For Adam's kind and RMSprop: `update_rms`, the highest over the parameters of RMS_t = sqrt(mean(g² / max(v, eps²))) (Wortsman et al. 2023) with the gradient that the update used
     and the second moment from before it, and the vector of the same for every parameter; `eps_share`, the share of all coordinates whose sqrt(v) is below 10 eps, and the vector.
-    For any optimizer with momentum: `momentum_cosine`, the cosine between the gradient and the momentum before the update. Of parameters with more than 65,536 elements a
+    For any optimizer with momentum: `momentum_cosine`, the cosine between the gradient and the momentum before the update. Of parameters with more than 16,384 elements a
     subset is taken; in the vectors -1 stands for a parameter without. With several optimizers the one whose RMS_t is highest counts, and the lowest cosine.
 
     Findings, which hardly ever are false alarms:

@@ -38,9 +38,9 @@ SCALES: Final = "initial_scale"
 class WeightMonitor(SpikeCallback):
     """Records sizes of weights and of updates every few batches.
 
-    `weight_norm` (L2 norm of all parameters) and, for every parameter, the vectors `weight_norm` and `weight_max` (largest absolute value), in one fused pass each; `update_norm`
+    `weight_norm` (L2 norm of all parameters) and, for every parameter, the vectors `weight_norm` and `weight_max` (largest absolute value), in one pass each; `update_norm`
     (L2 norm of the last change of all parameters) and the vector of the same for every parameter, -1 for one that the update did not concern: before the optimizer's step a
-    copy is taken of up to 65,536 elements of each parameter, so the norm of a larger one is an estimate. Parameters that are sharded over ranks are passed over.
+    copy is taken of up to 16,384 elements of each parameter, so the norm of a larger one is an estimate. Parameters that are sharded over ranks are passed over.
 
     At the start of a run that is not resumed the vector `initial_scale`: the root mean square of each weight of a layer of torch, over 1 / sqrt(fan-in). Where that is extreme, a finding:
     detector `"weights"`, kind `"initial_scale"`, with `names` (the first eight), `count`, `of`, `scale` (the most extreme), `direction` (`"large"` or `"small"`) and `text`.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_spike.signals.subset import is_readable
+from lightning_spike.signals.subset import is_readable, largest_value
 
 __all__ = ["ActivationSize", "Shape", "activation_size", "dead_units", "first_tensor", "saturated_share", "shape_of"]
 
@@ -110,9 +110,8 @@ def first_tensor(output: object) -> Tensor | None:
 def activation_size(output: Tensor) -> ActivationSize:
     """Largest absolute value and root mean square of a floating tensor with elements. Never blocks."""
     values = output.detach()
-    largest = torch.linalg.vector_norm(values, math.inf, dtype=torch.float32)
     rms = torch.linalg.vector_norm(values, 2, dtype=torch.float32) / math.sqrt(values.numel())
-    return ActivationSize(largest=largest, rms=rms)
+    return ActivationSize(largest=largest_value(values), rms=rms)
 
 
 @torch.no_grad()

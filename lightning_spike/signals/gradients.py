@@ -41,12 +41,11 @@ def gradient_norms(parameters: Sequence[Tensor]) -> GradientNorms:
         return GradientNorms(per_parameter=torch.stack(laid_out), total=torch.linalg.vector_norm(torch.stack(norms)))
 
 
-def tensor_norms(tensors: Sequence[Tensor], order: float = 2) -> list[Tensor]:
-    """Norms in the order of the tensors, each of shape `()`, float32, on the first one's device; one fused kernel for each device and dtype.
+def tensor_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """L2 norms in the order of the tensors, each of shape `()`, float32, on the first one's device; one fused kernel for each device and dtype.
 
     Args:
-        tensors: At least one, strided, floating, none empty where `order` is infinite.
-        order: 2, 1, or infinite for the largest absolute value.
+        tensors: At least one, strided, floating.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, tensor in enumerate(tensors):
@@ -54,7 +53,7 @@ def tensor_norms(tensors: Sequence[Tensor], order: float = 2) -> list[Tensor]:
     out: dict[int, Tensor] = {}
     for (_, dtype), indices in groups.items():
         wide = torch.promote_types(dtype, torch.float32)
-        out.update(zip(indices, torch._foreach_norm([tensors[i] for i in indices], order, dtype=wide), strict=True))  # noqa: SLF001 - public get_total_norm has no per-tensor form
+        out.update(zip(indices, torch._foreach_norm([tensors[i] for i in indices], 2, dtype=wide), strict=True))  # noqa: SLF001 - public get_total_norm has no per-tensor form
     return [_over_shards(out[i]).to(tensors[0].device, torch.float32, non_blocking=True) for i in range(len(tensors))]
 
 

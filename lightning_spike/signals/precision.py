@@ -15,8 +15,6 @@ from lightning_spike.signals.subset import is_readable, subset
 __all__ = ["left_scale", "loss_scale", "low_precision", "scaler_of", "underflow"]
 
 DTYPES: Final = {"16": torch.float16, "bf16": torch.bfloat16}
-LIMIT: Final = 1 << 14
-"""Elements of one gradient that are looked at."""
 
 
 def scaler_of(trainer: Trainer) -> GradScaler | None:
@@ -66,7 +64,7 @@ def underflow(gradients: Sequence[Tensor], smallest: Tensor | float) -> tuple[Te
     small = torch.as_tensor(smallest, dtype=torch.float64)
     counts = []
     for gradient in readable:
-        size = subset(gradient, LIMIT).abs().double()
+        size = subset(gradient).abs().double()
         is_zero = size == 0
         below = (size < small.to(size.device, non_blocking=True)) & ~is_zero
         share = torch.stack([is_zero.sum(), below.sum()]) * (gradient.numel() / (size.numel() * whole))

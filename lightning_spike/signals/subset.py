@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-__all__ = ["LIMIT", "is_readable", "subset"]
+__all__ = ["LIMIT", "is_readable", "largest_value", "subset"]
 
-LIMIT: Final = 1 << 16
-"""Elements of one tensor that are looked at: of 65,536 a root mean square is known to 0.3 % where the elements are alike (1 / sqrt(2 n))."""
+LIMIT: Final = 1 << 14
+"""Elements of one tensor that are looked at: of 16,384 a root mean square is known to 0.6 % where the elements are alike (1 / sqrt(2 n))."""
 
 
 def is_readable(tensor: Tensor) -> bool:
@@ -38,3 +38,13 @@ def subset(tensor: Tensor, limit: int = LIMIT) -> Tensor:
     flat = tensor.detach().reshape(-1)
     step = -(-flat.numel() // limit) | 1
     return flat[::step] if step > 1 else flat
+
+
+@torch.no_grad()
+def largest_value(tensor: Tensor) -> Tensor:
+    """The largest absolute value of a tensor with elements, NaN where one is; shape `()`, float32, on its device.
+
+    By its smallest and largest, for torch's infinite norm takes twenty times as long on a CPU. Never blocks.
+    """
+    low, high = torch.aminmax(tensor.detach())
+    return torch.maximum(-low, high).float()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_spike.signals.gradients import tensor_norms
-from lightning_spike.signals.subset import subset
+from lightning_spike.signals.subset import largest_value, subset
 
 __all__ = ["Displacement", "WeightSizes", "displacement", "fan_scale", "initial_scales", "weight_sizes"]
 
@@ -41,14 +41,10 @@ class Displacement:
 
 @torch.no_grad()
 def weight_sizes(weights: Sequence[Tensor]) -> WeightSizes:
-    """Norms and largest values in one fused pass each, on the first weight's device; at least one weight, none empty. Never blocks."""
-    detached = [w.detach() for w in weights]
-    norms = torch.stack(tensor_norms(detached))
-    return WeightSizes(
-        norms=norms,
-        largest=torch.stack(tensor_norms(detached, order=math.inf)),
-        total=torch.linalg.vector_norm(norms),
-    )
+    """Norms and largest values in one pass each, on the first weight's device; at least one weight, none empty. Never blocks."""
+    norms = torch.stack(tensor_norms([w.detach() for w in weights]))
+    largest = torch.stack([largest_value(w).to(norms.device, non_blocking=True) for w in weights])
+    return WeightSizes(norms=norms, largest=largest, total=torch.linalg.vector_norm(norms))
 
 
 @torch.no_grad()
@@ -90,7 +86,7 @@ def fan_scale(module: nn.Module, name: str, weight: Tensor) -> float | None:
         return 1.0 / math.sqrt(module.hidden_size)
     if isinstance(module, CONVOLUTIONS) and module.groups > 1:
         return None
-    known = isinstance(module, (nn.Linear, nn.Bilinear, *CONVOLUTIONS)) and name == "weight"
+    known = isinstance(module, (nn.Linear, *CONVOLUTIONS)) and name == "weight"
     if known or (isinstance(module, nn.MultiheadAttention) and name.endswith("proj_weight")):
         return 1.0 / math.sqrt(weight[0].numel())
     return None

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_spike.signals.batch import MAX_LEAVES, BatchRoles, batch_leaves, batch_signals, value_statistics
+from lightning_spike.signals.batch import (
+    MAX_LEAVES,
+    BatchRoles,
+    batch_leaves,
+    batch_signals,
+    class_statistics,
+    value_statistics,
+    weight_statistics,
+)
 
 X, Y, W = torch.randn(4, 3), torch.arange(4), torch.rand(4)
 Pair = namedtuple("Pair", "left right")  # noqa: PYI024 - as collate functions give it
@@ -148,3 +156,39 @@ def test_the_users_demand_for_deterministic_kernels_is_met():
         assert batch_signals((X, Y))
     finally:
         torch.use_deterministic_algorithms(mode=False)
+
+
+def test_the_spread_of_classes_is_that_of_numpy():
+    rng = np.random.default_rng(0)
+    target = np.sort(rng.integers(0, 7, 200))
+    counts = np.bincount(target, minlength=64)
+    shares = counts[counts > 0] / 200
+    told = class_statistics(torch.tensor(target))
+    assert float(told["entropy"]) == pytest.approx(float(-(shares * np.log(shares)).sum()), rel=1e-5)
+    assert float(told["largest"]) == pytest.approx(shares.max())
+    assert float(told["longest_run"]) == counts.max()
+    np.testing.assert_array_equal(told["histogram"], counts)
+
+
+@pytest.mark.parametrize(
+    ("target", "run"), [([3], 1), ([1, 2, 3], 1), ([1, 1, 2, 2, 2, 1], 3), ([5, 5, 5], 3), ([1, 2, 2], 2)]
+)
+def test_the_longest_run(target, run):
+    assert float(class_statistics(torch.tensor(target))["longest_run"]) == run
+
+
+def test_weights_that_pile_up():
+    even, one = torch.full((10,), 0.3), torch.tensor([0.0] * 9 + [7.0])
+    assert float(weight_statistics(even)["ess"]) == pytest.approx(1.0)
+    assert float(weight_statistics(even)["max_share"]) == pytest.approx(0.1)
+    assert float(weight_statistics(one)["ess"]) == pytest.approx(0.1)
+    assert float(weight_statistics(one)["max_share"]) == pytest.approx(1.0)
+    mixed = torch.tensor([1.0, 2.0, 5.0])
+    assert float(weight_statistics(mixed)["ess"]) == pytest.approx(64 / 30 / 3)
+    assert weight_statistics(torch.zeros(3))["ess"].isnan()
+
+
+def test_an_input_that_is_named_leaves_out_what_is_neither():
+    batch = {"image": X, "mask": X, "label": Y}
+    assert names(batch, input="image") == ["input.image", "target.label"]
+    assert {"input.image", "input.mask"} < set(names(batch))
