@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Final
@@ -186,12 +187,12 @@ def class_statistics(tensor: Tensor) -> dict[str, Tensor]:
         return {}
     with torch.no_grad():
         values = tensor.detach().reshape(-1)
-        bins = torch.arange(DISTINCT_BINS, device=tensor.device)
+        bins = _places(DISTINCT_BINS, tensor.device)
         counts = (values.unsqueeze(1).remainder(DISTINCT_BINS) == bins).sum(dim=0, dtype=torch.float32)
         shares = counts / values.numel()
         return {
             "distinct": counts.sign().sum(),
-            "entropy": -torch.xlogy(shares, shares).sum(),
+            "entropy": torch.special.entr(shares).sum(),
             "largest": shares.amax(),
             "longest_run": _longest_run(values),
             "histogram": counts,
@@ -217,11 +218,18 @@ def weight_statistics(tensor: Tensor) -> dict[str, Tensor]:
 
 
 def _longest_run(values: Tensor) -> Tensor:
-    place = torch.arange(values.numel(), device=values.device)
-    begins = place[1:] * (values[1:] != values[:-1])
-    if not begins.numel():
+    """The longest distance from the beginning of a run to an element of it, and 1."""
+    if values.numel() == 1:
         return torch.ones((), device=values.device)
-    return (place[1:] - begins.cummax(dim=0).values).amax().float() + 1.0
+    place = _places(values.numel() - 1, values.device) + 1.0
+    begins = place * (values[1:] != values[:-1])
+    return (place - begins.cummax(dim=0).values).amax() + 1.0
+
+
+@functools.lru_cache(maxsize=32)
+def _places(count: int, device: torch.device) -> Tensor:
+    """0, 1, … as a tensor that is made once for each length and device."""
+    return torch.arange(count, device=device)
 
 
 def _statistics(leaf: BatchLeaf) -> dict[str, Tensor]:

@@ -7,15 +7,15 @@ from torch.nn.parameter import UninitializedParameter
 from lightning_spike.signals.subset import is_readable, largest_value, subset
 
 
-@pytest.mark.parametrize(("count", "limit"), [(10, 16), (16, 16), (17, 16), (100, 16), (4096, 100)])
-def test_it_is_bounded_and_begins_at_the_first(count, limit):
-    values = torch.arange(float(count)).reshape(-1, 1)
-    taken = subset(values, limit)
-    steps = taken.diff().unique()
-    assert 0 < taken.numel() <= limit or count <= limit
+@pytest.mark.parametrize(("count", "limit"), [(10, 64), (64, 64), (65, 64), (1000, 64), (100_000, 4096)])
+def test_it_is_bounded_and_evenly_spread(count, limit):
+    taken = subset(torch.arange(float(count)).reshape(-1, 1), limit)
+    assert limit / 4 <= taken.numel() <= limit or taken.numel() == count
     assert taken[0] == 0
-    assert steps.numel() == 1
-    assert int(steps) % 2 == 1
+    blocks = taken[::16].diff().unique()
+    assert blocks.numel() <= 1 or count <= limit
+    assert taken.unique().numel() == taken.numel()
+    assert taken[-1] >= count * 0.5 or count < 2 * limit
 
 
 def test_a_small_tensor_is_a_view_of_itself():
