@@ -23,14 +23,20 @@ from lightning_spike.errors import ConfigurationError
 from lightning_spike.report import html
 
 KEYS = {
+    "ActivationMonitor": "activation_monitor",
     "AnomalyRollback": "anomaly_rollback",
     "BadBatchDumper": "bad_batch_dumper",
     "CounterfactualReplay": "counterfactual_replay",
+    "DataMonitor": "data_monitor",
     "GradNormMonitor": "grad_norm_monitor",
     "LRPeakDetector": "lr_peak_detector",
+    "OptimizerMonitor": "optimizer_monitor",
     "OverfitWatcher": "overfit_watcher",
+    "PrecisionMonitor": "precision_monitor",
+    "RankSyncMonitor": "rank_sync_monitor",
     "RootCauseReport": "root_cause_report",
     "SceneRecorder": "scene_recorder",
+    "WeightMonitor": "weight_monitor",
 }
 
 

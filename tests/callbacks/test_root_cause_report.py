@@ -244,7 +244,7 @@ SCRIPT = textwrap.dedent("""
         callbacks = [RootCauseReport(formats=["terminal", "json"]), *callbacks]
         if how == "killed":
             os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
-    train(Digits(), callbacks, root, max_epochs=20 if how == "interrupt" else 1)
+    train(Digits(), callbacks, root, max_epochs=10_000 if how == "interrupt" else 1)
     print("AFTER FIT")
 """)
 
