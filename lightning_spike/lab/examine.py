@@ -36,7 +36,9 @@ from lightning_spike.records import EpisodeKind, Finding
 __all__ = ["examine", "triage"]
 
 WORTH: Final = 0.25
-"""Share of the jump from which the batch, or the weights, are looked into."""
+"""Share of the jump from which the batch is looked into …"""
+WORTH_WEIGHTS: Final = 0.1
+"""… and the weights: a second fault may hide behind a batch that stands out far more."""
 DOUBT: Final = 0.25
 """Probability of steps that are too long all the time from which a batch that stands out gets a second look, under calmed weights."""
 CHRONIC: Final = 0.9
@@ -163,7 +165,7 @@ def _whose(scene: Scene, bench: Bench, again: Reproduction, parts: Split) -> lis
         chronic = steps is not None and steps.agitated >= CHRONIC
         return [*_told(scene, steps, None), blame_finding(scene, blame_steps())] if chronic else []
     half = parts.interaction / 2
-    damage, remedies = _damage(scene, bench, again) if parts.weights + half >= WORTH else (None, ())
+    damage, remedies = _damage(scene, bench, again) if parts.weights + half >= WORTH_WEIGHTS else (None, ())
     steps = consistency(bench, again, but=None if damage is None else damage.ordinal)
     doubtful = parts.data + half >= WORTH and (steps is None or steps.agitated >= DOUBT)
     calm = calmed(bench, again.legs, scene.spike, scene.ordinary(), excess=parts.excess) if doubtful else None
