@@ -225,6 +225,7 @@ SCRIPT = textwrap.dedent("""
     from pathlib import Path
     import torch
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with it ignored
     from lightning.pytorch import Callback
     from training_tasks import Digits, train
     how, ours, root = sys.argv[1], sys.argv[2] == "with", Path(sys.argv[3])
@@ -244,7 +245,7 @@ SCRIPT = textwrap.dedent("""
         callbacks = [RootCauseReport(formats=["terminal", "json"]), *callbacks]
         if how == "killed":
             os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
-    train(Digits(), callbacks, root, max_epochs=10_000 if how == "interrupt" else 1)
+    train(Digits(), callbacks, root, max_epochs=200 if how == "interrupt" else 1)
     print("AFTER FIT")
 """)
 
