@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from lightning_spike.actions.batch_ring import RingEntry
-from lightning_spike.actions.state_copy import copy_module
-from lightning_spike.lab.evaluate import log_scale, losses_under
+from lightning_spike.lab.evaluate import log_scale
 from lightning_spike.lab.isolation import Bench
+from lightning_spike.lab.outcome import at_rate, losses_after
 from lightning_spike.lab.reproduce import Leg
-from lightning_spike.lab.update import Update, make_update
 
 __all__ = ["Calmed", "calmed"]
 
@@ -51,19 +50,9 @@ def calmed(
     """
     if not legs:
         return None
-    bench.rewind()
-    legs[0].before.load(bench)
-    for leg in legs:
-        if make_update(bench, _calmer(leg.update)).spoilt_at is not None:
-            return None
-    after = losses_under(bench, copy_module(bench.module), [spike, *controls], like=spike)
+    calmer = [at_rate(leg.update, CALMER) for leg in legs]
+    after = losses_after(bench, legs[0].before, calmer, [spike, *controls], like=spike)
+    if after is None:
+        return None
     scaled = log_scale(after)(after)
     return Calmed(before=excess, after=float(scaled[0] - scaled[1:].mean()), steps=len(legs))
-
-
-def _calmer(update: Update) -> Update:
-    settings = tuple(
-        [{**group, "lr": group["lr"] * CALMER} if "lr" in group else group for group in step]
-        for step in update.settings
-    )
-    return dataclasses.replace(update, settings=settings)

@@ -9,8 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from lightning_spike.actions.batch_ring import RingEntry
-from lightning_spike.actions.state_copy import copy_module
-from lightning_spike.lab.evaluate import Numbers, log_scale, losses_under
+from lightning_spike.lab.evaluate import Numbers, log_scale
 from lightning_spike.lab.factors.batch import Batch
 from lightning_spike.lab.factors.epsilon import Epsilon
 from lightning_spike.lab.factors.factor import Around, Factor
@@ -19,10 +18,11 @@ from lightning_spike.lab.factors.optimizer_state import Momentum, OptimizerState
 from lightning_spike.lab.factors.precision import Precision
 from lightning_spike.lab.isolation import Bench
 from lightning_spike.lab.locate import Damage
+from lightning_spike.lab.outcome import losses_after
 from lightning_spike.lab.reproduce import Leg, Reproduction
 from lightning_spike.lab.scene import Scene
 from lightning_spike.lab.shapley import shapley
-from lightning_spike.lab.update import Update, make_update
+from lightning_spike.lab.update import Update
 
 __all__ = ["Attribution", "Share", "attribute", "normal_around"]
 
@@ -203,13 +203,9 @@ class _Cells:
         return np.asarray(scale(after) - scale(before), dtype=np.float64)
 
     def _outcome(self, normal: Sequence[Factor]) -> Numbers:
-        self._bench.rewind()
-        self._legs[0].before.load(self._bench)
-        for place, leg in enumerate(self._legs):
-            made = make_update(self._bench, self._changed(leg.update, normal, place))
-            if made.spoilt_at is not None:
-                return np.full(len(self._controls), math.nan)
-        return losses_under(self._bench, copy_module(self._bench.module), self._controls, like=self._like)
+        updates = [self._changed(leg.update, normal, place) for place, leg in enumerate(self._legs)]
+        after = losses_after(self._bench, self._legs[0].before, updates, self._controls, like=self._like)
+        return np.full(len(self._controls), math.nan) if after is None else after
 
     def _changed(self, update: Update, normal: Sequence[Factor], place: int) -> Update:
         for factor in normal:

@@ -3,17 +3,17 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
 from lightning_spike.actions.batch_ring import RingEntry
-from lightning_spike.actions.state_copy import copy_module
-from lightning_spike.lab.evaluate import log_scale, losses_under
+from lightning_spike.lab.evaluate import log_scale
 from lightning_spike.lab.factors.factor import Around
 from lightning_spike.lab.isolation import Bench
 from lightning_spike.lab.locate import Damage
+from lightning_spike.lab.outcome import at_rate, losses_after
 from lightning_spike.lab.reproduce import Leg
-from lightning_spike.lab.update import Update, make_update
+from lightning_spike.lab.update import Update
 
 __all__ = ["Remedy", "try_remedies"]
 
@@ -58,7 +58,7 @@ def try_remedies(
 
 def _safer(legs: Sequence[Leg], around: Around) -> list[tuple[str, float | None, list[Update]]]:
     updates = [leg.update for leg in legs]
-    slower = [dataclasses.replace(u, settings=tuple(_slower(step) for step in u.settings)) for u in updates]
+    slower = [at_rate(update, LOWER) for update in updates]
     out: list[tuple[str, float | None, list[Update]]] = [("lower_rate", LOWER, slower)]
     usual = [_norm(earlier) for earlier in around.legs[:-1] if earlier.made.gradients]
     if usual and max(map(_norm, legs)) > (healthy := statistics.median(usual)):
@@ -79,18 +79,12 @@ def _repaired(
     controls: Sequence[RingEntry],
     like: RingEntry,
 ) -> float:
-    bench.rewind()
-    legs[0].before.load(bench)
-    if any(make_update(bench, update).spoilt_at is not None for update in updates):
+    after = losses_after(bench, legs[0].before, updates, controls, like=like)
+    if after is None:
         return 0.0
-    after = losses_under(bench, copy_module(bench.module), controls, like=like)
     scale = log_scale(damage.before, damage.after)
     left = float((scale(after) - scale(damage.before)).mean())
     return 1.0 - left / damage.log_rise if damage.log_rise > 0 else 0.0
-
-
-def _slower(step: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [{**group, "lr": group["lr"] * LOWER} if "lr" in group else group for group in step]
 
 
 def _norm(leg: Leg) -> float:

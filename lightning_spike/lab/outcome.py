@@ -1,0 +1,41 @@
+"""What becomes of ordinary batches' losses if some updates are made from a state."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from lightning_spike.actions.batch_ring import RingEntry
+from lightning_spike.actions.state_copy import copy_module
+from lightning_spike.lab.evaluate import Numbers, losses_under
+from lightning_spike.lab.isolation import Bench
+from lightning_spike.lab.state import TrainState
+from lightning_spike.lab.update import Update, make_update
+
+__all__ = ["at_rate", "losses_after"]
+
+
+def losses_after(
+    bench: Bench, start: TrainState, updates: Sequence[Update], batches: Sequence[RingEntry], *, like: RingEntry
+) -> Numbers | None:
+    """Go to a state, make the updates, and evaluate the batches; `None` where a gradient was not finite. Blocks.
+
+    Args:
+        bench: Inside `isolated(..., with_optimizers=True)`.
+        start: Where to begin.
+        updates: In order.
+        batches: What is evaluated afterwards.
+        like: Whose random state all evaluations are given.
+    """
+    bench.rewind()
+    start.load(bench)
+    if any(make_update(bench, update).spoilt_at is not None for update in updates):
+        return None
+    return losses_under(bench, copy_module(bench.module), batches, like=like)
+
+
+def at_rate(update: Update, factor: float) -> Update:
+    """The update with all its learning rates times a factor."""
+    settings = tuple(
+        [{**group, "lr": group["lr"] * factor} if "lr" in group else group for group in step]
+        for step in update.settings
+    )
+    return dataclasses.replace(update, settings=settings)
