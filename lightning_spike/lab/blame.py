@@ -56,8 +56,7 @@ def blame(split: Split, steps: Consistency | None, calm: Calmed | None, damage: 
     """
     if split.verdict in ("noise", "not_reproduced"):
         return Blame(shares={})
-    half = split.interaction / 2
-    data, weights = max(split.data + half, 0.0), max(split.weights + half, 0.0)
+    data, weights = max(split.batch_part, 0.0), max(split.weights_part, 0.0)
     kept = 1.0 if calm is None else calm.left
     shares = dict.fromkeys(GROUPS, 0.0) | {"data": data * kept, "intrinsic": data * (1.0 - kept)}
     for group, part in _parts(damage, UNKNOWN if steps is None else steps.agitated).items():

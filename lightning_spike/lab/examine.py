@@ -164,10 +164,9 @@ def _whose(scene: Scene, bench: Bench, again: Reproduction, parts: Split) -> lis
         steps = consistency(bench, again)
         chronic = steps is not None and steps.agitated >= CHRONIC
         return [*_told(scene, steps, None), blame_finding(scene, blame_steps())] if chronic else []
-    half = parts.interaction / 2
-    damage, remedies = _damage(scene, bench, again) if parts.weights + half >= WORTH_WEIGHTS else (None, ())
+    damage, remedies = _damage(scene, bench, again) if parts.weights_part >= WORTH_WEIGHTS else (None, ())
     steps = consistency(bench, again, but=None if damage is None else damage.ordinal)
-    doubtful = parts.data + half >= WORTH and (steps is None or steps.agitated >= DOUBT)
+    doubtful = parts.batch_part >= WORTH and (steps is None or steps.agitated >= DOUBT)
     calm = calmed(bench, again.legs, scene.spike, scene.ordinary(), excess=parts.excess) if doubtful else None
     findings = _told(scene, steps, calm)
     if damage is not None:
@@ -180,8 +179,7 @@ def _whose(scene: Scene, bench: Bench, again: Reproduction, parts: Split) -> lis
 
 
 def _measured(scene: Scene, bench: Bench, again: Reproduction, parts: Split, located: int | None) -> list[Finding]:
-    half = parts.interaction / 2
-    data, weights = parts.data + half >= WORTH, parts.weights + half >= WORTH
+    data, weights = parts.batch_part >= WORTH, parts.weights_part >= WORTH
     told = measure(scene, bench, again, located=located, blames_batch=data, blames_weights=weights)
     return [finding(scene, "measured", detail) for detail in told]
 

@@ -46,6 +46,16 @@ class Split:
     text: str
     """One sentence with the numbers in it."""
 
+    @property
+    def batch_part(self) -> float:
+        """The batch's part of the jump, half of what only both together make included: its Shapley value."""
+        return self.data + self.interaction / 2
+
+    @property
+    def weights_part(self) -> float:
+        """The weights' part, with the other half."""
+        return self.weights + self.interaction / 2
+
     def detail(self) -> dict[str, Any]:
         """As in a finding."""
         return dataclasses.asdict(self)
