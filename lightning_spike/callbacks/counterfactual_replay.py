@@ -39,7 +39,7 @@ class CounterfactualReplay(SpikeCallback):
     Args:
         budget: Share of the run's time so far that re-runs may take, above 0 and at most 1; 5 seconds in all are free on top of it, so that short
             runs get their answers too, and the first episode is always examined. Episodes are examined as they come; one that is worse than all before it may
-            overdraw the budget, others that no longer fit get a triage (two steps' worth), or are named in the report.
+            overdraw the budget, others that no longer fit get a triage (some three steps' worth), or are named in the report.
         max_episodes: Episodes examined at most in one fit.
         controls: Ordinary batches that the batch of the onset is compared with; more make small effects of the weights visible.
 

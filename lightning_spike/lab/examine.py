@@ -46,7 +46,7 @@ CHRONIC: Final = 0.9
 FEWER: Final = 4
 """Ordinary batches that damage is measured on once the weights are known to be worse: it is a difference of pairs, so few will do."""
 TRIAGE_CONTROLS: Final = 2
-"""Ordinary batches in a triage: five forward passes, less than two training steps."""
+"""Ordinary batches in a triage: five forward passes in all."""
 
 
 def examine(scene: Scene) -> list[Finding]:
@@ -92,7 +92,7 @@ def _is_noise(findings: Sequence[Finding]) -> bool:
 
 
 def triage(scene: Scene) -> list[Finding]:
-    """The first question only, with few batches and without going back: is the batch high for healthy weights too? Costs two training steps.
+    """The first question only, with few batches and without going back: is the batch high for healthy weights too? Costs some three training steps (`python benchmarks/lab.py`, the column triage).
 
     Returns:
         A `split` that is not exact.
