@@ -252,6 +252,31 @@ class Evidence:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What the first fix of a verdict says, as a program can apply it: one setting and its new value.
+
+    | setting | value |
+    | --- | --- |
+    | `lr-<optimizer>` (with `/pg<k>`) | the highest rate to use |
+    | `warmup_steps` | updates over which the rate should rise to its peak |
+    | `schedule` | the rate that the schedule should have had; `None` where only the event must go |
+    | `gradient_clip_val` | norm to clip at |
+    | `drop_samples` | dataset indices to leave out; `None` where they are not known and the batch itself is to be left out |
+    | `shuffle`, `input_limit`, `sample_weight_limit`, `normalisation` | what to do to the data, with its limit where it is a number |
+    | `betas`, `eps`, `momentum`, `weight_decay` | of the optimizer; for `betas` the second of the two |
+    | `optimizer_state` | the step of the last healthy snapshot to take it back from, `None` for a fresh start |
+    | `initialization`, `activation`, `normalization_layer`, `operation` | in the model: the module or operation to change |
+    | `loss_scale` | the scale to begin with, `precision` | the precision to train in |
+    | `max_steps` | the step to stop at |
+    | `code` | the place in the user's own code: `zero_grad`, `train_mode`, `parameters`, `weights`, `all_reduce`, `resume` … |
+    | `hardware` | the device to check |
+    """
+
+    setting: str
+    value: float | str | tuple[int, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """One cause as ranked, for one episode or over the run; as in report.json."""
 
@@ -263,5 +288,7 @@ class Verdict:
     summary: str
     evidence: tuple[Evidence, ...] = ()
     fixes: tuple[str, ...] = ()
+    change: Change | None = None
+    """The first fix, for a program; `None` where it cannot be put as one setting."""
     confirmed: bool | None = None
     """By replay: true, false, or `None` where none was run."""

@@ -5,7 +5,7 @@ import dataclasses
 from typing import ClassVar
 
 from lightning_spike.diagnosis.case import Case
-from lightning_spike.records import EpisodeKind, Evidence, Family
+from lightning_spike.records import Change, EpisodeKind, Evidence, Family
 
 __all__ = ["LOSS_ROSE", "Cause", "Examination"]
 
@@ -23,6 +23,8 @@ class Examination:
     """One sentence with the numbers in it, for the case that this is the cause."""
     fixes: tuple[str, ...] = ()
     """What to change, most effective first, with values from this run."""
+    change: Change | None = None
+    """The first of them, as a program can apply it."""
     confirmed: bool | None = None
     """What the lab's replay says; `None` where it said nothing."""
 
@@ -56,6 +58,8 @@ class Cause(abc.ABC):
     tested_by: ClassVar[frozenset[str]] = frozenset()
     """Whose share of the jump the lab's experiments must find for this to be the cause: of `"data"`, `"learning_rate"`, `"optimizer"`, `"numerics"`, `"intrinsic"` (a
     step too long with everything as usual) and `"outside"`; the shares of several are added. Empty where no experiment tells."""
+    standing: ClassVar[frozenset[tuple[str, str]]] = frozenset()
+    """Findings, as (detector, kind), that show the cause by themselves, also in a run whose loss has shown nothing (yet): invariants with nearly no false alarms."""
     prior: ClassVar[float] = 1.0
     """How common it is beside the others, before anything is known."""
 

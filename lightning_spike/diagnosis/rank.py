@@ -15,7 +15,7 @@ from lightning_spike.diagnosis.catalogue import catalogue
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import LEAST_PROBABILITY, TEMPER, UNEXPLAINED, UPSTREAM
 from lightning_spike.diagnosis.experiment import with_experiment
-from lightning_spike.records import Episode, Family, Verdict
+from lightning_spike.records import Episode, EpisodeKind, Family, Moment, Verdict
 from lightning_spike.store import TrainerStateStore
 
 __all__ = ["Diagnosis", "diagnose", "not_run_again"]
@@ -58,8 +58,24 @@ def diagnose(store: TrainerStateStore, causes: Iterable[Cause] | None = None) ->
     per_episode: dict[int, tuple[Verdict, ...]] = {}
     for episode in store.episodes:
         per_episode[episode.id] = _rank(Case(store, episode), known, remarks, per_episode)
-    overall = _over_run(store.episodes, per_episode)
+    overall = _over_run(store.episodes, per_episode) if store.episodes else _without_episode(store, known, remarks)
     return Diagnosis(per_episode=MappingProxyType(per_episode), overall=overall, remarks=tuple(dict.fromkeys(remarks)))
+
+
+def _without_episode(store: TrainerStateStore, causes: Sequence[Cause], remarks: list[str]) -> tuple[Verdict, ...]:
+    """Of a run whose loss shows nothing: what is wrong in it all the same, by the findings that show a cause by themselves."""
+    concerned = {(f.detector, f.kind): f.at for f in reversed(store.findings)}
+    shown = [cause for cause in causes if cause.standing & concerned.keys()]
+    if not shown:
+        return ()
+    first = min((concerned[found] for cause in shown for found in cause.standing & concerned.keys()), key=_ordinal)
+    quiet = Episode(id=0, kind=EpisodeKind.STALL, onset=first, noticed=first, peak=first)
+    examined = [e for cause in shown if (e := _examine(cause, Case(store, quiet), remarks)) is not None]
+    return tuple(dataclasses.replace(v, episodes=()) for v in _verdicts(examined, quiet, {}))
+
+
+def _ordinal(moment: Moment) -> int:
+    return moment.ordinal
 
 
 def _not_run_again(store: TrainerStateStore) -> list[str]:
@@ -88,9 +104,13 @@ def _rank(
     examined = [
         e for cause in causes if case.kind in cause.applies_to and (e := _examine(cause, case, remarks)) is not None
     ]
-    probabilities = _probabilities(examined, _inherited(case, earlier))
+    return _verdicts(examined, case.episode, _inherited(case, earlier))
+
+
+def _verdicts(examined: Sequence[_Examined], episode: Episode, inherited: Mapping[str, float]) -> tuple[Verdict, ...]:
+    probabilities = _probabilities(examined, inherited)
     verdicts = [
-        _verdict(e, probabilities[e.cause.id], case.episode)
+        _verdict(e, probabilities[e.cause.id], episode)
         for e in examined
         if e.examination.speaks and probabilities[e.cause.id] >= LEAST_PROBABILITY
     ]
@@ -174,6 +194,7 @@ def _verdict(e: _Examined, probability: float, episode: Episode) -> Verdict:
         summary=e.examination.summary,
         evidence=tuple(told),
         fixes=e.examination.fixes,
+        change=e.examination.change,
         confirmed=e.examination.confirmed,
     )
 

@@ -171,6 +171,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
         "summary": verdict.summary,
         "evidence": [_evidence(e) for e in verdict.evidence],
         "fixes": verdict.fixes,
+        "change": None if verdict.change is None else dataclasses.asdict(verdict.change),
     }
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from lightning_spike.errors import UnreadableReportError
 from lightning_spike.records import (
     Action,
+    Change,
     Disabled,
     Episode,
     EpisodeKind,
@@ -180,10 +181,18 @@ def _verdicts(contents: Sequence[Mapping[str, Any]]) -> tuple[Verdict, ...]:
             summary=v["summary"],
             evidence=tuple(_evidence(e) for e in v["evidence"]),
             fixes=tuple(v["fixes"]),
+            change=_change(v.get("change")),
             confirmed=v["confirmed"],
         )
         for v in contents
     )
+
+
+def _change(content: Mapping[str, Any] | None) -> Change | None:
+    if content is None:
+        return None
+    value = content["value"]
+    return Change(setting=content["setting"], value=tuple(value) if isinstance(value, list) else value)
 
 
 def _evidence(content: Mapping[str, Any]) -> Evidence:

@@ -23,6 +23,7 @@ CAUSE = {
     "summary": str,
     "evidence": [EVIDENCE],
     "fixes": [str],
+    "change": (dict, None),
 }
 EPISODE = {
     "id": int,
