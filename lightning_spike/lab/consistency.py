@@ -68,7 +68,7 @@ def consistency(bench: Bench, again: Reproduction, *, but: int | None = None) ->
 
 def _change(bench: Bench, leg: Leg, after: TrainState) -> float:
     entries = leg.update.entries
-    later = [float(losses_under(bench, after.weights, [entry], like=entry)[0]) for entry in entries]
+    later = [float(losses_under(bench, after.weights, [entry], like=entry, held=True)[0]) for entry in entries]
     return float(np.mean(later) - np.mean(leg.made.losses))
 
 

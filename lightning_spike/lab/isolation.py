@@ -50,6 +50,10 @@ class Bench:
         self._has_trained = False
         self._surroundings = Surroundings(trainer)
         self._batches: dict[int, tuple[object, Kept]] = {}
+        self.known: dict[tuple[int, ...], tuple[float, object]] = {}
+        """Losses that were evaluated, by the identities of what they depend on; beside each is what has these identities, so that none is used again."""
+        self.updates = 0
+        """How many of the steps were training steps, with their backward pass."""
         self.steps = 0
         """How often `training_step` was run: what an examination costs, whatever the machine."""
 
@@ -130,6 +134,7 @@ class Bench:
         """
         self._set_out(batch, random, at)
         self._has_trained = True
+        self.updates += 1
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             open_window(self.trainer)
         loops, module = self.trainer.fit_loop.epoch_loop, self.module

@@ -72,7 +72,8 @@ class Scene:
 
     def elsewhere(self) -> "Scene | None":
         """The same episode, with the highest of the later losses to be explained; `None` where there is no later one."""
-        later = [e.at.ordinal for e in self.after if e.at.ordinal > self.struck and e.at.ordinal in self.losses]
+        struck = self.struck
+        later = [e.at.ordinal for e in self.entries if e.at.ordinal > struck and e.at.ordinal in self.losses]
         if not later:
             return None
         return dataclasses.replace(self, looks_at=max(later, key=lambda ordinal: self.losses[ordinal]))
@@ -80,7 +81,8 @@ class Scene:
     @property
     def spike(self) -> RingEntry:
         """That batch."""
-        return next(entry for entry in self.entries if entry.at.ordinal == self.struck)
+        struck = self.struck
+        return next(entry for entry in self.entries if entry.at.ordinal == struck)
 
     @property
     def recorded(self) -> float:
@@ -90,12 +92,14 @@ class Scene:
     @property
     def stretch(self) -> tuple[RingEntry, ...]:
         """The batches from the snapshot's to that one, both included."""
-        return tuple(e for e in self.entries if self.snapshot.at.ordinal <= e.at.ordinal <= self.struck)
+        first, last = self.snapshot.at.ordinal, self.struck
+        return tuple(e for e in self.entries if first <= e.at.ordinal <= last)
 
     @property
     def after(self) -> tuple[RingEntry, ...]:
         """The batches from that one to the present one, both included."""
-        return tuple(e for e in self.entries if e.at.ordinal >= self.struck)
+        struck = self.struck
+        return tuple(e for e in self.entries if e.at.ordinal >= struck)
 
     def losses_before(self) -> npt.NDArray[np.float64]:
         """The last `WINDOW` losses before the onset, oldest first, as far as they are known; float64."""

@@ -93,11 +93,11 @@ def split(
     Raises:
         CannotReplay: A step gave no loss.
     """
-    old_losses = losses_under(bench, old, [spike, *controls], like=spike)
+    old_losses = losses_under(bench, old, [spike, *controls], like=spike, held=True)
     if new is None:
         new_losses = np.array([recorded, *losses_under(bench, {}, controls, like=spike)])
     else:
-        new_losses = losses_under(bench, new, [spike, *controls], like=spike)
+        new_losses = losses_under(bench, new, [spike, *controls], like=spike, held=True)
     return judge(old_losses, new_losses, scatter=scatter, is_later=new is None)
 
 

@@ -146,7 +146,7 @@ def _step(bench: Bench, before: TrainState, after: TrainState) -> dict[str, Tens
 
 def _change(bench: Bench, leg: Leg, after: TrainState) -> float:
     """Of the mean loss of its own batches."""
-    later = [float(losses_under(bench, after.weights, [entry], like=entry)[0]) for entry in leg.update.entries]
+    later = [float(losses_under(bench, after.weights, [entry], like=entry, held=True)[0]) for entry in leg.update.entries]
     return float(np.mean(later) - np.mean(leg.made.losses))
 
 
