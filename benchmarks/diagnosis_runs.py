@@ -1,0 +1,321 @@
+"""One labelled run of the diagnosis benchmark: a task, a fault, the whole suite; what it recorded is kept on disk, so that ranking can be done again in no time."""
+
+import contextlib
+import copyreg
+import dataclasses
+import gzip
+import io
+import itertools
+import pickle
+import tempfile
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, Literal
+
+import torch
+from diagnosis_tasks import TASKS, Module, loaders
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.plugins.precision import MixedPrecision
+from typing_extensions import override
+
+from lightning_spike import RootCauseReport, TrainerStateStore, suite
+from lightning_spike.callbacks.scene_recorder import SceneRecorder
+from lightning_spike.diagnosis.catalogue import catalogue
+from lightning_spike.testing import (
+    DECOYS,
+    UNCOVERED,
+    CorruptTokens,
+    ExtremeValues,
+    Fault,
+    Needs,
+    RateJump,
+    RateTooHigh,
+    WarmRestarts,
+    WrongLabels,
+    faults_for,
+)
+
+__all__ = ["CLEAN_STEPS", "Cell", "Kept", "all_cells", "kept", "run"]
+
+Strength = Literal["mild", "strong"]
+STRENGTHS: Final[tuple[Strength, ...]] = ("mild", "strong")
+AT: Final = 200
+"""The batch that a fault strikes, moved by up to `SHIFT` with the seed, so that the distance to the last snapshot differs."""
+SHIFT: Final = 24
+AFTER: Final = 100
+"""Batches trained after it."""
+SLOW: Final[Mapping[str, tuple[int, int]]] = {
+    "overfitting": (60, 420),
+    "post_overfit_oscillation": (60, 420),
+    "gradient_vanishing": (160, 240),
+    "weight_blowup": (160, 240),
+    "adam_epsilon_too_small": (160, 240),
+    "activation_saturation": (160, 200),
+    "bad_initialization": (0, 300),
+    "lr_too_high": (160, 240),
+    "warmup_too_short": (0, 300),
+    "momentum_reversal": (160, 240),
+    "data_drift": (160, 160),
+    "stale_second_moment": (160, 160),
+    "code_bug": (160, 200),
+}
+"""Causes that need another moment or more time to show: the batch, and the batches after it."""
+CLEAN_STEPS: Final = 2000
+"""Of a clean twin, so that false alarms can be counted."""
+EVERY: Final = 50
+"""Batches between validations."""
+LATER: Final = 60
+"""Batches between the two faults of a run with two."""
+
+
+# -- what is run ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One run: its label, and how to make it."""
+
+    task: str
+    seed: int
+    sort: Literal["fault", "clean", "decoy", "uncovered", "confusable", "two"]
+    name: str
+    """The fault's class, or the name of the scene."""
+    causes: tuple[str, ...] = ()
+    """What should be said: one id, two where two faults are in the run, none where nothing should."""
+    strength: Strength = "strong"
+
+    @property
+    def key(self) -> str:
+        """Unique among the cells; a file name."""
+        return "-".join([self.task, self.sort, self.name, self.strength, str(self.seed)])
+
+    @property
+    def slow(self) -> tuple[int, int]:
+        """The batch that the fault strikes, and the batches trained after it."""
+        cause = self.causes[0] if self.causes else ""
+        at, after = SLOW.get(cause, (AT, AFTER))
+        return (at + (self.seed * 7) % SHIFT if at else 0), after
+
+    @property
+    def at(self) -> int:
+        """The batch that the (first) fault strikes."""
+        return self.slow[0]
+
+    @property
+    def steps(self) -> int:
+        """Batches of the run."""
+        if self.sort == "clean":
+            return CLEAN_STEPS
+        return sum(self.slow) + (LATER if self.sort == "two" else 0)
+
+
+def _fits(kind: type[Fault], task: str) -> bool:
+    """Whether the fault can happen in the task at all."""
+    adam, weights = task in {"images", "text", "nested"}, task in {"table", "nested"}
+    cannot = {
+        Needs.FLOAT_INPUT: task == "text",
+        Needs.INTEGER_INPUT: task != "text",
+        Needs.ADAM: not adam,
+        Needs.WEIGHT: not weights,
+    }
+    return not any(cannot.get(need, False) for need in kind.NEEDS)
+
+
+def all_cells(seeds: Sequence[int], tasks: Sequence[str], causes: Sequence[str] | None = None) -> list[Cell]:
+    """Every cell of the benchmark; with `causes`, those of these causes only.
+
+    Every cause in two strengths for each seed; where a cause has several faults they take turns.
+    """
+    cells: list[Cell] = []
+    for task, seed in itertools.product(tasks, seeds):
+        for cause in sorted(cause.id for cause in catalogue()) if causes is None else causes:
+            cells += _of_cause(cause, task, seed)
+        if causes is None:
+            cells += [
+                Cell(task=task, seed=seed, sort="clean", name="clean"),
+                *(Cell(task=task, seed=seed, sort="decoy", name=k.__name__) for k in DECOYS if _fits(k, task)),
+                *(Cell(task=task, seed=seed, sort="uncovered", name=k.__name__) for k in UNCOVERED if _fits(k, task)),
+                *(
+                    Cell(task=task, seed=seed, sort="confusable", name=name, causes=(cause,))
+                    for name, cause in CONFUSABLE.items()
+                ),
+                Cell(task=task, seed=seed, sort="two", name="rate, then batch", causes=("lr_scheduler_fault", "bad_batch")),
+            ]  # fmt: skip
+    return cells
+
+
+def _of_cause(cause: str, task: str, seed: int) -> list[Cell]:
+    kinds = [kind for kind in faults_for(cause) if _fits(kind, task)]
+    return [
+        Cell(
+            task=task,
+            seed=seed,
+            sort="fault",
+            name=kinds[(2 * seed + k) % len(kinds)].__name__,
+            causes=(cause,),
+            strength=strength,
+        )
+        for k, strength in enumerate(STRENGTHS)
+        if kinds
+    ]
+
+
+CONFUSABLE: Final[Mapping[str, str]] = {
+    "restart that makes gradients explode": "lr_restart",
+    "bad batch under a high rate": "bad_batch",
+    "a stretch of wrong labels": "label_noise",
+}
+"""Scenes that look like something else, and what they are."""
+
+
+def _bad_batch(task: str, at: int, seed: int) -> Fault:
+    return CorruptTokens(at, 1.0, seed=seed) if task == "text" else ExtremeValues(at, 30.0, seed=seed)
+
+
+def _faults(cell: Cell) -> list[Fault]:
+    at, seed = cell.at, cell.seed
+    if cell.sort in {"fault", "decoy", "uncovered"}:
+        kinds = [k for k in (*faults_for(cell.causes[0]), *DECOYS, *UNCOVERED) if k.__name__ == cell.name] if cell.causes else [
+            k for k in (*DECOYS, *UNCOVERED) if k.__name__ == cell.name
+        ]  # fmt: skip
+        return [getattr(kinds[0], cell.strength)(at=at, seed=seed)]
+    if cell.sort == "two":
+        return [RateJump(at, 60.0, length=2), _bad_batch(cell.task, at + LATER, seed)]
+    match cell.name:
+        case "restart that makes gradients explode":
+            return [WarmRestarts(at, 120.0)]
+        case "bad batch under a high rate":
+            return [RateTooHigh(0, 2.0), _bad_batch(cell.task, at, seed)]
+        case "a stretch of wrong labels":
+            return [WrongLabels(at, 1.0, length=15, seed=seed)]
+    return []
+
+
+# -- one run -------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """What is left of a run."""
+
+    cell: Cell
+    store: TrainerStateStore | None
+    """`None` where the run broke."""
+    error: str | None = None
+
+
+class _Keeps(Callback):
+    """Writes the store when the fit is over, however it ended; on rank 0, which may be another process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.is_global_zero:
+            _write(self.path, TrainerStateStore.of(trainer))
+
+
+def _write(path: Path, what: object) -> None:
+    partial = path.with_suffix(".part")
+    with gzip.open(partial, "wb", compresslevel=1) as file:
+        pickle.dump(what, file)
+    partial.replace(path)
+
+
+def kept(folder: Path, cell: Cell) -> Kept | None:
+    """What was kept of a cell's run; `None` where it has not been run."""
+    path = folder / f"{cell.key}.pkl.gz"
+    if not path.exists():
+        return None
+    with gzip.open(path, "rb") as file:
+        found: Kept = pickle.load(file)  # noqa: S301 - written by this benchmark
+        return found
+
+
+def run(cell: Cell, folder: Path) -> str | None:
+    """Train once and keep what was recorded; returns what went wrong, if anything."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    path = folder / f"{cell.key}.pkl.gz"
+    raw = folder / f"{cell.key}.store"
+    error = None
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
+        try:
+            _train(cell, raw, Path(scratch))
+        except BaseException as failed:  # noqa: BLE001 - a training may die of its fault: then too there is a diagnosis
+            error = "".join(traceback.format_exception_only(failed)).strip()
+    store = None
+    if raw.exists():
+        with gzip.open(raw, "rb") as file:
+            store = pickle.load(file)  # noqa: S301 - written above
+        raw.unlink()
+    _write(path, Kept(cell=cell, store=store, error=error))
+    return error
+
+
+def _train(cell: Cell, raw: Path, scratch: Path) -> None:
+    faults = _faults(cell)
+    needs = frozenset[Needs]().union(*(fault.NEEDS for fault in faults))
+    if Needs.RESUME in needs:
+        _fit(cell, [], None, scratch, needs, steps=cell.at, save=scratch / "first.ckpt")
+        _fit(cell, faults, raw, scratch, needs, steps=cell.steps, resume=scratch / "first.ckpt")
+    else:
+        _fit(cell, faults, raw, scratch, needs, steps=cell.steps)
+
+
+def _fit(
+    cell: Cell,
+    faults: Sequence[Callback],
+    raw: Path | None,
+    scratch: Path,
+    needs: frozenset[Needs],
+    *,
+    steps: int,
+    save: Path | None = None,
+    resume: Path | None = None,
+) -> None:
+    seed_everything(cell.seed, verbose=False)
+    module = Module(cell.task)
+    train, held = loaders(cell.task, cell.seed)
+    watching = [c for c in suite(dirpath=scratch) if not isinstance(c, RootCauseReport | SceneRecorder)]
+    options: dict[str, Any] = {}
+    if Needs.LOSS_SCALER in needs:
+        options["plugins"] = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))]
+    if Needs.RANKS in needs:
+        options |= {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": True}
+    trainer = Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        val_check_interval=EVERY,
+        check_val_every_n_epoch=None,
+        default_root_dir=scratch,
+        callbacks=[*faults, *watching, *([] if raw is None else [_Keeps(raw)])],
+        **options,
+    )
+    trainer.fit(module, train, held, ckpt_path=None if resume is None else str(resume), weights_only=False)
+    if save is not None:
+        trainer.save_checkpoint(save)
+
+
+def _frozen(mapping: MappingProxyType[Any, Any]) -> tuple[type, tuple[dict[Any, Any]]]:
+    return MappingProxyType, (dict(mapping),)
+
+
+copyreg.pickle(MappingProxyType, _frozen)  # type: ignore[arg-type]
+
+
+def cells_of(folder: Path) -> Iterator[Kept]:
+    """All that was kept in a folder."""
+    for path in sorted(folder.glob("*.pkl.gz")):
+        with gzip.open(path, "rb") as file:
+            yield pickle.load(file)  # noqa: S301 - written by this benchmark

@@ -1,0 +1,273 @@
+"""The five trainings of the diagnosis benchmark: images, text, a table, sequences, and batches that nest; real data that other packages bundle."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from lightning.pytorch import LightningModule
+from sklearn.datasets import load_breast_cancer, load_digits, load_sample_images
+from tasks import ByteTransformer, cnn
+from tasks import dataset as bundled
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from typing_extensions import override
+
+__all__ = ["TASKS", "Kind", "Module", "loaders"]
+
+PIXELS: Final = 24
+"""Length of a stretch of an image's row that the recurrent network reads."""
+HELD: Final = 128
+"""Samples kept for the validation."""
+
+
+class Scanlines(nn.Module):
+    """Predicts the next pixel of an image's row from those before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.GRU(3, 32, batch_first=True), nn.Linear(32, 3)
+
+    @override
+    def forward(self, row: Tensor) -> Tensor:
+        """Float32 of shape `(batch, time, 3)` to the same of the next pixels."""
+        out: Tensor = self.head(self.body(row)[0])
+        return out
+
+
+class TwoViews(nn.Module):
+    """An image and its two profiles, each through a tower of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Sequential(nn.Flatten(), nn.Linear(64, 48), nn.LayerNorm(48), nn.Tanh())
+        self.profile = nn.Sequential(nn.Linear(16, 24), nn.Tanh())
+        self.head = nn.Sequential(nn.Linear(72, 48), nn.Tanh(), nn.Linear(48, 10))
+
+    @override
+    def forward(self, views: Mapping[str, Tensor]) -> Tensor:
+        """Logits, shape `(batch, 10)`."""
+        out: Tensor = self.head(torch.cat([self.image(views["image"]), self.profile(views["profile"])], dim=1))
+        return out
+
+
+def table_net() -> nn.Module:
+    """Two hidden layers for the thirty measurements."""
+    return nn.Sequential(nn.Linear(30, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 2))
+
+
+# -- data ----------------------------------------------------------------------------------------------------------------
+
+
+class Rows(Dataset[Any]):
+    """Samples made by a function of their index."""
+
+    def __init__(self, count: int, sample: Callable[[int], Any]) -> None:
+        self.count, self.sample = count, sample
+
+    def __len__(self) -> int:
+        return self.count
+
+    @override
+    def __getitem__(self, index: int) -> Any:
+        return self.sample(index)
+
+
+def _weights(count: int) -> Tensor:
+    """Ordinary sample weights, between 0.5 and 1.5."""
+    return 0.5 + torch.rand(count, generator=torch.Generator().manual_seed(7))
+
+
+@functools.cache
+def images() -> Dataset[Any]:
+    """Digits: float32 of shape `(1, 8, 8)` in [0, 1], and their class."""
+    return bundled("digits", 0)
+
+
+@functools.cache
+def text() -> Dataset[Any]:
+    """Windows of the standard library's source: int64 tokens, and the tokens that follow."""
+    return bundled("bytes", 0)
+
+
+@functools.cache
+def table() -> Dataset[Any]:
+    """Measurements of cells, standardised; a class and a sample weight each."""
+    data = load_breast_cancer()
+    x = torch.tensor(data.data, dtype=torch.float32)
+    x, y, w = (x - x.mean(0)) / x.std(0), torch.tensor(data.target), _weights(len(x))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(7))
+    x, y = x[order], y[order]
+    return Rows(len(x), lambda k: {"features": x[k], "y": y[k], "weight": w[k]})
+
+
+@functools.cache
+def sequences() -> Dataset[Any]:
+    """Stretches of the rows of two photographs: pixels, and the pixels that follow."""
+    photographs = [torch.tensor(image, dtype=torch.float32) / 255 for image in load_sample_images().images]
+    generator = torch.Generator().manual_seed(7)
+    rows = []
+    for photograph in photographs:
+        height, width, _ = photograph.shape
+        at = torch.stack(
+            [
+                torch.randint(height, (2048,), generator=generator),
+                torch.randint(width - PIXELS - 1, (2048,), generator=generator),
+            ],
+            1,
+        )
+        rows += [photograph[y, x : x + PIXELS + 1] for y, x in at.tolist()]
+    order = torch.randperm(len(rows), generator=generator)
+    stretches = torch.stack(rows)[order]
+    return Rows(len(stretches), lambda k: (stretches[k, :-1], stretches[k, 1:]))
+
+
+@functools.cache
+def nested() -> Dataset[Any]:
+    """Digits as a dict in a dict, with a sample weight, a name and nothing."""
+    data = load_digits()
+    x, y, w = torch.tensor(data.images, dtype=torch.float32) / 16, torch.tensor(data.target), _weights(len(data.target))
+
+    def sample(k: int) -> dict[str, Any]:
+        views = {"image": x[k], "profile": torch.cat([x[k].mean(0), x[k].mean(1)])}
+        return {"views": views, "label": y[k], "sample_weight": w[k], "name": f"digit-{k}", "note": None}
+
+    return Rows(len(x), sample)
+
+
+# -- tasks ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What is trained on what, and how."""
+
+    net: Callable[[], nn.Module]
+    data: Callable[[], Dataset[Any]]
+    loss: Callable[[nn.Module, Any], Tensor]
+    optimizer: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
+    batch_size: int
+    rate: Callable[[int], float] | None = None
+    """Factor on the rate by step, as the task's own schedule has it."""
+
+
+def _pair(net: nn.Module, batch: Any) -> Tensor:
+    return functional.cross_entropy(net(batch[0]), batch[1])
+
+
+def _next(net: nn.Module, batch: Any) -> Tensor:
+    return functional.mse_loss(net(batch[0]), batch[1])
+
+
+def _weighted(inputs: str, target: str, weight: str) -> Callable[[nn.Module, Any], Tensor]:
+    def loss(net: nn.Module, batch: Any) -> Tensor:
+        each = functional.cross_entropy(net(batch[inputs]), batch[target], reduction="none")
+        return (each * batch[weight]).mean()
+
+    return loss
+
+
+def _warm_cosine(step: int) -> float:
+    """Up in 40 updates, then down to a fifth at 1000."""
+    return min((step + 1) / 40, 1.0) * (0.6 + 0.4 * math.cos(math.pi * min(step, 1000) / 1000))
+
+
+TASKS: Final[Mapping[str, Kind]] = {
+    "images": Kind(net=cnn, data=images, loss=_pair, optimizer=lambda p: torch.optim.AdamW(p, lr=2e-3), batch_size=32),
+    "text": Kind(
+        net=ByteTransformer,
+        data=text,
+        loss=_pair,
+        optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3, betas=(0.9, 0.99)),
+        batch_size=32,
+        rate=_warm_cosine,
+    ),
+    "table": Kind(
+        net=table_net,
+        data=table,
+        loss=_weighted("features", "y", "weight"),
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=1e-4),
+        batch_size=16,
+    ),
+    "sequences": Kind(
+        net=Scanlines,
+        data=sequences,
+        loss=_next,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.9),
+        batch_size=32,
+    ),
+    "nested": Kind(
+        net=TwoViews,
+        data=nested,
+        loss=_weighted("views", "label", "sample_weight"),
+        optimizer=lambda p: torch.optim.Adam(p, lr=2e-3),
+        batch_size=24,
+        rate=lambda step: 0.55 + 0.45 * math.cos(math.pi * min(step, 800) / 800),
+    ),
+}
+
+
+class Module(LightningModule):
+    """One of the tasks, written as a user would."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.kind, self.net = TASKS[name], TASKS[name].net()
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.kind.loss(self.net, batch)
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.kind.loss(self.net, batch), batch_size=self.kind.batch_size)
+
+    @override
+    def configure_optimizers(self) -> Any:
+        optimizer = self.kind.optimizer(list(self.parameters()))
+        if self.kind.rate is None:
+            return optimizer
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.kind.rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _collate(samples: list[Any]) -> Any:
+    """As torch's, but None stays None."""
+    if isinstance(samples[0], dict):
+        return {key: _collate([sample[key] for sample in samples]) for key in samples[0]}
+    return None if samples[0] is None else default_collate(samples)
+
+
+class _Order:
+    """A new random order in every epoch, from a seed: the same in a run, in its clean twin and after a resume."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1009 + self.epoch)
+        return iter(torch.randperm(self.count, generator=generator).tolist())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch."""
+        self.epoch = epoch
+
+
+def loaders(name: str, seed: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """The training data, shuffled from `seed`, and 128 samples to validate on."""
+    kind = TASKS[name]
+    whole = kind.data()
+    count = len(whole)  # type: ignore[arg-type]
+    train, held = Subset(whole, range(count - HELD)), Subset(whole, range(count - HELD, count))
+    order = _Order(len(train), seed)
+    size = kind.batch_size
+    return (
+        DataLoader(train, batch_size=size, sampler=order, collate_fn=_collate, drop_last=True),  # type: ignore[arg-type]
+        DataLoader(held, batch_size=HELD, collate_fn=_collate),
+    )
