@@ -13,6 +13,8 @@ from lightning_spike.lab.blame import blame, blame_steps
 from lightning_spike.lab.calm import Calmed, calmed
 from lightning_spike.lab.consistency import Consistency, consistency
 from lightning_spike.lab.errors import CannotReplay
+from lightning_spike.lab.evaluate import log_scale, losses_under
+from lightning_spike.lab.few import few_that_tell
 from lightning_spike.lab.findings import blame_finding, finding
 from lightning_spike.lab.intervene import Attribution, attribute, normal_around
 from lightning_spike.lab.isolation import Bench, isolated
@@ -43,8 +45,8 @@ DOUBT: Final = 0.25
 """Probability of steps that are too long all the time from which a batch that stands out gets a second look, under calmed weights."""
 CHRONIC: Final = 0.9
 """… from which they explain a jump that nothing else does."""
-FEWER: Final = 4
-"""Ordinary batches that damage is measured on once the weights are known to be worse: it is a difference of pairs, so few will do."""
+HAS_A_PART: Final = 0.1
+"""Share of the damage of an update from which the optimizer's state, or what no factor explains, is asked about further."""
 TRIAGE_CONTROLS: Final = 2
 """Ordinary batches in a triage: five forward passes in all."""
 
@@ -65,7 +67,9 @@ def examine(scene: Scene) -> list[Finding]:
         other = scene.elsewhere() if _is_noise(findings) else None
         if other is not None and not _is_noise(second := _examined(other, bench)):
             findings = second
-        findings.append(finding(scene, "cost", {"steps": bench.steps}))
+        findings.append(
+            finding(scene, "cost", {"steps": bench.steps, "updates": bench.updates, "way": len(scene.stretch) - 1})
+        )
     return findings
 
 
@@ -165,7 +169,7 @@ def _whose(scene: Scene, bench: Bench, again: Reproduction, parts: Split) -> lis
         chronic = steps is not None and steps.agitated >= CHRONIC
         return [*_told(scene, steps, None), blame_finding(scene, blame_steps())] if chronic else []
     damage, remedies = _damage(scene, bench, again) if parts.weights_part >= WORTH_WEIGHTS else (None, ())
-    steps = consistency(bench, again, but=None if damage is None else damage.ordinal)
+    steps = consistency(bench, again, but=None if damage is None else damage.ordinal) if _asks(parts, damage) else None
     doubtful = parts.batch_part >= WORTH and (steps is None or steps.agitated >= DOUBT)
     calm = calmed(bench, again.legs, scene.spike, scene.ordinary(), excess=parts.excess) if doubtful else None
     findings = _told(scene, steps, calm)
@@ -176,6 +180,17 @@ def _whose(scene: Scene, bench: Bench, again: Reproduction, parts: Split) -> lis
         findings.append(finding(scene, "remedies", detail))
     findings += _measured(scene, bench, again, parts, None if damage is None else damage.ordinal)
     return [*findings, blame_finding(scene, blame(parts, steps, calm, damage))]
+
+
+def _asks(parts: Split, damage: Attribution | None) -> bool:
+    """Whether it matters if steps are too long all the time: not where the batch has no part, and the located update's damage is neither the state's nor nobody's."""
+    if damage is None or parts.batch_part >= WORTH:
+        return True
+    return damage.intrinsic + _part_of_state(damage) >= HAS_A_PART
+
+
+def _part_of_state(damage: Attribution) -> float:
+    return sum(share.share for share in damage.shares if share.group == "optimizer")
 
 
 def _measured(scene: Scene, bench: Bench, again: Reproduction, parts: Split, located: int | None) -> list[Finding]:
@@ -197,11 +212,22 @@ def _told(scene: Scene, steps: Consistency | None, calm: Calmed | None) -> list[
 
 def _damage(scene: Scene, bench: Bench, again: Reproduction) -> tuple[Attribution | None, tuple[Remedy, ...]]:
     """The factors of the update that did the damage, and what would have helped; nothing where no update did any."""
-    controls = scene.ordinary()[:FEWER]
+    controls = _few(scene, bench, again)
     found = damage_on_the_way(bench, again, controls, like=scene.spike)
     if found is None or found.log_rise <= 0:
         return None, ()
     around = normal_around(scene, again, found.first, controls)
     legs, scatter = again.legs[found.first : found.last + 1], batch_noise(scene.losses_before())
     shared = attribute(bench, found, legs, around, controls, like=scene.spike, scatter=scatter)
-    return shared, try_remedies(bench, found, legs, around, controls, like=scene.spike)
+    state = shared.intrinsic + _part_of_state(shared) >= HAS_A_PART
+    return shared, try_remedies(bench, found, legs, around, controls, like=scene.spike, empties_state=state)
+
+
+def _few(scene: Scene, bench: Bench, again: Reproduction) -> Sequence[RingEntry]:
+    """The ordinary batches that damage is measured on; what they are chosen by was evaluated for the split."""
+    controls = scene.ordinary()
+    old, new = (
+        losses_under(bench, w, controls, like=scene.spike, held=True) for w in (scene.snapshot.model, again.weights)
+    )
+    scale = log_scale(old, new)
+    return few_that_tell(controls, scale(new) - scale(old))

@@ -127,7 +127,10 @@ def attribute(
         scatter: Standard deviation of the log-loss from batch to batch.
     """
     cells = _Cells(bench, legs, around, controls, like, damage)
-    shares, normal, intrinsic = cells.shares(FIRST)
+    odd_batch = _is_odd(legs, damage, scatter)
+    # An ordinary batch is at its normal value: to exchange it would double the combinations, and blame it for what everything else met.
+    shares, normal, intrinsic = cells.shares([f for f in FIRST if odd_batch or f.group != "data"])
+    normal += [f.id for f in FIRST if f.group == "data" and not odd_batch]
     largest = max(shares, key=lambda s: s.share, default=None)
     closer = "intrinsic" if largest is None or intrinsic > largest.share else largest.factor
     finer: list[Share] = []
@@ -142,7 +145,7 @@ def attribute(
         damage=damage.log_rise,
         shares=tuple(shares),
         finer=tuple(finer),
-        odd_batch=_is_odd(legs, damage, scatter),
+        odd_batch=odd_batch,
         intrinsic=intrinsic,
         normal=tuple(normal),
     )

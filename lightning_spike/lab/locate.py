@@ -17,6 +17,10 @@ __all__ = ["Damage", "damage_on_the_way"]
 
 MOST_OF_IT: Final = 0.7
 """Share of the whole rise that makes most of it."""
+NEARLY: Final = 0.15
+"""Share of the whole rise that is next to nothing of it: half of what may be missing, at either end."""
+LONGEST: Final = 4
+"""Updates in a row at most: each question about them makes them all again."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +50,10 @@ def damage_on_the_way(
 ) -> Damage | None:
     """Which of the kept updates raised the control batches' losses; `None` where none is kept.
 
-    First guess: the update with the longest step, where that makes most of the rise. Then by halving: of two halves of the way the one in which the losses rise
-    more, some four evaluations of all controls instead of twelve (science.md 2b.4). Where no single update makes most of it, the shortest row of
-    updates that does is taken: a rate that is too high works for some steps before the loss gives way.
+    First guess: the update with the longest step, where that makes most of the rise. Else the row of updates in which it comes about: from the last state before which
+    there is next to nothing of it to the first with nearly all of it, both found by halving (some four to eight evaluations of all controls instead of thirteen,
+    science.md 2b.4), and shortened at its ends for as long as what is left makes most of the rise: a rate that is too high works for some steps before the loss gives
+    way. Of a row that is still longer than four updates, the four that make most of it are taken.
 
     Args:
         bench: Inside `isolated`.
@@ -59,11 +64,10 @@ def damage_on_the_way(
     if not again.legs:
         return None
     way = _Way(bench, again, controls, like)
-    first = last = way.longest()
+    first = way.longest()
+    last = first
     if way.share(first, last + 1) < MOST_OF_IT:
-        first = last = way.steepest()
-    if way.share(first, last + 1) < MOST_OF_IT:
-        first, last = way.shortest_row()
+        first, last = way.row()
     share = way.share(first, last + 1)
     return Damage(first=first, last=last, before=way.losses(first), after=way.losses(last + 1), share=share)
 
@@ -74,7 +78,6 @@ class _Way:
     def __init__(self, bench: Bench, again: Reproduction, controls: Sequence[RingEntry], like: RingEntry) -> None:
         self._bench, self._controls, self._like = bench, controls, like
         self._states = [*(leg.before for leg in again.legs), again.end]
-        self._known: dict[int, Numbers] = {}
         self._scale = log_scale(self.losses(0), self.losses(self._end))
 
     @property
@@ -83,9 +86,8 @@ class _Way:
 
     def losses(self, k: int) -> Numbers:
         """Of the controls under the k-th state."""
-        if k not in self._known:
-            self._known[k] = losses_under(self._bench, self._states[k].weights, self._controls, like=self._like)
-        return self._known[k]
+        weights = self._states[k].weights
+        return losses_under(self._bench, weights, self._controls, like=self._like, held=True)
 
     def share(self, a: int, b: int) -> float:
         """Part of the whole rise between two states."""
@@ -96,23 +98,22 @@ class _Way:
         """The update with the longest step."""
         return int(np.argmax([_distance(a, b) for a, b in pairwise(self._states)]))
 
-    def steepest(self) -> int:
-        """The update with the largest rise, by halving."""
+    def row(self) -> tuple[int, int]:
+        """The first and the last of the updates in which most of the rise comes about."""
+        low, high = self._where(NEARLY), self._where(1.0 - NEARLY) + 1
+        while high - low > 1 and (
+            high - low > LONGEST or max(self.share(low + 1, high), self.share(low, high - 1)) >= MOST_OF_IT
+        ):
+            low, high = max(((low + 1, high), (low, high - 1)), key=lambda row: self.share(*row))
+        return low, high - 1
+
+    def _where(self, part: float) -> int:
+        """The update with which the rise goes beyond a part of the whole, by halving."""
         low, high = 0, self._end
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if self._rise(low, middle) > self._rise(middle, high) else (middle, high)
+            low, high = (low, middle) if self.share(0, middle) > part else (middle, high)
         return low
-
-    def shortest_row(self) -> tuple[int, int]:
-        """The shortest row of updates that makes most of the rise; of several the one that makes more."""
-        rows = ((a, b) for length in range(1, self._end + 1) for a, b in self._rows(length))
-        enough = next((row for row in rows if self.share(*row) >= MOST_OF_IT), (0, self._end))
-        return enough[0], enough[1] - 1
-
-    def _rows(self, length: int) -> list[tuple[int, int]]:
-        rows = [(a, a + length) for a in range(self._end - length + 1)]
-        return sorted(rows, key=lambda row: -self.share(*row))
 
     def _rise(self, a: int, b: int) -> float:
         return float((self._scale(self.losses(b)) - self._scale(self.losses(a))).mean())

@@ -19,6 +19,8 @@ __all__ = ["Remedy", "try_remedies"]
 
 LOWER: Final = 0.1
 """Factor on the learning rate (science.md 2b.4)."""
+FEW: Final = 2
+"""Ordinary batches that a remedy is tried on: what it is asked is whether it helps, and a difference of pairs tells."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +36,19 @@ class Remedy:
 
 
 def try_remedies(
-    bench: Bench, damage: Damage, legs: Sequence[Leg], around: Around, controls: Sequence[RingEntry], *, like: RingEntry
+    bench: Bench,
+    damage: Damage,
+    legs: Sequence[Leg],
+    around: Around,
+    controls: Sequence[RingEntry],
+    *,
+    like: RingEntry,
+    empties_state: bool = True,
 ) -> tuple[Remedy, ...]:
     """Make the updates that did the damage with each remedy by itself, the most helpful first.
 
     A tenth of the learning rate takes most damage away, whatever made it (75 of 75, science.md 2b.6): these are remedies to report as such, never a test of a cause.
-    Each costs as many updates and the evaluation of the controls.
+    Each costs as many updates and the evaluation of two control batches.
 
     Args:
         bench: Inside `isolated(..., with_optimizers=True)`.
@@ -48,22 +57,26 @@ def try_remedies(
         around: What was normal before the first of them.
         controls: The batches that `damage` was measured on.
         like: Whose random state all evaluations are given.
+        empties_state: Try an empty optimizer state too.
     """
+    few = dataclasses.replace(damage, before=damage.before[:FEW], after=damage.after[:FEW])
+    if few.log_rise > 0:
+        damage, controls = few, controls[:FEW]
     found = [
         Remedy(remedy=name, value=value, repaired=_repaired(bench, updates, legs, damage, controls, like))
-        for name, value, updates in _safer(legs, around)
+        for name, value, updates in _safer(legs, around, empties_state=empties_state)
     ]
     return tuple(sorted(found, key=lambda remedy: -remedy.repaired))
 
 
-def _safer(legs: Sequence[Leg], around: Around) -> list[tuple[str, float | None, list[Update]]]:
+def _safer(legs: Sequence[Leg], around: Around, *, empties_state: bool) -> list[tuple[str, float | None, list[Update]]]:
     updates = [leg.update for leg in legs]
     slower = [at_rate(update, LOWER) for update in updates]
     out: list[tuple[str, float | None, list[Update]]] = [("lower_rate", LOWER, slower)]
     usual = [_norm(earlier) for earlier in around.legs[:-1] if earlier.made.gradients]
     if usual and max(map(_norm, legs)) > (healthy := statistics.median(usual)):
         out.append(("clip", healthy, [dataclasses.replace(u, clip=healthy) for u in updates]))
-    if any(state["state"] for state in legs[0].before.optimizers):
+    if empties_state and any(state["state"] for state in legs[0].before.optimizers):
         empty = [{**state, "state": {}} for state in legs[0].before.optimizers]
         out.append(("reset_state", None, [dataclasses.replace(updates[0], optimizers=empty), *updates[1:]]))
     if around.is_mixed:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_spike.lab.evaluate import losses_under
 from lightning_spike.lab.isolation import Bench
-from lightning_spike.lab.measure.moments import moments_in
+from lightning_spike.lab.measure.moments import Moments, moments_in
 from lightning_spike.lab.reproduce import Leg, Reproduction
 from lightning_spike.lab.state import TrainState
 
@@ -25,7 +25,7 @@ LONG: Final = 3.0
 KEPT_PROMISE: Final = 0.5
 """Share of the promised change from which a step is ordinary; healthy ones have 0.83 to 0.96, steps that are too long less than 0 (science.md 2.3)."""
 RECENT: Final = 4
-"""Gradients of the updates just before that the step's direction is held against."""
+"""Updates just before: what is usual is taken from them, and the step's direction is held against their gradients."""
 
 Direction = Literal["ordinary", "too_long", "wrong_direction", "unclear"]
 Tensors = Mapping[str, Tensor]
@@ -71,16 +71,18 @@ def measure_update(bench: Bench, again: Reproduction, leg: int) -> UpdateMeasure
         again: The re-run.
         leg: The place of the update in `again.legs`.
     """
-    legs, here = again.legs[: leg + 1], again.legs[leg]
-    states = [*(one.before for one in again.legs), again.end]
-    ratios = [_rms(bench, one) for one in legs]
+    here, first = again.legs[leg], max(leg - RECENT, 0)
+    legs = again.legs[first : leg + 1]
+    states = [one.before for one in again.legs[first:]] + [again.end]
+    known = [moments_in(bench, one.before) for one in legs]
+    ratios = [_rms(moments, one) for moments, one in zip(known, legs, strict=True)]
     tensor = max(ratios[-1], key=lambda name: ratios[-1][name], default=None)
-    cosines = [_momentum_cosine(bench, one) for one in legs]
-    steps = [_step(bench, states[k], states[k + 1]) for k in range(leg + 1)]
+    cosines = [_momentum_cosine(moments, one) for moments, one in zip(known, legs, strict=True)]
+    steps = [_step(bench, states[k], states[k + 1]) for k in range(len(legs))]
     lengths = [_norm(step) for step in steps]
-    change = _change(bench, here, states[leg + 1])
+    change = _change(bench, here, states[len(legs)])
     promise = _dot(_dense(here.made.gradients), steps[-1])
-    against = [_cosine(_dense(one.made.gradients), steps[-1]) for one in legs[:-1][-RECENT:]]
+    against = [_cosine(_dense(one.made.gradients), steps[-1]) for one in legs[:-1]]
     mean, error = _mean(against)
     rho = change / promise if promise != 0.0 and math.isfinite(change / promise) else None
     weights = _norm({name: here.before.weights[name] for name in steps[-1]})
@@ -122,19 +124,18 @@ def direction_of(rho: float | None, promise: float, against: float | None, error
     return "too_long" if rho < 0.0 else "unclear"
 
 
-def _rms(bench: Bench, leg: Leg) -> dict[str, float]:
+def _rms(moments: Mapping[str, Moments], leg: Leg) -> dict[str, float]:
     """By parameter: how much larger the gradient is than its second moment knows."""
     gradients, found = _dense(leg.made.gradients), {}
-    for name, known in moments_in(bench, leg.before).items():
+    for name, known in moments.items():
         if known.second is not None and name in gradients:
             floor = known.second.double().clamp_min(known.epsilon**2)
             found[name] = float((gradients[name].double().square() / floor).mean().sqrt())
     return found
 
 
-def _momentum_cosine(bench: Bench, leg: Leg) -> float | None:
-    known = moments_in(bench, leg.before)
-    momenta = {name: m.momentum for name, m in known.items() if m.momentum is not None}
+def _momentum_cosine(moments: Mapping[str, Moments], leg: Leg) -> float | None:
+    momenta = {name: m.momentum for name, m in moments.items() if m.momentum is not None}
     gradients = _dense(leg.made.gradients)
     return _cosine({n: g for n, g in gradients.items() if n in momenta}, momenta) if momenta else None
 
@@ -146,7 +147,9 @@ def _step(bench: Bench, before: TrainState, after: TrainState) -> dict[str, Tens
 
 def _change(bench: Bench, leg: Leg, after: TrainState) -> float:
     """Of the mean loss of its own batches."""
-    later = [float(losses_under(bench, after.weights, [entry], like=entry, held=True)[0]) for entry in leg.update.entries]
+    later = [
+        float(losses_under(bench, after.weights, [entry], like=entry, held=True)[0]) for entry in leg.update.entries
+    ]
     return float(np.mean(later) - np.mean(leg.made.losses))
 
 
