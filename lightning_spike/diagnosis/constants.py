@@ -1,8 +1,8 @@
 """The numbers by which evidence is weighed, all in one place.
 
 They are set by hand: the shape of the model and the order of the weights follow published likelihoods (science.md 2, 2b.6 and 3: tempered log-linear
-naive Bayes, the lab's answers with likelihood ratios of 20 to 50), their exact values are judgement. They are *not* calibrated: a probability of 0.9 has not
-yet been shown to be right nine times in ten. That comes with the diagnosis benchmark, which replaces the values here.
+naive Bayes, the lab's answers with likelihood ratios of 20 to 50), their exact values are judgement. What makes probabilities of them is fitted
+on the diagnosis benchmark and stands in `calibration.json`.
 """
 
 from typing import Final
@@ -20,8 +20,6 @@ __all__ = [
     "REPLAYED",
     "SLIGHT",
     "STRONG",
-    "TEMPER",
-    "UNEXPLAINED",
     "UPSTREAM",
 ]
 
@@ -36,10 +34,6 @@ REPLAYED: Final = 3.9
 DECISIVE: Final = 4.6
 """… a hundred times: the cause itself was seen, not its trace."""
 
-TEMPER: Final = 0.65
-"""Factor on the sum of log likelihood ratios: observations of one moment depend on one another (science.md 3.2: 0.5 to 0.7)."""
-UNEXPLAINED: Final = 0.30
-"""Share of episodes, before anything is known of them, that no cause of the catalogue explains; the causes share the rest in equal parts."""
 LEAST_PROBABILITY: Final = 0.02
 """Verdicts below are left out."""
 UPSTREAM: Final = STRONG
