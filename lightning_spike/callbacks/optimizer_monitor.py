@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_spike.actions.gradient_checks import GradientChecks
+from lightning_spike.actions.setting_changes import SettingChange, SettingChanges
 from lightning_spike.actions.update_meter import NO_UPDATE, NOT_MEASURED, UpdateMeter
 from lightning_spike.arguments import whole_number
 from lightning_spike.callbacks.base import SpikeCallback
@@ -17,6 +18,7 @@ from lightning_spike.flight.participant import TrainingBatch
 from lightning_spike.lab.outside_writes import OutsideWrite, OutsideWrites
 from lightning_spike.recorder import Arrival
 from lightning_spike.records import Finding, Moment
+from lightning_spike.signals.learning_rate import optimizer_names
 from lightning_spike.signals.optimizer import Memory, corrected_roots, eps_shares, memories, momentum_cosine, update_rms
 
 __all__ = ["OptimizerMonitor"]
@@ -42,6 +44,8 @@ class OptimizerMonitor(SpikeCallback):
     - those of `GradientChecks`: detector `"optimizer"`, kinds `"not_optimized"`, `"no_gradient"`, `"not_zeroed"`;
     - detector `"optimizer"`, kind `"no_update"`: in two measured updates in a row nothing that is looked at changed, though there were gradients and a learning rate above a thousandth
       of its highest; `text`;
+    - detector `"optimizer"`, kind `"settings_changed"`: a setting other than the learning rate (weight decay, eps, betas, momentum, …) that had stood still for eight updates has another
+      value from the update of the batch `at` on; `optimizer` (Lightning's name), `group` (from 1 on), `name`, `before`, `after` and `text`;
     - detector `"outside_writes"`, kinds `"weights"` and `"optimizer_state"`: something was written into them in place that the training step does not write; `names` (the first
       eight), `count`, `text`. `"weights_at_validation"` and `"optimizer_state_at_validation"` where a validation lay in between, for averaged weights are swapped in there and out
       again. `at` is the batch between whose beginning and the next one's it was.
@@ -68,6 +72,8 @@ class OptimizerMonitor(SpikeCallback):
         self._shares: dict[int, Tensor] = {}
         self._cosines: list[Tensor] = []
         self._error: Exception | None = None
+        self._settings = SettingChanges()
+        self._names: dict[int, str] = {}
         self._stuck = 0
         self._told = -1
         self._last: Moment | None = None
@@ -86,6 +92,7 @@ class OptimizerMonitor(SpikeCallback):
         self._sizes = {id(p): p.numel() for _, p in named}
         store = self.flight.store
         store.layer_names[RMS] = store.layer_names[EPS] = tuple(n for n, _ in named)
+        self._names = dict(zip(map(id, trainer.optimizers), optimizer_names(trainer.optimizers), strict=True))
         self._handles = [o.register_step_post_hook(self._stepped) for o in trainer.optimizers]
 
     @override
@@ -97,6 +104,8 @@ class OptimizerMonitor(SpikeCallback):
     @override
     def sense_gradients(self, batch: TrainingBatch, optimizer: Optimizer) -> None:
         key = id(optimizer)
+        for change in self._settings.of(optimizer):
+            self.flight.store.note(_settings_finding(change, self._names.get(key, type(optimizer).__name__), batch.at))
         count = self._updates[key] = self._updates.get(key, -1) + 1
         if count % self.every:
             return
@@ -193,6 +202,24 @@ class OptimizerMonitor(SpikeCallback):
 
 def _by_parameter(held: list[Memory], values: Tensor) -> dict[int, Tensor]:
     return {id(memory.parameter): value for memory, value in zip(held, values.unbind(), strict=True)}
+
+
+def _settings_finding(change: SettingChange, optimizer: str, at: Moment) -> Finding:
+    text = f"{change.name} of {optimizer} (group {change.group}) went from {_said(change.before)} to {_said(change.after)} at step {at.step}."
+    before, after = (list(v) if isinstance(v, tuple) else v for v in (change.before, change.after))
+    detail = {
+        "optimizer": optimizer,
+        "group": change.group,
+        "name": change.name,
+        "before": before,
+        "after": after,
+        "text": text,
+    }
+    return Finding(detector="optimizer", kind="settings_changed", at=at, detail=detail)
+
+
+def _said(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _finding(write: OutsideWrite, at: Moment, *, validated: bool) -> Finding:

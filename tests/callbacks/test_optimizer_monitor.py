@@ -10,7 +10,13 @@ from training_tasks import TASKS, Digits, DigitsTransformer, build
 
 from lightning_spike import OptimizerMonitor, suite
 from lightning_spike.errors import ConfigurationError
-from lightning_spike.testing import GradientsNotZeroed, ParametersNotOptimized, StateRescaled, WeightsOverwritten
+from lightning_spike.testing import (
+    GradientsNotZeroed,
+    MomentumTooHigh,
+    ParametersNotOptimized,
+    StateRescaled,
+    WeightsOverwritten,
+)
 
 
 class Reference(Callback):
@@ -172,6 +178,14 @@ def test_writes_at_a_validation_are_told_apart(tmp_path):
 def test_a_bad_argument_is_refused_at_construction(bad):
     with pytest.raises(ConfigurationError, match="every"):
         OptimizerMonitor(every=bad)
+
+
+def test_a_setting_that_changes_while_training_runs_is_told_with_its_values(tmp_path):
+    store = watched("transformer", [MomentumTooHigh.strong(at=20), OptimizerMonitor()], tmp_path, max_epochs=1)
+    (finding,) = (f for f in store.findings if f.kind == "settings_changed")
+    before = store.facts.optimizers[0].groups[0]["betas"]
+    assert (finding.at.ordinal, finding.detail["name"]) == (20, "betas")
+    assert (finding.detail["before"], finding.detail["after"]) == ([*before], [0.999, before[1]])
 
 
 def test_what_the_lab_writes_and_steps_is_nobodys_fault(tmp_path):
