@@ -3,11 +3,12 @@
 import dataclasses
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_spike.flight.participant import Participant, TrainingBatch
@@ -38,8 +39,8 @@ class OutsideWrite:
 class OutsideWrites(Participant):
     """Counts, batch by batch, how often every weight and every optimizer state was written to in place.
 
-    A training step writes into each of them the same number of times whenever the optimizer steps. A number that is rare in this run means that somebody else has
-    written too: a callback, a hook, a re-initialisation. Reading torch's version counters costs some ten nanoseconds a tensor and no look at the device. Not seen
+    A training step writes into each of them the same number of times whenever the optimizers step alike: an update that a loss scaler skips is no step, though `global_step` counts it.
+    A higher number that is rare in this run means that somebody else has written too: a callback, a hook, a re-initialisation. Reading torch's version counters costs some ten nanoseconds a tensor and no look at the device. Not seen
     are writes through `.data`, NumPy views or raw memory, which do not count.
     """
 
@@ -49,14 +50,20 @@ class OutsideWrites(Participant):
         self._books: dict[Kind, _Book] = {"weights": _Book(), "optimizer": _Book()}
         self._step = -1
         self._ordinal = -1
+        self._handles: list[RemovableHandle] = []
+        self._counted: Counter[int] = Counter()
+        """Steps that each optimizer made in the present batch, by its identity."""
+        self._stepped: tuple[int, ...] = ()
+        """… in the batch before this one: counted up to its end, for a lab steps them after that and takes it back. First how many parameters were trained."""
 
     @override
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
         self._books = {"weights": _Book(), "optimizer": _Book()}
+        self._handles = [optimizer.register_step_post_hook(self._count) for optimizer in trainer.optimizers]
 
     @override
     def sense_batch(self, batch: TrainingBatch) -> None:
-        moved = batch.at.step - self._step
+        moved = batch.at.step - self._step, *self._stepped
         rolled_back = any(a.action == "rollback" and a.at.ordinal >= self._ordinal for a in self.flight.store.actions)
         tensors: dict[Kind, list[Tensor]] = {
             "weights": list(batch.module.parameters()),
@@ -69,10 +76,23 @@ class OutsideWrites(Participant):
                 written = tuple(names[place] for place in places)
                 self.writes.append(OutsideWrite(ordinal=self._ordinal, kind=kind, names=written))
         self._step, self._ordinal = batch.at.step, batch.at.ordinal
+        self._counted.clear()
+
+    @override
+    def sense_outcome(self, batch: TrainingBatch, outputs: object) -> None:
+        trained = sum(parameter.requires_grad for parameter in batch.module.parameters())
+        self._stepped = trained, *(self._counted[id(optimizer)] for optimizer in batch.trainer.optimizers)
 
     @override
     def release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
         self._books = {"weights": _Book(), "optimizer": _Book()}
+
+    def _count(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ANN401 - as torch calls it
+        del args, kwargs
+        self._counted[id(optimizer)] += 1
 
 
 class _Book:
@@ -80,12 +100,17 @@ class _Book:
 
     def __init__(self) -> None:
         self._versions: list[int] = []
-        self._usual: dict[int, list[int]] = {}
-        """The writes into each tensor as they last usually were, by the number of optimizer steps."""
-        self._sums: Counter[tuple[int, int]] = Counter()
+        self._usual: dict[tuple[int, ...], list[int]] = {}
+        """The writes into each tensor as they last usually were, by what the training step did."""
+        self._sums: Counter[tuple[tuple[int, ...], int]] = Counter()
 
-    def turn(self, tensors: Sequence[Tensor], moved: int) -> list[int]:
-        """Take in the versions at the beginning of a batch; the places of the tensors that were written to unusually often since the last one."""
+    def turn(self, tensors: Sequence[Tensor], moved: tuple[int, ...]) -> list[int]:
+        """Take in the versions at the beginning of a batch; the places of the tensors that were written to unusually often since the last one.
+
+        Args:
+            tensors: All of a kind.
+            moved: What the training step did since the last call: the rhythm is another where this is.
+        """
         versions = [tensor._version for tensor in tensors]  # noqa: SLF001 - the only witness of a write in place
         before, self._versions = self._versions, versions
         if len(before) != len(versions):
@@ -101,7 +126,7 @@ class _Book:
             return []
         if batches < LEARN:
             return []
-        return [k for k, (now, usual) in enumerate(zip(writes, self._usual[moved], strict=True)) if now != usual]
+        return [k for k, (now, usual) in enumerate(zip(writes, self._usual[moved], strict=True)) if now > usual]
 
 
 def _states(optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor]]:

@@ -6,8 +6,10 @@ import pytest
 import torch
 from lab.shapes import Plain
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lightning_spike.callbacks.counterfactual_replay import CounterfactualReplay
+from lightning_spike.testing import LossScaleJumps
 
 AT = 37
 
@@ -86,3 +88,24 @@ def test_accumulation_has_a_rhythm_of_its_own(tmp_path):
 
 def test_looking_at_weights_is_no_write(tmp_path):
     assert writes(tmp_path, Meddler(lambda _, module: copy.deepcopy(module.state_dict()), once))[0] == []
+
+
+def half():
+    return [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))]
+
+
+def test_an_update_that_the_loss_scaler_skips_is_no_write_of_anybody(tmp_path):
+    jump = LossScaleJumps(at=AT, strength=2.0**40)
+    assert writes(tmp_path, jump, plugins=half())[0] == []
+
+
+def test_beside_skipped_updates_a_write_is_seen(tmp_path):
+    jump = LossScaleJumps(at=AT, strength=2.0**40)
+    found, _ = writes(tmp_path, jump, Meddler(into_state, lambda batch: batch == AT + 6), plugins=half())
+    assert [(seen.kind, seen.ordinal in (AT + 5, AT + 6)) for seen in found] == [("optimizer", True)]
+
+
+def test_a_layer_that_is_unfrozen_is_written_to_by_the_training(tmp_path):
+    freeze = Meddler(lambda _, module: module.net[0].requires_grad_(False), lambda batch: batch == 0)
+    thaw = Meddler(lambda _, module: module.net[0].requires_grad_(True), once)
+    assert writes(tmp_path, freeze, thaw)[0] == []
