@@ -5,7 +5,7 @@ import math
 import torch
 from lightning.pytorch import Trainer
 
-__all__ = ["decide_together", "lowest_over_ranks", "mean_over_ranks", "stop_training"]
+__all__ = ["decide_together", "mean_over_ranks", "stop_training"]
 
 
 def decide_together(trainer: Trainer, *, wanted: bool) -> bool:
@@ -40,15 +40,3 @@ def mean_over_ranks(trainer: Trainer, value: float | None) -> float | None:
     gathered = trainer.strategy.all_gather(mine).reshape(-1).tolist()
     present = [v for v in gathered if not math.isnan(v)]
     return sum(present) / len(present) if present else None
-
-
-def lowest_over_ranks(trainer: Trainer, value: int | None) -> int | None:
-    """The lowest of what the ranks have, `None` where none has anything; the same on every rank, so that they go on alike.
-
-    A collective on several ranks, which blocks; nothing in a single process.
-    """
-    if trainer.world_size == 1:
-        return value
-    mine = torch.tensor(-1 if value is None else value, device=trainer.strategy.root_device)
-    gathered = trainer.strategy.all_gather(mine).reshape(-1).tolist()
-    return min((v for v in gathered if v >= 0), default=None)

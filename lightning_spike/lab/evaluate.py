@@ -28,7 +28,7 @@ def losses_under(
     like: RingEntry,
     held: bool = False,
 ) -> Numbers:
-    """The loss of each batch under these weights, in train mode, each from the same start.
+    """The loss of each batch under these weights, in train mode, each from the same start; with several ranks the mean over them, which is the loss of the global batch.
 
     Common random numbers: dropout masks and augmentation drawn in the step are those of the batch `like`, so that two sets of weights are
     compared on the same thing.
@@ -47,7 +47,7 @@ def losses_under(
         CannotReplay: A step gave no loss.
     """
     evaluate = _known_loss if held else _loss
-    return np.array([evaluate(bench, weights, entry, like) for entry in entries], dtype=np.float64)
+    return bench.ranks.mean("losses", [evaluate(bench, weights, entry, like) for entry in entries])
 
 
 def log_scale(*losses: Numbers) -> Callable[[Numbers], Numbers]:

@@ -62,7 +62,7 @@ def examine(scene: Scene) -> list[Finding]:
         CannotReplay: It cannot be examined; the message says why.
         Exception: Whatever the module's own code raises when it is run again. The training is untouched all the same.
     """
-    with isolated(scene.trainer, scene.module, with_optimizers=True) as bench:
+    with isolated(scene.trainer, scene.module, with_optimizers=True, ranks=scene.ranks) as bench:
         findings = _examined(scene, bench)
         other = scene.elsewhere() if _is_noise(findings) else None
         if other is not None and not _is_noise(second := _examined(other, bench)):
@@ -105,7 +105,7 @@ def triage(scene: Scene) -> list[Finding]:
         CannotReplay: As `examine`, and other exceptions too.
     """
     few = dataclasses.replace(scene, controls=min(scene.controls, TRIAGE_CONTROLS))
-    with isolated(scene.trainer, scene.module) as bench:
+    with isolated(scene.trainer, scene.module, ranks=scene.ranks) as bench:
         parts = _split(few, bench, None)
     why = "only a triage was made, for want of budget"
     return [finding(scene, "split", parts.detail() | {"exact": False, "why_not_exact": why})]
@@ -117,7 +117,8 @@ def triage(scene: Scene) -> list[Finding]:
 def _reproduced(scene: Scene, bench: Bench) -> tuple[Reproduction | None, str | None]:
     """The run from the snapshot to the onset; `None` and the reason where that cannot be had."""
     try:
-        return reproduce(bench, TrainState.of(scene.snapshot), scene.stretch, scene.settings, scene.losses), None
+        with bench.ranks.stage():
+            return reproduce(bench, TrainState.of(scene.snapshot), scene.stretch, scene.settings, scene.losses), None
     except CannotReplay as reason:
         return None, str(reason)
 

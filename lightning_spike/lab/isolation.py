@@ -14,8 +14,10 @@ from lightning.pytorch.trainer.call import _call_lightning_module_hook
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from lightning_spike.lab.by_itself import by_itself
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.kept import Kept
+from lightning_spike.lab.ranks import ALONE, Ranks
 from lightning_spike.lab.surroundings import Places, Surroundings, open_window, set_position, standing_in
 from lightning_spike.lab.without_updates import without_schedulers, without_updates
 from lightning_spike.records import Moment
@@ -37,9 +39,11 @@ class Bench:
     Not made by hand; see `isolated`.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, *, with_optimizers: bool) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule, *, with_optimizers: bool, ranks: Ranks) -> None:
         self.trainer = trainer
         self.module = module
+        self.ranks = ranks
+        """With whom steps are run."""
         self._takes_index = bool(
             is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         )  # Lightning's own rule
@@ -67,7 +71,7 @@ class Bench:
         in_float32: bool = False,
         graph: bool = True,
     ) -> Any:  # noqa: ANN401 - as training_step
-        """Run `training_step` once to look at it: under the run's own precision, without `torch.compile`, on this rank alone.
+        """Run `training_step` once to look at it: under the run's own precision, without `torch.compile`, on this rank alone (`by_itself`).
 
         Buffers, counters and random states move on as they do in training; `rewind` takes them back. What the step writes into the batch stays
         there until the next step on this batch, `rewind` or the end, for a backward pass may need it.
@@ -95,6 +99,7 @@ class Bench:
         with (
             torch.set_grad_enabled(graph),
             eagerly(),
+            by_itself(self.trainer, self.module),
             self._precision(in_float32),
             without_updates(self.module) as losses,
         ):
@@ -114,7 +119,8 @@ class Bench:
     ) -> Any:  # noqa: ANN401 - as Lightning hands it on
         """Train on one batch as the run did: Lightning's own loop, its strategy, compiled code and the optimizers, and no callback but one.
 
-        The module's hooks from `on_train_batch_start` to `on_train_batch_end` are run; schedulers are not stepped. Under DDP every rank must call it alike.
+        The module's hooks from `on_train_batch_start` to `on_train_batch_end` are run; schedulers are not stepped. Under DDP every rank must call it alike, and
+        they set out together; a listener that must keep them together further on asks the `ranks` itself.
 
         Args:
             batch: As in `step`, as the next ones.
@@ -132,6 +138,7 @@ class Bench:
             CannotReplay: The batch holds something that cannot be put back.
             Exception: What the listener or the module's code raises; `rewind` is needed then.
         """
+        self.ranks.meet("a training step", at.ordinal)
         self._set_out(batch, random, at)
         self._has_trained = True
         self.updates += 1
@@ -150,6 +157,7 @@ class Bench:
 
     def loss_as_trained(self, batch: object, batch_idx: int, *, random: RandomState, at: Moment) -> Any:  # noqa: ANN401 - as training_step
         """Run `training_step` as `train` does, without backward pass and update; for automatic optimisation."""
+        self.ranks.meet("a last step", at.ordinal)
         self._set_out(batch, random, at)
         arguments = (batch, batch_idx) if self._takes_index else (batch,)
         # Without a backward pass DDP's reducer would wait for one for ever.
@@ -226,7 +234,9 @@ class Bench:
 
 
 @contextlib.contextmanager
-def isolated(trainer: Trainer, module: LightningModule, *, with_optimizers: bool = False) -> Iterator[Bench]:
+def isolated(
+    trainer: Trainer, module: LightningModule, *, with_optimizers: bool = False, ranks: Ranks = ALONE
+) -> Iterator[Bench]:
     """Run `training_step` again, any number of times; on leaving, however that comes about, everything is as it was.
 
     As it was, to the bit: weights, buffers (also those that are not persistent), gradients, `requires_grad`, the mode of every submodule, hooks, all random
@@ -243,6 +253,7 @@ def isolated(trainer: Trainer, module: LightningModule, *, with_optimizers: bool
         trainer: The trainer, in `on_train_batch_end` or another place between two batches.
         module: Its module.
         with_optimizers: Keep the state of the optimizers too, for they will be stepped.
+        ranks: Those that do the same now, with their own batches. By itself a rank of several may look at steps (`Bench.step`), but not train.
 
     Yields:
         The bench to run steps on.
@@ -251,7 +262,7 @@ def isolated(trainer: Trainer, module: LightningModule, *, with_optimizers: bool
         CannotReplay: The module is sharded, reads the data itself, or holds what cannot be put back. Nothing has been touched then.
     """
     _refuse(trainer, module)
-    bench = Bench(trainer, module, with_optimizers=with_optimizers)
+    bench = Bench(trainer, module, with_optimizers=with_optimizers, ranks=ranks)
     try:
         bench._begin()  # noqa: SLF001 - the two are one
         yield bench

@@ -1,20 +1,22 @@
 """The scene of an episode, put together in the running training from what its callbacks share."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Final, Self
 
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_spike.actions.batch_ring import BatchRing
-from lightning_spike.actions.snapshot import Snapshots
+from lightning_spike.actions.snapshot import Snapshot, Snapshots
 from lightning_spike.flight.loop import Flight
 from lightning_spike.flight.participant import TrainingBatch
 from lightning_spike.lab.errors import CannotReplay
-from lightning_spike.lab.outside_writes import OutsideWrites
+from lightning_spike.lab.outside_writes import OutsideWrite, OutsideWrites
+from lightning_spike.lab.ranks import ALONE, Ranks, mean_of
 from lightning_spike.lab.recorded_losses import recorded_losses
 from lightning_spike.lab.scene import WINDOW, Scene
 from lightning_spike.lab.update_settings import UpdateSettings
-from lightning_spike.records import Episode, EpisodeKind
+from lightning_spike.records import Episode, EpisodeKind, Moment
 from lightning_spike.store import History
 
 __all__ = ["EXAMINED", "REACH", "Witnesses", "live_scene"]
@@ -52,40 +54,97 @@ class Witnesses:
         )
 
 
-def live_scene(batch: TrainingBatch, episode: Episode, witnesses: Witnesses, *, controls: int) -> Scene:
-    """What an episode needs to be run again; references to what is held, nothing is copied. Never blocks.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Held:
+    """What one rank has, in plain values: enough for all to agree on what they can use."""
+
+    snapshots: frozenset[int]
+    """Ordinals of those from before the onset that have proven healthy."""
+    places: Mapping[int, Moment]
+    """Of the batches that are held, by ordinal."""
+    mutated: frozenset[int]
+    losses: Mapping[int, float]
+    writes: tuple[OutsideWrite, ...]
+    unavailable: str | None
+
+
+def live_scene(
+    batch: TrainingBatch, episode: Episode, witnesses: Witnesses, *, controls: int, ranks: Ranks = ALONE
+) -> Scene:
+    """What an episode needs to be run again; references to what is held, nothing is copied. Does not block, but for waiting for the other ranks.
+
+    With several ranks the scene is made of what all of them hold: the newest snapshot that every rank has, the batches that are there on all (each rank has its own), the means of
+    the losses, everybody's outside writes. So all decide alike by it.
 
     Args:
         batch: The batch that the loop is at.
-        episode: One of the kinds in `EXAMINED`.
+        episode: One of the kinds in `EXAMINED`; the same on all ranks.
         witnesses: Those of the run.
         controls: Ordinary batches to compare with, at most.
+        ranks: Those that examine it together.
 
     Raises:
-        CannotReplay: Something that a re-run needs is not there; the message says what.
+        CannotReplay: Something that a re-run needs is not there, on one of the ranks; the message says what.
     """
     onset = episode.onset.ordinal
-    snapshot = witnesses.snapshots.latest_healthy(before=onset)
-    reach = range(max(onset - 2 * WINDOW, 0), batch.at.ordinal + 1)
-    losses = recorded_losses(witnesses.history, reach)
-    if witnesses.ring.entry(onset) is None:
+    everybody = ranks.gather(_held(batch, onset, witnesses))
+    losses = _mean_losses(everybody)
+    places = _common_places(everybody)
+    snapshot = _common_snapshot(everybody, witnesses, onset)
+    if onset not in places:
         msg = f"the batch of the onset (step {episode.onset.step}) is not held any more"
         raise CannotReplay(msg)
     if snapshot is None:
-        unavailable = witnesses.snapshots.unavailable
+        unavailable = next((held.unavailable for held in everybody if held.unavailable), None)
         msg = unavailable or "there is no snapshot from before the onset that has proven healthy"
         raise CannotReplay(msg)
     if onset not in losses:
         msg = "the training loss at the onset was not recorded"
         raise CannotReplay(msg)
+    mutated = frozenset[int]().union(*(held.mutated for held in everybody))
+    entries = (entry for entry in witnesses.ring.entries() if entry.at.ordinal in places)
+    writes = {write for held in everybody for write in held.writes}
     return Scene(
         trainer=batch.trainer,
         module=batch.module,
         episode=episode,
         snapshot=snapshot,
-        entries=tuple(witnesses.ring.entries()),
+        entries=tuple(dataclasses.replace(e, mutated=True) if e.at.ordinal in mutated else e for e in entries),
         settings=witnesses.settings.by_ordinal,
         losses=losses,
         controls=controls,
-        writes=tuple(witnesses.writes.writes),
+        writes=tuple(sorted(writes, key=lambda w: (w.ordinal, w.kind, w.names))),
+        ranks=ranks,
     )
+
+
+def _held(batch: TrainingBatch, onset: int, witnesses: Witnesses) -> _Held:
+    reach = range(max(onset - 2 * WINDOW, 0), batch.at.ordinal + 1)
+    entries = witnesses.ring.entries()
+    return _Held(
+        snapshots=frozenset(snapshot.at.ordinal for snapshot in witnesses.snapshots.verified(before=onset)),
+        places={entry.at.ordinal: entry.at for entry in entries},
+        mutated=frozenset(entry.at.ordinal for entry in entries if entry.mutated),
+        losses=recorded_losses(witnesses.history, reach),
+        writes=tuple(witnesses.writes.writes),
+        unavailable=witnesses.snapshots.unavailable,
+    )
+
+
+def _mean_losses(everybody: Sequence[_Held]) -> dict[int, float]:
+    common = set[int].intersection(*(set(held.losses) for held in everybody))
+    return {k: mean_of(held.losses[k] for held in everybody) for k in sorted(common)}
+
+
+def _common_places(everybody: Sequence[_Held]) -> set[int]:
+    common = set[int].intersection(*(set(held.places) for held in everybody))
+    if any(held.places[k] != everybody[0].places[k] for held in everybody for k in common):
+        msg = "the ranks are not at the same place in the run: the same batch has another number on each"
+        raise CannotReplay(msg)
+    return common
+
+
+def _common_snapshot(everybody: Sequence[_Held], witnesses: Witnesses, onset: int) -> Snapshot | None:
+    common = frozenset[int].intersection(*(held.snapshots for held in everybody))
+    mine = {snapshot.at.ordinal: snapshot for snapshot in witnesses.snapshots.verified(before=onset)}
+    return mine[max(common)] if common else None

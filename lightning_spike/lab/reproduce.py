@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim import LBFGS
 
 from lightning_spike.actions.batch_ring import RingEntry
-from lightning_spike.actions.stop import decide_together, lowest_over_ranks
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.isolation import Bench, loss_of
 from lightning_spike.lab.state import TrainState
@@ -50,7 +49,7 @@ class Reproduction:
     steps: int
     """Batches that were trained on again."""
     differs_at: int | None
-    """Ordinal of the first batch, `reached` included, whose loss came out differently from the recorded one on any rank; `None` where all agree."""
+    """Ordinal of the first batch, `reached` included, whose loss came out differently from the recorded one; `None` where all agree."""
     replayed: float
     """The loss of the batch `reached` in the re-run."""
 
@@ -69,14 +68,14 @@ def reproduce(
 ) -> Reproduction:
     """Train from a state up to the last of the entries, and evaluate that one.
 
-    With several ranks (DDP) every rank must call it at once, with its own batches and the same ordinals. See `make_update` for how. What changed the state of the run from outside (a callback, a fault of the machine) is not in it, and shows as a difference.
+    With several ranks (DDP) every rank must call it at once, with its own batches and the same ordinals; losses are means over the ranks. See `make_update` for how. What changed the state of the run from outside (a callback, a fault of the machine) is not in it, and shows as a difference.
 
     Args:
         bench: From `isolated(..., with_optimizers=True)`; left with the weights of the end in it.
         start: Where to begin.
         entries: Every batch from that state's on, in order, none left out; the last is the onset.
         settings: Of the optimizer steps, by the ordinal of the batch they were made in; see `settings_of`.
-        recorded: The training losses by ordinal.
+        recorded: The training losses by ordinal; with several ranks the means over them.
 
     Raises:
         CannotReplay: Settings that are not known, or a batch that is not held any more or was changed in place.
@@ -90,7 +89,6 @@ def reproduce(
         leg = Leg(before=TrainState.take(bench, update.entries[0].at), update=update, made=make_update(bench, update))
         differs_at = _first_difference(leg, recorded) if differs_at is None else differs_at
         if leg.made.spoilt_at is not None:
-            differs_at = lowest_over_ranks(bench.trainer, differs_at)
             return _ended(legs, leg.before, update.entries[leg.made.spoilt_at], start, differs_at, leg.made.losses[-1])
         legs.append(leg)
     end, loss = start, math.nan
@@ -100,7 +98,7 @@ def reproduce(
             differs_at = entry.at.ordinal
     if _updates_first(bench):
         end.load(bench)
-    return _ended(legs, end, entries[-1], start, lowest_over_ranks(bench.trainer, differs_at), loss)
+    return _ended(legs, end, entries[-1], start, differs_at, loss)
 
 
 def is_same(replayed: float, recorded: float | None) -> bool:
@@ -142,7 +140,7 @@ def _why_not(start: TrainState, entries: Sequence[RingEntry]) -> str | None:
 
 def _check_together(bench: Bench, why_not: str | None) -> None:
     """A rank that cannot takes the others with it: they would wait for its gradients for ever."""
-    if decide_together(bench.trainer, wanted=why_not is not None):
+    if bench.ranks.any("what keeps from a re-run", mine=why_not is not None):
         raise CannotReplay(why_not or "another rank cannot run the moment again")
 
 
@@ -165,7 +163,7 @@ def _loss(bench: Bench, entry: RingEntry, settings: Mapping[int, Sequence[Settin
         msg = f"training_step returned no loss at step {entry.at.step}"
         raise CannotReplay(msg)
     accumulated = bench.trainer.accumulate_grad_batches  # Lightning divides by it, and the record is multiplied back
-    return float(loss.detach() / accumulated * accumulated)
+    return float(bench.ranks.mean("the last loss", [float(loss.detach() / accumulated * accumulated)])[0])
 
 
 def _updates_first(bench: Bench) -> bool:

@@ -13,6 +13,7 @@ from lightning_spike.actions.snapshot import Snapshot
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.evaluate import log_scale
 from lightning_spike.lab.outside_writes import OutsideWrite
+from lightning_spike.lab.ranks import ALONE, Ranks
 from lightning_spike.lab.update import Settings
 from lightning_spike.records import Episode
 
@@ -41,13 +42,15 @@ class Scene:
     settings: Mapping[int, Sequence[Settings]]
     """Of the optimizer steps, one for each, by the ordinal of the batch they were made in."""
     losses: Mapping[int, float]
-    """The training losses as recorded, by ordinal; from `2 * WINDOW` batches before the onset on."""
+    """The training losses as recorded, by ordinal; from `2 * WINDOW` batches before the onset on. With several ranks the means over them."""
     controls: int
     """Ordinary batches to compare with, at most."""
     writes: tuple[OutsideWrite, ...] = ()
     """What others than the training step have written into weights and optimizer states, oldest first."""
     looks_at: int | None = None
     """Ordinal of the batch whose loss is to be explained; `None` for the one that the losses themselves point to."""
+    ranks: Ranks = ALONE
+    """Those that examine it together; each has a scene that differs from the others' in its own batches only."""
 
     @property
     def onset(self) -> int:

@@ -14,7 +14,6 @@ from typing_extensions import override
 
 from lightning_spike.actions.batch_ring import RingEntry
 from lightning_spike.actions.state_copy import load_optimizer
-from lightning_spike.actions.stop import decide_together
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.isolation import Bench
 from lightning_spike.signals.loss import batch_losses, total_loss
@@ -56,14 +55,14 @@ class Made:
     """How an update went."""
 
     losses: tuple[float, ...]
-    """Of its batches, undivided; the sum where a batch has several backward passes under manual optimisation."""
+    """Of its batches, undivided; the sum where a batch has several backward passes under manual optimisation; with several ranks the mean over them."""
     gradients: dict[str, Tensor]
     """By parameter name, complete, and not yet clipped (under manual optimisation as they were when the optimizer stepped); clones."""
     spoilt_at: int | None
     """Place of the first of its batches after whose backward pass a gradient was not finite; no step was made then, except under manual optimisation, where
     the step is the module's. `None` where all went well, and under a loss scaler, which sees to it itself."""
     named_losses: tuple[Mapping[str, float], ...] = ()
-    """The losses of its batches by the names of their signals."""
+    """The losses of its batches by the names of their signals; with several ranks this one's."""
 
 
 def settings_of(optimizer: Optimizer, place: int = 0) -> Settings:
@@ -115,14 +114,15 @@ def make_update(bench: Bench, update: Update) -> Made:
     if update.optimizers is not None:
         for optimizer, state in zip(trainer.optimizers, update.optimizers, strict=True):
             load_optimizer(optimizer, state, hyperparameters=True)
-    listener = _Listener(trainer, bench.module, update)
+    listener = _Listener(bench, update)
     losses: list[Mapping[str, float]] = []
     for entry in update.entries:
         spoilt = _train(bench, entry, update, listener, losses)
         bench.done_with(entry.batch)
         if spoilt:
             break
-    whole = tuple(_whole(named, entry) for named, entry in zip(losses, update.entries, strict=False))
+    mine = [_whole(named, entry) for named, entry in zip(losses, update.entries, strict=False)]
+    whole = tuple(bench.ranks.mean("losses of an update", mine).tolist())
     spoilt_at = len(losses) - 1 if listener.is_spoilt else None
     return Made(losses=whole, gradients=listener.gradients, spoilt_at=spoilt_at, named_losses=tuple(losses))
 
@@ -137,18 +137,20 @@ class _Listener(Callback):
     It is called where the callbacks of the run were when they took down what it now sets.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, update: Update) -> None:
+    def __init__(self, bench: Bench, update: Update) -> None:
         self.gradients: dict[str, Tensor] = {}
         self.backward_losses: list[Tensor] = []
         self.is_spoilt = False
         self._settings = list(update.settings)
         self._clip = update.clip
-        self._by_hand = not module.automatic_optimization
-        self._is_scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        self._names = {parameter: name for name, parameter in module.named_parameters()}
+        self._ranks = bench.ranks
+        self._by_hand = not bench.module.automatic_optimization
+        self._is_scaled = getattr(bench.trainer.precision_plugin, "scaler", None) is not None
+        self._names = {parameter: name for name, parameter in bench.module.named_parameters()}
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._ranks.meet("before a backward pass")
         if loss.numel() == 1:
             self.backward_losses.append(loss.detach())
 
@@ -157,7 +159,7 @@ class _Listener(Callback):
         if self._is_scaled:
             return
         is_finite = _are_finite(p.grad for p in self._names if p.grad is not None)
-        self.is_spoilt |= decide_together(trainer, wanted=not is_finite)
+        self.is_spoilt |= self._ranks.any("spoilt gradients", mine=not is_finite)
         if self.is_spoilt and not self._by_hand:
             raise _Spoilt
 

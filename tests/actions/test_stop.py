@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback
 from training_tasks import Digits, train
 
-from lightning_spike.actions.stop import decide_together, lowest_over_ranks, mean_over_ranks, stop_training
+from lightning_spike.actions.stop import decide_together, mean_over_ranks, stop_training
 
 
 class Ranks:
@@ -54,12 +54,3 @@ def test_lightning_ends_the_training_after_the_batch(tmp_path):
             stop_training(trainer, wanted=batch_idx == 6)
 
     assert train(Digits(), [Stop()], tmp_path).global_step == 7
-
-
-@pytest.mark.parametrize(("ranks", "lowest"), [([3, 1], 1), ([None, 5], 5), ([None, None], None), ([0, 2], 0)])
-def test_the_lowest_is_the_same_on_every_rank(ranks, lowest):
-    gathered = torch.tensor([-1 if value is None else value for value in ranks])
-    strategy = SimpleNamespace(root_device="cpu", all_gather=lambda mine: gathered)
-    for value in ranks:
-        assert lowest_over_ranks(SimpleNamespace(world_size=2, strategy=strategy), value) == lowest
-        assert lowest_over_ranks(SimpleNamespace(world_size=1), value) == value

@@ -14,9 +14,11 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from torchmetrics import MeanMetric
 from training_tasks import TASKS, Digits, train
 
+from lightning_spike.actions.control_group import ControlGroup
 from lightning_spike.callbacks.counterfactual_replay import CounterfactualReplay
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.isolation import isolated
+from lightning_spike.lab.ranks import Ranks
 from lightning_spike.lab.recorded_losses import recorded_losses
 from lightning_spike.lab.reproduce import reproduce
 from lightning_spike.lab.state import TrainState
@@ -164,12 +166,15 @@ class Probe(Callback):
         if self.count != LAST:
             return
         history = TrainerStateStore.of(trainer).history
-        self.recorded = recorded_losses(history, range(LAST + 1))
+        mine = recorded_losses(history, range(LAST + 1))
+        of_all = trainer.strategy.all_gather(torch.tensor(list(mine.values()), dtype=torch.float64))
+        self.recorded = dict(zip(mine, of_all.reshape(-1, len(mine)).mean(0).tolist(), strict=True))
         _, snapshot, *_ = self.suite._witnesses.snapshots.verified(before=LAST)
         self.first = snapshot.at.ordinal
         held = self.suite._witnesses.ring.entries()
         entries = self.change([entry for entry in held if entry.at.ordinal >= self.first])
-        with isolated(trainer, pl_module, with_optimizers=True) as bench:
+        ranks = Ranks(ControlGroup.of(trainer))
+        with isolated(trainer, pl_module, with_optimizers=True, ranks=ranks) as bench:
             try:
                 self.again = reproduce(
                     bench, TrainState.of(snapshot), entries, self.suite._witnesses.settings.by_ordinal, self.recorded

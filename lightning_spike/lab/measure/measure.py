@@ -52,13 +52,14 @@ def measure(
             ways.append(("updates", lambda: measure_update(bench, again, place)))
     if blames_batch:
         ways.append(("samples", lambda: measure_samples(bench, scene.spike, ordinary, old)))
-    return list(_told(ways))
+    return list(_told(bench, ways))
 
 
-def _told(ways: list[tuple[str, Callable[[], Measures | None]]]) -> Iterator[dict[str, Any]]:
+def _told(bench: Bench, ways: list[tuple[str, Callable[[], Measures | None]]]) -> Iterator[dict[str, Any]]:
     for what, way in ways:
         try:
-            found = way()
+            with bench.ranks.stage():
+                found = way()
         except Exception as error:  # noqa: BLE001 - the user's code, run in a mode that it was not made for; the other answers stand
             yield {"what": what, "text": f"It could not be measured: {type(error).__name__}: {error}"}
             continue

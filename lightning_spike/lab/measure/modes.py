@@ -64,7 +64,7 @@ def _loss(bench: Bench, weights: Mapping[str, Tensor], entry: RingEntry, *, in_e
     if in_eval:
         bench.module.eval()
     loss = loss_of(bench.step(entry.batch, entry.at.batch_idx, random=entry.rng, at=entry.at))
-    return None if loss is None else float(loss.detach())
+    return None if loss is None else float(bench.ranks.mean("a loss", [float(loss.detach())])[0])
 
 
 def _frozen(bench: Bench) -> tuple[str, ...]:

@@ -52,7 +52,7 @@ def _loss(bench: Bench, weights: Mapping[str, Tensor], entry: RingEntry, *, in_f
     load_module(bench.module, weights)
     outputs = bench.step(entry.batch, entry.at.batch_idx, random=entry.rng, at=entry.at, in_float32=in_float32)
     loss = loss_of(outputs)
-    return None if loss is None else float(loss.detach())
+    return None if loss is None else float(bench.ranks.mean("a loss", [float(loss.detach())])[0])
 
 
 def _text(precision: str, low: float, full: float) -> str:
