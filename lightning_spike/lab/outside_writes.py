@@ -39,7 +39,8 @@ class OutsideWrite:
 class OutsideWrites(Participant):
     """Counts, batch by batch, how often every weight and every optimizer state was written to in place.
 
-    A training step writes into each of them the same number of times whenever the optimizers step alike: an update that a loss scaler skips is no step, though `global_step` counts it.
+    A training step writes into each of them the same number of times whenever the optimizers step alike: an update that a loss scaler skips is no step, though `global_step` counts it;
+    and a weight decay that is switched on is one more write in every step.
     A higher number that is rare in this run means that somebody else has written too: a callback, a hook, a re-initialisation. Reading torch's version counters costs some ten nanoseconds a tensor and no look at the device. Not seen
     are writes through `.data`, NumPy views or raw memory, which do not count.
     """
@@ -54,7 +55,8 @@ class OutsideWrites(Participant):
         self._counted: Counter[int] = Counter()
         """Steps that each optimizer made in the present batch, by its identity."""
         self._stepped: tuple[int, ...] = ()
-        """… in the batch before this one: counted up to its end, for a lab steps them after that and takes it back. First how many parameters were trained."""
+        """… in the batch before this one: counted up to its end, for a lab steps them after that and takes it back. First how many parameters were trained, last which
+        settings of the optimizers are on."""
 
     @override
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
@@ -81,7 +83,8 @@ class OutsideWrites(Participant):
     @override
     def sense_outcome(self, batch: TrainingBatch, outputs: object) -> None:
         trained = sum(parameter.requires_grad for parameter in batch.module.parameters())
-        self._stepped = trained, *(self._counted[id(optimizer)] for optimizer in batch.trainer.optimizers)
+        steps = (self._counted[id(optimizer)] for optimizer in batch.trainer.optimizers)
+        self._stepped = trained, *steps, *_switched_on(batch.trainer.optimizers)
 
     @override
     def release(self) -> None:
@@ -127,6 +130,13 @@ class _Book:
         if batches < LEARN:
             return []
         return [k for k, (now, usual) in enumerate(zip(writes, self._usual[moved], strict=True)) if now > usual]
+
+
+def _switched_on(optimizers: Sequence[Optimizer]) -> Iterator[int]:
+    """Whether each setting is on, i.e. neither 0 nor False: it decides which operations a step is made of. Learning rates are not asked, nor is what is on a device."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            yield from (int(bool(v)) for name, v in group.items() if name != "lr" and isinstance(v, (bool, int, float)))
 
 
 def _states(optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor]]:

@@ -79,6 +79,13 @@ def test_who_writes_regularly_is_part_of_the_training(tmp_path, every):
     assert writes(tmp_path, Meddler(into_weights, lambda batch: batch % every == 0))[0] == []
 
 
+def test_a_weight_decay_that_is_switched_on_is_the_optimizers_own_write(tmp_path):
+    def decays(trainer, module):
+        trainer.optimizers[0].param_groups[0].update(weight_decay=0.1, decoupled_weight_decay=True)
+
+    assert writes(tmp_path, Meddler(decays, once))[0] == []
+
+
 def test_accumulation_has_a_rhythm_of_its_own(tmp_path):
     found, _ = writes(
         tmp_path, Meddler(into_weights, lambda batch: batch == 75), accumulate_grad_batches=2, max_epochs=20
