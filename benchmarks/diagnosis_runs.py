@@ -3,6 +3,7 @@
 import contextlib
 import copyreg
 import dataclasses
+import functools
 import gzip
 import io
 import itertools
@@ -16,16 +17,16 @@ from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import torch
-from diagnosis_tasks import TASKS, Module, loaders
+from diagnosis_tasks import Module, loaders
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.plugins.precision import MixedPrecision
 from typing_extensions import override
 
 from lightning_spike import RootCauseReport, TrainerStateStore, suite
 from lightning_spike.callbacks.scene_recorder import SceneRecorder
-from lightning_spike.diagnosis.catalogue import catalogue
 from lightning_spike.testing import (
     DECOYS,
+    FAULTS,
     UNCOVERED,
     CorruptTokens,
     ExtremeValues,
@@ -131,7 +132,7 @@ def all_cells(seeds: Sequence[int], tasks: Sequence[str], causes: Sequence[str] 
     """
     cells: list[Cell] = []
     for task, seed in itertools.product(tasks, seeds):
-        for cause in sorted(cause.id for cause in catalogue()) if causes is None else causes:
+        for cause in sorted({kind.cause for kind in FAULTS if kind.cause is not None}) if causes is None else causes:
             cells += _of_cause(cause, task, seed)
         if causes is None:
             cells += [
@@ -178,10 +179,8 @@ def _bad_batch(task: str, at: int, seed: int) -> Fault:
 def _faults(cell: Cell) -> list[Fault]:
     at, seed = cell.at, cell.seed
     if cell.sort in {"fault", "decoy", "uncovered"}:
-        kinds = [k for k in (*faults_for(cell.causes[0]), *DECOYS, *UNCOVERED) if k.__name__ == cell.name] if cell.causes else [
-            k for k in (*DECOYS, *UNCOVERED) if k.__name__ == cell.name
-        ]  # fmt: skip
-        return [getattr(kinds[0], cell.strength)(at=at, seed=seed)]
+        kind = next(k for k in (*FAULTS, *DECOYS, *UNCOVERED) if k.__name__ == cell.name)
+        return [getattr(kind, cell.strength)(at=at, seed=seed)]
     if cell.sort == "two":
         return [RateJump(at, 60.0, length=2), _bad_batch(cell.task, at + LATER, seed)]
     match cell.name:
@@ -260,34 +259,33 @@ def run(cell: Cell, folder: Path) -> str | None:
 def _train(cell: Cell, raw: Path, scratch: Path) -> None:
     faults = _faults(cell)
     needs = frozenset[Needs]().union(*(fault.NEEDS for fault in faults))
+    trainer = functools.partial(_trainer, scratch=scratch, needs=needs)
+    resume: str | None = None
     if Needs.RESUME in needs:
-        _fit(cell, [], None, scratch, needs, steps=cell.at, save=scratch / "first.ckpt")
-        _fit(cell, faults, raw, scratch, needs, steps=cell.steps, resume=scratch / "first.ckpt")
-    else:
-        _fit(cell, faults, raw, scratch, needs, steps=cell.steps)
+        first = trainer(steps=cell.at, callbacks=_suite(scratch))
+        _fit(first, cell, None)
+        resume = str(scratch / "first.ckpt")
+        first.save_checkpoint(resume)
+    _fit(trainer(steps=cell.steps, callbacks=[*faults, *_suite(scratch), _Keeps(raw)]), cell, resume)
 
 
-def _fit(
-    cell: Cell,
-    faults: Sequence[Callback],
-    raw: Path | None,
-    scratch: Path,
-    needs: frozenset[Needs],
-    *,
-    steps: int,
-    save: Path | None = None,
-    resume: Path | None = None,
-) -> None:
+def _suite(scratch: Path) -> list[Callback]:
+    """All of it but what only writes files."""
+    return [c for c in suite(dirpath=scratch) if not isinstance(c, RootCauseReport | SceneRecorder)]
+
+
+def _fit(trainer: Trainer, cell: Cell, resume: str | None) -> None:
     seed_everything(cell.seed, verbose=False)
-    module = Module(cell.task)
-    train, held = loaders(cell.task, cell.seed)
-    watching = [c for c in suite(dirpath=scratch) if not isinstance(c, RootCauseReport | SceneRecorder)]
+    trainer.fit(Module(cell.task), *loaders(cell.task, cell.seed), ckpt_path=resume, weights_only=False)
+
+
+def _trainer(*, steps: int, callbacks: list[Callback], scratch: Path, needs: frozenset[Needs]) -> Trainer:
     options: dict[str, Any] = {}
     if Needs.LOSS_SCALER in needs:
         options["plugins"] = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))]
     if Needs.RANKS in needs:
-        options |= {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": True}
-    trainer = Trainer(
+        options |= {"devices": 2, "strategy": "ddp_fork"}
+    return Trainer(
         max_steps=steps,
         max_epochs=-1,
         accelerator="cpu",
@@ -299,12 +297,9 @@ def _fit(
         val_check_interval=EVERY,
         check_val_every_n_epoch=None,
         default_root_dir=scratch,
-        callbacks=[*faults, *watching, *([] if raw is None else [_Keeps(raw)])],
+        callbacks=callbacks,
         **options,
     )
-    trainer.fit(module, train, held, ckpt_path=None if resume is None else str(resume), weights_only=False)
-    if save is not None:
-        trainer.save_checkpoint(save)
 
 
 def _frozen(mapping: MappingProxyType[Any, Any]) -> tuple[type, tuple[dict[Any, Any]]]:

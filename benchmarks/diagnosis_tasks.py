@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 from lightning.pytorch import LightningModule
@@ -18,6 +18,8 @@ from typing_extensions import override
 
 __all__ = ["TASKS", "Kind", "Module", "loaders"]
 
+Batch: TypeAlias = Any
+"""A batch or a sample of any structure."""
 PIXELS: Final = 24
 """Length of a stretch of an image's row that the recurrent network reads."""
 HELD: Final = 128
@@ -154,16 +156,16 @@ class Kind:
     """Factor on the rate by step, as the task's own schedule has it."""
 
 
-def _pair(net: nn.Module, batch: Any) -> Tensor:
+def _pair(net: nn.Module, batch: Batch) -> Tensor:
     return functional.cross_entropy(net(batch[0]), batch[1])
 
 
-def _next(net: nn.Module, batch: Any) -> Tensor:
+def _next(net: nn.Module, batch: Batch) -> Tensor:
     return functional.mse_loss(net(batch[0]), batch[1])
 
 
 def _weighted(inputs: str, target: str, weight: str) -> Callable[[nn.Module, Any], Tensor]:
-    def loss(net: nn.Module, batch: Any) -> Tensor:
+    def loss(net: nn.Module, batch: Batch) -> Tensor:
         each = functional.cross_entropy(net(batch[inputs]), batch[target], reduction="none")
         return (each * batch[weight]).mean()
 
@@ -218,11 +220,11 @@ class Module(LightningModule):
         self.kind, self.net = TASKS[name], TASKS[name].net()
 
     @override
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return self.kind.loss(self.net, batch)
 
     @override
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.log("val_loss", self.kind.loss(self.net, batch), batch_size=self.kind.batch_size)
 
     @override
@@ -234,7 +236,7 @@ class Module(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def _collate(samples: list[Any]) -> Any:
+def _collate(samples: list[Batch]) -> Batch:
     """As torch's, but None stays None."""
     if isinstance(samples[0], dict):
         return {key: _collate([sample[key] for sample in samples]) for key in samples[0]}

@@ -1,0 +1,187 @@
+"""What was said about the runs of the diagnosis benchmark, against what was put into them."""
+
+import copy
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from diagnosis_runs import Cell, Kept
+
+from lightning_spike.diagnosis.calibration import Calibration
+from lightning_spike.diagnosis.catalogue import catalogue
+from lightning_spike.diagnosis.rank import diagnose
+from lightning_spike.records import EpisodeKind
+from lightning_spike.store import TrainerStateStore
+
+__all__ = ["FAMILY", "UNEXPLAINED", "Judged", "baseline_rules", "judge", "wilson", "without_lab"]
+
+UNEXPLAINED: Final = "unexplained"
+FAMILY: Final = {cause.id: cause.family.value for cause in catalogue()}
+WORSE_ONCE: Final = 2.0
+"""A loss this many times the highest of the clean twin from shortly before the fault on is harm …"""
+WORSE_LASTING: Final = 1.3
+"""… and so is a mean of the last 40 losses this many times the twin's."""
+BEFORE: Final = 50
+LAST: Final = 40
+SPIKE: Final = 3.0
+"""Of the baseline: factor over the median gradient norm from which it calls a spike an explosion."""
+MEASURED: Final = frozenset({EpisodeKind.SPIKE, EpisodeKind.NONFINITE})
+"""Episodes with an onset that can be told to the batch."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """One run and what was said about it."""
+
+    cell: Cell
+    harmed: bool
+    """Its loss is clearly worse than that of its clean twin: a judgement by the losses alone, none of ours."""
+    ranked: tuple[tuple[str, float], ...]
+    """Causes with their probabilities, first first; "unexplained" among them with what is left."""
+    confirmed: bool | None
+    """Of the first cause."""
+    episodes: int
+    onset_error: int | None
+    """Batches between the first batch whose loss the fault can touch and the nearest onset of a spike; `None` without one."""
+    first_fix: str | None
+
+    @property
+    def said(self) -> bool:
+        """Something was said: an episode or a cause."""
+        return self.episodes > 0 or len(self.ranked) > 1
+
+    @property
+    def counts(self) -> bool:
+        """There is something to judge: it did harm, or something was said."""
+        return self.harmed or self.said
+
+    @property
+    def first(self) -> str:
+        """The most probable answer, "unexplained" included."""
+        return max(self.ranked, key=lambda r: r[1])[0]
+
+    @property
+    def named(self) -> str:
+        """The first cause; "unexplained" where none is listed."""
+        return next((name for name, _ in self.ranked if name != UNEXPLAINED), UNEXPLAINED)
+
+    def place(self, cause: str) -> int | None:
+        """1 for the first cause; `None` where it is not listed."""
+        names = [name for name, _ in self.ranked if name != UNEXPLAINED]
+        return names.index(cause) + 1 if cause in names else None
+
+    def probability(self, cause: str) -> float:
+        """Of one answer."""
+        return dict(self.ranked).get(cause, 0.0)
+
+
+def judge(found: Kept, twin: TrainerStateStore | None, calibration: Calibration | None = None) -> Judged:
+    """Rank the causes of a kept run."""
+    store = found.store
+    if store is None:
+        return Judged(cell=found.cell, harmed=True, ranked=((UNEXPLAINED, 1.0),), confirmed=None, episodes=0, onset_error=None, first_fix=None)  # fmt: skip
+    overall = diagnose(store, calibration=calibration).overall
+    left = max(0.0, 1.0 - sum(v.probability for v in overall))
+    first = overall[0] if overall else None
+    return Judged(
+        cell=found.cell,
+        harmed=_harmed(found.cell, store, twin),
+        ranked=(*((v.cause, v.probability) for v in overall), (UNEXPLAINED, left)),
+        confirmed=None if first is None else first.confirmed,
+        episodes=len(store.episodes),
+        onset_error=_onset_error(found.cell, store),
+        first_fix=first.fixes[0] if first is not None and first.fixes else None,
+    )
+
+
+def without_lab(found: Kept) -> Kept:
+    """The same run as if the lab had not been there."""
+    if found.store is None:
+        return found
+    store = copy.copy(found.store)
+    store.findings = [f for f in found.store.findings if f.detector != "lab"]
+    return dataclasses.replace(found, store=store)
+
+
+def _losses(store: TrainerStateStore) -> npt.NDArray[np.float64]:
+    """By ordinal; NaN where a batch had none or none that is finite."""
+    history = store.history
+    values = history.series("loss")
+    return np.where(np.isinf(values), np.nan, values)
+
+
+def _harmed(cell: Cell, store: TrainerStateStore, twin: TrainerStateStore | None) -> bool:
+    if cell.sort == "clean" or twin is None:
+        return False
+    own, clean = _losses(store), _losses(twin)
+    first = max(cell.at - BEFORE, 0)
+    ours, theirs = own[cell.at :], clean[first : cell.steps]
+    if ours.size < cell.steps - cell.at or np.isnan(ours).any():
+        return True
+    if own.max() <= 0 or theirs.size < LAST:
+        return False
+    return bool(
+        ours.max() > WORSE_ONCE * np.nanmax(theirs)
+        or np.mean(ours[-LAST:]) > WORSE_LASTING * np.nanmean(theirs[-LAST:])
+    )
+
+
+def _onset_error(cell: Cell, store: TrainerStateStore) -> int | None:
+    onsets = [e.onset.ordinal for e in store.episodes if e.kind in MEASURED]
+    errors = [onset - cell.at for onset in onsets if abs(onset - cell.at) <= BEFORE]
+    return min(errors, key=abs, default=None)
+
+
+def baseline_rules() -> Mapping[str, Callable[[TrainerStateStore], str]]:
+    """What others do: one guess for everything, and the rule of thumb."""
+    return {"always lr_too_high": lambda _: "lr_too_high", "gradient norm spike, else bad batch": _thumb}
+
+
+def _thumb(store: TrainerStateStore) -> str:
+    norms, ordinals = store.history.series("grad_norm"), store.history.ordinals
+    for episode in store.episodes:
+        onset = episode.onset.ordinal
+        near = norms[(ordinals >= onset - 8) & (ordinals <= onset)]
+        before = norms[(ordinals >= onset - 128) & (ordinals < onset - 8)]
+        if near.size and before.size and np.nanmax(near, initial=0.0) > SPIKE * np.nanmedian(before):
+            return "gradient_explosion"
+    return "bad_batch"
+
+
+def wilson(right: int, of: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927)."""
+    if of == 0:
+        return 0.0, 1.0
+    z, share = 1.96, right / of
+    middle = share + z * z / (2 * of)
+    width = z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
+    scale = 1 + z * z / of
+    return (middle - width) / scale, (middle + width) / scale
+
+
+def calibration_error(said: Iterable[tuple[float, bool]], bins: int = 10) -> float:
+    """Expected calibration error: by bins of equal width, the distance of mean probability and share right, weighed by size (Guo et al. 2017)."""
+    known = sorted(said)
+    total = len(known)
+    error = 0.0
+    for _, group in itertools.groupby(known, key=lambda s: min(int(s[0] * bins), bins - 1)):
+        members = list(group)
+        gap = abs(sum(p for p, _ in members) / len(members) - sum(r for _, r in members) / len(members))
+        error += len(members) / total * gap
+    return error
+
+
+def brier(judged: Sequence[Judged]) -> float:
+    """Mean over the runs of the summed squared errors over all answers, "unexplained" included; 0 is perfect, 2 the worst (Brier 1950)."""
+    if not judged:
+        return math.nan
+    total = 0.0
+    for one in judged:
+        truth = one.cell.causes[0] if one.cell.causes else UNEXPLAINED
+        names = {name for name, _ in one.ranked} | {truth}
+        total += sum((one.probability(name) - (name == truth)) ** 2 for name in names)
+    return total / len(judged)
