@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -11,6 +11,11 @@ from torch import Tensor
 from lightning_spike.lab.state import TrainState
 
 __all__ = ["Difference", "differences"]
+
+CLEAR: Final = 0.01
+"""Undoing an update leaves a gap of rounding, some 1e-6 of the weights; a changed bit that matters leaves more."""
+ROUNDING: Final = 1e-3
+"""By how much the logarithm to base 2 of a ratio may be off a whole number, for the same reason."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +28,12 @@ class Difference:
     """`"weights"` or `"optimizer"`."""
     relative: float
     """L2 norm of the difference over that of the replayed tensor; infinite where that is 0 or something is not finite."""
+    elements: int = 0
+    """Of the tensor."""
+    changed: int = 0
+    """Those of them that are clearly others: by more than `CLEAR` of the larger of the two values, and of the tensor's usual size."""
+    powers_of_two: int = 0
+    """Those of the changed that are a power of two times what they were, at least twice or half, or that with the other sign: what the flip of one bit of the exponent or of the sign does."""
 
 
 def differences(actual: TrainState, replayed: TrainState) -> tuple[Difference, ...]:
@@ -31,11 +42,7 @@ def differences(actual: TrainState, replayed: TrainState) -> tuple[Difference, .
         *_pairs("weights", actual.weights, replayed.weights),
         *_pairs("optimizer", _flat(actual.optimizers), _flat(replayed.optimizers)),
     ]
-    found = [
-        Difference(name=name, kind=kind, relative=_relative(a, b))
-        for kind, name, a, b in pairs
-        if not torch.equal(a, b)
-    ]
+    found = [_difference(name, kind, a, b) for kind, name, a, b in pairs if not torch.equal(a, b)]
     return tuple(sorted(found, key=lambda d: -d.relative))
 
 
@@ -54,6 +61,22 @@ def _flat(optimizers: list[dict[str, Any]]) -> dict[str, Tensor]:
         for key, value in entry.items()
         if isinstance(value, Tensor)
     }
+
+
+def _difference(name: str, kind: str, a: Tensor, b: Tensor) -> Difference:
+    changed, powers = _counts(a.double(), b.double())
+    return Difference(
+        name=name, kind=kind, relative=_relative(a, b), elements=a.numel(), changed=changed, powers_of_two=powers
+    )
+
+
+def _counts(a: Tensor, b: Tensor) -> tuple[int, int]:
+    larger, usual = torch.maximum(a.abs(), b.abs()), b.abs().median()
+    changed = ~((a - b).abs() <= CLEAR * larger.clamp_min(usual))
+    octaves = (a[changed] / b[changed]).abs().log2()
+    whole = octaves.round()
+    flipped = ((octaves - whole).abs() <= ROUNDING) & ((whole != 0) | (a[changed] * b[changed] < 0))
+    return int(changed.sum()), int(flipped.sum())
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

@@ -34,3 +34,18 @@ def test_what_differs_is_named_with_its_size_the_most_different_first():
 def test_what_was_zero_or_is_not_finite_is_infinitely_different():
     changed = {"net.bias": torch.tensor([0.0, 1.0]), "net.weight": torch.full((4,), math.nan), "count": torch.tensor(4)}
     assert [d.relative for d in differences(state(**changed), state())] == [math.inf] * 3
+
+
+def test_elements_that_are_others_are_counted_apart_from_rounding():
+    before = torch.tensor([0.5, -0.25, 0.125, 1.0, 0.0625, 0.3])
+    after = before * torch.tensor([16.0, 1.0 + 1e-5, -1.0, 1.5, 2.0**-4, 1.0 - 1e-6])
+    (found,) = differences(state(**{"net.weight": after}), state(**{"net.weight": before}))
+    assert (found.elements, found.changed, found.powers_of_two) == (6, 4, 3)
+
+
+def test_a_weight_whose_highest_exponent_bit_has_flipped_is_a_power_of_two_times_as_large():
+    before = torch.tensor([0.5, -0.25, 0.125, 1.0])
+    after = before.clone()
+    after.view(torch.int32)[1] ^= 1 << 30
+    (found,) = differences(state(**{"net.weight": after}), state(**{"net.weight": before}))
+    assert (found.changed, found.powers_of_two) == (1, 1)
