@@ -7,8 +7,9 @@ import numpy as np
 
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.constants import REFERENCE
+from lightning_spike.records import Change
 
-__all__ = ["clip_fix", "clip_value", "dataset_fix", "lower_peak", "sample_words", "warmup_steps"]
+__all__ = ["clip_fix", "clip_value", "dataset_fix", "drop_samples", "lower_peak", "sample_words", "warmup_steps"]
 
 HEADROOM = 1.5
 """Clip this far above the 95th percentile of the healthy norms: ordinary steps stay as they are."""
@@ -78,6 +79,11 @@ def dataset_fix(case: Case) -> str:
         )
         return f"Look at batch {at.batch_idx} of epoch {at.epoch} (step {at.step}) and drop or mend what is wrong in it; {where}."
     return f"Drop or mend {samples}."
+
+
+def drop_samples(case: Case) -> Change:
+    """`dataset_fix` for a program."""
+    return Change(setting="drop_samples", value=case.suspect_indices or None)
 
 
 def sample_words(case: Case) -> str:

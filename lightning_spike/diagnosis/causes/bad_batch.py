@@ -9,7 +9,7 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case, Oddity, number
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, REPLAYED, SLIGHT, STRONG
-from lightning_spike.diagnosis.fixes import clip_fix, dataset_fix, sample_words
+from lightning_spike.diagnosis.fixes import clip_fix, dataset_fix, drop_samples, sample_words
 from lightning_spike.diagnosis.tells import (
     early_gradient,
     gradient_in_range,
@@ -77,6 +77,7 @@ class BadBatch(Cause):
             evidence=evidence,
             summary=_summary(case, odd),
             fixes=tuple(filter(None, (dataset_fix(case), _clamp(odd), clip_fix(case)))),
+            change=drop_samples(case),
             confirmed={"data": True, "weights": False}.get(case.split or ""),
         )
 

@@ -9,7 +9,7 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case, Excess
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, SLIGHT, STRONG
-from lightning_spike.diagnosis.fixes import clip_fix
+from lightning_spike.diagnosis.fixes import clip_fix, clip_value
 from lightning_spike.diagnosis.rates import steady_rate
 from lightning_spike.diagnosis.tells import (
     batch_value,
@@ -21,7 +21,7 @@ from lightning_spike.diagnosis.tells import (
     tell,
     without_none,
 )
-from lightning_spike.records import Evidence, Family
+from lightning_spike.records import Change, Evidence, Family
 
 __all__ = ["GradientExplosion"]
 
@@ -71,6 +71,7 @@ class GradientExplosion(Cause):
             evidence=evidence,
             summary=_summary(case, lead, layer),
             fixes=_fixes(case, layer),
+            change=Change(setting="gradient_clip_val", value=clip_value(case) or 1.0),
             confirmed=False if case.split == "data" else None,
         )
 

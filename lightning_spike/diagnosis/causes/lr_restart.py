@@ -10,7 +10,7 @@ from lightning_spike.diagnosis.constants import FAIR, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import clip_fix, lower_peak
 from lightning_spike.diagnosis.rates import SCHEDULED, RateEvent, nearness, rate_event
 from lightning_spike.diagnosis.tells import batch_value, lone_batch, rate_text, split_verdict, tell, without_none
-from lightning_spike.records import Evidence, Family
+from lightning_spike.records import Change, Evidence, Family
 
 __all__ = ["LrRestart"]
 
@@ -59,6 +59,7 @@ class LrRestart(Cause):
             evidence=evidence,
             summary=f"{event.kind.replace('_', ' ').capitalize()} of the schedule: {rate_text(event)}, and {case.loss_text}.",
             fixes=_fixes(case, event),
+            change=Change(setting=event.signal, value=lower_peak(case, event.signal, event.after)[0]),
             confirmed=False if case.split == "data" else None,
         )
 

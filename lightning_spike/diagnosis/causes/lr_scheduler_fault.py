@@ -10,7 +10,7 @@ from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import FAIR, NEAR, SLIGHT, STRONG
 from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, RateEvent, nearness, rate_event
 from lightning_spike.diagnosis.tells import batch_value, lone_batch, rate_text, split_verdict, tell, without_none
-from lightning_spike.records import Evidence, Family, Finding
+from lightning_spike.records import Change, Evidence, Family, Finding
 
 __all__ = ["LrSchedulerFault"]
 
@@ -56,6 +56,7 @@ class LrSchedulerFault(Cause):
             evidence=evidence,
             summary=f"No schedule explains it: {rate_text(event)}, and {case.loss_text}.",
             fixes=_fixes(case, event, misread),
+            change=Change(setting="schedule", value=event.before),
             confirmed=False if case.split == "data" else None,
         )
 

@@ -22,7 +22,7 @@ from lightning_spike.diagnosis.tells import (
     tell,
     without_none,
 )
-from lightning_spike.records import EpisodeKind, Evidence, Family, Recovery
+from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Recovery
 
 __all__ = ["LrTooHigh"]
 
@@ -86,6 +86,7 @@ class LrTooHigh(Cause):
             evidence=evidence,
             summary=f"The steps are too long{at}: from step {case.step} on {case.loss_text}, with no event of the schedule to blame.",
             fixes=_fixes(case, signal, rate),
+            change=_change(case, signal, rate),
             confirmed=False if case.split == "data" else None,
         )
 
@@ -202,6 +203,12 @@ def _often(case: Case) -> Evidence | None:
         step=case.step,
         observed=float(len(like)),
     )
+
+
+def _change(case: Case, signal: str | None, rate: float | None) -> Change | None:
+    if signal is None or rate is None or not rate > 0.0:
+        return None
+    return Change(setting=signal, value=lower_peak(case, signal, rate)[0])
 
 
 def _fixes(case: Case, signal: str | None, rate: float | None) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, SLIGHT, STRONG
-from lightning_spike.diagnosis.fixes import dataset_fix
+from lightning_spike.diagnosis.fixes import dataset_fix, drop_samples
 from lightning_spike.diagnosis.tells import split_verdict, tell, without_none
 from lightning_spike.records import Evidence, Family
 
@@ -49,7 +49,11 @@ class NonfiniteInput(Cause):
         )
         confirmed = None if phase is None else phase == "input"
         return Examination(
-            evidence=evidence, summary=_summary(case, worst), fixes=_fixes(case, worst), confirmed=confirmed
+            evidence=evidence,
+            summary=_summary(case, worst),
+            fixes=_fixes(case, worst),
+            change=drop_samples(case),
+            confirmed=confirmed,
         )
 
 

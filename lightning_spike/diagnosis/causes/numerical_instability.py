@@ -16,7 +16,7 @@ from lightning_spike.diagnosis.tells import (
     tell,
     without_none,
 )
-from lightning_spike.records import EpisodeKind, Evidence, Family
+from lightning_spike.records import Change, EpisodeKind, Evidence, Family
 
 __all__ = ["NumericalInstability"]
 
@@ -88,6 +88,7 @@ class NumericalInstability(Cause):
             evidence=evidence,
             summary=_summary(case, told),
             fixes=_fixes(case, told),
+            change=Change(setting="operation", value=_where(told)),
             confirmed=_confirmed(told),
         )
 

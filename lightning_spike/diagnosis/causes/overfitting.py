@@ -8,7 +8,7 @@ from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, SLIGHT, STRONG
 from lightning_spike.diagnosis.tells import tell, without_none
-from lightning_spike.records import EpisodeKind, Evidence, Family, Finding, ValidationPoint
+from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Finding, ValidationPoint
 
 __all__ = ["Overfitting"]
 
@@ -48,7 +48,12 @@ class Overfitting(Cause):
             return Examination(evidence=_nothing(case))
         best = min(points, key=lambda p: p.value, default=None)
         evidence = without_none(_gap(case, found), _rise(case, points, best), _training(case, points, best))
-        return Examination(evidence=evidence, summary=_summary(points, best), fixes=_fixes(points, best))
+        return Examination(
+            evidence=evidence,
+            summary=_summary(points, best),
+            fixes=_fixes(points, best),
+            change=None if best is None else Change(setting="max_steps", value=float(best.at.step)),
+        )
 
 
 def _finding(case: Case) -> Finding | None:

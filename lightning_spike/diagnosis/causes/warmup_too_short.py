@@ -19,7 +19,7 @@ from lightning_spike.diagnosis.tells import (
     tell,
     without_none,
 )
-from lightning_spike.records import Evidence, Family
+from lightning_spike.records import Change, Evidence, Family
 
 __all__ = ["WarmupTooShort"]
 
@@ -81,6 +81,7 @@ class WarmupTooShort(Cause):
             evidence=evidence,
             summary=f"{updates} updates into the run {signal} was at {case.rate(signal) or math.nan:.3g} already, and {case.loss_text}.",
             fixes=_fixes(case, signal),
+            change=Change(setting="warmup_steps", value=float(warmup_steps(case)[0])),
             confirmed=False if case.split == "data" else None,
         )
 
