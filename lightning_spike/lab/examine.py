@@ -45,8 +45,6 @@ DOUBT: Final = 0.25
 """Probability of steps that are too long all the time from which a batch that stands out gets a second look, under calmed weights."""
 CHRONIC: Final = 0.9
 """… from which they explain a jump that nothing else does."""
-HAS_A_PART: Final = 0.1
-"""Share of the damage of an update from which the optimizer's state, or what no factor explains, is asked about further."""
 TRIAGE_CONTROLS: Final = 2
 """Ordinary batches in a triage: five forward passes in all."""
 
@@ -187,7 +185,7 @@ def _asks(parts: Split, damage: Attribution | None) -> bool:
     """Whether it matters if steps are too long all the time: not where the batch has no part, and the located update's damage is neither the state's nor nobody's."""
     if damage is None or parts.batch_part >= WORTH:
         return True
-    return damage.intrinsic + _part_of_state(damage) >= HAS_A_PART
+    return damage.intrinsic + _part_of_state(damage) >= WORTH
 
 
 def _part_of_state(damage: Attribution) -> float:
@@ -220,7 +218,7 @@ def _damage(scene: Scene, bench: Bench, again: Reproduction) -> tuple[Attributio
     around = normal_around(scene, again, found.first, controls)
     legs, scatter = again.legs[found.first : found.last + 1], batch_noise(scene.losses_before())
     shared = attribute(bench, found, legs, around, controls, like=scene.spike, scatter=scatter)
-    state = shared.intrinsic + _part_of_state(shared) >= HAS_A_PART
+    state = shared.intrinsic + _part_of_state(shared) >= WORTH
     return shared, try_remedies(bench, found, legs, around, controls, like=scene.spike, empties_state=state)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from lightning_spike.actions.batch_ring import RingEntry
-from lightning_spike.lab.evaluate import Numbers, log_scale
+from lightning_spike.lab.evaluate import Numbers, log_scale, losses_under
 from lightning_spike.lab.factors.batch import Batch
 from lightning_spike.lab.factors.epsilon import Epsilon
 from lightning_spike.lab.factors.factor import Around, Factor
@@ -114,7 +114,7 @@ def attribute(
 
     Every combination of the factors that were not normal is run: those in it as they were, the others at their recent normal value; the worth of a combination is the
     control batches' loss after the update. The shares are Shapley values, batch by batch of the controls, which gives their uncertainty. Where one factor is both enough and
-    needed, two combinations tell and the others are not run. Costs up to 2^3 updates and evaluations, and as many again where one factor is looked into; an
+    needed, two combinations tell and the others are not run; where one takes nearly all of the damage away by itself, it is not combined with others. Costs up to 2^3 updates and evaluations, and as many again where one factor is looked into; an
     update that is known already is not made again.
 
     Args:
@@ -127,7 +127,7 @@ def attribute(
         scatter: Standard deviation of the log-loss from batch to batch.
     """
     cells = _Cells(bench, legs, around, controls, like, damage)
-    odd_batch = _is_odd(legs, damage, scatter)
+    odd_batch = _is_odd(bench, legs, controls, like=like, scatter=scatter)
     # An ordinary batch is at its normal value: to exchange it would double the combinations, and blame it for what everything else met.
     shares, normal, intrinsic = cells.shares([f for f in FIRST if odd_batch or f.group != "data"])
     normal += [f.id for f in FIRST if f.group == "data" and not odd_batch]
@@ -175,9 +175,18 @@ class _Cells:
         if alone is not None:
             return [alone], normal, max(1.0 - alone.share, 0.0)
         by_id = {factor.id: factor for factor in active}
-        rises = shapley(list(by_id), lambda actual: self._rise([f for f in active if f.id not in actual]))
-        shares = [self._share(by_id[name], rise) for name, rise in rises.items()]
-        return sorted(shares, key=lambda s: -s.share), normal, self._part(self._rise(active))
+        cure = self._cure(active)
+
+        def rise(actual: frozenset[str]) -> Numbers:
+            usual = [f for f in active if f.id not in actual]
+            return self._rise([cure] if cure in usual else usual)
+
+        shares = [self._share(by_id[name], part) for name, part in shapley(list(by_id), rise).items()]
+        return sorted(shares, key=lambda s: -s.share), normal, self._part(rise(frozenset()))
+
+    def _cure(self, active: Sequence[Factor]) -> Factor | None:
+        """A factor that takes nearly all of the damage away by itself: what others at their normal values take of the rest is not worth as many runs again."""
+        return next((f for f in active if 1.0 - self._part(self._rise([f])) >= NEARLY_ALL), None)
 
     def _alone(self, factor: Factor, active: Sequence[Factor]) -> Share | None:
         """Its share where it is both enough (all others normal, and the damage is there) and needed (it alone normal, and the damage is gone).
@@ -225,12 +234,18 @@ class _Cells:
         return float(rise.std(ddof=1) / math.sqrt(len(rise))) / whole if whole > 0 and len(rise) > 1 else math.nan
 
 
-def _is_odd(legs: Sequence[Leg], damage: Damage, scatter: float) -> bool:
-    own = np.array([loss for leg in legs for loss in leg.made.losses])
-    scale = log_scale(own, damage.before)
-    usual = scale(damage.before)
-    scatter = max(scatter, float(usual.std(ddof=1)) if len(usual) > 1 else 0.0)
-    return float(scale(own).max() - usual.mean()) > ODD * scatter
+def _is_odd(
+    bench: Bench, legs: Sequence[Leg], controls: Sequence[RingEntry], *, like: RingEntry, scatter: float
+) -> bool:
+    """Whether a batch of the updates had a loss out of the ordinary for the weights that it met: after a first blow all losses are high."""
+    for leg in legs:
+        usual = losses_under(bench, leg.before.weights, controls, like=like, held=True)
+        own = np.array(leg.made.losses)
+        scale = log_scale(own, usual)
+        apart = float(scale(usual).std(ddof=1)) if len(usual) > 1 else 0.0
+        if float(scale(own).max() - scale(usual).mean()) > ODD * max(scatter, apart):
+            return True
+    return False
 
 
 def _defaults(kind: type) -> Mapping[str, Any]:
