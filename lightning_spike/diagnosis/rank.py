@@ -13,7 +13,7 @@ from lightning_spike.diagnosis.cause import Cause
 from lightning_spike.diagnosis.constants import LEAST_PROBABILITY
 from lightning_spike.diagnosis.experiment import with_experiment
 from lightning_spike.diagnosis.weigh import Examined, probabilities
-from lightning_spike.records import Episode, EpisodeKind, Family, Moment, Verdict
+from lightning_spike.records import Episode, EpisodeKind, Family, Finding, Verdict
 from lightning_spike.store import TrainerStateStore
 
 __all__ = ["Diagnosis", "diagnose", "examined", "not_run_again"]
@@ -67,18 +67,18 @@ def _without_episode(
     store: TrainerStateStore, causes: Sequence[Cause], remarks: list[str], calibration: Calibration
 ) -> tuple[Verdict, ...]:
     """Of a run whose loss shows nothing: what is wrong in it all the same, by the findings that show a cause by themselves."""
-    concerned = {(f.detector, f.kind): f.at for f in reversed(store.findings)}
-    shown = [cause for cause in causes if cause.standing & concerned.keys()]
-    if not shown:
+    shown = [cause for cause in causes if any(_shows(f, cause) for f in store.findings)]
+    moments = [f.at for f in store.findings if any(_shows(f, cause) for cause in shown)]
+    if not moments:
         return ()
-    first = min((concerned[found] for cause in shown for found in cause.standing & concerned.keys()), key=_ordinal)
+    first = min(moments, key=lambda at: at.ordinal)
     quiet = Episode(id=0, kind=EpisodeKind.STALL, onset=first, noticed=first, peak=first)
     found = [e for cause in shown if (e := _examine(cause, Case(store, quiet), remarks)) is not None]
     return tuple(dataclasses.replace(v, episodes=()) for v in _verdicts(found, quiet, {}, calibration))
 
 
-def _ordinal(moment: Moment) -> int:
-    return moment.ordinal
+def _shows(finding: Finding, cause: Cause) -> bool:
+    return (finding.detector, finding.kind) in cause.standing
 
 
 def _not_run_again(store: TrainerStateStore) -> list[str]:

@@ -10,6 +10,7 @@ from lightning_spike.records import (
     Episode,
     EpisodeKind,
     Finding,
+    LayerRow,
     Moment,
     OptimizerFacts,
     Recovery,
@@ -57,6 +58,10 @@ class Run:
             batches_per_epoch=PER_EPOCH,
             max_epochs=length // PER_EPOCH,
         )
+        self.more = {}
+        """Further series by signal, each of shape `(length,)`; NaN where a batch has no such value."""
+        self.layers = {}
+        """By signal the names and, by ordinal, the values of every one."""
         self.notes = []
         self.episodes = None
 
@@ -106,6 +111,7 @@ class Run:
             "batch/input/nonfinite": self.nonfinite[ordinal],
             "batch/input/zeros": 0.0,
         }
+        values |= {signal: series[ordinal] for signal, series in self.more.items() if not np.isnan(series[ordinal])}
         return StepRow(
             at=moment(ordinal), values={k: float(v) for k, v in values.items()}, batch_size=32, usual_batch_size=32
         )
@@ -113,13 +119,17 @@ class Run:
     def store(self, *, without=()):
         """The store as the callbacks would have left it; signals that begin with one of `without` were not recorded."""
         store = TrainerStateStore(self.facts)
+        store.layer_names = {signal: names for signal, (names, _) in self.layers.items()}
         episodes = EpisodeDetector()
         rates = LearningRateDetector(self.facts.schedulers)
         for ordinal in range(self.length):
             row = self.row(ordinal)
             kept = {k: v for k, v in row.values.items() if not k.startswith(tuple(without) or ("\0",))}
             row = dataclasses.replace(row, values=kept)
-            store.append(row)
+            vectors = ((signal, rows.get(ordinal)) for signal, (_, rows) in self.layers.items())
+            store.append(
+                row, [LayerRow(at=row.at, signal=s, values=np.float32(v)) for s, v in vectors if v is not None]
+            )
             for episode in episodes.observe(row) if self.episodes is None else ():
                 store.replace_episode(episode)
             for name, value in kept.items():

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from synthetic import ADAMW, SGD, WARM_RESTARTS, Run, an_episode, moment
 
+from lightning_spike.diagnosis.catalogue import catalogue
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import STRONG
 from lightning_spike.diagnosis.rank import diagnose
@@ -226,3 +227,34 @@ def test_thinned_and_short_histories_are_borne():
     verdicts = diagnose(short).overall
     assert all(np.isfinite(v.probability) for v in verdicts)
     assert dataclasses.is_dataclass(diagnose(store))
+
+
+class Shown(Cause):
+    """Shown by a finding alone."""
+
+    id = "shown"
+    family = Family.ENVIRONMENT
+    title = "Shown"
+    standing = frozenset({("watch", "broken")})
+
+    def examine(self, case):
+        found = case.findings("watch", "broken", first=0, last=case.onset)
+        evidence = Evidence(signal="watch", step=case.step, observed=None, expected=None, text="Broken.", weight=9.0)
+        return Examination(evidence=(evidence,) if found else (), summary=f"broken since step {case.step}")
+
+
+def test_what_shows_a_cause_by_itself_is_told_though_the_loss_has_shown_nothing():
+    store = Run(length=100).store()
+    assert store.episodes == ()
+    assert diagnose(store, [Shown()]).overall == ()
+    store.note(Finding(detector="watch", kind="broken", at=moment(70)), Finding(detector="watch", kind="broken", at=moment(60)))  # fmt: skip
+    (verdict,) = diagnose(store, [Shown()]).overall
+    assert (verdict.cause, verdict.episodes, verdict.summary) == ("shown", (), "broken since step 60")
+    assert verdict.probability > 0.9
+
+
+def test_other_causes_have_no_say_where_there_is_no_episode():
+    store = Run(length=100).store()
+    store.note(Finding(detector="watch", kind="broken", at=moment(60)))
+    told = diagnose(store, [Shown(), *(c for c in catalogue() if not c.standing)]).overall
+    assert [v.cause for v in told] == ["shown"]
