@@ -2,20 +2,24 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_spike.actions.control_group import ControlGroup, why_no_control_group
 from lightning_spike.arguments import number, whole_number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.flight.participant import TrainingBatch
 from lightning_spike.lab.budget import FULL_STEPS, TRIAGE_STEPS, Budget, Extent
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.examine import examine, triage
+from lightning_spike.lab.examined import Examined, merged
 from lightning_spike.lab.findings import not_run
 from lightning_spike.lab.live_scene import EXAMINED, Witnesses, live_scene
+from lightning_spike.lab.ranks import ALONE, OutOfReach, Ranks
+from lightning_spike.lab.wishes import PATIENCE, Wishes
 from lightning_spike.records import Action, Episode, EpisodeKind, Finding, RunStatus
 
 __all__ = ["CounterfactualReplay"]
@@ -34,7 +38,15 @@ class CounterfactualReplay(SpikeCallback):
     come back was made from outside. Where the loss is not finite, the module and operation that made the first such value are named.
 
     Afterwards everything is as before, to the bit, and so is the rest of the training; where a moment cannot be run again, the report says why.
-    What leaks all the same is what `training_step` itself writes to files, globals or writers of its own (`lab.isolation`). Not run: with more than one rank.
+    What leaks all the same is what `training_step` itself writes to files, globals or writers of its own (`lab.isolation`).
+
+    With several ranks under DDP all examine the same episode at the same batch: the most severe that one of them has seen, one batch later. Every loss is then the mean
+    over the ranks, that of the global batch, so all decide alike; a fault in one rank's batch counts as far as it shows in that mean. Each rank notes the findings about its own episode, if its onset is within 8
+    batches, and rank 0's report tells in a remark what others saw that its own loss did not show. For that every rank sends two numbers a batch over a group of its own (gloo, on the
+    CPU; some tenths of a millisecond) and reads the others' a batch later: no device is read, and nobody waits unless a rank is a whole batch behind, for five minutes at
+    most; then there are no more examinations. An exception in the re-run on one rank is told on all, and the training goes on; but for one inside a backward pass, which the others are waiting in, as they
+    would in the training. Where `training_step` sends something to other ranks through `torch.distributed` by itself, leave this callback out. Other strategies with several ranks (FSDP, DeepSpeed,
+    model parallel) are not examined, and the report says so.
 
     Args:
         budget: Share of the run's time so far that re-runs may take, above 0 and at most 1; 5 seconds in all are free on top of it, so that short
@@ -46,6 +58,11 @@ class CounterfactualReplay(SpikeCallback):
     Raises:
         ConfigurationError: An argument is out of its range.
     """
+
+    _refusal: str | None
+    """Why the ranks cannot examine anything together."""
+    _ranks: Ranks
+    _wishes: Wishes | None
 
     def __init__(self, budget: float = 0.02, max_episodes: int = 20, controls: int = 8) -> None:
         self.budget = number(
@@ -71,21 +88,26 @@ class CounterfactualReplay(SpikeCallback):
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
         self._began = time.monotonic()
         self._first = self.flight.last_moment(trainer).ordinal
+        self._refusal = why_no_control_group(trainer)
+        if (group := ControlGroup.of(trainer)) is not None:
+            self._ranks, self._wishes = Ranks(group), Wishes(group)
 
     @override
     def act(self, batch: TrainingBatch, changed: Sequence[Episode]) -> None:
         self._waiting |= {e.id: e for e in changed if e.kind in EXAMINED and e.id not in self._seen}
+        outgrown = {e.id: e for e in changed if self._has_outgrown(e)}
+        if self._wishes is not None:
+            self._act_together(batch, self._wishes, changed, outgrown)
+            return
         due = [e for e in self._waiting.values() if not _may_wait(e, batch)]
-        due += [e for e in changed if self._has_outgrown(e)]
-        for episode in sorted(due, key=lambda e: -e.severity):
-            self._waiting.pop(episode.id, None)
-            self._examine(batch, episode, again=episode.id in self._seen)
-            self._seen.setdefault(episode.id, []).append(episode.severity)
+        for episode in sorted([*due, *outgrown.values()], key=lambda e: -e.severity):
+            self._note(episode, self._look_into(batch, episode, again=episode.id in self._seen))
 
     @override
     def conclude(self, trainer: Trainer, status: RunStatus, error: BaseException | None) -> None:
         for episode in self._waiting.values():
             self.flight.store.note(not_run(episode, "the run ended with it"))
+        self.flight.store.note(*(examined.remark for examined in self._strange))
 
     def _forget(self) -> None:
         self._seen: dict[int, list[float]] = {}
@@ -94,6 +116,75 @@ class CounterfactualReplay(SpikeCallback):
         self._budget = Budget(share=self.budget, free=FREE_SECONDS)
         self._began = time.monotonic()
         self._first = 0
+        self._refusal, self._ranks, self._wishes = None, ALONE, None
+        self._wished: Episode | None = None
+        self._outgrown: dict[int, Episode] = {}
+        self._shared: list[Examined] = []
+        self._strange: list[Examined] = []
+        """Those of them that no episode of this rank's is about, so far."""
+
+    def _note(self, episode: Episode, notes: Sequence[Finding | Action]) -> None:
+        self._waiting.pop(episode.id, None)
+        self._outgrown.pop(episode.id, None)
+        self._seen.setdefault(episode.id, []).append(episode.severity)
+        self.flight.store.note(*notes)
+
+    # -- several ranks -----------------------------------------------------------------------------------------------
+
+    def _act_together(
+        self, batch: TrainingBatch, wishes: Wishes, changed: Sequence[Episode], outgrown: Mapping[int, Episode]
+    ) -> None:
+        """The same exchanges on every rank, whatever it has seen itself."""
+        self._outgrown |= outgrown
+        self._take_over(changed)
+        try:
+            self._examine_strongest(batch, wishes)
+            self._wish(wishes)
+            while _is_last(batch.trainer) and self._examine_strongest(batch, wishes):
+                self._wish(wishes)
+        except OutOfReach as gone:
+            self._refusal, self._wishes, self._ranks = str(gone), None, ALONE
+            self.flight.store.note(f"No more moments are run again: {gone}.")
+
+    def _wish(self, wishes: Wishes) -> None:
+        due = [*self._waiting.values(), *self._outgrown.values()]
+        self._wished = max(due, key=lambda e: e.severity, default=None)
+        wishes.send(self._wished)
+
+    def _examine_strongest(self, batch: TrainingBatch, wishes: Wishes) -> bool:
+        """Whether one of the ranks wished for something."""
+        wish = wishes.strongest()
+        if wish is None:
+            return False
+        self._ranks.meet("an examination", wish.onset, seconds=PATIENCE)
+        episode, again = self._ranks.tell(self._newest(self._wished), by=wish.rank)
+        if episode is None:
+            return True
+        notes = self._look_into(batch, episode, again=again, by=wish.rank)
+        examined = Examined(rank=wish.rank, episode=episode, notes=tuple(notes))
+        own = [episode] if wish.rank == self._ranks.rank else [e for e in self._own() if examined.is_about(e)]
+        for mine in own:
+            self._note(mine, examined.notes_about(mine))
+        self._shared.append(examined)
+        self._strange += [examined] if notes and not own else []
+        return True
+
+    def _newest(self, wished: Episode | None) -> tuple[Episode | None, bool]:
+        """The episode as it is known by now, and whether it has been examined before."""
+        if wished is None:
+            return None, False
+        return next((e for e in self._own() if e.id == wished.id), wished), wished.id in self._seen
+
+    def _own(self) -> list[Episode]:
+        return [e for e in self.flight.store.episodes if e.kind in EXAMINED]
+
+    def _take_over(self, changed: Sequence[Episode]) -> None:
+        """An episode that this rank sees only now has been examined already, when another rank saw it."""
+        for episode in changed:
+            known = [e for e in self._shared if episode.id in self._waiting and e.is_about(episode)]
+            for examined in known:
+                self._note(episode, examined.notes_about(episode))
+                self._strange = [other for other in self._strange if other is not examined]
 
     def _has_outgrown(self, episode: Episode) -> bool:
         """What was examined was only the beginning: the peak has become another matter. Looked into once; if the weights were at fault already, it is their doing."""
@@ -108,32 +199,38 @@ class CounterfactualReplay(SpikeCallback):
         told = (f.detail for f in self.flight.store.findings if f.detector == "lab" and f.kind == "blame")
         return any(d["first"] != "data" for d in told if d["episode"] == episode.id)
 
-    def _examine(self, batch: TrainingBatch, episode: Episode, *, again: bool) -> None:
-        extent, why = self._extent(batch, episode)
+    def _look_into(self, batch: TrainingBatch, episode: Episode, *, again: bool, by: int = 0) -> list[Finding | Action]:
+        """What is to be noted of it; on several ranks the same on all."""
+        extent, why = self._ranks.tell(self._extent(batch, episode), by=0)
         if extent is None:
-            self.flight.store.note(*([] if again else [not_run(episode, why)]))
-            return
+            return [] if again else [not_run(episode, why)]
         started = time.monotonic()
-        findings = self._findings(batch, episode, extent, again=again)
+        findings = self._findings(batch, episode, extent, again=again, by=by)
         seconds = time.monotonic() - started
         done = any(finding.kind != "not_run" for finding in findings)
         self._budget.took(seconds, extent=extent if done else "triage", severity=episode.severity)
-        self.flight.store.note(*(findings if done or not again else []))
-        if done:
-            detail = {
-                "episode": episode.id,
-                "extent": extent,
-                "seconds": round(seconds, 3),
-                "findings": [f.kind for f in findings],
-            }
-            self.flight.store.note(Action(action="replay", at=batch.at, detail=detail))
+        if not done:
+            return [] if again else [*findings]
+        detail = {
+            "episode": episode.id,
+            "extent": extent,
+            "seconds": round(seconds, 3),
+            "findings": [f.kind for f in findings],
+        }
+        return [*findings, Action(action="replay", at=batch.at, detail=detail)]
 
-    def _findings(self, batch: TrainingBatch, episode: Episode, extent: Extent, *, again: bool) -> list[Finding]:
+    def _findings(
+        self, batch: TrainingBatch, episode: Episode, extent: Extent, *, again: bool, by: int
+    ) -> list[Finding]:
         examination = examine if extent == "full" else triage
         try:
-            scene = live_scene(batch, episode, self._witnesses, controls=self.controls)
-            at_peak = again and any(entry.at.ordinal == episode.peak.ordinal for entry in scene.entries)
-            return examination(dataclasses.replace(scene, looks_at=episode.peak.ordinal) if at_peak else scene)
+            with self._ranks.stage():
+                scene = live_scene(batch, episode, self._witnesses, controls=self.controls, ranks=self._ranks)
+                at_peak = again and any(entry.at.ordinal == episode.peak.ordinal for entry in scene.entries)
+                found = examination(dataclasses.replace(scene, looks_at=episode.peak.ordinal) if at_peak else scene)
+            return merged(self._ranks.gather(found), by=by)
+        except OutOfReach:
+            raise
         except CannotReplay as reason:
             return [not_run(episode, str(reason))]
         except Exception as error:  # noqa: BLE001 - the user's code, run once more; the training is untouched and goes on
@@ -141,11 +238,8 @@ class CounterfactualReplay(SpikeCallback):
 
     def _extent(self, batch: TrainingBatch, episode: Episode) -> tuple[Extent | None, str]:
         """How far to examine, and if not at all, why."""
-        if batch.trainer.world_size > 1:
-            return (
-                None,
-                "with several ranks a forward pass may wait for the others; the moment is run again on single processes only",
-            )
+        if self._refusal is not None:
+            return None, self._refusal
         if self._budget.examined >= self.max_episodes:
             return None, f"max_episodes={self.max_episodes} were examined already"
         elapsed = time.monotonic() - self._began - self._budget.spent
@@ -162,7 +256,11 @@ def _may_wait(episode: Episode, batch: TrainingBatch) -> bool:
     """Whether to look at the next loss first: where the batch of the onset has only just been trained on, the jump itself may be still to come."""
     if episode.kind is EpisodeKind.NONFINITE or batch.at.ordinal > episode.onset.ordinal:
         return False
-    trainer = batch.trainer
+    return not _is_last(batch.trainer)
+
+
+def _is_last(trainer: Trainer) -> bool:
+    """Whether the training ends with this batch, as far as can be known; the same on all ranks."""
     in_last_epoch = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch + 1
     is_last = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
-    return not (is_last or (in_last_epoch and trainer.is_last_batch))
+    return is_last or (in_last_epoch and trainer.is_last_batch)

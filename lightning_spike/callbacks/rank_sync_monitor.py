@@ -11,11 +11,10 @@ import numpy.typing as npt
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch import distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_spike.actions.control_group import ControlGroup, Exchange, why_no_control_group
 from lightning_spike.arguments import whole_number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.flight.participant import TrainingBatch
@@ -46,10 +45,7 @@ class _Exchange:
     """One look, on its way to the other ranks."""
 
     at: Moment
-    work: Any
-    gathered: list[Tensor]
-    sent: Tensor
-    """Kept alive until it has been sent."""
+    rows: Exchange
 
 
 class RankSyncMonitor(SpikeCallback):
@@ -82,8 +78,7 @@ class RankSyncMonitor(SpikeCallback):
 
     def _reset(self) -> None:
         self._parameters: list[Tensor] = []
-        self._group: Any = None
-        self._world = 1
+        self._group: ControlGroup | None = None
         self._due = False
         self._gradients: Tensor | None = None
         self._rate = 0.0
@@ -99,17 +94,16 @@ class RankSyncMonitor(SpikeCallback):
         self._reset()
         if trainer.world_size == 1:
             return
-        model = trainer.strategy.model
-        if not isinstance(model, DistributedDataParallel) or not dist.is_gloo_available():
-            self.flight.store.note("RankSyncMonitor compares ranks under DDP, with gloo at hand; here it does not.")
+        if (why := why_no_control_group(trainer)) is not None:
+            self.flight.store.note(f"RankSyncMonitor does not compare the ranks: {why}.")
             return
-        ignored = {name.removeprefix("_forward_module.") for name in getattr(model, "parameters_to_ignore", ())}
+        passed_over = getattr(trainer.strategy.model, "parameters_to_ignore", ())
+        ignored = {name.removeprefix("_forward_module.") for name in passed_over}
         named = [(n, p) for n, p in module.named_parameters() if n not in ignored]
         self._parameters = [p for _, p in named]
         names = self.flight.store.layer_names
         names[WEIGHTS] = names[GRADIENTS] = tuple(n.replace("_orig_mod.", "") for n, _ in named)
-        self._group = dist.new_group(backend="gloo")
-        self._world = trainer.world_size
+        self._group = ControlGroup.of(trainer)
 
     @override
     def sense_batch(self, batch: TrainingBatch) -> None:
@@ -141,8 +135,8 @@ class RankSyncMonitor(SpikeCallback):
             return
         rows = {row.signal: row.values for row in arrival.layers if row.signal in {WEIGHTS, GRADIENTS}}
         if len(rows) == 2 and len(self._under_way) < UNDER_WAY:  # noqa: PLR2004 - weights and gradients
-            self._send(arrival, rows)
-        while self._under_way and self._under_way[0].work.is_completed():
+            self._send(self._group, arrival, rows)
+        while self._under_way and self._under_way[0].rows.has_arrived:
             self._compare(self._under_way.popleft())
 
     @override
@@ -151,16 +145,14 @@ class RankSyncMonitor(SpikeCallback):
 
     # -- between the ranks -------------------------------------------------------------------------------------------
 
-    def _send(self, arrival: Arrival, rows: dict[str, Any]) -> None:
+    def _send(self, group: ControlGroup, arrival: Arrival, rows: dict[str, Any]) -> None:
         at = arrival.row.at
         head = [arrival.row.values.get("loss", math.nan), at.ordinal, at.step, self._rates.pop(at.ordinal, math.nan)]
-        sent = torch.from_numpy(np.concatenate([head, rows[WEIGHTS], rows[GRADIENTS]]).astype(np.float64))
-        gathered = [torch.empty_like(sent) for _ in range(self._world)]
-        work = dist.all_gather(gathered, sent, group=self._group, async_op=True)
-        self._under_way.append(_Exchange(at=at, work=work, gathered=gathered, sent=sent))
+        row = np.concatenate([head, rows[WEIGHTS], rows[GRADIENTS]])
+        self._under_way.append(_Exchange(at=at, rows=group.send(row)))
 
     def _compare(self, exchange: _Exchange) -> None:
-        table = np.stack([part.numpy() for part in exchange.gathered])
+        table = exchange.rows.table()
         losses, counters, sums = table[:, 0], table[:, 1 : len(HEAD)], table[:, len(HEAD) :]
         weights, gradients = np.split(sums, 2, axis=1)
         self._compare_counters(exchange.at, counters)

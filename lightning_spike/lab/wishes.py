@@ -1,0 +1,79 @@
+"""Which episode the ranks examine next: each says what it has seen, and the strongest wish wins on all of them at the same batch."""
+
+import dataclasses
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_spike.actions.control_group import ControlGroup, Exchange
+from lightning_spike.lab.ranks import OutOfReach
+from lightning_spike.records import Episode
+
+__all__ = ["PATIENCE", "Wish", "Wishes", "strongest"]
+
+PATIENCE: Final = 300.0
+"""Seconds that a rank waits for the others' wishes before it gives them up: longer than the writing of a checkpoint, which may be one rank's work, and short enough for a part of
+ours that broke on one rank to cost no more than that, once."""
+
+NONE: Final = -1.0
+"""Stands for the severity where a rank wants nothing."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What one rank would like to be examined."""
+
+    rank: int
+    severity: float
+    onset: int
+    """Ordinal of the first abnormal batch."""
+
+
+class Wishes:
+    """Two numbers a batch from every rank to all, sent at the end of one batch and read at the end of the next.
+
+    As a rule they are there by then: nobody waits for anybody but for a rank that is a whole batch behind.
+
+    Args:
+        group: Of the ranks; what else goes over it must be sent between `strongest` and the next `send`.
+    """
+
+    def __init__(self, group: ControlGroup) -> None:
+        self._group = group
+        self._under_way: Exchange | None = None
+
+    def send(self, episode: Episode | None) -> None:
+        """Say what this rank would like to be examined; does not wait. Once a batch, on every rank.
+
+        Args:
+            episode: `None` for nothing.
+        """
+        row = [NONE, 0.0] if episode is None else [episode.severity, episode.onset.ordinal]
+        self._under_way = self._group.send(np.array(row))
+
+    def strongest(self) -> Wish | None:
+        """The strongest of the wishes that were last sent, the same on every rank; `None` where there is none.
+
+        Raises:
+            OutOfReach: A rank did not send its own.
+        """
+        if self._under_way is None:
+            return None
+        try:
+            table = self._under_way.table(PATIENCE)
+        except RuntimeError as error:  # all that torch.distributed raises
+            msg = "another rank does not say any more what it has seen"
+            raise OutOfReach(msg) from error
+        self._under_way = None
+        return strongest(table)
+
+
+def strongest(table: npt.NDArray[np.float64]) -> Wish | None:
+    """The most severe, of several the one with the earliest onset, of several the lowest rank's; pure.
+
+    Args:
+        table: Severity (-1 for no wish) and onset by rank; shape `(world_size, 2)`.
+    """
+    wishes = [Wish(rank=k, severity=float(row[0]), onset=int(row[1])) for k, row in enumerate(table) if row[0] >= 0.0]
+    return max(wishes, key=lambda wish: (wish.severity, -wish.onset, -wish.rank), default=None)
