@@ -15,10 +15,11 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
-__all__ = ["NETS", "ByteGRU", "ByteTransformer", "Net", "Task", "cnn", "dataset", "loader", "mlp"]
+__all__ = ["MOMENTUM", "NETS", "ByteGRU", "ByteTransformer", "Net", "Task", "cnn", "dataset", "loader", "mlp"]
 
 CONTEXT: Final = 16
 WINDOWS: Final = 8192
+MOMENTUM: Final = 0.9
 
 
 class ByteGRU(nn.Module):
@@ -93,17 +94,21 @@ NETS: Final[Mapping[str, Net]] = {
 
 
 class Task(LightningModule):
-    """One of the nets, with SGD (momentum 0.9) or AdamW.
+    """One of the nets, with SGD or AdamW.
 
     Args:
         net: A key of `NETS`.
         optimizer: `"SGD"` or `"AdamW"`.
         batch_size: Rates are for 32; with smaller batches they go with the square root for AdamW and in proportion for SGD.
         faster: Factor on the rate.
+        momentum: SGD's momentum, AdamW's first beta.
     """
 
-    def __init__(self, net: str, optimizer: str, batch_size: int, faster: float = 1.0) -> None:
+    def __init__(
+        self, net: str, optimizer: str, batch_size: int, faster: float = 1.0, momentum: float = MOMENTUM
+    ) -> None:
         super().__init__()
+        self.momentum = momentum
         self.net = NETS[net].make()
         self.kind, self.optimizer_name = NETS[net].data, optimizer
         scale = batch_size / 32
@@ -118,8 +123,8 @@ class Task(LightningModule):
     @override
     def configure_optimizers(self) -> Any:
         if self.optimizer_name == "SGD":
-            return torch.optim.SGD(self.parameters(), lr=self.rate, momentum=0.9)
-        return torch.optim.AdamW(self.parameters(), lr=self.rate)
+            return torch.optim.SGD(self.parameters(), lr=self.rate, momentum=self.momentum)
+        return torch.optim.AdamW(self.parameters(), lr=self.rate, betas=(self.momentum, 0.999))
 
 
 @functools.cache
