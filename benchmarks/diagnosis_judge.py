@@ -17,7 +17,18 @@ from lightning_spike.diagnosis.rank import diagnose
 from lightning_spike.records import EpisodeKind
 from lightning_spike.store import TrainerStateStore
 
-__all__ = ["FAMILY", "UNEXPLAINED", "Judged", "baseline_rules", "judge", "wilson", "without_lab"]
+__all__ = [
+    "FAMILY",
+    "UNEXPLAINED",
+    "Judged",
+    "baseline_rules",
+    "brier",
+    "calibration_error",
+    "harmed",
+    "judge",
+    "wilson",
+    "without_lab",
+]
 
 UNEXPLAINED: Final = "unexplained"
 FAMILY: Final = {cause.id: cause.family.value for cause in catalogue()}
@@ -89,7 +100,7 @@ def judge(found: Kept, twin: TrainerStateStore | None, calibration: Calibration 
     first = overall[0] if overall else None
     return Judged(
         cell=found.cell,
-        harmed=_harmed(found.cell, store, twin),
+        harmed=harmed(found.cell, store, twin),
         ranked=(*((v.cause, v.probability) for v in overall), (UNEXPLAINED, left)),
         confirmed=None if first is None else first.confirmed,
         episodes=len(store.episodes),
@@ -114,20 +125,18 @@ def _losses(store: TrainerStateStore) -> npt.NDArray[np.float64]:
     return np.where(np.isinf(values), np.nan, values)
 
 
-def _harmed(cell: Cell, store: TrainerStateStore, twin: TrainerStateStore | None) -> bool:
+def harmed(cell: Cell, store: TrainerStateStore, twin: TrainerStateStore | None, *, steps: int | None = None) -> bool:
+    """Whether the loss of a run is clearly worse than that of its clean twin; `steps` where it was stopped before its time."""
     if cell.sort == "clean" or twin is None:
         return False
+    until = cell.steps if steps is None else steps
     own, clean = _losses(store), _losses(twin)
-    first = max(cell.at - BEFORE, 0)
-    ours, theirs = own[cell.at :], clean[first : cell.steps]
-    if ours.size < cell.steps - cell.at or np.isnan(ours).any():
+    ours, theirs = own[cell.at :], clean[max(cell.at - BEFORE, 0) : until]
+    if ours.size < until - cell.at or np.isnan(ours).any():
         return True
-    if own.max() <= 0 or theirs.size < LAST:
-        return False
-    return bool(
-        ours.max() > WORSE_ONCE * np.nanmax(theirs)
-        or np.mean(ours[-LAST:]) > WORSE_LASTING * np.nanmean(theirs[-LAST:])
-    )
+    last = slice(-LAST, None)
+    once = ours.max(initial=0.0) > WORSE_ONCE * np.nanmax(theirs, initial=0.0)
+    return bool(once or np.mean(ours[last]) > WORSE_LASTING * np.nanmean(theirs[last]))
 
 
 def _onset_error(cell: Cell, store: TrainerStateStore) -> int | None:

@@ -39,7 +39,7 @@ from lightning_spike.testing import (
     faults_for,
 )
 
-__all__ = ["CLEAN_STEPS", "Cell", "Kept", "all_cells", "kept", "run"]
+__all__ = ["CLEAN_STEPS", "Cell", "Kept", "all_cells", "faults_of", "kept", "kept_store", "run", "train"]
 
 Strength = Literal["mild", "strong"]
 STRENGTHS: Final[tuple[Strength, ...]] = ("mild", "strong")
@@ -55,15 +55,16 @@ SLOW: Final[Mapping[str, tuple[int, int]]] = {
     "weight_blowup": (160, 240),
     "adam_epsilon_too_small": (160, 240),
     "activation_saturation": (160, 200),
-    "bad_initialization": (0, 300),
     "lr_too_high": (160, 240),
-    "warmup_too_short": (0, 300),
     "momentum_reversal": (160, 240),
     "data_drift": (160, 160),
     "stale_second_moment": (160, 160),
     "code_bug": (160, 200),
 }
 """Causes that need another moment or more time to show: the batch, and the batches after it."""
+FROM_START: Final = frozenset({"InitialWeightsScaled", "RateTooHigh", "ShortWarmUp"})
+"""Faults that are there from the first batch on; such runs have `EARLY` batches."""
+EARLY: Final = 300
 CLEAN_STEPS: Final = 2000
 """Of a clean twin, so that false alarms can be counted."""
 EVERY: Final = 50
@@ -96,9 +97,10 @@ class Cell:
     @property
     def slow(self) -> tuple[int, int]:
         """The batch that the fault strikes, and the batches trained after it."""
-        cause = self.causes[0] if self.causes else ""
-        at, after = SLOW.get(cause, (AT, AFTER))
-        return (at + (self.seed * 7) % SHIFT if at else 0), after
+        if self.name in FROM_START:
+            return 0, EARLY
+        at, after = SLOW.get(self.causes[0] if self.causes else "", (AT, AFTER))
+        return at + (self.seed * 7) % SHIFT, after
 
     @property
     def at(self) -> int:
@@ -176,7 +178,8 @@ def _bad_batch(task: str, at: int, seed: int) -> Fault:
     return CorruptTokens(at, 1.0, seed=seed) if task == "text" else ExtremeValues(at, 30.0, seed=seed)
 
 
-def _faults(cell: Cell) -> list[Fault]:
+def faults_of(cell: Cell) -> list[Fault]:
+    """The faults of a run, made anew."""
     at, seed = cell.at, cell.seed
     if cell.sort in {"fault", "decoy", "uncovered"}:
         kind = next(k for k in (*FAULTS, *DECOYS, *UNCOVERED) if k.__name__ == cell.name)
@@ -239,34 +242,57 @@ def run(cell: Cell, folder: Path) -> str | None:
     """Train once and keep what was recorded; returns what went wrong, if anything."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    path = folder / f"{cell.key}.pkl.gz"
     raw = folder / f"{cell.key}.store"
     error = None
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
+        faults = faults_of(cell)
         try:
-            _train(cell, raw, Path(scratch))
+            train(cell, faults, raw, Path(scratch), steps=cell.steps, needs=faults)
         except BaseException as failed:  # noqa: BLE001 - a training may die of its fault: then too there is a diagnosis
             error = "".join(traceback.format_exception_only(failed)).strip()
-    store = None
-    if raw.exists():
-        with gzip.open(raw, "rb") as file:
-            store = pickle.load(file)  # noqa: S301 - written above
-        raw.unlink()
-    _write(path, Kept(cell=cell, store=store, error=error))
+    store = kept_store(raw) if raw.exists() else None
+    raw.unlink(missing_ok=True)
+    _write(folder / f"{cell.key}.pkl.gz", Kept(cell=cell, store=store, error=error))
     return error
 
 
-def _train(cell: Cell, raw: Path, scratch: Path) -> None:
-    faults = _faults(cell)
-    needs = frozenset[Needs]().union(*(fault.NEEDS for fault in faults))
-    trainer = functools.partial(_trainer, scratch=scratch, needs=needs)
+def kept_store(raw: Path) -> TrainerStateStore:
+    """The store that a run has left."""
+    with gzip.open(raw, "rb") as file:
+        store: TrainerStateStore = pickle.load(file)  # noqa: S301 - written by `_Keeps`
+    return store
+
+
+def train(
+    cell: Cell,
+    own: Sequence[Callback],
+    raw: Path,
+    scratch: Path,
+    *,
+    steps: int,
+    needs: Sequence[Fault],
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """One fit, or two where a resume belongs to the fault, under the suite; what was recorded goes to `raw`.
+
+    Args:
+        cell: The task and the seed.
+        own: Callbacks beside the suite: faults, or what is done about them.
+        raw: Where the store is written.
+        scratch: An empty folder.
+        steps: Batches to train, over a resume.
+        needs: The faults whose needs the training must meet, even where they themselves are left out.
+        options: Further arguments of the Trainer.
+    """
+    needed = frozenset[Needs]().union(*(fault.NEEDS for fault in needs))
+    trainer = functools.partial(_trainer, scratch=scratch, needs=needed, options=options)
     resume: str | None = None
-    if Needs.RESUME in needs:
+    if Needs.RESUME in needed:
         first = trainer(steps=cell.at, callbacks=_suite(scratch))
         _fit(first, cell, None)
         resume = str(scratch / "first.ckpt")
         first.save_checkpoint(resume)
-    _fit(trainer(steps=cell.steps, callbacks=[*faults, *_suite(scratch), _Keeps(raw)]), cell, resume)
+    _fit(trainer(steps=steps, callbacks=[*own, *_suite(scratch), _Keeps(raw)]), cell, resume)
 
 
 def _suite(scratch: Path) -> list[Callback]:
@@ -279,12 +305,14 @@ def _fit(trainer: Trainer, cell: Cell, resume: str | None) -> None:
     trainer.fit(Module(cell.task), *loaders(cell.task, cell.seed), ckpt_path=resume, weights_only=False)
 
 
-def _trainer(*, steps: int, callbacks: list[Callback], scratch: Path, needs: frozenset[Needs]) -> Trainer:
-    options: dict[str, Any] = {}
+def _trainer(
+    *, steps: int, callbacks: list[Callback], scratch: Path, needs: frozenset[Needs], options: Mapping[str, Any]
+) -> Trainer:
+    more = dict(options)
     if Needs.LOSS_SCALER in needs:
-        options["plugins"] = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))]
+        more["plugins"] = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))]
     if Needs.RANKS in needs:
-        options |= {"devices": 2, "strategy": "ddp_fork"}
+        more |= {"devices": 2, "strategy": "ddp_fork"}
     return Trainer(
         max_steps=steps,
         max_epochs=-1,
@@ -298,7 +326,7 @@ def _trainer(*, steps: int, callbacks: list[Callback], scratch: Path, needs: fro
         check_val_every_n_epoch=None,
         default_root_dir=scratch,
         callbacks=callbacks,
-        **options,
+        **more,
     )
 
 
