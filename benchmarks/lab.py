@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -63,6 +63,7 @@ CHRONIC_STEPS: Final = 600
 CHRONIC_SETTINGS: Final[Mapping[tuple[str, str], tuple[tuple[float, float], ...]]] = {
     ("mlp", "SGD"): ((5.0, 0.9), (6.0, 0.9), (2.0, 0.97)),
     ("autoencoder", "SGD"): ((18.0, 0.9), (25.0, 0.9), (12.0, 0.95)),
+    ("gru", "SGD"): ((6.0, 0.9),),
 }
 """Factors on a good rate, and momenta, at which runs go on training but spike now and then; chosen by that alone, with plain loops of 800 steps on seeds 0 and 1. What is not
 listed only gets noisy, or does not train."""
@@ -209,7 +210,7 @@ class WithTriage(CounterfactualReplay):
 
     @override
     def _findings(
-        self, batch: TrainingBatch, episode: Episode, extent: Extent, *, again: bool, **how: Any
+        self, batch: TrainingBatch, episode: Episode, extent: Extent, *, again: bool, **how: int
     ) -> list[Finding]:
         if again:
             return super()._findings(batch, episode, extent, again=again, **how)
@@ -217,7 +218,7 @@ class WithTriage(CounterfactualReplay):
             self._timed(batch, episode, "triage", **how)
         return self._timed(batch, episode, extent, **how)
 
-    def _timed(self, batch: TrainingBatch, episode: Episode, extent: Extent, **how: Any) -> list[Finding]:
+    def _timed(self, batch: TrainingBatch, episode: Episode, extent: Extent, **how: int) -> list[Finding]:
         started = time.process_time()
         findings = super()._findings(batch, episode, extent, again=False, **how)
         self.seconds.setdefault(episode.id, {})[extent] = time.process_time() - started
