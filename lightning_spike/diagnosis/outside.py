@@ -1,13 +1,14 @@
 """What is known of a change from outside of the training step: who was seen writing, and what the lab found to be changed."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.records import EpisodeKind, Finding
 
-__all__ = ["OutsideChange", "earlier", "last_write", "outside_change"]
+__all__ = ["OutsideChange", "earlier", "last_that_matters", "last_write", "outside_change"]
 
 SUDDEN: Final = frozenset({EpisodeKind.SPIKE, EpisodeKind.NONFINITE})
 """Kinds of episode of which nothing after the peak can be the cause; the onset of the others is known less well, and they last."""
@@ -58,9 +59,19 @@ def outside_change(case: Case) -> OutsideChange | None:
 
 def earlier(case: Case, detector: str, kind: str) -> Finding | None:
     """The last finding of this kind that may have brought the episode about: not after its peak, of a slow one not after its end."""
-    until = max(case.onset, case.episode.peak.ordinal) if case.kind in SUDDEN else case.last
-    found = case.findings(detector, kind, first=0, last=until)
+    found = case.findings(detector, kind, first=0, last=_until(case))
     return found[-1] if found else None
+
+
+def last_that_matters(case: Case, detector: str, kind: str) -> Finding | None:
+    """The same of a detector that looks now and then: what it found may have been so since just after its `last_equal`, since the start where it has none."""
+    ever = case.findings(detector, kind, first=0, last=sys.maxsize)
+    found = [f for f in ever if (number(f.detail.get("last_equal")) or 0) < max(_until(case), 1)]
+    return found[-1] if found else None
+
+
+def _until(case: Case) -> int:
+    return max(case.onset, case.episode.peak.ordinal) if case.kind in SUDDEN else case.last
 
 
 def last_write(case: Case, what: str) -> tuple[Finding, bool] | None:

@@ -134,9 +134,9 @@ def _bug(found: Finding, weight: float, place: str, what: str, *fixes: str, valu
 
 
 def _not_zeroed(case: Case) -> _Bug | None:
-    found = earlier(case, "optimizer", "not_zeroed")
-    if found is None:
+    if earlier(case, "optimizer", "not_zeroed") is None:
         return None
+    found = case.findings("optimizer", "not_zeroed", first=0, last=case.last)[0]
     held = case.latest(LEFTOVER, max(case.onset, found.at.ordinal))
     lasts = held is None or held[0] >= case.onset - REACH
     norm = held[1] if held is not None and math.isfinite(held[1]) else None
