@@ -166,9 +166,10 @@ def _next(net: nn.Module, batch: Batch) -> Tensor:
     return functional.mse_loss(net(batch[0]), batch[1])
 
 
-def _weighted(inputs: str, target: str, weight: str) -> Callable[[nn.Module, Any], Tensor]:
+def _weighted(inputs: str, target: str, weight: str, smoothing: float = 0.0) -> Callable[[nn.Module, Any], Tensor]:
     def loss(net: nn.Module, batch: Batch) -> Tensor:
-        each = functional.cross_entropy(net(batch[inputs]), batch[target], reduction="none")
+        scores = net(batch[inputs])
+        each = functional.cross_entropy(scores, batch[target], reduction="none", label_smoothing=smoothing)
         return (each * batch[weight]).mean()
 
     return loss
@@ -192,7 +193,7 @@ TASKS: Final[Mapping[str, Kind]] = {
     "table": Kind(
         net=table_net,
         data=table,
-        loss=_weighted("features", "y", "weight"),
+        loss=_weighted("features", "y", "weight", smoothing=0.1),
         optimizer=lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=1e-2),
         batch_size=16,
     ),
