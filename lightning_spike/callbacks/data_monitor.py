@@ -1,9 +1,11 @@
 """`DataMonitor`: what is in the batches: how large values are, how classes and sample weights are spread, and whether the inputs move."""
 
-import dataclasses
 import math
+from collections.abc import Callable
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
@@ -27,9 +29,10 @@ MOST: Final = 5.0
 class DataMonitor(SpikeCallback):
     """Records statistics of every batch; what they show is evidence for the ranking, and is written to `signals/`.
 
-    For every floating tensor `batch/<leaf>/mean`, `std`, `max_abs`, `nonfinite`, `zeros`; for an integer target `distinct`, `entropy`, `largest`, `longest_run` and the vector `histogram`
+    For every floating tensor `batch/<leaf>/mean`, `std`, `max_abs`, `nonfinite`, `zeros`; for an integer target or input (tokens) `distinct`, `entropy`, `largest`, `longest_run` and the vector `histogram`
     (classes modulo 64); for sample weights also `ess` and `max_share`; see `signals.batch`. For inputs also `batch/<leaf>/drift`: how far the moving average of mean
-    and log spread over the last thirty or so batches, those before this one, lies from the run's first 64, in standard errors: around 1 where the data stay as they are.
+    and log spread (of tokens: of the roots of their counts) over the last thirty or so batches, those before this one, lies from the run's first 64, in standard errors: around 1
+    where the data stay as they are.
 
     All batches are measured, since the one that matters is not known beforehand. A few kernels for each tensor, nothing blocks. `BadBatchDumper` measures the same where it
     is alone; where both say which part of a batch is what, the later in the list of callbacks wins.
@@ -71,51 +74,56 @@ class DataMonitor(SpikeCallback):
                 leaf = signal.removeprefix("batch/").removesuffix("/mean")
                 spread = values.get(f"batch/{leaf}/std", math.nan)
                 if math.isfinite(mean) and math.isfinite(spread):
-                    drift = self._drifts.setdefault(leaf, _Drift())
-                    drift.add((mean, math.log(max(spread, 1e-30))), weight=_size(arrival))
+                    self._add(leaf, [mean, math.log(max(spread, 1e-30))], _furthest, arrival)
+        for row in arrival.layers:
+            if row.signal.startswith("batch/input") and row.signal.endswith("/histogram"):
+                leaf = row.signal.removeprefix("batch/").removesuffix("/histogram")
+                self._add(leaf, np.sqrt(row.values), _together, arrival)
+
+    def _add(self, leaf: str, values: npt.ArrayLike, joined: "_Joined", arrival: Arrival) -> None:
+        self._drifts.setdefault(leaf, _Drift(joined)).add(np.asarray(values, dtype=np.float64), weight=_size(arrival))
 
 
-@dataclasses.dataclass(slots=True)
-class _Course:
-    """One number over the batches: its mean and spread over the reference, and its moving average since."""
+_Joined = Callable[[npt.NDArray[np.float64]], float]
+"""What makes one number of several statistics' distances, so that it is around 1 where nothing moves."""
 
-    count: int = 0
-    mean: float = 0.0
-    squares: float = 0.0
-    moving: float = 0.0
-    """Of the deviations from `mean`, in spreads."""
 
-    def add(self, value: float, weight: float) -> None:
-        if self.count < REFERENCE:  # Welford
-            self.count += 1
-            step = value - self.mean
-            self.mean += step / self.count
-            self.squares += step * (value - self.mean)
-            return
-        spread = math.sqrt(self.squares / (self.count - 1))
-        away = (value - self.mean) / max(spread, 1e-6 * abs(self.mean), 1e-12) * weight
-        self.moving += SHARE * (max(-MOST, min(MOST, away)) - self.moving)
+def _furthest(away: npt.NDArray[np.float64]) -> float:
+    return float(np.abs(away).max())
+
+
+def _together(away: npt.NDArray[np.float64]) -> float:
+    """Root of the mean square: the furthest of 64 would be far where nothing moves. Of the kinds of token that occur at all."""
+    moving = away[away != 0.0]
+    return float(np.sqrt(np.mean(np.square(moving)))) if moving.size else 0.0
 
 
 class _Drift:
-    """How far an input's statistics have moved from where they began."""
+    """How far an input's statistics have moved from where they began: of each the mean and spread over the reference, and the moving average since."""
 
     ERROR: Final = math.sqrt(SHARE / (2 - SHARE) + 1 / REFERENCE)
     """Standard error of the moving average less the reference's mean, in spreads between single batches."""
 
-    def __init__(self) -> None:
-        self._courses: tuple[_Course, ...] = ()
+    def __init__(self, joined: _Joined) -> None:
+        self._joined = joined
+        self._count = 0
+        self._mean = self._squares = self._moving = np.zeros(1)
 
-    def add(self, values: tuple[float, ...], weight: float) -> None:
-        self._courses = self._courses or tuple(_Course() for _ in values)
-        for course, value in zip(self._courses, values, strict=True):
-            course.add(value, weight)
+    def add(self, values: npt.NDArray[np.float64], weight: float) -> None:
+        if self._count < REFERENCE:  # Welford
+            self._count += 1
+            step = values - self._mean
+            self._mean = self._mean + step / self._count
+            self._squares = self._squares + step * (values - self._mean)
+            return
+        spread = np.sqrt(self._squares / (self._count - 1))
+        least = np.maximum(1e-6 * np.abs(self._mean), 1e-12)
+        away = np.clip((values - self._mean) / np.maximum(spread, least) * weight, -MOST, MOST)
+        self._moving = self._moving + SHARE * (away - self._moving)
 
     def distance(self) -> float | None:
-        """In standard errors, the largest over the statistics; `None` while the reference is being made."""
-        if not self._courses or self._courses[0].count < REFERENCE:
-            return None
-        return max(abs(course.moving) for course in self._courses) / self.ERROR
+        """In standard errors, over the statistics together; `None` while the reference is being made."""
+        return None if self._count < REFERENCE else self._joined(self._moving) / self.ERROR
 
 
 def _size(arrival: Arrival) -> float:

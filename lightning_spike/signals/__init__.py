@@ -9,7 +9,7 @@
 | `grad_norm` (vector) | the norm of every parameter's gradient | `on_before_optimizer_step` |
 | `lr-<optimizer>`, `lr-<optimizer>/pg<k>` | the learning rate that the update used, as LearningRateMonitor names it | the same |
 | `batch/<leaf>/<statistic>` | mean, std, max_abs, nonfinite, zeros of a floating tensor of the batch | `on_train_batch_start` |
-| `batch/<target>/<statistic>` | distinct, entropy, largest, longest_run of an integer target; as a vector histogram | the same |
+| `batch/<target>/<statistic>` | distinct, entropy, largest, longest_run of an integer target or input; as a vector histogram | the same |
 | `batch/<weight>/ess`, `max_share` | effective sample size as a share, largest share of one sample weight | the same |
 | `batch/<input>/drift` | how far the inputs' moving average lies from the run's first batches, in standard errors | the same |
 | `activation_max`, `_rms`, `_zeros`, `_dead`, `_saturated` (vectors) | sizes, flat elements and dead units of modules | `on_train_batch_end`, sampled |

@@ -125,7 +125,7 @@ def batch_leaves(batch: object, roles: BatchRoles | None = None) -> tuple[BatchL
 def batch_signals(batch: object, roles: BatchRoles | None = None) -> dict[str, Tensor]:
     """The statistics of the first `MAX_LEAVES` tensors by signal name, `batch/<leaf>/<statistic>`. Never blocks.
 
-    `value_statistics` of every floating tensor, with `weight_statistics` for sample weights; `class_statistics` of an integer target.
+    `value_statistics` of every floating tensor, with `weight_statistics` for sample weights; `class_statistics` of an integer target or input (tokens).
 
     Returns:
         Tensors of shape `()`, but for `histogram`, of shape `(64,)`.
@@ -173,7 +173,7 @@ def value_statistics(tensor: Tensor) -> dict[str, Tensor]:
 
 
 def class_statistics(tensor: Tensor) -> dict[str, Tensor]:
-    """How the classes of an integer target are spread over the batch, by their remainders modulo 64, so that the cost does not depend on the values.
+    """How the classes of an integer target, or the tokens of an input, are spread over the batch, by their remainders modulo 64, so that the cost does not depend on the values.
 
     By comparison with every bin: counting by value (`unique`, `bincount`) waits for the device, and scattering is refused where the user asks for deterministic kernels.
 
@@ -233,7 +233,7 @@ def _places(count: int, device: torch.device) -> Tensor:
 
 
 def _statistics(leaf: BatchLeaf) -> dict[str, Tensor]:
-    if leaf.part is BatchPart.TARGET and (classes := class_statistics(leaf.value)):
+    if leaf.part is not BatchPart.WEIGHT and (classes := class_statistics(leaf.value)):
         return classes
     values = value_statistics(leaf.value)
     return values | weight_statistics(leaf.value) if leaf.part is BatchPart.WEIGHT else values

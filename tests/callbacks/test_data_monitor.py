@@ -10,7 +10,7 @@ from training_tasks import Digits, digits
 
 from lightning_spike import BadBatchDumper, DataMonitor
 from lightning_spike.errors import ConfigurationError
-from lightning_spike.testing import SortedStretch, ValueDrift, WeightsPileUp
+from lightning_spike.testing import SortedStretch, TokenDrift, ValueDrift, WeightsPileUp
 
 
 class Batches(Callback):
@@ -72,6 +72,31 @@ def test_which_part_is_what_can_be_said_on_either_callback(order, tmp_path):
     assert not any("mask" in signal for signal in named)
 
 
+class Tokens(Dataset):
+    """Tokens of sixteen kinds, the more frequent the smaller their number."""
+
+    def __init__(self):
+        shares = 1.0 / torch.arange(1, 17)
+        self.tokens = torch.multinomial(
+            shares, 512 * 20, replacement=True, generator=torch.Generator().manual_seed(3)
+        ).reshape(512, 20)
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, k):
+        return {"tokens": self.tokens[k], "label": self.tokens[k, 0] % 10}
+
+
+class Counted(Digits):
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(16, 10)
+
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self.embedding(batch["tokens"]).mean(1), batch["label"])
+
+
 def test_weights_that_pile_up(tmp_path):
     fault = WeightsPileUp.strong(at=16)
     store = store_of(OnMapped(), [fault, DataMonitor(target="kind")], tmp_path, dataset=Mapped(), max_epochs=1)
@@ -95,6 +120,18 @@ def test_drift_of_the_input(tmp_path):
     assert quiet.max() < 6
     assert loud[-60:].max() > 10
     np.testing.assert_array_equal(loud[:60], quiet[:60])
+
+
+def test_drift_of_tokens(tmp_path):
+    """Windows of a text with words of ever the same kinds, against the same with a part of the kinds renamed."""
+    clean = store_of(Counted(), [DataMonitor()], tmp_path, dataset=Tokens(), max_epochs=6)
+    moved = store_of(Counted(), [TokenDrift.mild(at=96), DataMonitor()], tmp_path, dataset=Tokens(), max_epochs=6)
+    quiet, loud = recorded(clean, "batch/input.tokens/drift"), recorded(moved, "batch/input.tokens/drift")
+    assert quiet.max() < 4
+    assert loud[-16:].min() > 8
+    np.testing.assert_allclose(quiet[:30], loud[:30])
+    counts = recorded(clean, "batch/input.tokens/entropy")
+    assert (counts > 0).all()
 
 
 @pytest.mark.parametrize("option", ["input", "target", "weight"])

@@ -129,7 +129,8 @@ def test_what_has_no_floating_values_is_passed_over(tensor):
 def test_classes_of_an_integer_target_are_counted():
     told = batch_signals((X, torch.tensor([3, 3, 7, -1])))
     assert float(told["batch/target/distinct"]) == 3
-    assert not any("distinct" in name for name in batch_signals((torch.arange(4), X)))
+    assert float(batch_signals((torch.arange(4), X))["batch/input/distinct"]) == 4
+    assert not any("distinct" in name for name in batch_signals((torch.ones(4, dtype=torch.bool), X)))
 
 
 def test_only_so_many_leaves_are_measured():
