@@ -157,7 +157,7 @@ class Ranks:
 
 def mean_of(values: Iterable[float]) -> float:
     """The mean, summed up exactly, so that the order of the ranks and how many numbers are averaged together make no difference to it."""
-    known = list(values)
+    known = list(map(float, values))
     parts = [value / len(known) for value in known]
     return math.fsum(parts) if all(map(math.isfinite, parts)) else sum(parts)
 
