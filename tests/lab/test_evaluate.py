@@ -64,3 +64,20 @@ def test_logarithms_where_all_are_positive_and_the_highest_for_what_is_not_finit
     assert log_scale(losses)(losses) == pytest.approx([0.0, 1.0, *[np.log(HIGHEST)] * 3])
     signed = np.array([-1.0, 2.0])
     assert log_scale(signed, losses)(signed).tolist() == [-1.0, 2.0]
+
+
+def test_under_weights_that_are_held_a_loss_is_computed_once():
+    module = Plain()
+    batches = list(entries(3))
+    with isolated(attached(module), module) as bench:
+        weights = copy_module(module)
+        other = {name: tensor * 0.5 for name, tensor in weights.items()}
+        first = losses_under(bench, weights, batches[:2], like=batches[0], held=True)
+        assert bench.steps == 2
+        again = losses_under(bench, weights, batches, like=batches[0], held=True)
+        assert bench.steps == 3
+        assert again[:2].tolist() == first.tolist()
+        losses_under(bench, weights, batches[:1], like=batches[1], held=True)
+        elsewhere = losses_under(bench, other, batches[:2], like=batches[0], held=True)
+        assert bench.steps == 6
+        assert elsewhere.tolist() == losses_under(bench, other, batches[:2], like=batches[0]).tolist() != first.tolist()

@@ -1,5 +1,6 @@
 """The search for the update that did the damage, on states of which it is known where they got worse."""
 
+import numpy as np
 import pytest
 import torch
 from lab.bench import attached
@@ -60,6 +61,26 @@ def test_damage_of_three_updates_is_laid_to_the_three():
     assert 4 <= damage.first <= damage.last <= 6
     assert damage.last - damage.first >= 1
     assert damage.share >= 0.7
+
+
+@pytest.mark.parametrize("from_", [0, 2, 4])
+def test_of_a_long_row_the_four_that_do_most_are_taken(from_):
+    """Eight updates of which the last four do twice as much each."""
+    course = [0.0, *np.cumsum([1, 1, 1, 1, 2, 2, 2, 2]) / 12]
+    damage = found([course[min(max(k - from_, 0), 8)] for k in range(UPDATES + 1)])
+    assert damage.last - damage.first == 3
+    assert damage.first >= from_ + 2
+    assert 0.4 < damage.share < 1.0
+
+
+@pytest.mark.parametrize("at", [0, 3, 11])
+def test_the_search_evaluates_fewer_states_than_there_are(at):
+    torch.manual_seed(0)
+    module = Plain()
+    with isolated(attached(module), module) as bench:
+        courses = reproduction(module, [min(max(k - at, 0), 3) / 3 for k in range(UPDATES + 1)])
+        damage_on_the_way(bench, courses, controls(), like=entry(32))
+        assert bench.steps <= 9 * len(controls())
 
 
 def test_a_longer_step_that_does_no_harm_is_not_taken_for_it():
