@@ -88,11 +88,13 @@ def blame_steps() -> Blame:
 
 
 def blame_outside(kind: str) -> Blame:
-    """All of it came from outside: into the optimizer's state or into the weights.
+    """All of it came from outside: into the optimizer's state, or into weights or gradients.
 
     Args:
-        kind: `"optimizer"` or `"weights"`.
+        kind: `"optimizer"`, `"weights"`, or `"momentum_or_gradient"` where the two cannot be told apart: even odds then.
     """
     shares = dict.fromkeys(GROUPS, 0.0)
-    shares["optimizer" if kind == "optimizer" else "outside"] = 1.0
+    parts = {"optimizer": 1.0, "momentum_or_gradient": 0.5}
+    shares["optimizer"] = parts.get(kind, 0.0)
+    shares["outside"] = 1.0 - shares["optimizer"]
     return Blame(shares=shares)

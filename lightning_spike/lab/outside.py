@@ -7,18 +7,19 @@ from typing import Final
 
 import numpy as np
 
-from lightning_spike.actions.batch_ring import RingEntry
 from lightning_spike.lab.blame import blame_outside
 from lightning_spike.lab.compare import differences
 from lightning_spike.lab.evaluate import log_scale
 from lightning_spike.lab.findings import blame_finding, finding
 from lightning_spike.lab.isolation import Bench
+from lightning_spike.lab.outside_change import ChangeKind, OutsideChange, change_from_outside
 from lightning_spike.lab.outside_writes import OutsideWrite
 from lightning_spike.lab.reproduce import Reproduction
 from lightning_spike.lab.scene import Scene
 from lightning_spike.lab.state import TrainState
-from lightning_spike.lab.update import make_update, updates_of
-from lightning_spike.lab.wording import differences_text
+from lightning_spike.lab.update import Update, make_update
+from lightning_spike.lab.updates_since import updates_since
+from lightning_spike.lab.wording import outside_text, repaired_text
 from lightning_spike.records import Finding
 
 __all__ = ["came_from_outside", "outside_findings"]
@@ -39,7 +40,8 @@ def came_from_outside(scene: Scene, again: Reproduction) -> bool:
 def outside_findings(scene: Scene, again: Reproduction, bench: Bench) -> list[Finding]:
     """What can be said of it: the loss as it comes out again, who wrote into what, and which tensors differ now.
 
-    The re-run is taken on to the present for that, with all updates that the training has made since.
+    The re-run is taken on to the present for that, with all updates that the training has made since; and the training is wound back to where it left the re-run, where that can be
+    done (`outside_change`). The re-run is the run with the change undone: what of the jump it does not have is the change's (`repaired`).
 
     Args:
         scene: The episode.
@@ -57,18 +59,25 @@ def outside_findings(scene: Scene, again: Reproduction, bench: Bench) -> list[Fi
     writes = _writes(scene, again)
     bench.rewind()
     live = TrainState.take(bench, scene.entries[-1].at)
-    differing = differences(live, _caught_up(scene, again, bench))
+    updates = updates_since(scene, bench)
+    caught_up = _caught_up(scene, again, bench, updates)
+    change = change_from_outside(scene, again, bench, live=live, caught_up=caught_up, updates=updates)
+    differing = change.different if change is not None else differences(live, caught_up)
+    repaired = _repaired(scene, again)
     outside = {
         "ordinal": again.differs_at,
         "step": _step_of(scene, again.differs_at),
         "writes": [dataclasses.asdict(write) for write in writes],
         "different": [dataclasses.asdict(difference) for difference in differing[:TOLD]],
-        "text": differences_text(differing, writes),
+        "changed": None if change is None else change.kind,
+        "with_change": None if change is None else change.loss,
+        "repaired": repaired,
+        "text": f"{outside_text(change, writes, differing)} {repaired_text(repaired)}".strip(),
     }
     return [
         finding(scene, "split", split | {"verdict": "not_reproduced", "text": text}),
         finding(scene, "outside", outside),
-        blame_finding(scene, blame_outside(_kind(writes))),
+        blame_finding(scene, blame_outside(_kind(writes, change))),
     ]
 
 
@@ -78,28 +87,31 @@ def _writes(scene: Scene, again: Reproduction) -> list[OutsideWrite]:
     return [w for w in scene.writes if first is not None and first - 2 <= w.ordinal < first]
 
 
-def _kind(writes: Sequence[OutsideWrite]) -> str:
-    return "optimizer" if any(w.kind == "optimizer" for w in writes) else "weights"
+def _kind(writes: Sequence[OutsideWrite], change: OutsideChange | None) -> ChangeKind:
+    """What the experiment says; where it says nothing, or cannot tell momentum and gradient apart, what was seen to be written into."""
+    seen: ChangeKind = "optimizer" if any(w.kind == "optimizer" for w in writes) else "weights"
+    if change is None or (change.kind == "momentum_or_gradient" and seen == "optimizer"):
+        return seen
+    return change.kind
 
 
-def _caught_up(scene: Scene, again: Reproduction, bench: Bench) -> TrainState:
-    """The re-run taken on to the present, with all updates that the training has made since."""
+def _repaired(scene: Scene, again: Reproduction) -> float | None:
+    """Share of the jump that is gone in the re-run, which has everything but the change; `None` where it did not come to the struck batch."""
+    usual = _usual(scene, again)
+    if again.reached != scene.struck or usual is None:
+        return None
+    before, replayed, recorded = usual
+    return min(max((recorded - replayed) / (recorded - before), 0.0), 1.0) if recorded > before else None
+
+
+def _caught_up(scene: Scene, again: Reproduction, bench: Bench, updates: Sequence[Update]) -> TrainState:
+    """The re-run taken on to the present."""
     bench.rewind()
     again.end.load(bench)
-    for update in updates_of(
-        [*scene.after, _beyond(scene)], scene.settings, by_hand=not bench.module.automatic_optimization
-    ):
+    for update in updates:
         if make_update(bench, update).spoilt_at is not None:
             break
     return TrainState.take(bench, scene.entries[-1].at)
-
-
-def _beyond(scene: Scene) -> RingEntry:
-    """A batch that is not there yet: where the last update ends, if there was one."""
-    last = scene.entries[-1]
-    stepped = last.at.ordinal in scene.settings
-    at = dataclasses.replace(last.at, ordinal=last.at.ordinal + 1, step=last.at.step + stepped)
-    return dataclasses.replace(last, at=at)
 
 
 def _step_of(scene: Scene, ordinal: int | None) -> int | None:
@@ -110,9 +122,19 @@ def _comes_out_healthy(scene: Scene, again: Reproduction) -> bool:
     """Some batches went alike, then they did not, and at the onset the re-run is nearer to where the loss was than to the spike."""
     if again.reached != scene.struck or again.differs_at is None or not math.isfinite(again.replayed):
         return False
+    usual = _usual(scene, again)
+    if usual is None:
+        return False
+    before, replayed, recorded = usual
+    return again.differs_at >= scene.snapshot.at.ordinal + PROOF and replayed - before < recorded - replayed
+
+
+def _usual(scene: Scene, again: Reproduction) -> tuple[float, float, float] | None:
+    """The loss as it was, as it came out again, and as it was recorded, on the scale of `log_scale`; `None` where nothing is known from before."""
     before = scene.losses_before()
     before = before[np.isfinite(before)][-RECENT:]
+    if not before.size:
+        return None
     scale = log_scale(before, np.array([again.replayed, scene.recorded]))
-    usual = float(np.median(scale(before))) if before.size else math.nan
     replayed, recorded = scale(np.array([again.replayed, scene.recorded]))
-    return again.differs_at >= scene.snapshot.at.ordinal + PROOF and bool(replayed - usual < recorded - replayed)
+    return float(np.median(scale(before))), float(replayed), float(recorded)

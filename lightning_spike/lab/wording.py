@@ -10,14 +10,25 @@ from lightning_spike.lab.calm import Calmed
 from lightning_spike.lab.compare import Difference
 from lightning_spike.lab.consistency import Consistency
 from lightning_spike.lab.intervene import Attribution, Share
+from lightning_spike.lab.outside_change import ChangeKind, OutsideChange
 from lightning_spike.lab.outside_writes import OutsideWrite
 from lightning_spike.lab.remedies import Remedy
 
-__all__ = ["blame_text", "calm_text", "consistency_text", "differences_text", "factors_text", "remedies_text"]
+__all__ = [
+    "blame_text",
+    "calm_text",
+    "consistency_text",
+    "differences_text",
+    "factors_text",
+    "outside_text",
+    "remedies_text",
+    "repaired_text",
+]
 
 FACTORS: Mapping[str, str] = MappingProxyType(
     {
         "batch": "the batch",
+        "samples": "the samples that stand out",
         "learning_rate": "the learning rate",
         "optimizer_state": "the optimizer's state",
         "momentum": "the momentum",
@@ -32,6 +43,14 @@ REMEDIES: Mapping[str, str] = MappingProxyType(
         "clip": "clipping the gradients at {value:.3g}, their usual norm",
         "reset_state": "an empty optimizer state",
         "float32": "float32",
+    }
+)
+CHANGED: Mapping[ChangeKind, str] = MappingProxyType(
+    {
+        "weights": "Between two updates the weights were changed",
+        "optimizer": "Between two updates the optimizer's state was changed",
+        "momentum_or_gradient": "The optimizer's state was changed, or a gradient that went into it",
+        "result": "Weights, batch and random state were the same up to this very batch, and its forward pass gave another result",
     }
 )
 NAMED: Final = 3
@@ -96,13 +115,38 @@ def remedies_text(tried: Sequence[Remedy]) -> str:
 
 def differences_text(differences: Sequence[Difference], writes: Sequence[OutsideWrite]) -> str:
     """Which tensors are not what they would have been."""
+    words = _different(differences)
+    told = _written(writes)
+    return f"Most different now: {words}.{told}" if words else told.strip()
+
+
+def outside_text(
+    change: OutsideChange | None, writes: Sequence[OutsideWrite], differences: Sequence[Difference]
+) -> str:
+    """What was changed, as far as the experiment found it."""
+    if change is None:
+        return differences_text(differences, writes)
+    words = f": {_different(differences)}" if differences else ""
+    alone = "" if change.loss is None else f" With nothing but this put into the re-run the loss is {change.loss:.3g}."
+    return f"{CHANGED[change.kind]}{words}.{_written(writes)}{alone}"
+
+
+def repaired_text(repaired: float | None) -> str:
+    """What the re-run, which has everything else, has left of the jump."""
+    return "" if repaired is None else f"Without the change {repaired:.0%} of the jump is gone."
+
+
+def _different(differences: Sequence[Difference]) -> str:
     words = [
         f"{d.name} (by {d.relative:.2g} of its size)" if math.isfinite(d.relative) else f"{d.name} (not finite)"
         for d in differences[:NAMED]
     ]
+    return _listed(words) if words else ""
+
+
+def _written(writes: Sequence[OutsideWrite]) -> str:
     seen = [f"{_listed(w.names[:NAMED])}{' and others' if len(w.names) > NAMED else ''}" for w in writes]
-    told = f" Somebody other than the training step wrote into {_listed(seen)}." if seen else ""
-    return f"Most different now: {_listed(words)}.{told}" if words else told.strip()
+    return f" Somebody other than the training step wrote into {_listed(seen)}." if seen else ""
 
 
 def _share(share: Share) -> str:

@@ -1,0 +1,66 @@
+"""What was changed from outside past torch's version counters, in real trainings: the state, the weights, or a gradient."""
+
+import pytest
+import torch
+from lab.episodes import LATE, At, examined, told
+from training_tasks import Digits
+
+
+class Adam(Digits):
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
+def sgd():
+    return Digits(0.003)
+
+
+def adam():
+    return Adam(0.001)
+
+
+def momentum(trainer, module, batch):
+    for entry in trainer.optimizers[0].state.values():
+        entry["momentum_buffer"].data.mul_(-3000)
+
+
+def first_moments(trainer, module, batch):
+    for entry in trainer.optimizers[0].state.values():
+        entry["exp_avg"].data.mul_(-3000)
+
+
+def one_weight(trainer, module, batch):
+    module.net[-1].weight.data.add_(torch.randn(10, 512, generator=torch.Generator().manual_seed(1)))
+
+
+def gradient(trainer, module, optimizer):
+    """Every other class away from what it is."""
+    module.net[-1].weight.grad.data[::2].add_(1000)
+
+
+@pytest.mark.parametrize(
+    ("make", "fault", "changed", "shares"),
+    [
+        pytest.param(sgd, {"ordinal": LATE - 1, "start": momentum}, "optimizer", {"optimizer": 1.0}, id="sgd"),
+        pytest.param(adam, {"ordinal": LATE - 1, "start": first_moments}, "optimizer", {"optimizer": 1.0}, id="m"),
+        pytest.param(sgd, {"ordinal": LATE, "start": one_weight}, "weights", {"outside": 1.0}, id="weights"),
+        pytest.param(
+            sgd,
+            {"ordinal": LATE - 1, "end": gradient},
+            "momentum_or_gradient",
+            {"optimizer": 0.5, "outside": 0.5},
+            id="sgd-gradient",
+        ),
+    ],
+)
+def test_the_change_is_told_by_what_differs_alone(make, fault, changed, shares, tmp_path):
+    trainer = examined(make, tmp_path, At(**fault))
+    (outside,) = told(trainer, "outside")
+    assert outside["writes"] == []
+    assert outside["changed"] == changed
+    assert {group: share for group, share in told(trainer, "blame")[0]["shares"].items() if share} == shares
+    assert outside["repaired"] > 0.9
+    assert outside["with_change"] > 0.5
+    assert "of the jump is gone" in outside["text"]
+    if changed == "weights":
+        assert [d["name"] for d in outside["different"]] == ["net.5.weight"]
