@@ -1,5 +1,7 @@
 """`OptimizerMonitor`: what the optimizer's state says about its updates, and whether the training step does what every training step must."""
 
+import weakref
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -10,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_spike.actions.gradient_checks import GradientChecks
+from lightning_spike.actions.resume_check import Lost, lost, summary
 from lightning_spike.actions.setting_changes import SettingChange, SettingChanges
 from lightning_spike.actions.update_meter import NO_UPDATE, NOT_MEASURED, UpdateMeter
 from lightning_spike.arguments import whole_number
@@ -50,6 +53,9 @@ class OptimizerMonitor(SpikeCallback):
       eight), `count`, `text`. `"weights_at_validation"` and `"optimizer_state_at_validation"` where a validation lay in between, for averaged weights are swapped in there and out
       again. `at` is the batch between whose beginning and the next one's it was.
 
+    - detector `"resume"`, kinds `"optimizer_state"` and `"schedule"`, at the first batch of a run that goes on from a checkpoint: state, learning rates or the scheduler's place are not what
+      they were when it was written (`actions.resume_check`); `optimizer`, `what`, `saved`, `restored`, `text`. A checkpoint that was written without this callback says nothing.
+
     Args:
         every: Updates between two looks at the optimizer's state; 1 for each. What must hold is checked at every step.
 
@@ -60,6 +66,7 @@ class OptimizerMonitor(SpikeCallback):
     def __init__(self, every: int = 10) -> None:
         self.every = whole_number("OptimizerMonitor(every)", every, at_least=1, do="Use 1 for every update.")
         self._handles: list[RemovableHandle] = []
+        self._trainer: Callable[[], Trainer | None] = _no_trainer
         self._reset()
 
     def _reset(self) -> None:
@@ -78,10 +85,14 @@ class OptimizerMonitor(SpikeCallback):
         self._told = -1
         self._last: Moment | None = None
         self._validated = False
+        self._saved: dict[str, Any] = {}
+        """What the checkpoint that this run goes on from says of the optimizers."""
+        self._lost: list[Lost] = []
 
     @override
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         self._reset()
+        self._trainer = weakref.ref(trainer)
         self.flight.share(UpdateMeter, UpdateMeter, trainer, module).measure_every(self.every)
         self.flight.share(GradientChecks, GradientChecks, trainer, module)
         self._outside = self.flight.share(OutsideWrites, OutsideWrites, trainer, module)
@@ -94,11 +105,16 @@ class OptimizerMonitor(SpikeCallback):
         store.layer_names[RMS] = store.layer_names[EPS] = tuple(n for n, _ in named)
         self._names = dict(zip(map(id, trainer.optimizers), optimizer_names(trainer.optimizers), strict=True))
         self._handles = [o.register_step_post_hook(self._stepped) for o in trainer.optimizers]
+        if self._saved and trainer.global_rank == 0:
+            self._lost = lost(self._saved, summary(trainer), optimizer_names(trainer.optimizers))
 
     @override
     def sense_batch(self, batch: TrainingBatch) -> None:
         self._due, self._rms, self._shares, self._cosines = {}, {}, {}, []
         self._tell_writes()
+        for one in self._lost:
+            self.flight.store.note(Finding(detector="resume", kind=one.kind, at=batch.at, detail=one.detail))
+        self._lost = []
         self._last, self._validated = batch.at, False
 
     @override
@@ -156,6 +172,20 @@ class OptimizerMonitor(SpikeCallback):
         self._handles = []
         self._due, self._rms, self._shares, self._sizes = {}, {}, {}, {}
 
+    @override
+    def own_state(self) -> dict[str, Any]:
+        """What a run that goes on from this checkpoint must find; the norms of the optimizers' states are read, which waits for the device as writing the checkpoint does."""
+        trainer = self._trainer()
+        try:
+            found = {} if trainer is None else summary(trainer)
+        except Exception:  # noqa: BLE001 - an optimizer of a make of its own must not cost the user the checkpoint; without a summary a resume is not compared
+            found = {}
+        return {"summary": found} if found else {}
+
+    @override
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        self._saved = state.get("summary", {})
+
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ANN401 - as torch calls it
         """Called by torch when the optimizer has stepped, the gradients still as it used them; inside the user's step, so that nothing may be raised here."""
         del args, kwargs
@@ -198,6 +228,11 @@ class OptimizerMonitor(SpikeCallback):
                 self.flight.store.note(_finding(write, at, validated=self._validated))
         if at is not None:
             self._told = at.ordinal
+
+
+def _no_trainer() -> Trainer | None:
+    """Before the first fit."""
+    return None
 
 
 def _by_parameter(held: list[Memory], values: Tensor) -> dict[int, Tensor]:
