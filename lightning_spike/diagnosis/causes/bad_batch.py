@@ -91,11 +91,16 @@ def _in_the_batch(case: Case, odd: Oddity | None) -> Evidence | None:
 
 def _oddest(case: Case) -> Oddity | None:
     """The oddest value of the batch at the onset; of the one before only where it is clearly not like the others."""
-    now = [o for at in case.questioned for o in case.oddities(at)]
+    now = [o for at in case.questioned for o in case.oddities(at) if not _is_weight(o)]
     if now:
         return max(now, key=lambda o: o.excess.ratio)
-    before = [o for o in case.oddities(case.onset - 1) if o.excess.ratio >= CLEAR]
+    before = [o for o in case.oddities(case.onset - 1) if o.excess.ratio >= CLEAR and not _is_weight(o)]
     return before[0] if before else None
+
+
+def _is_weight(odd: Oddity) -> bool:
+    """Sample weights out of range have a cause of their own."""
+    return odd.leaf.split(".")[0] == "weight"
 
 
 def _values(case: Case, odd: Oddity | None) -> Evidence | None:
