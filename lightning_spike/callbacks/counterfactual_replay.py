@@ -43,7 +43,7 @@ class CounterfactualReplay(SpikeCallback):
     With several ranks under DDP all examine the same episode at the same batch: the most severe that one of them has seen. Every loss is then the mean over the ranks, that of the
     global batch, so all decide alike; a fault in one rank's batch counts as far as it shows in that mean. Each rank notes the findings about its own episode, if its onset is within 8 batches;
     rank 0's report tells in a remark what others saw and its own loss did not show. For that, after every fourth batch, every rank sends two numbers over a group of its own
-    (gloo, on the CPU; 0.2 to 0.3 ms of a slow core) and reads the others' four batches later: no device is read, and nobody waits, unless a rank is that far behind or gone, and then
+    (gloo, on the CPU) and reads the others' four batches later: no device is read, and nobody waits, unless a rank is that far behind or gone, and then
     for five minutes at most and once: there are no more examinations after that.
 
     An exception in the re-run on one rank ends it on all, who say why, and the training goes on. Not so for one inside a backward pass: there the others wait for that rank's gradients, as they would

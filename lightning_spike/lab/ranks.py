@@ -47,6 +47,7 @@ class Ranks:
 
     def __init__(self, group: ControlGroup | None = None) -> None:
         self._group = group
+        self._lost: str | None = None
         self.rank = 0 if group is None else group.rank
         self.world = 1 if group is None else group.world
 
@@ -148,11 +149,13 @@ class Ranks:
         if self._group is None:
             msg = "a single process has nobody to ask"
             raise CannotReplay(msg)
+        if self._lost is not None:  # not waited for again, where somebody goes on without an answer
+            raise OutOfReach(self._lost)
         try:
             return ask(self._group)
         except RuntimeError as error:  # all that torch.distributed raises
-            msg = f"another rank did not answer ({_first_line(error)})"
-            raise OutOfReach(msg) from error
+            self._lost = f"another rank did not answer ({_first_line(error)})"
+            raise OutOfReach(self._lost) from error
 
 
 def mean_of(values: Iterable[float]) -> float:

@@ -13,7 +13,7 @@ from lightning_spike.records import Episode
 __all__ = ["EVERY", "PATIENCE", "Wish", "Wishes", "strongest"]
 
 EVERY: Final = 4
-"""Batches from one exchange to the next: a wish is heard four to eight batches after it came up, of the 72 that are held. To send one costs 0.2 to 0.3 ms of a slow core."""
+"""Batches from one exchange to the next: a wish is heard four to eight batches after it came up, of the 72 that are held."""
 PATIENCE: Final = 300.0
 """Seconds that a rank waits for the others' wishes before it gives them up: longer than the writing of a checkpoint, which may be one rank's work, and short enough for a part of
 ours that broke on one rank to cost no more than that, once."""

@@ -143,16 +143,19 @@ def test_ranks_that_have_come_to_different_places_leave_together(work):
         assert "different places" in str(error)
 
 
-def test_a_rank_that_does_not_answer_is_out_of_reach():
+def test_a_rank_that_does_not_answer_is_out_of_reach_and_not_waited_for_again():
     class Gone(Group):
+        asked = 0
+
         def send(self, row):
+            Gone.asked += 1
             fail(RuntimeError("Connection closed by peer [127.0.0.1]:1\nmore"))
 
-    with (
-        pytest.raises(OutOfReach, match=r"did not answer \(Connection closed by peer"),
-        Ranks(Gone(Place(2), 0)).stage(),
-    ):
-        pass
+    ranks = Ranks(Gone(Place(2), 0))
+    for _ in range(3):
+        with pytest.raises(OutOfReach, match=r"did not answer \(Connection closed by peer"), ranks.stage():
+            pass
+    assert Gone.asked == 1
 
 
 def test_alone_everything_is_as_it_is_and_errors_pass():
