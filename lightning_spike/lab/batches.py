@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["samples_in", "take_samples"]
+__all__ = ["gather_samples", "samples_in", "take_samples"]
 
 
 def samples_in(batch: object) -> int | None:
@@ -45,6 +45,48 @@ def take_samples(batch: object, indices: Sequence[int], *, size: int | None = No
         msg = "take_samples(batch): the batch holds no tensor, array or list whose length would tell the number of samples"
         raise ValueError(msg)
     return _take(batch, list(indices), size)
+
+
+def gather_samples(batches: Sequence[object], picks: Sequence[tuple[int, int]]) -> Any | None:  # noqa: ANN401 - the batches' own type
+    """One batch made of samples of several: in each place the sample at a position of one of them; all else as in the first.
+
+    Tensors are copied, on their device. Never blocks.
+
+    Args:
+        batches: Of one structure.
+        picks: For every sample of the new batch the place of a batch in `batches`, and the position in it.
+
+    Returns:
+        `None` where the batches do not fit together: another structure, other shapes of a sample (padded to another length), or no samples that can be told.
+    """
+    sizes = [samples_in(batch) for batch in batches]
+    if not picks or None in sizes:
+        return None
+    try:
+        joined = _joined(batches, [size for size in sizes if size is not None])
+    except (ValueError, RuntimeError):  # what `torch.cat` and the trees say of things that do not fit
+        return None
+    starts = np.cumsum([0, *(size or 0 for size in sizes)])
+    return take_samples(joined, [int(starts[k]) + position for k, position in picks], size=int(starts[-1]))
+
+
+def _joined(batches: Sequence[object], sizes: Sequence[int]) -> object:
+    """All samples of all batches in one."""
+
+    def of_leaves(*leaves: object) -> object:
+        first = leaves[0]
+        if isinstance(first, UserDict):
+            keys = list(first)
+            return type(first)({key: _joined([leaf[key] for leaf in leaves], sizes) for key in keys})  # type: ignore[index]
+        if isinstance(first, Tensor) and first.dim() > 0 and first.shape[0] == sizes[0]:
+            return torch.cat(leaves)  # type: ignore[arg-type]
+        if isinstance(first, np.ndarray) and first.ndim > 0 and first.shape[0] == sizes[0]:
+            return np.concatenate(leaves)  # type: ignore[arg-type]
+        if _is_per_sample(first, sizes[0]):
+            return type(first)(item for leaf in leaves for item in leaf)  # type: ignore[attr-defined, call-arg]
+        return first
+
+    return pytree.tree_map(of_leaves, batches[0], *batches[1:], is_leaf=_per_sample_list(sizes[0]))
 
 
 def _take(batch: object, indices: list[int], size: int) -> object:

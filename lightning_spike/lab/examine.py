@@ -12,6 +12,7 @@ from lightning_spike.actions.state_copy import load_module
 from lightning_spike.lab.blame import blame, blame_steps
 from lightning_spike.lab.calm import Calmed, calmed
 from lightning_spike.lab.consistency import Consistency, consistency
+from lightning_spike.lab.data import about_the_data
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.evaluate import log_scale, losses_under
 from lightning_spike.lab.few import few_that_tell
@@ -178,6 +179,7 @@ def _whose(scene: Scene, bench: Bench, again: Reproduction, parts: Split) -> lis
         detail = {"tried": [dataclasses.asdict(remedy) for remedy in remedies], "text": remedies_text(remedies)}
         findings.append(finding(scene, "remedies", detail))
     findings += _measured(scene, bench, again, parts, None if damage is None else damage.ordinal)
+    findings += about_the_data(scene, bench, again, parts)
     return [*findings, blame_finding(scene, blame(parts, steps, calm, damage))]
 
 

@@ -16,8 +16,10 @@ from lightning_spike.lab.factors.factor import Around, Factor
 from lightning_spike.lab.factors.learning_rate import LearningRate
 from lightning_spike.lab.factors.optimizer_state import Momentum, OptimizerState, SecondMoments
 from lightning_spike.lab.factors.precision import Precision
+from lightning_spike.lab.factors.samples import NamedSamples
 from lightning_spike.lab.isolation import Bench
 from lightning_spike.lab.locate import Damage
+from lightning_spike.lab.named_samples import name_samples
 from lightning_spike.lab.outcome import losses_after
 from lightning_spike.lab.reproduce import Leg, Reproduction
 from lightning_spike.lab.scene import Scene
@@ -31,6 +33,7 @@ RECENT: Final = 32
 FIRST: Final[tuple[Factor, ...]] = (LearningRate(), OptimizerState(), Batch())
 """The factors that are always tried, together: 2^3 outcomes (science.md 2b.4)."""
 FURTHER: Final[Mapping[str, tuple[Factor, ...]]] = {
+    "batch": (NamedSamples(),),
     "optimizer_state": (Momentum(), SecondMoments(), Epsilon()),
     "intrinsic": (Epsilon(), Precision()),
 }
@@ -40,6 +43,8 @@ NEARLY_ALL: Final = 0.85
 WORTH: Final = 0.25
 """Share of the damage from which a factor is looked into."""
 
+FEW: Final = 2
+"""Batches up to which samples are named: each costs two to three passes."""
 ODD: Final = 2.0
 """Standard deviations of ordinary batches from which a batch is one no more, as in the split."""
 
@@ -135,6 +140,8 @@ def attribute(
     closer = "intrinsic" if largest is None or intrinsic > largest.share else largest.factor
     finer: list[Share] = []
     if closer in FURTHER and max(intrinsic, largest.share if largest else 0.0) >= WORTH:
+        if closer == "batch":
+            cells.name_samples()
         finer, further, _ = cells.shares(FURTHER[closer])
         normal += further
     at = legs[0].update.entries[-1].at
@@ -187,6 +194,16 @@ class _Cells:
     def _cure(self, active: Sequence[Factor]) -> Factor | None:
         """A factor that takes nearly all of the damage away by itself: what others at their normal values take of the rest is not worth as many runs again."""
         return next((f for f in active if 1.0 - self._part(self._rise([f])) >= NEARLY_ALL), None)
+
+    def name_samples(self) -> None:
+        """Look for samples that stand out in the batches of the updates, where these are few."""
+        entries = [entry for leg in self._legs for entry in leg.update.entries]
+        weights = self._legs[0].before.weights
+        named = {
+            entry.at.ordinal: name_samples(self._bench, weights, entry, self._controls)
+            for entry in (entries if len(entries) <= FEW else [])
+        }
+        self._around = dataclasses.replace(self._around, named=named)
 
     def _alone(self, factor: Factor, active: Sequence[Factor]) -> Share | None:
         """Its share where it is both enough (all others normal, and the damage is there) and needed (it alone normal, and the damage is gone).

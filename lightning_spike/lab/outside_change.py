@@ -76,23 +76,20 @@ def change_from_outside(
     first = again.differs_at
     if first is None or not can_wind_back(bench):
         return None
-    states = {leg.before.at.ordinal: leg.before for leg in again.legs}
-    states |= dict.fromkeys((again.reached, *(u.entries[0].at.ordinal for u in updates[:1])), again.end)
     way = [*(leg.update for leg in again.legs), *updates]
     place = next((k for k, update in enumerate(way) if update.ordinal >= first), len(way))
     undone = way[max(place - EARLIER, 0) :]
-    if len(undone) > MOST:
-        return None
     scale = _gaps(bench, live, caught_up)
-    if not all(math.isfinite(gap) for gap in scale.values()):
+    if len(undone) > MOST or not all(math.isfinite(gap) for gap in scale.values()):
         return None
-    like = {update.entries[0].at.ordinal: states.get(update.entries[0].at.ordinal, again.end) for update in undone}
+    states = {leg.before.at.ordinal: leg.before for leg in again.legs}
+    states |= dict.fromkeys((again.reached, *(u.entries[0].at.ordinal for u in updates[:1])), again.end)
+    like = {u.entries[0].at.ordinal: states.get(u.entries[0].at.ordinal, again.end) for u in undone}
     for wound in wound_back(bench, undone, live, like):
-        if (start := wound.state.at.ordinal) not in states or start > first:
-            continue
-        actual = _with_sure_weights(wound, states[start])
+        start = wound.state.at.ordinal
+        actual = _with_sure_weights(wound, states[start]) if start in states and start <= first else None
         if actual is None:
-            return None
+            continue
         gaps = _gaps(bench, actual, states[start])
         alike = {kind: gap <= SAME * scale[kind] for kind, gap in gaps.items()}
         if any(alike.values()):
@@ -114,6 +111,10 @@ def _confirmed(
     scene: Scene, again: Reproduction, bench: Bench, healthy: TrainState, actual: TrainState, *, of: Mapping[str, bool]
 ) -> OutsideChange | None:
     """The re-run with what is not alike as the training had it; all else as it is."""
+    if of["weights"] and healthy.at.ordinal == again.differs_at == again.reached:
+        return OutsideChange(kind="result", ordinal=again.reached, different=(), loss=None)
+    if all(of.values()):
+        return None
     if of["weights"]:
         changed = dataclasses.replace(healthy, optimizers=actual.optimizers)
         kind = _kind_of_state(healthy, actual)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_spike.lab.batches import samples_in, take_samples
+from lightning_spike.lab.batches import gather_samples, samples_in, take_samples
 
 Pair = namedtuple("Pair", "image label")  # noqa: PYI024 - a user's batch
 X, Y = torch.arange(20.0).reshape(4, 5), torch.arange(4)
@@ -67,3 +67,26 @@ def test_the_samples_are_copies():
 def test_a_batch_without_a_length_is_refused():
     with pytest.raises(ValueError, match="number of samples"):
         take_samples({"text": "hello"}, [0])
+
+
+def test_a_batch_is_made_of_samples_of_several():
+    first = {"x": X, "y": Y, "names": ["a", "b", "c", "d"], "encoding": Encoding(ids=X.numpy()), "flag": True}
+    second = {"x": X[:2] + 100, "y": Y[:2] + 7, "names": ["e", "f"], "encoding": Encoding(ids=-X.numpy()[:2])}
+    made = gather_samples([first, second | {"flag": False}], [(1, 1), (0, 3), (1, 0)])
+    assert torch.equal(made["x"], torch.stack([X[1] + 100, X[3], X[0] + 100]))
+    assert made["y"].tolist() == [8, 3, 7]
+    assert made["names"] == ["f", "d", "e"]
+    assert np.array_equal(made["encoding"]["ids"], np.stack([-X.numpy()[1], X.numpy()[3], -X.numpy()[0]]))
+    assert made["flag"] is True
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param((torch.zeros(4, 6), Y), id="padded-to-another-length"),
+        pytest.param({"x": X, "y": Y}, id="another-structure"),
+        pytest.param("text", id="no-samples"),
+    ],
+)
+def test_batches_that_do_not_fit_together_are_not_mixed(other):
+    assert gather_samples([(X, Y), other], [(0, 0), (1, 0)]) is None

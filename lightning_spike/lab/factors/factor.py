@@ -26,6 +26,8 @@ class Around:
     """The optimizer's hyperparameters as its class has them where the user gives none."""
     is_mixed: bool
     """Whether the training runs under autocast."""
+    named: Mapping[int, Sequence[int]] = dataclasses.field(default_factory=dict)
+    """By the ordinal of a batch, the positions of its samples that stand out, where that was looked into."""
 
     @property
     def oldest(self) -> Leg:
