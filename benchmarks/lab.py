@@ -237,7 +237,10 @@ def outcomes_of(run: Run, show: bool = False) -> list[Outcome]:
         e for e in store.episodes if e.kind in {EpisodeKind.SPIKE, EpisodeKind.DIVERGENCE, EpisodeKind.NONFINITE}
     ]
     if chronic:
-        told = [e for e in episodes if e.onset.ordinal >= SETTLED][:CHRONIC_EPISODES]
+        late = {
+            e.onset.ordinal: e for e in reversed(episodes) if e.onset.ordinal >= SETTLED
+        }  # an onset may be that of several signals
+        told = [late[onset] for onset in sorted(late)][:CHRONIC_EPISODES]
     else:
         near = [e for e in episodes if run.at - 1 <= e.onset.ordinal <= run.at + SEEN]
         told = sorted(near, key=lambda e: -e.severity)[:1]  # a decoy may have made a small one of its own

@@ -67,8 +67,8 @@ def blame(split: Split, steps: Consistency | None, calm: Calmed | None, damage: 
 
 def _parts(damage: Attribution | None, agitated: float) -> dict[str, float]:
     """Of an update's damage by group, adding up to 1."""
-    if damage is None:
-        return {}
+    if damage is None:  # no single update did it; if steps are too long all the time, they did
+        return {"intrinsic": agitated}
     parts = dict.fromkeys(GROUPS, 0.0) | {share.group: max(share.share, 0.0) for share in damage.shares}
     swung_up = agitated * parts["optimizer"]
     parts["optimizer"] -= swung_up

@@ -15,10 +15,16 @@ __all__ = ["Consistency", "consistency"]
 
 FEWEST: Final = 4
 """Updates without which nothing is said."""
-HEALTHY: Final = 0.05
+HEALTHY: Final = 0.02
 """Share of a healthy run's updates that worsen their own batch's loss, under the random state that the batch had …"""
-AGITATED: Final = 0.4
-"""… and of a run whose rate is too high (`python benchmarks/lab.py`, the line on own-batch tests)."""
+AGITATED: Final = 0.15
+"""… and of a run whose rate is too high (`python benchmarks/lab.py`, the line on own-batch tests). Both low: most steps that are too long for the loss surface still bring something."""
+EDGE: Final = 0.7
+"""Median of the ratio between healthy runs and such whose rate is too high: below 0.8 it is suspicious, below 0.65 strong (science.md 2.3)."""
+STEEP: Final = 15.0
+"""Log-odds for each unit of the ratio below that: three to one within 0.07."""
+MOST: Final = 3.0
+"""Log-odds that the ratio gives at most, either way; an engineering choice."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +42,16 @@ class Consistency:
 
     @property
     def agitated(self) -> float:
-        """Probability, in [0, 1], that the steps are too long all the time: two binomial rates of worsened updates against each other, at even odds."""
+        """Probability, in [0, 1], that the steps are too long all the time, at even odds before: from two binomial rates of worsened updates against each other, and from the median ratio.
+
+        A rate that is chronically too high worsens the loss of few batches, and keeps less of the promise with all of them.
+        """
         bad = round(self.worsened * self.updates)
         good = self.updates - bad
-        log_ratio = bad * math.log(AGITATED / HEALTHY) + good * math.log((1 - AGITATED) / (1 - HEALTHY))
-        return 1.0 / (1.0 + math.exp(-log_ratio))
+        log_odds = bad * math.log(AGITATED / HEALTHY) + good * math.log((1 - AGITATED) / (1 - HEALTHY))
+        if math.isfinite(self.rho):
+            log_odds += min(max(STEEP * (EDGE - self.rho), -MOST), MOST)
+        return 1.0 / (1.0 + math.exp(-log_odds))
 
 
 def consistency(bench: Bench, again: Reproduction, *, but: int | None = None) -> Consistency | None:

@@ -89,3 +89,8 @@ def test_what_came_from_outside(kind, first):
 def test_the_share_of_worsened_updates_decides_between_two_rates():
     assert steps(0).agitated < 0.02 < steps(2).agitated < steps(3).agitated
     assert steps(4).agitated > 0.95
+
+
+def test_weights_that_no_single_update_has_ruined_are_the_steps_doing_and_not_the_batchs():
+    assert blame(split(0.2, 0.7), WILD, None, None).first == "intrinsic"
+    assert blame(split(0.9, 0.05), CALM, None, None).shares["data"] > 0.95

@@ -64,8 +64,16 @@ def test_rho_is_one_less_half_of_rate_times_curvature(rate):
 
 def test_steps_beyond_the_edge_are_called_too_long_all_the_time():
     assert told(0.6).agitated > 0.99
-    assert told(0.1).agitated < 0.05
+    assert told(0.02).agitated < 0.05
 
 
 def test_few_updates_say_nothing():
     assert told(0.1, steps=3) is None
+
+
+def test_steps_that_keep_little_of_their_promise_are_suspected_though_none_worsened_its_batch():
+    """The ratio is 0.8, 0.6 and 0.2."""
+    ordinary, long, longer = (told(rate) for rate in (0.1, 0.2, 0.4))
+    assert [found.worsened for found in (ordinary, long, longer)] == [0.0, 0.0, 0.0]
+    assert ordinary.agitated < 0.1 < 0.5 < long.agitated < longer.agitated
+    assert longer.agitated > 0.8
