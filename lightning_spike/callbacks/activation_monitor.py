@@ -1,9 +1,10 @@
 """`ActivationMonitor`: how large activations are, how many units are dead or saturated, and whether modules are in train mode."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -15,8 +16,10 @@ from typing_extensions import override
 
 from lightning_spike.arguments import whole_number
 from lightning_spike.callbacks.base import SpikeCallback
+from lightning_spike.detectors.layer_falls import Fall, FlatUnits
 from lightning_spike.flight.participant import TrainingBatch
-from lightning_spike.records import Finding, Moment
+from lightning_spike.recorder import Arrival
+from lightning_spike.records import Episode, Finding, LayerRow, Moment
 from lightning_spike.signals.activations import (
     Shape,
     activation_size,
@@ -69,8 +72,11 @@ class ActivationMonitor(SpikeCallback):
     Finding: detector `"modes"`, kind `"eval_mode"`: modules that were in train mode when training began are not any more when a batch begins, though they are not frozen; looked at
     for every batch. `names` (the first eight), `count`, `of`, `matters` (those of them whose result depends on it: dropout, batch norm) and `text`.
 
+    Finding: detector `"activations"`, kind `"flat"`, once for each layer: its units have gone flat (dead or saturated) from one look to the next, and were so at the look after, too.
+    `names` (the first eight), `count`, `of`, `share` (of the outputs that are flat, in the worst), `before` and `text`.
+
     Args:
-        every: Batches between two that are measured; 1 for each.
+        every: Batches between two that are measured; 1 for each. The batch after an episode has been noticed is measured, too.
 
     Raises:
         ConfigurationError: `every` is not a whole number of at least 1.
@@ -87,6 +93,9 @@ class ActivationMonitor(SpikeCallback):
         self._in_train_mode: list[tuple[str, nn.Module]] = []
         self._reported: set[int] = set()
         self._error: Exception | None = None
+        self._asked = False
+        self._episodes: set[int] = set()
+        self._flat: dict[str, FlatUnits] = {}
 
     @override
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
@@ -107,7 +116,8 @@ class ActivationMonitor(SpikeCallback):
     def sense_batch(self, batch: TrainingBatch) -> None:
         self._look_at_modes(batch.at)
         self._seen = {}
-        if batch.at.ordinal % self.every == 0:
+        if batch.at.ordinal % self.every == 0 or self._asked:
+            self._asked = False
             self._install(batch.module)
 
     @override
@@ -123,6 +133,17 @@ class ActivationMonitor(SpikeCallback):
                 of_signal = [seen.get(name, {}).get(signal) for name in names]
                 if any(value is not None for value in of_signal):
                     self.flight.recorder.put_vector(signal, _stacked(of_signal))
+
+    @override
+    def judge(self, arrival: Arrival) -> None:
+        for row in arrival.layers:
+            if row.signal in FLATNESS:
+                self._judge_flatness(row)
+
+    @override
+    def act(self, batch: TrainingBatch, changed: Sequence[Episode]) -> None:
+        known, self._episodes = self._episodes, {episode.id for episode in self.flight.store.episodes}
+        self._asked = self._asked or bool(self._episodes - known)
 
     @override
     def release(self) -> None:
@@ -163,6 +184,12 @@ class ActivationMonitor(SpikeCallback):
         known = self._seen.get(name)
         self._seen[name] = values if known is None else {key: torch.maximum(known[key], v) for key, v in values.items()}
 
+    def _judge_flatness(self, row: LayerRow) -> None:
+        fall = self._flat.setdefault(row.signal, FlatUnits()).push(np.asarray(row.values, np.float64))
+        if fall is not None:
+            detail = _flat(fall, self.flight.store.layer_names[row.signal], FLATNESS[row.signal])
+            self.flight.store.note(Finding(detector="activations", kind="flat", at=row.at, detail=detail))
+
     # -- modes -------------------------------------------------------------------------------------------------------
 
     def _look_at_modes(self, at: Moment) -> None:
@@ -188,6 +215,8 @@ class ActivationMonitor(SpikeCallback):
 SIGNALS: Final = frozenset(
     {"activation_max", "activation_rms", "activation_zeros", "activation_dead", "activation_saturated"}
 )
+
+FLATNESS: Final[Mapping[str, str]] = {"activation_zeros": "dead", "activation_saturated": "saturated"}
 
 
 class _Hook:
@@ -248,6 +277,19 @@ def _measured(watched: _Watched, output: Tensor) -> dict[str, Tensor]:
     elif watched.shape is Shape.TWO_SIDED:
         values["activation_saturated"] = saturated_share(watched.function, output)
     return values
+
+
+def _flat(fall: Fall, names: tuple[str, ...], what: str) -> dict[str, Any]:
+    worst = fall.places[0]
+    share, before = float(fall.now[worst]), float(fall.before[worst])
+    return {
+        "names": [names[k] for k in fall.places[:NAMED]],
+        "count": len(fall.places),
+        "of": len(names),
+        "share": share,
+        "before": before,
+        "text": f"{100.0 * share:.3g} % of the outputs of {names[worst]} are {what} (before: {100.0 * before:.3g} %), and they have stayed so.",
+    }
 
 
 def _stacked(values: list[Tensor | None]) -> Tensor:

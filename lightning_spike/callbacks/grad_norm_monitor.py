@@ -1,7 +1,10 @@
 """`GradNormMonitor`: gradient norms as the backward pass made them, and what clipping did to them."""
 
+import math
 from collections.abc import Sequence
+from typing import Any, Final
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -10,13 +13,17 @@ from typing_extensions import override
 
 from lightning_spike.arguments import whole_number
 from lightning_spike.callbacks.base import SpikeCallback
+from lightning_spike.detectors.layer_falls import Fall, GradientFalls
 from lightning_spike.flight.participant import TrainingBatch
-from lightning_spike.records import RunStatus
+from lightning_spike.recorder import Arrival
+from lightning_spike.records import Finding, RunStatus
 from lightning_spike.signals.gradients import gradient_norms
 from lightning_spike.signals.learning_rate import optimizer_names
 from lightning_spike.signals.precision import left_scale
 
 __all__ = ["GradNormMonitor"]
+
+NAMED: Final = 8
 
 
 class GradNormMonitor(SpikeCallback):
@@ -25,6 +32,9 @@ class GradNormMonitor(SpikeCallback):
     The norms are read in `on_before_optimizer_step`: gradients are complete over the accumulation, averaged over the ranks, unscaled, and not yet
     clipped. One fused pass over the gradients, no blocking read. What it sees is evidence for the ranking (explosion, vanishing, which
     layer first) and is written to `signals/`.
+
+    Finding: detector `"gradients"`, kind `"vanished"`, once for each optimizer: the gradients of some parameters have fallen to a fraction of what they were, far more than those of others,
+    with a loss no lower than before; judged by medians of 16 rows, after two in a row. `names` (the first eight, the worst first), `count`, `of`, `before` and `now` (norms of the worst) and `text`.
 
     Args:
         per_layer_every: Record the norm of every single parameter at each so-manieth optimizer step, 1 for each step; the total is
@@ -42,9 +52,11 @@ class GradNormMonitor(SpikeCallback):
         self._parameters: dict[int, list[nn.Parameter]] = {}
         self._optimizer_names: dict[int, str] = {}
         self._measures_after_clip = False
+        self._falls: dict[str, GradientFalls] = {}
 
     @override
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
+        self._falls = {}
         names = {id(p): name.replace("_orig_mod.", "") for name, p in module.named_parameters()}
         self._optimizer_names = dict(zip(map(id, trainer.optimizers), optimizer_names(trainer.optimizers), strict=True))
         self._parameters = {id(o): [p for g in o.param_groups for p in g["params"]] for o in trainer.optimizers}
@@ -81,6 +93,17 @@ class GradNormMonitor(SpikeCallback):
             self.flight.recorder.put("grad_norm/after_clip", after)
 
     @override
+    def judge(self, arrival: Arrival) -> None:
+        loss = arrival.row.values.get("loss", math.nan)
+        for row in arrival.layers:
+            if row.signal.split("/")[0] != "grad_norm" or not math.isfinite(loss):
+                continue
+            fall = self._falls.setdefault(row.signal, GradientFalls()).push(np.asarray(row.values, np.float64), loss)
+            if fall is not None:
+                detail = _vanished(fall, self.flight.store.layer_names[row.signal])
+                self.flight.store.note(Finding(detector="gradients", kind="vanished", at=row.at, detail=detail))
+
+    @override
     def conclude(self, trainer: Trainer, status: RunStatus, error: BaseException | None) -> None:
         store = self.flight.store
         if len(store.history) > store.facts.accumulate_grad_batches and "grad_norm" not in store.history.signals:
@@ -99,6 +122,20 @@ class GradNormMonitor(SpikeCallback):
 
     def _layer_signal(self, optimizer: Optimizer) -> str:
         return "grad_norm" if len(self._parameters) <= 1 else f"grad_norm/{self._optimizer_names[id(optimizer)]}"
+
+
+def _vanished(fall: Fall, names: tuple[str, ...]) -> dict[str, Any]:
+    worst = fall.places[0]
+    before, now = float(fall.before[worst]), float(fall.now[worst])
+    some = f"The gradients of {len(fall.places)} of {len(names)} parameters have all but vanished"
+    return {
+        "names": [names[k] for k in fall.places[:NAMED]],
+        "count": len(fall.places),
+        "of": len(names),
+        "before": before,
+        "now": now,
+        "text": f"{some}, most that of {names[worst]}: its norm is {now:.3g} and was {before:.3g}, while the loss is no lower.",
+    }
 
 
 def _joined(totals: Sequence[Tensor]) -> Tensor:

@@ -6,9 +6,9 @@ import torch
 from callbacks.watching import found, store_of, watched
 from lightning.pytorch import Callback
 from torch import nn
-from training_tasks import TASKS, Digits, DigitsTransformer, train
+from training_tasks import TASKS, Digits, DigitsTransformer, build, train
 
-from lightning_spike import ActivationMonitor
+from lightning_spike import ActivationMonitor, BadBatchDumper
 from lightning_spike.errors import ConfigurationError
 from lightning_spike.testing import EvalModeLeftOn, UnitsSaturate
 
@@ -153,3 +153,26 @@ def test_a_module_that_runs_twice_counts_with_its_largest_and_one_that_does_not_
 def test_a_bad_argument_is_refused_at_construction(bad):
     with pytest.raises(ConfigurationError, match="every"):
         ActivationMonitor(every=bad)
+
+
+@pytest.mark.parametrize("fault", [UnitsSaturate.strong(at=40), None], ids=["saturate", "healthy"])
+def test_units_that_go_flat_are_found_and_healthy_ones_are_not(fault, tmp_path):
+    callbacks = [ActivationMonitor(every=5), *([fault] if fault is not None else [])]
+    store = watched("cnn", callbacks, tmp_path, max_epochs=4)
+    found = [(f.kind, f.at.ordinal) for f in store.findings if f.detector == "activations"]
+    assert found == ([("flat", 45)] if fault is not None else [])
+
+
+def test_the_batch_after_an_episode_was_noticed_is_measured_too(tmp_path):
+    module, options = build("cnn")
+    module.burst = 45
+    store = store_of(
+        module,
+        [ActivationMonitor(every=1000), BadBatchDumper(dirpath=tmp_path / "dump")],
+        tmp_path,
+        max_epochs=4,
+        **options,
+    )
+    noticed = [e.noticed.ordinal for e in store.episodes]
+    assert noticed
+    assert [row.at.ordinal for row in store.layers["activation_rms"]] == [0, *(n + 1 for n in noticed)]

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from callbacks.watching import watched
 from lightning.pytorch import Callback
 from training_tasks import Digits, TwoByHand, build, train
 
 from lightning_spike.callbacks.grad_norm_monitor import GradNormMonitor
 from lightning_spike.errors import ConfigurationError
 from lightning_spike.store import TrainerStateStore
+from lightning_spike.testing import GradientsVanish
 
 
 class Reference(Callback):
@@ -125,3 +127,12 @@ def test_raw_optimizers_stepped_by_hand_leave_no_norm(tmp_path):
     assert "grad_norm" not in store.history.signals
     assert np.isfinite(store.history.series("loss")).all()
     assert any("no optimizer step" in remark for remark in store.remarks)
+
+
+@pytest.mark.parametrize("fault", [GradientsVanish.mild(at=150), None], ids=["vanish", "healthy"])
+def test_gradients_that_die_out_are_found_and_healthy_ones_are_not(fault, tmp_path):
+    callbacks = [GradNormMonitor(), *([fault] if fault is not None else [])]
+    store = watched("cnn", callbacks, tmp_path, max_epochs=12)
+    kinds = [(f.detector, f.kind, f.detail["names"][0]) for f in store.findings]
+    assert len(store.history) > 214
+    assert kinds == ([("gradients", "vanished", "net.0.weight")] if fault is not None else [])
