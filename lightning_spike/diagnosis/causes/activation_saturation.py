@@ -1,0 +1,170 @@
+"""`activation_saturation`: units that are dead or saturated, so that they compute nothing and learn nothing."""
+
+import dataclasses
+from typing import ClassVar, Final
+
+import numpy as np
+from typing_extensions import override
+
+from lightning_spike.diagnosis.case import Case
+from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
+from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, STRONG
+from lightning_spike.diagnosis.layers import layer_table, usual_of
+from lightning_spike.diagnosis.tells import tell
+from lightning_spike.diagnosis.upstream import from_elsewhere
+from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Finding
+
+__all__ = ["ActivationSaturation"]
+
+SIGNALS: Final = {"activation_zeros": "dead", "activation_dead": "dead", "activation_saturated": "saturated"}
+AHEAD: Final = 128
+"""Batches after the onset in which flat units are looked for: activations are measured every 50 batches."""
+BACK: Final = 100
+"""… and before it."""
+FLAT: Final = 0.8
+"""Share of a layer's outputs in the flat parts from which it hardly computes anything (TheDeepChecker: 0.85)."""
+LEFT: Final = 0.25
+"""Share of what was not flat before that is left of it, at the most, for that to be new: half of a healthy ReLU's outputs are 0."""
+NONE: Final = 0.02
+"""Flat share up to which a layer had as good as no flat outputs before."""
+MORE: Final = 0.2
+"""Growth of the flat share from which a layer has changed at all."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Flat:
+    """The layer whose outputs went flat most."""
+
+    name: str
+    signal: str
+    ordinal: int
+    share: float
+    before: float
+
+    @property
+    def clear(self) -> bool:
+        """Hardly anything is left of what it computed."""
+        return self.share >= FLAT and 1.0 - self.share <= LEFT * (1.0 - self.before)
+
+
+class ActivationSaturation(Cause):
+    """Units that are dead or saturated: a bias that ran away, inputs of a layer in other units, a normalisation that was taken out.
+
+    Seen by: the share of a layer's outputs in the flat part of its activation, against the layer's own past: half of a healthy ReLU's outputs are 0. With it the gradients of the
+    layers before vanish, and the loss jumps from one batch to the next after ordinary updates.
+
+    Against it: layers as alive as ever, also when the loss had risen already; whatever may have done the damage to the weights first: an event of the learning rate, an exploded gradient,
+    an odd batch, weights that somebody wrote.
+
+    Thresholds: a quarter of what was alive before is left, and 80 % is flat (TheDeepChecker's rules say 85 % saturated, or half of the units dead).
+
+    To do: a norm layer before the activation, or one that is not flat; the usual initialisation and a lower rate where steps killed the units.
+    """
+
+    id: ClassVar = "activation_saturation"
+    family: ClassVar = Family.NUMERICS
+    title: ClassVar = "Dead or saturated units"
+    applies_to: ClassVar = LOSS_ROSE | {EpisodeKind.STALL}
+    explains: ClassVar = frozenset({"gradient_vanishing", "lr_too_high"})
+    standing: ClassVar = frozenset({("activations", "flat")})
+
+    @override
+    def examine(self, case: Case) -> Examination:
+        found = _finding(case)
+        flat = _flattest(case)
+        units = _units(case, found, flat)
+        against = from_elsewhere(case) if units is not None and units.weight > 0.0 else ()
+        evidence = tuple(e for e in (units, _alive_after(case, flat), *against) if e is not None)
+        return Examination(
+            evidence=evidence,
+            summary=_summary(case, flat),
+            fixes=_fixes(flat),
+            change=Change(setting="activation", value=flat.name) if flat is not None else None,
+        )
+
+
+def _finding(case: Case) -> Finding | None:
+    last = max(case.last, case.onset + AHEAD)
+    return next(iter(case.findings("activations", "flat", first=case.onset - BACK, last=last)), None)
+
+
+def _flattest(case: Case) -> _Flat | None:
+    """The layer of which least is left against what was alive in it before, from the rows around the onset on."""
+    told = [flat for signal in SIGNALS if (flat := _of(case, signal)) is not None]
+    return min(told, key=lambda f: (1.0 - f.share) / max(1.0 - f.before, 1e-9), default=None)
+
+
+def _of(case: Case, signal: str) -> _Flat | None:
+    quiet = not case.store.episodes
+    usual = usual_of(case, signal, case.onset - BACK if quiet else None)
+    table = layer_table(case, signal, case.onset - (BACK if quiet else GUARD), max(case.last, case.onset + AHEAD))
+    if usual is None or not np.isfinite(table.values).any():
+        return None
+    left = (1.0 - table.values) / np.maximum(1.0 - usual, 1e-9)
+    left = np.where(np.isfinite(left), left, np.inf)
+    if not np.isfinite(left).any():
+        return None
+    row, column = np.unravel_index(int(left.argmin()), left.shape)
+    return _Flat(
+        name=table.names[column],
+        signal=signal,
+        ordinal=int(table.ordinals[row]),
+        share=float(table.values[row, column]),
+        before=float(usual[column]),
+    )
+
+
+def _units(case: Case, found: Finding | None, flat: _Flat | None) -> Evidence | None:
+    if flat is None:
+        if found is None:
+            return None
+        text = found.detail.get("text")
+        words = text if isinstance(text, str) and text else "Units have gone flat."
+        return tell("activations", words, STRONG, step=found.at.step)
+    grew = flat.share - flat.before >= MORE
+    text = (
+        f"{100.0 * flat.share:.3g} % of the outputs of {flat.name} are {SIGNALS[flat.signal]} at step {case.step_of(flat.ordinal)}"
+        f", usually {100.0 * flat.before:.3g} %."
+    )
+    new = grew and flat.before <= NONE
+    weight = DECISIVE if flat.clear else STRONG if new else FAIR if grew else -DECISIVE
+    return tell(flat.signal, text, weight, step=case.step_of(flat.ordinal), observed=flat.share, expected=flat.before)
+
+
+def _alive_after(case: Case, flat: _Flat | None) -> Evidence | None:
+    """A look at the same layer when the loss had risen already, at which it was as alive as ever: it went flat later."""
+    if flat is None:
+        return None
+    table = layer_table(case, flat.signal, case.onset + 1, flat.ordinal - 1)
+    if len(table.values) == 0 or flat.name not in table.names:
+        return None
+    share = float(table.values[0, table.names.index(flat.name)])
+    if not share - flat.before < 0.5 * (flat.share - flat.before):
+        return None
+    text = f"At step {case.step_of(int(table.ordinals[0]))}, after the loss had risen, {flat.name} was alive still ({100.0 * share:.3g} %)."
+    return tell(flat.signal, text, -STRONG, step=case.step, observed=share, expected=flat.before)
+
+
+def _summary(case: Case, flat: _Flat | None) -> str:
+    if flat is None:
+        return f"Units have gone flat, and {case.loss_text}."
+    what = f"{100.0 * flat.share:.3g} % of the outputs of {flat.name} are {SIGNALS[flat.signal]}, usually {100.0 * flat.before:.3g} %"
+    return (
+        f"{what}, and {case.loss_text}."
+        if case.episode.loss_peak is not None
+        else f"{what}, though the loss has shown nothing of it."
+    )
+
+
+def _fixes(flat: _Flat | None) -> tuple[str, ...]:
+    if flat is None:
+        return ("Put a norm layer before the activation, or use one that is not flat: LeakyReLU(0.01).",)
+    other = (
+        "LeakyReLU(0.01) or GELU in place of it"
+        if SIGNALS[flat.signal] == "dead"
+        else "a norm layer before it keeps its inputs near 0"
+    )
+    return (
+        f"Look at what {flat.name} gets: its inputs have moved into its flat part ({100.0 * flat.share:.3g} % of its outputs, {100.0 * flat.before:.3g} % before); {other}.",
+        "Bring inputs back to their usual range (the normalisation before it, the bias of the layer before it).",
+    )

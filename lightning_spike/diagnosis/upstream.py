@@ -1,0 +1,84 @@
+"""What speaks for trouble that lies in the model's own layers, and against it: steps, batches and writes that may have brought it about."""
+
+from lightning_spike.diagnosis.case import Case
+from lightning_spike.diagnosis.constants import FAIR, NEAR, STRONG
+from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, rate_event
+from lightning_spike.diagnosis.tells import (
+    batch_value,
+    early_gradient,
+    jump_without_cause_in_update,
+    lone_batch,
+    tell,
+    without_none,
+)
+from lightning_spike.records import Evidence
+
+__all__ = ["from_elsewhere"]
+
+WRITES = ("weights", "optimizer_state")
+
+
+def from_elsewhere(case: Case) -> tuple[Evidence, ...]:
+    """Whether something upstream has damaged the layers: an event of the rate, gradients that exploded, long updates, an odd batch, writes by others, a slow growth of the loss.
+
+    A jump of the loss after ordinary updates with an ordinary batch speaks for the layers themselves.
+    """
+    return without_none(
+        _rate(case),
+        _gradient(case),
+        _update(case),
+        _written(case),
+        batch_value(case, ordinary=0.0, odd=-STRONG),
+        lone_batch(case, -STRONG),
+        jump_without_cause_in_update(case, sign=1.0, most=FAIR) or _gradual(case),
+    )
+
+
+def _rate(case: Case) -> Evidence | None:
+    event = rate_event(case, SCHEDULED + JUMPS)
+    return (
+        None
+        if event is None
+        else tell(event.signal, f"It may come of the learning rate: {event.text}.", -STRONG, step=event.step)
+    )
+
+
+def _gradient(case: Case) -> Evidence | None:
+    lead = early_gradient(case)
+    if lead is None:
+        return None
+    text = f"The gradient norm was {lead.ratio:.3g} times its usual {lead.expected:.3g} before; a step like that leaves damage of any kind."
+    return tell("grad_norm", text, -STRONG, step=case.step, expected=lead.expected)
+
+
+def _update(case: Case) -> Evidence | None:
+    size = case.worst("update_norm", case.onset - 2 * NEAR, case.onset - 1)
+    if size is None or not size.above:
+        return None
+    return tell(
+        "update_norm",
+        f"An update before was {size.ratio:.3g} times as long as usual.",
+        -FAIR,
+        step=case.step,
+        expected=size.expected,
+    )
+
+
+def _written(case: Case) -> Evidence | None:
+    found = case.findings("outside_writes", *WRITES, first=case.onset - 2 * NEAR, last=case.onset)
+    if not found:
+        return None
+    return tell(
+        "outside_writes", "Somebody wrote into weights or optimizer state just before.", -STRONG, step=found[-1].at.step
+    )
+
+
+def _gradual(case: Case) -> Evidence | None:
+    if case.sudden is not False:
+        return None
+    return tell(
+        case.episode.signal,
+        "The loss rose over several batches, as by steps that do damage bit by bit.",
+        -FAIR,
+        step=case.step,
+    )

@@ -1,0 +1,87 @@
+"""Units that go flat with the loss, after it, and not at all; and what lies upstream of it."""
+
+import math
+
+import numpy as np
+import pytest
+from synthetic import SGD, Run, an_episode, moment
+
+from lightning_spike.diagnosis.case import Case
+from lightning_spike.diagnosis.causes.activation_saturation import ActivationSaturation
+from lightning_spike.diagnosis.rank import diagnose
+from lightning_spike.records import Change, EpisodeKind, Finding, Recovery
+
+NAMES = ("net.1", "net.3")
+
+
+def a_run(*, flat_from=200, share=0.97, signal="activation_zeros", usual=0.5, found=False, loss=True, rate=False):
+    run = Run(0, noise=0.05, optimizer=SGD)
+    rows = {o: [usual, share if o >= flat_from else usual] for o in (0, 50, 100, 150, 203, 250, 300, 350)}
+    run.layers[signal] = (NAMES, rows)
+    run.episodes = []
+    if found:
+        detail = {"names": ["net.3"], "count": 1, "of": 2, "share": share, "before": usual, "text": "net.3 is flat."}
+        run.note(Finding(detector="activations", kind="flat", at=moment(250), detail=detail))
+    if rate:
+        run.rate[199:] *= 50.0
+    if loss:
+        run.loss[200:] *= 6.0
+        height = float(run.loss[200:].max())
+        run.episodes = [
+            an_episode(200, 210, kind=EpisodeKind.DIVERGENCE, before=0.35, height=height, recovery=Recovery.NEVER)
+        ]
+    return run
+
+
+def examined(run, **options):
+    store = run.store(**options)
+    return ActivationSaturation().examine(Case(store, store.episodes[0]))
+
+
+@pytest.mark.parametrize(
+    ("signal", "usual", "word"), [("activation_zeros", 0.5, "dead"), ("activation_saturated", 0.01, "saturated")]
+)
+def test_units_that_go_flat_with_the_loss_come_first(signal, usual, word):
+    first, *rest = diagnose(a_run(signal=signal, usual=usual).store()).overall
+    assert (first.cause, first.probability > 0.5) == ("activation_saturation", True)
+    assert all(v.probability < 0.2 for v in rest)
+    assert first.change == Change(setting="activation", value="net.3")
+    assert f"97 % of the outputs of net.3 are {word}" in first.summary
+
+
+def test_without_an_episode_the_finding_shows_it():
+    (first,) = diagnose(a_run(loss=False, found=True).store()).overall
+    assert (first.cause, first.probability > 0.5) == ("activation_saturation", True)
+    assert "the loss has shown nothing" in first.summary
+    assert diagnose(a_run(loss=False).store()).overall == ()
+
+
+def test_layers_as_alive_as_ever_speak_against_it():
+    told = examined(a_run(share=0.52))
+    assert told.total < -4.0
+    assert not told.speaks
+
+
+def test_units_that_were_alive_when_the_loss_had_risen_went_flat_of_something_else():
+    assert examined(a_run(flat_from=300)).total < examined(a_run()).total - 2.5
+
+
+def test_a_jump_of_the_learning_rate_before_it_lies_upstream():
+    assert examined(a_run(rate=True)).total < examined(a_run()).total - 3.0
+    assert diagnose(a_run(rate=True).store()).overall[0].cause == "lr_scheduler_fault"
+
+
+@pytest.mark.parametrize("value", [math.nan, -1.0, math.inf])
+def test_any_value_is_borne(value):
+    run = a_run(found=True)
+    run.layers["activation_zeros"][1][203] = [value, value]
+    assert math.isfinite(examined(run).total)
+    run.layers["activation_zeros"] = (NAMES, {200: [value] * 3})
+    assert math.isfinite(examined(run, without=("batch/", "grad_norm", "lr-")).total)
+
+
+def test_nothing_is_said_where_activations_were_not_measured():
+    run = a_run()
+    run.layers = {}
+    assert not examined(run).speaks
+    assert np.isfinite(examined(run).total)
