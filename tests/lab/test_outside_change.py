@@ -38,6 +38,24 @@ def gradient(trainer, module, optimizer):
     module.net[-1].weight.grad.data[::2].add_(1000)
 
 
+def wrong_once(trainer, module, batch):
+    """One forward pass gives other numbers, and nobody who runs it again sees that."""
+
+    def hook(part, args, output):
+        handle.remove()
+        return output * torch.linspace(-20.0, 20.0, output.shape[1])
+
+    handle = module.net[-1].register_forward_hook(hook)
+
+
+def test_a_result_that_does_not_come_again_is_told_from_a_change_of_the_state(tmp_path):
+    trainer = examined(sgd, tmp_path, At(LATE, start=wrong_once))
+    (outside,) = told(trainer, "outside")
+    assert (outside["changed"], outside["ordinal"], outside["different"]) == ("result", LATE, [])
+    assert "gave another result" in outside["text"]
+    assert told(trainer, "blame")[0]["shares"]["outside"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("make", "fault", "changed", "shares"),
     [
