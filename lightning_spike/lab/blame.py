@@ -17,6 +17,7 @@ GROUPS: Mapping[str, str] = MappingProxyType(
         "data": "the batch",
         "learning_rate": "the learning rate of that update",
         "optimizer": "the optimizer's state",
+        "clipping": "the clipping of that update",
         "numerics": "low precision",
         "intrinsic": "a step that is too long for this loss surface with everything as usual",
         "outside": "a change from outside the training step",
@@ -46,7 +47,7 @@ def blame(split: Split, steps: Consistency | None, calm: Calmed | None, damage: 
 
     The batch's part of the jump (half of what only both together make included) is the data's, as far as it is still there under calmed weights; what is not is
     a step too long all along. The weights' part is shared out as the damage of the located update is, but for two things that are no fault of theirs: an ordinary batch
-    whose step did damage, and a momentum that was swung up by steps that are too long all the time. Both count as such steps.
+    whose step did damage, and a momentum or a batch's pull that steps have swung up that are too long all the time. Both count as such steps.
 
     Args:
         split: The batch against the weights.
@@ -70,9 +71,10 @@ def _parts(damage: Attribution | None, agitated: float) -> dict[str, float]:
     if damage is None:  # no single update did it; if steps are too long all the time, they did
         return {"intrinsic": agitated}
     parts = dict.fromkeys(GROUPS, 0.0) | {share.group: max(share.share, 0.0) for share in damage.shares}
-    swung_up = agitated * parts["optimizer"]
-    parts["optimizer"] -= swung_up
-    parts["intrinsic"] = max(damage.intrinsic, 0.0) + swung_up
+    excusable = {group: agitated * parts[group] for group in ("optimizer", *(["data"] if damage.odd_batch else []))}
+    for group, part in excusable.items():
+        parts[group] -= part
+    parts["intrinsic"] = max(damage.intrinsic, 0.0) + sum(excusable.values())
     if not damage.odd_batch:
         excused = parts.pop("data")
         rest = sum(parts.values())

@@ -184,10 +184,10 @@ def _whose(scene: Scene, bench: Bench, again: Reproduction, parts: Split) -> lis
 
 
 def _asks(parts: Split, damage: Attribution | None) -> bool:
-    """Whether it matters if steps are too long all the time: not where the batch has no part, and the located update's damage is neither the state's nor nobody's."""
+    """Whether it matters if steps are too long all the time: not where the batch has no part, and the learning rate explains the damage of the located update."""
     if damage is None or parts.batch_part >= WORTH:
         return True
-    return damage.intrinsic + _part_of_state(damage) >= WORTH
+    return sum(share.share for share in damage.shares if share.group == "learning_rate") < 1.0 - WORTH
 
 
 def _part_of_state(damage: Attribution) -> float:

@@ -66,6 +66,11 @@ def test_momentum_swung_up_by_steps_that_are_too_long_is_excused():
     assert blame(split(0.0, 1.0), CALM, None, damage(optimizer=1.0)).first == "optimizer"
 
 
+def test_a_batch_whose_step_did_damage_is_excused_where_all_steps_are_too_long():
+    assert blame(split(0.0, 1.0), WILD, None, damage(data=1.0, odd=True)).first == "intrinsic"
+    assert blame(split(0.0, 1.0), CALM, None, damage(data=1.0, odd=True)).first == "data"
+
+
 def test_where_too_few_updates_say_the_odds_are_even():
     shares = blame(split(0.0, 1.0), None, None, damage(optimizer=1.0)).shares
     assert shares["optimizer"] == shares["intrinsic"] == 0.5
