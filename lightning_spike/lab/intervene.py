@@ -11,6 +11,7 @@ import numpy as np
 from lightning_spike.actions.batch_ring import RingEntry
 from lightning_spike.lab.evaluate import Numbers, log_scale, losses_under
 from lightning_spike.lab.factors.batch import Batch
+from lightning_spike.lab.factors.clipping import Clipping
 from lightning_spike.lab.factors.epsilon import Epsilon
 from lightning_spike.lab.factors.factor import Around, Factor
 from lightning_spike.lab.factors.learning_rate import LearningRate
@@ -30,8 +31,8 @@ __all__ = ["Attribution", "Share", "attribute", "normal_around"]
 
 RECENT: Final = 32
 """Optimizer steps whose median rate is the recent normal one (science.md 2b.4)."""
-FIRST: Final[tuple[Factor, ...]] = (LearningRate(), OptimizerState(), Batch())
-"""The factors that are always tried, together: 2^3 outcomes (science.md 2b.4)."""
+FIRST: Final[tuple[Factor, ...]] = (LearningRate(), OptimizerState(), Batch(), Clipping())
+"""The factors that are always tried, together: 2^3 outcomes (science.md 2b.4), for the clipping is hardly ever another."""
 FURTHER: Final[Mapping[str, tuple[Factor, ...]]] = {
     "batch": (NamedSamples(),),
     "optimizer_state": (Momentum(), SecondMoments(), Epsilon()),

@@ -16,6 +16,9 @@ __all__ = ["Places", "Surroundings", "open_window", "set_position", "standing_in
 Places: TypeAlias = Sequence[tuple[MutableMapping[str, Any], Mapping[str, Any]]]
 """Namespaces (`vars(thing)`), each with what is to stand in it."""
 
+HELD: Final = ("callbacks", "should_stop", "profiler", "gradient_clip_val", "gradient_clip_algorithm")
+"""Attributes of the trainer that the lab sets."""
+
 _MISSING: Final = object()
 
 
@@ -29,7 +32,7 @@ class Surroundings:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         held: dict[str, Any] = vars(trainer)
-        self._held: dict[str, Any] = {name: held[name] for name in ("callbacks", "should_stop", "profiler")}
+        self._held: dict[str, Any] = {name: held[name] for name in HELD}
         self._wrapper = _ddp_flags(trainer)
         self._loggers = list(trainer.loggers)
         self._hooks = [(o, o._on_before_step, o._on_after_step) for o in trainer.strategy._lightning_optimizers]  # noqa: SLF001 - Lightning's manual loop sets them

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -18,13 +19,16 @@ from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.isolation import Bench
 from lightning_spike.signals.loss import batch_losses, total_loss
 
-__all__ = ["PLACE", "Made", "Settings", "Update", "make_update", "settings_of", "updates_of"]
+__all__ = ["CLIP", "PLACE", "Made", "Settings", "Update", "make_update", "settings_of", "updates_of"]
 
 Settings = Sequence[Mapping[str, Any]]
-"""Of one optimizer step, for every parameter group what schedulers write (lr, momentum, betas, weight decay), and under `PLACE` whose step it is."""
+"""Of one optimizer step, for every parameter group what schedulers write (lr, momentum, betas, weight decay), under `PLACE` whose step it is, and under `CLIP` how gradients were clipped."""
 
 PLACE: Final = "optimizer"
 """The place of the optimizer in `trainer.optimizers`; not an entry of the parameter group."""
+
+CLIP: Final = "clip"
+"""The value and the algorithm that the trainer clipped gradients by, where that was noted; no entry of the parameter group either."""
 
 WRITTEN_BY_SCHEDULERS: Final = ("lr", "momentum", "betas", "weight_decay")
 
@@ -65,15 +69,17 @@ class Made:
     """The losses of its batches by the names of their signals; with several ranks this one's."""
 
 
-def settings_of(optimizer: Optimizer, place: int = 0) -> Settings:
+def settings_of(optimizer: Optimizer, place: int = 0, *, trainer: Trainer | None = None) -> Settings:
     """What schedulers write into an optimizer's groups, to be taken just before its step; copies, no device read.
 
     Args:
         optimizer: The one that is about to step.
         place: Its place in `trainer.optimizers`.
+        trainer: Whose clipping is noted too.
     """
+    noted = {PLACE: place} if trainer is None else {PLACE: place, CLIP: _clip_of(trainer)}
     return [
-        {PLACE: place} | {key: _copied(group[key]) for key in WRITTEN_BY_SCHEDULERS if key in group}
+        noted | {key: _copied(group[key]) for key in WRITTEN_BY_SCHEDULERS if key in group}
         for group in optimizer.param_groups
     ]
 
@@ -170,8 +176,10 @@ class _Listener(Callback):
         if not self._settings:
             msg = "an optimizer steps more often in the re-run than it did in the training"
             raise CannotReplay(msg)
-        for group, values in zip(optimizer.param_groups, self._settings.pop(0), strict=True):
-            group.update({key: _copied(value) for key, value in values.items() if key != PLACE})
+        settings = self._settings.pop(0)
+        _set_clip(trainer, settings)
+        for group, values in zip(optimizer.param_groups, settings, strict=True):
+            group.update({key: _copied(value) for key, value in values.items() if key not in (PLACE, CLIP)})
         if self._clip is not None:
             torch.nn.utils.clip_grad_norm_(parameters, self._clip)
 
@@ -238,6 +246,19 @@ def _are_finite(tensors: Iterable[Tensor]) -> bool:
             groups.setdefault(values.device, []).append(values)
     largest = [torch.stack(torch._foreach_norm(group, math.inf)).float().sum() for group in groups.values()]  # noqa: SLF001 - as torch's own clipping does
     return all(math.isfinite(float(value)) for value in largest)
+
+
+def _clip_of(trainer: Trainer) -> tuple[float | None, str | None]:
+    algorithm = trainer.gradient_clip_algorithm
+    return trainer.gradient_clip_val, None if algorithm is None else str(algorithm.value)
+
+
+def _set_clip(trainer: Trainer, settings: Settings) -> None:
+    """Lightning clips after this; under manual optimisation the module has clipped already, by whatever it says."""
+    if settings and CLIP in settings[0]:
+        value, algorithm = settings[0][CLIP]
+        trainer.gradient_clip_val = value
+        trainer.gradient_clip_algorithm = None if algorithm is None else GradClipAlgorithmType(algorithm)
 
 
 def _copied(value: Any) -> Any:  # noqa: ANN401 - a number, a tensor or a tuple of them

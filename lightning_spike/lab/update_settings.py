@@ -28,7 +28,9 @@ class UpdateSettings(Participant):
 
     @override
     def sense_gradients(self, batch: TrainingBatch, optimizer: Optimizer) -> None:
-        self._held.setdefault(batch.at.ordinal, []).append(settings_of(optimizer, _place(batch, optimizer)))
+        self._held.setdefault(batch.at.ordinal, []).append(
+            settings_of(optimizer, _place(batch, optimizer), trainer=batch.trainer)
+        )
         if len(self._held) > HELD:
             del self._held[next(iter(self._held))]
 

@@ -30,6 +30,7 @@ FACTORS: Mapping[str, str] = MappingProxyType(
         "batch": "the batch",
         "samples": "the samples that stand out",
         "learning_rate": "the learning rate",
+        "clipping": "the clipping",
         "optimizer_state": "the optimizer's state",
         "momentum": "the momentum",
         "second_moments": "the second moments",

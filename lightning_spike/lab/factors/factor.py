@@ -45,7 +45,7 @@ class Factor(ABC):
     id: ClassVar[str]
     """As in the finding, and as causes name it."""
     group: ClassVar[str]
-    """`"data"`, `"learning_rate"`, `"optimizer"` or `"numerics"`: who is to blame if it was this."""
+    """`"data"`, `"learning_rate"`, `"optimizer"`, `"clipping"` or `"numerics"`: who is to blame if it was this."""
     title: ClassVar[str]
     """For a sentence: "the batch"."""
 
