@@ -72,7 +72,7 @@ class RankSyncMonitor(SpikeCallback):
         ConfigurationError: `every` is not a whole number of at least 1.
     """
 
-    def __init__(self, every: int = 100) -> None:
+    def __init__(self, every: int = 50) -> None:
         self.every = whole_number("RankSyncMonitor(every)", every, at_least=1, do="Use 1 for every batch.")
         self._reset()
 

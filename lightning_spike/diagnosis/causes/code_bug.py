@@ -227,6 +227,10 @@ def _weights_written(case: Case) -> _Bug | None:
     weight = DECISIVE if quiet else DECISIVE + FAIR if lag <= AT_ONCE else STRONG if lag <= REACH else SLIGHT
     if validated:
         weight = FAIR if not quiet and lag <= AT_ONCE else 0.0
+    if case.findings("outside_writes", "optimizer_state", first=found.at.ordinal, last=found.at.ordinal):
+        weight = min(
+            weight, SLIGHT
+        )  # weights and state at once is a step of the optimizer, one more or one less than usual
     return _bug(
         found,
         weight,

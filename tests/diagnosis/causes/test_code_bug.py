@@ -78,6 +78,11 @@ def test_averages_swapped_in_at_a_validation_are_no_bug():
     assert examined(spiked(swapped)).total < 2.0
 
 
+def test_weights_and_state_written_at_once_are_a_step_and_no_code_of_the_users():
+    both = [found("outside_writes", kind) for kind in ("weights", "optimizer_state")]
+    assert 0.0 < examined(spiked(*both)).total < 1.0
+
+
 @pytest.mark.parametrize(
     "meant", [found("optimizer", kind, at=0, from_start=True) for kind in ("not_optimized", "no_gradient")]
 )
