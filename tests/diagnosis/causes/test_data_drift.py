@@ -1,0 +1,80 @@
+"""`data_drift`: inputs that move away and stay, against one odd batch and a stretch that came sorted."""
+
+import numpy as np
+import pytest
+from synthetic import Run, an_episode
+
+from lightning_spike.diagnosis.case import Case
+from lightning_spike.diagnosis.causes.data_drift import DataDrift
+from lightning_spike.diagnosis.constants import STRONG
+from lightning_spike.diagnosis.rank import diagnose
+
+
+def drift(onset=206, begin=200, by=2.0, length=None):
+    run = Run(0, noise=0.05)
+    move = by * np.clip((np.arange(run.length) - begin) / 40, 0.0, 1.0)
+    if length is not None:
+        move[begin + length :] = 0.0
+    run.mean = run.mean + move
+    run.std = run.std * (1 + 0.5 * np.abs(move))
+    run.max_abs = run.max_abs * (1 + 0.5 * np.abs(move))
+    run.more["batch/input/drift"] = np.r_[np.full(64, np.nan), np.ones(run.length - 64)] + 20 * np.abs(move)
+    run.bump(onset, 5, 60)
+    run.episodes = [an_episode(onset, onset + 10, onset + 80, height=run.loss[onset], before=0.35)]
+    return run
+
+
+def said(run, without=()):
+    store = run.store(without=without)
+    return DataDrift().examine(Case(store, store.episodes[0]))
+
+
+@pytest.mark.parametrize("by", [2.0, -2.0])
+@pytest.mark.parametrize("onset", [202, 206, 225])
+def test_it_comes_first_and_the_batch_below(by, onset):
+    ranked = {v.cause: v.probability for v in diagnose(drift(onset, by=by).store()).overall}
+    assert next(iter(ranked)) == "data_drift"
+    assert ranked["data_drift"] > 0.7
+    assert ranked.get("bad_batch", 0.0) < 0.1
+
+
+def test_inputs_as_ever_and_a_single_odd_batch_speak_against_it():
+    assert said(drift(by=0.0)).total < -STRONG
+    run = drift(by=0.0)
+    run.odd_batch(206, 40)
+    assert said(run).total < -STRONG
+    assert not said(run).speaks
+
+
+def test_what_moved_only_long_after_the_trouble_has_not_made_it():
+    run = drift(begin=260)
+    assert not said(run, without=("batch/input/drift",)).speaks
+
+
+def test_a_stretch_that_came_sorted_is_no_drift():
+    run = drift(length=30)
+    run.more["batch/target/std"] = np.r_[np.ones(200) + 0.01 * np.arange(200) / 200, np.full(30, 0.1), np.ones(170)]
+    assert said(run).total < said(drift(length=30)).total - 2.0
+
+
+def test_tokens_move_by_their_moving_average_alone():
+    told = said(drift(), without=("batch/input/mean", "batch/input/std", "batch/input/max_abs"))
+    assert told.total > STRONG
+    assert told.change.setting == "normalisation"
+
+
+def test_the_fix_gives_the_range_of_before():
+    run = drift()
+    assert said(run).change.setting in {"input_limit", "normalisation"}
+    low, high = run.mean[24:152].min(), run.mean[24:152].max()
+    mean_only = said(run, without=("batch/input/std", "batch/input/max_abs"))
+    assert f"{low:.3g} to {high:.3g}" in mean_only.fixes[0] or "batch" in mean_only.fixes[0]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_signals_that_are_missing_or_not_finite_are_borne(bad):
+    run = drift()
+    for series in (run.mean, run.std, run.max_abs, run.more["batch/input/drift"]):
+        series[:] = bad
+    assert not said(run).speaks
+    assert not said(drift(), without=("batch/",)).speaks
