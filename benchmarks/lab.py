@@ -449,6 +449,19 @@ def own_batch(outcomes: Sequence[Outcome]) -> str:
     return f"Updates that worsened the loss of their own batch: {', '.join(words)}."
 
 
+def chronic(outcomes: Sequence[Outcome]) -> str:
+    """What is said of a rate that is too high all along, where an episode could be run again: one that is found long after its onset cannot, its batches are not held any more."""
+    seen = [o for o in outcomes if o.run.fault == CHRONIC and o.onset is not None]
+    told = [o for o in seen if o.why_not is None]
+    right = sum(o.first in o.run.groups for o in told)
+    low, high = wilson(right, len(told))
+    share = f" = {right / len(told):.3f} (95 %: {low:.2f}-{high:.2f})" if told else ""
+    return (
+        f"{CHRONIC}: {len(seen)} episodes, of which {len(seen) - len(told)} could not be run again; of the others {right} of {len(told)}{share} told as such, "
+        f"{sum(o.first == 'data' for o in told)} taken for a bad batch, {sum(o.first is None for o in told)} for noise."
+    )
+
+
 def main() -> None:
     """Run what was asked for, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -482,6 +495,7 @@ def main() -> None:
         options.out.write_text(json.dumps([dataclasses.asdict(o) for o in outcomes], indent=1), encoding="utf-8")
     console.print(table(outcomes))
     console.print(own_batch(outcomes), highlight=False)
+    console.print(chronic(outcomes), highlight=False)
 
 
 def _words(wrong: Outcome) -> str:
