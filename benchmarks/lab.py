@@ -182,6 +182,8 @@ class Outcome:
     by_signature: str | None = None
     located: int | None = None
     """Batches from the struck one to the update that was located."""
+    is_run_again: bool = False
+    """Whether the moment came out again as it was."""
     why_not: str | None = None
     cost: float | None = None
     """Of the examination, in training steps' worth of the processor's time, the way from the snapshot included."""
@@ -300,6 +302,7 @@ def _outcome(run: Run, store: TrainerStateStore, episode: Episode, steps: Mappin
         shares=shares,
         by_signature=_by_signature(store, episode.id),
         located=told["factors"].detail["ordinal"] - run.at if "factors" in told else None,
+        is_run_again="split" in told and told["split"].detail["exact"],
         why_not=_why_not(told),
         cost=steps.get("full"),
         triage=steps.get("triage"),
@@ -452,7 +455,7 @@ def own_batch(outcomes: Sequence[Outcome]) -> str:
 def chronic(outcomes: Sequence[Outcome]) -> str:
     """What is said of a rate that is too high all along, where an episode could be run again: one that is found long after its onset cannot, its batches are not held any more."""
     seen = [o for o in outcomes if o.run.fault == CHRONIC and o.onset is not None]
-    told = [o for o in seen if o.why_not is None]
+    told = [o for o in seen if o.is_run_again]
     right = sum(o.first in o.run.groups for o in told)
     low, high = wilson(right, len(told))
     share = f" = {right / len(told):.3f} (95 %: {low:.2f}-{high:.2f})" if told else ""
@@ -493,9 +496,8 @@ def main() -> None:
                     console.print(f"[dim]{_words(outcome)}", highlight=False)
     if options.out:
         options.out.write_text(json.dumps([dataclasses.asdict(o) for o in outcomes], indent=1), encoding="utf-8")
-    console.print(table(outcomes))
-    console.print(own_batch(outcomes), highlight=False)
-    console.print(chronic(outcomes), highlight=False)
+    for part in (table(outcomes), own_batch(outcomes), chronic(outcomes)):
+        console.print(part, highlight=False)
 
 
 def _words(wrong: Outcome) -> str:
