@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Final
 
 from typing_extensions import override
 
+from lightning_spike.diagnosis.batch_parts import unusual_input
 from lightning_spike.diagnosis.case import Case, Oddity, number
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, REPLAYED, SLIGHT, STRONG
@@ -105,6 +106,17 @@ def _is_weight(odd: Oddity) -> bool:
 
 def _values(case: Case, odd: Oddity | None) -> Evidence | None:
     if odd is None:
+        tokens = unusual_input(case)
+        if tokens is not None:
+            weight = DECISIVE if tokens.ratio >= EXTREME else STRONG
+            return tell(
+                tokens.signal,
+                tokens.text,
+                weight,
+                step=case.step,
+                observed=tokens.observed,
+                expected=tokens.usual,
+            )
         if not case.batch_is_known:
             return None
         return tell("batch", f"The values of the batch at step {case.step} are as usual.", -FAIR, step=case.step)

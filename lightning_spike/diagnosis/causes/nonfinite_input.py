@@ -86,9 +86,17 @@ def _count(case: Case, worst: tuple[str, float] | None) -> Evidence | None:
         return tell(f"batch/{leaf}/nonfinite", text, DECISIVE + FAIR, step=case.step, observed=observed, expected=0.0)
     counts = [case.at_onset(f"batch/{leaf}/nonfinite") for leaf in case.leaves("nonfinite")]
     if not any(count is not None for count in counts):
-        return None
+        return _finite_loss(case)
     text = f"All values of the batch at step {case.step} are finite, or as often not as usual."
     return tell("batch", text, -DECISIVE, step=case.step, observed=0.0, expected=0.0)
+
+
+def _finite_loss(case: Case) -> Evidence | None:
+    """Where a batch has no values that could be counted (tokens), a finite loss is no sign of any that are not finite."""
+    loss = case.at_onset(case.episode.signal)
+    if loss is None or not math.isfinite(loss):
+        return None
+    return tell(case.episode.signal, f"The loss at step {case.step} is finite.", -STRONG, step=case.step, observed=loss)
 
 
 def _times(count: float) -> str:
