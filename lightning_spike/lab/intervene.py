@@ -221,7 +221,12 @@ class _Cells:
         return Share(factor=factor.id, group=factor.group, share=self._part(rise), error=self._error(rise))
 
     def _active(self, factors: Sequence[Factor]) -> list[Factor]:
-        return [f for f in factors if any(f.normal(leg.update, self._around) is not None for leg in self._legs)]
+        """Those that were not normal, on one rank at least: each has batches of its own."""
+        ranks = self._bench.ranks
+        return [f for f in factors if ranks.any(f.id, mine=self._is_changed(f))]
+
+    def _is_changed(self, factor: Factor) -> bool:
+        return any(factor.normal(leg.update, self._around) is not None for leg in self._legs)
 
     def _rise(self, normal: Sequence[Factor]) -> Numbers:
         """Rise of the control batches' losses over the update with these factors normal, batch by batch."""
