@@ -21,6 +21,7 @@ from lightning_spike.lab.intervene import Attribution, attribute, normal_around
 from lightning_spike.lab.isolation import Bench, isolated
 from lightning_spike.lab.locate import damage_on_the_way
 from lightning_spike.lab.measure.measure import measure
+from lightning_spike.lab.modes import modes_findings
 from lightning_spike.lab.nonfinite import Origin, nonfinite_origin
 from lightning_spike.lab.outside import came_from_outside, outside_findings
 from lightning_spike.lab.remedies import Remedy, try_remedies
@@ -77,6 +78,8 @@ def _examined(scene: Scene, bench: Bench) -> list[Finding]:
     bench.rewind()
     again, why = _reproduced(scene, bench)
     if again is not None and again.differs_at is not None:
+        if modes := modes_findings(scene, again, bench):
+            return modes
         if came_from_outside(scene, again):
             return outside_findings(scene, again, bench)
         why = f"the re-run differs from the training from ordinal {again.differs_at} on"

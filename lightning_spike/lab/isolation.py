@@ -58,6 +58,8 @@ class Bench:
         """Losses that were evaluated, by the identities of what they depend on; beside each is what has these identities, so that none is used again."""
         self.updates = 0
         """How many of the steps were training steps, with their backward pass."""
+        self.modes: Mapping[int, tuple[str, ...]] = {}
+        """By the ordinal of the batch from which on they hold, the names of the modules in eval mode; empty for as they stand."""
         self.steps = 0
         """How often `training_step` was run: what an examination costs, whatever the machine."""
 
@@ -182,7 +184,15 @@ class Bench:
             random.restore()
         if at is not None:
             set_position(self.trainer, at)
+            self._set_modes(at.ordinal)
         self.steps += 1
+
+    def _set_modes(self, ordinal: int) -> None:
+        changes = [k for k in self.modes if k <= ordinal]
+        if changes:
+            resting = set(self.modes[max(changes)])
+            for name, part in self.module.named_modules():
+                part.training = name not in resting
 
     def _precision(self, in_float32: bool) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if in_float32 else self.trainer.precision_plugin.train_step_context()

@@ -111,6 +111,7 @@ def live_scene(
         snapshot=snapshot,
         entries=tuple(dataclasses.replace(e, mutated=True) if e.at.ordinal in mutated else e for e in entries),
         settings=witnesses.settings.by_ordinal,
+        modes=dict(witnesses.settings.modes),
         losses=losses,
         controls=controls,
         writes=tuple(sorted(writes, key=lambda w: (w.ordinal, w.kind, w.names))),

@@ -22,7 +22,7 @@ from lightning_spike.lab.updates_since import updates_since
 from lightning_spike.lab.wording import outside_text, repaired_text
 from lightning_spike.records import Finding
 
-__all__ = ["came_from_outside", "outside_findings"]
+__all__ = ["came_from_outside", "outside_findings", "repaired_share"]
 
 PROOF: Final = 3
 """Batches that must have come out the same before a difference is taken for a change from outside: what is not reproducible at all differs from the start."""
@@ -63,7 +63,7 @@ def outside_findings(scene: Scene, again: Reproduction, bench: Bench) -> list[Fi
     caught_up = _caught_up(scene, again, bench, updates)
     change = change_from_outside(scene, again, bench, live=live, caught_up=caught_up, updates=updates)
     differing = change.different if change is not None else differences(live, caught_up)
-    repaired = _repaired(scene, again)
+    repaired = repaired_share(scene, again)
     outside = {
         "ordinal": again.differs_at,
         "step": _step_of(scene, again.differs_at),
@@ -95,7 +95,7 @@ def _kind(writes: Sequence[OutsideWrite], change: OutsideChange | None) -> Chang
     return change.kind
 
 
-def _repaired(scene: Scene, again: Reproduction) -> float | None:
+def repaired_share(scene: Scene, again: Reproduction) -> float | None:
     """Share of the jump that is gone in the re-run, which has everything but the change; `None` where it did not come to the struck batch."""
     usual = _usual(scene, again)
     if again.reached != scene.struck or usual is None:

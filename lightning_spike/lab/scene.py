@@ -47,6 +47,8 @@ class Scene:
     """Ordinary batches to compare with, at most."""
     writes: tuple[OutsideWrite, ...] = ()
     """What others than the training step have written into weights and optimizer states, oldest first."""
+    modes: Mapping[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """By the ordinal of the batch from which on, the names of the modules that were in eval mode; an entry for each change."""
     looks_at: int | None = None
     """Ordinal of the batch whose loss is to be explained; `None` for the one that the losses themselves point to."""
     ranks: Ranks = ALONE

@@ -20,11 +20,27 @@ class UpdateSettings(Participant):
 
     def __init__(self) -> None:
         self._held: dict[int, list[Settings]] = {}
+        self._modes: dict[int, tuple[str, ...]] = {}
+        self._training: list[bool] = []
 
     @property
     def by_ordinal(self) -> Mapping[int, Sequence[Settings]]:
         """One entry for each optimizer step, by the ordinal of the batch they were made in; the live record, oldest first."""
         return self._held
+
+    @property
+    def modes(self) -> Mapping[int, tuple[str, ...]]:
+        """The names of the modules in eval mode, by the ordinal of the batch from which on; an entry for each change."""
+        return self._modes
+
+    @override
+    def sense_batch(self, batch: TrainingBatch) -> None:
+        training = [part.training for part in batch.module.modules()]
+        if training != self._training:
+            self._training = training
+            self._modes[batch.at.ordinal] = tuple(n for n, part in batch.module.named_modules() if not part.training)
+            if len(self._modes) > HELD:
+                del self._modes[next(iter(self._modes))]
 
     @override
     def sense_gradients(self, batch: TrainingBatch, optimizer: Optimizer) -> None:
@@ -37,6 +53,8 @@ class UpdateSettings(Participant):
     @override
     def release(self) -> None:
         self._held.clear()
+        self._modes.clear()
+        self._training = []
 
 
 def _place(batch: TrainingBatch, optimizer: Optimizer) -> int:

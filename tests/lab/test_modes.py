@@ -1,0 +1,44 @@
+"""Train mode that is forgotten in the middle of a run, in real trainings: to blame where it makes the jump, and only there."""
+
+import torch
+from lab.episodes import LATE, At, examined, told
+from torch import nn
+from training_tasks import Digits
+
+from lightning_spike.testing import EvalModeLeftOn
+
+
+class Lagging(Digits):
+    """Running statistics that have hardly moved from where they began: eval mode gives another network."""
+
+    def __init__(self, lr=0.003):
+        super().__init__(lr)
+        self.net[0] = nn.Conv2d(1, 8, 3, padding=1)
+        nn.init.constant_(self.net[0].bias, 3.0)
+        self.net[1] = nn.BatchNorm2d(8, momentum=1e-5)
+
+
+def test_a_jump_that_eval_mode_makes_is_gone_with_the_modes_of_before(tmp_path):
+    trainer = examined(Lagging, tmp_path, EvalModeLeftOn(LATE, 1.0))
+    outside = told(trainer, "outside")[0]
+    assert outside["changed"] == "modes"
+    assert outside["modes"][0] == ""
+    assert outside["repaired"] > 0.9
+    assert "eval mode" in outside["text"]
+    assert told(trainer, "blame")[0]["shares"]["outside"] == 1.0
+
+
+def test_eval_mode_that_only_goes_before_a_bad_batch_is_not_to_blame(tmp_path):
+    def wrong_labels(trainer, module, batch):
+        batch[1].add_(5).remainder_(10)
+
+    trainer = examined(lambda: Digits(0.003), tmp_path, EvalModeLeftOn(LATE - 4, 1.0), At(LATE, start=wrong_labels))
+    assert all(outside["changed"] != "modes" for outside in told(trainer, "outside"))
+    assert told(trainer, "split")[0]["verdict"] == "data"
+
+
+def test_modes_are_as_they_were_after_an_examination(tmp_path):
+    trainer = examined(Lagging, tmp_path, EvalModeLeftOn(LATE, 1.0, length=2))
+    assert told(trainer, "outside")
+    assert all(part.training for part in trainer.lightning_module.modules())
+    assert torch.isfinite(trainer.callback_metrics["train_loss"])
