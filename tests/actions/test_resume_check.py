@@ -101,7 +101,7 @@ def test_second_moments_that_are_gone(tmp_path):
 
 
 def test_a_schedule_that_begins_again(tmp_path):
-    ((kind, detail),) = resumed(tmp_path, ResumeRestartsSchedule.mild(at=20), schedule="step")
+    ((kind, detail),) = resumed(tmp_path, ResumeRestartsSchedule(20, 1.0), schedule="step")
     assert (kind, detail["saved"], detail["restored"]) == ("schedule", 20, 0)
     assert detail["rate_saved"] < detail["rate_restored"] == 0.01
 

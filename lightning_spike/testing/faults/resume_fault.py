@@ -110,13 +110,13 @@ class ResumeRestartsSchedule(_ResumeFault):
 
     Args:
         at: The batch that the run is resumed at: batches begun in the whole run before it.
-        strength: Factor on the first rate.
+        strength: Factor on the first rate. In a run without a schedule 1 changes nothing.
         seed: Not used; nothing is drawn.
     """
 
     cause = "resume_fault"
     SCALE: ClassVar[Scale] = Scale(means="the factor on the schedule's first rate", above=0)
-    MILD: ClassVar[Mapping[str, Any]] = {"strength": 1.0}
+    MILD: ClassVar[Mapping[str, Any]] = {"strength": 2.0}
     STRONG: ClassVar[Mapping[str, Any]] = {"strength": 10.0}
 
     @override
