@@ -223,7 +223,9 @@ def _first(case: Case, growth: Growth | None) -> Evidence | None:
     """Whether the growth was there before the loss rose."""
     if growth is None or growth.rate == 0.0:
         return None
-    late = growth.first > case.onset
+    late = (
+        growth.first > case.onset + 2 * GUARD
+    )  # looks are some batches apart, and the onset of a slow episode is dated back
     text = f"It began {'after' if late else 'before'} the loss rose, between steps {case.step_of(growth.first)} and {case.step_of(growth.last)}."
     return tell("weight_norm", text, -STRONG if late else SLIGHT, step=case.step)
 

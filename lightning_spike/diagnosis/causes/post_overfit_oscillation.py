@@ -1,0 +1,128 @@
+"""`post_overfit_oscillation`: training goes on after it has overfitted, and its loss swings wider and wider."""
+
+import math
+from typing import ClassVar, Final
+
+import numpy as np
+from typing_extensions import override
+
+from lightning_spike.diagnosis.case import Case, number
+from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
+from lightning_spike.diagnosis.constants import DECISIVE, FAIR, STRONG
+from lightning_spike.diagnosis.tells import tell, without_none
+from lightning_spike.records import Change, Evidence, Family, ValidationPoint
+
+__all__ = ["PostOverfitOscillation"]
+
+LEAST_VALIDATIONS: Final = 3
+"""Validations below which a curve says nothing."""
+CLEAR_RISE: Final = 0.05
+"""Share by which the validation loss must be above its best: Prechelt's GL of 5, as in `overfitting`."""
+GAP: Final = 1.5
+"""Validation loss over training loss just before the onset from which the training set is known by heart (SMD's rule is 1.1, which healthy nets with dropout reach)."""
+SWING: Final = 2.0
+"""Times the level before it that the loss must reach in its swings."""
+UP: Final = 0.6
+"""Share of the way from that level to the highest loss, on the log scale, that is up …"""
+BACK: Final = 0.4
+"""… and that is back."""
+SWINGS: Final = 3
+"""Swings up and back that make an oscillation."""
+AHEAD: Final = 160
+"""Batches after the onset in which they are counted."""
+
+
+class PostOverfitOscillation(Cause):
+    """Training goes on after it has overfitted: the loss is near its floor, and every small change of the data makes it swing, wider and wider, while the validation loss rises.
+
+    Seen by: a validation loss above its best before the trouble began; a training loss far below it; a loss that goes up and comes back several times.
+
+    Against it: a validation loss at its best; too few validations (without them there is no overfitting to be seen, science.md 5); a single rise.
+
+    To do: stop at the best validation and take its weights; odd batches are not the trouble but what shows it.
+    """
+
+    id: ClassVar = "post_overfit_oscillation"
+    family: ClassVar = Family.GENERALIZATION
+    title: ClassVar = "Swings after overfitting"
+    applies_to: ClassVar = LOSS_ROSE
+    explains: ClassVar = frozenset({"overfitting", "bad_batch", "data_drift", "label_noise", "hard_sample_streak"})
+
+    @override
+    def examine(self, case: Case) -> Examination:
+        points = _curve(case)
+        best = min(points, key=lambda p: p.value, default=None)
+        evidence = without_none(_risen(case, points, best), _gap(case, points), _swings(case))
+        stop = best.at.step if best is not None else None
+        return Examination(
+            evidence=evidence,
+            summary=_summary(case, points, best),
+            fixes=_fixes(best),
+            change=Change(setting="max_steps", value=stop) if stop is not None else None,
+        )
+
+
+def _curve(case: Case) -> list[ValidationPoint]:
+    """The validations up to the onset, of the metric that comes first by name; finite ones only."""
+    names = sorted({p.metric for p in case.store.validations})
+    points = [p for p in case.store.validations if p.metric in names[:1] and number(p.value) is not None]
+    return [p for p in points if p.at.ordinal <= case.onset]
+
+
+def _risen(case: Case, points: list[ValidationPoint], best: ValidationPoint | None) -> Evidence:
+    if best is None or len(points) < LEAST_VALIDATIONS or not best.value > 0.0:
+        return tell(
+            "val_loss", "There are too few validations before it to call this overfitting.", -DECISIVE, step=case.step
+        )
+    now = points[-1]
+    share = now.value / best.value - 1.0
+    text = f"Before the loss rose {now.metric} was {now.value:.3g} at step {now.at.step}; its best was {best.value:.3g} at step {best.at.step}."
+    weight = STRONG if share >= CLEAR_RISE else -STRONG
+    return tell(now.metric, text, weight, step=now.at.step, observed=now.value, expected=best.value)
+
+
+def _gap(case: Case, points: list[ValidationPoint]) -> Evidence | None:
+    before = case.episode.loss_before
+    if before is None or not points:
+        return None
+    value = points[-1].value
+    wide = before * GAP <= value
+    text = f"The training loss was {before:.3g} then, the validation loss {value:.3g}."
+    return tell("loss", text, FAIR if wide else -STRONG, step=case.step, observed=before, expected=value)
+
+
+def _swings(case: Case) -> Evidence | None:
+    """How often the loss went up and came back to its level."""
+    found = case.findings("overfit", "widening_swings", first=0, last=max(case.last, case.onset + AHEAD))
+    before = case.episode.loss_before
+    losses = case.store.history.between(case.episode.signal, case.onset, case.onset + AHEAD)
+    losses = losses[np.isfinite(losses)]
+    if before is None or not before > 0.0 or losses.size == 0:
+        return None
+    highest = float(losses.max())
+    if not highest >= SWING * before:
+        return None
+    place = np.log(np.maximum(losses, before) / before) / math.log(highest / before)
+    state = np.where(place >= UP, 1, np.where(place <= BACK, -1, 0))
+    state = state[state != 0]
+    count = int((np.diff(state) == -2).sum())  # noqa: PLR2004 - from 1 to -1
+    text = f"The loss went up to as much as {highest:.3g} and came back {count} times in {losses.size} batches."
+    weight = STRONG if found or count >= SWINGS else -STRONG
+    return tell(case.episode.signal, text, weight, step=case.step, observed=float(count), expected=0.0)
+
+
+def _summary(case: Case, points: list[ValidationPoint], best: ValidationPoint | None) -> str:
+    if best is None or not points:
+        return f"The training swings after it has overfitted: {case.loss_text}."
+    now = points[-1]
+    return f"Training went on after {now.metric} was best (step {best.at.step}, {best.value:.3g}; {now.value:.3g} by step {now.at.step}), and now every odd batch makes the loss swing: {case.loss_text}."
+
+
+def _fixes(best: ValidationPoint | None) -> tuple[str, ...]:
+    more = "If it must go on: more data, augmentation from the start, weight decay or dropout; odd batches only show what is wrong."
+    if best is None:
+        return ("Stop at the best validation: OverfitWatcher(stop=True, restore_best=True).", more)
+    return (
+        f"Stop at step {best.at.step}, where {best.metric} was best ({best.value:.3g}), and take those weights: OverfitWatcher(stop=True, restore_best=True).",
+        more,
+    )

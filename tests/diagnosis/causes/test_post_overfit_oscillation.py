@@ -1,0 +1,77 @@
+"""Swings of a loss near its floor: after the validation loss had turned, before it had, without any, and a single rise."""
+
+import math
+
+import numpy as np
+import pytest
+from synthetic import Run, an_episode, moment
+
+from lightning_spike.diagnosis.case import Case
+from lightning_spike.diagnosis.causes.post_overfit_oscillation import PostOverfitOscillation
+from lightning_spike.diagnosis.rank import diagnose
+from lightning_spike.records import Change, EpisodeKind, Recovery, ValidationPoint
+
+
+def a_run(*, validations=(0.6, 0.5, 0.55, 0.6, 0.7), swings=True, level=0.03):
+    run = Run(0, noise=0.1)
+    run.loss[:] = level + 2.0 * np.exp(-np.arange(run.length) / 30)
+    past = np.arange(run.length) - 230
+    up = (past >= 0) & ((past % 10 >= 5) if swings else (past >= 0))
+    run.loss[up] *= 1.0 + 0.2 * past[up]
+    for k, value in enumerate(validations):
+        run.note(ValidationPoint(at=moment(40 * k + 39), metric="val_loss", value=value, train_loss=level))
+    run.episodes = [
+        an_episode(
+            235,
+            399,
+            kind=EpisodeKind.OSCILLATION,
+            before=level,
+            height=float(run.loss[230:].max()),
+            recovery=Recovery.NEVER,
+        )
+    ]
+    return run
+
+
+def examined(run, **options):
+    store = run.store(**options)
+    return PostOverfitOscillation().examine(Case(store, store.episodes[0]))
+
+
+def test_swings_after_the_validation_has_turned_come_first_and_name_the_step_to_stop_at():
+    first, *rest = diagnose(a_run().store()).overall
+    assert (first.cause, first.probability > 0.5) == ("post_overfit_oscillation", True)
+    assert all(v.probability < 0.2 for v in rest)
+    assert first.change == Change(setting="max_steps", value=79)
+    assert "Stop at step 79" in first.fixes[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"validations": (0.9, 0.8, 0.7, 0.6, 0.5)},
+        {"validations": ()},
+        {"validations": (0.6, 0.7)},
+        {"swings": False},
+        {"level": 0.68},
+    ],
+    ids=["still falling", "none", "too few", "a single rise", "training loss as high"],
+)
+def test_with_one_piece_missing_it_is_not_the_verdict(options):
+    told = {v.cause: v.probability for v in diagnose(a_run(**options).store()).overall}
+    assert told.get("post_overfit_oscillation", 0.0) < 0.3
+    assert examined(a_run(**options)).total < examined(a_run()).total - 2.5
+
+
+def test_the_swings_are_counted():
+    text = next(e for e in examined(a_run()).evidence if "came back" in e.text)
+    # 1 + 0.2 * 165 at most: 0.6 of the way up is reached from 36 batches on, so by the swings that begin at 35, 45, ... 155
+    assert text.observed == 13
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, -1.0])
+def test_any_value_is_borne(value):
+    run = a_run(validations=(0.6, value, 0.5, value, 0.7))
+    run.loss[240:250] = value
+    assert math.isfinite(examined(run).total)
+    assert math.isfinite(examined(run, without=("loss",)).total)
