@@ -70,6 +70,7 @@ class CodeBug(Cause):
             "stale_second_moment",
             "adam_epsilon_too_small",
             "momentum_reversal",
+            "post_overfit_oscillation",
         }
     )
     standing: ClassVar = frozenset(
