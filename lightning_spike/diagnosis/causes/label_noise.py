@@ -114,7 +114,8 @@ def _inputs(case: Case, odd: Unusual | None) -> Evidence | None:
         weight = -DECISIVE if odd.ratio >= CLEAR else -FAIR
         return tell(odd.signal, odd.text, weight, step=case.step, observed=odd.observed, expected=odd.usual)
     if not input_known(case):
-        return None
+        text = "Of the inputs nothing is known, so that they may as well be to blame."
+        return tell("batch/input", text, -STRONG, step=case.step)
     return tell("batch/input", f"The inputs of the batch at step {case.step} are as usual.", FAIR, step=case.step)
 
 
