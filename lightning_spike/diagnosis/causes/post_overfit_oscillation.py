@@ -77,7 +77,7 @@ def _risen(case: Case, points: list[ValidationPoint], best: ValidationPoint | No
     now = points[-1]
     share = now.value / best.value - 1.0
     text = f"Before the loss rose {now.metric} was {now.value:.3g} at step {now.at.step}; its best was {best.value:.3g} at step {best.at.step}."
-    weight = STRONG if share >= CLEAR_RISE else -STRONG
+    weight = STRONG if share >= CLEAR_RISE else -DECISIVE
     return tell(now.metric, text, weight, step=now.at.step, observed=now.value, expected=best.value)
 
 
