@@ -19,7 +19,14 @@ def wrong_labels(seed=0, share=1.0, lab=True, first=None, height=None):
     run.episodes = [an_episode(200, 200, 201, height=run.loss[200], before=0.35)]
     if lab:
         samples = [8.0] * round(16 * share) + [0.1] * (16 - round(16 * share))
-        shares = {"data": 1.0, "learning_rate": 0.0, "optimizer": 0.0, "numerics": 0.0, "intrinsic": 0.0, "outside": 0.0}
+        shares = {
+            "data": 1.0,
+            "learning_rate": 0.0,
+            "optimizer": 0.0,
+            "numerics": 0.0,
+            "intrinsic": 0.0,
+            "outside": 0.0,
+        }
         for kind, detail in (
             ("split", {"verdict": "data", "data": 0.97, "text": "The batch itself makes the jump."}),
             ("blame", {"shares": shares, "text": "By experiment the jump is due to the batch."}),
