@@ -46,13 +46,19 @@ def changed_setting(case: Case, wrong: Callable[[SettingChange], bool], *names: 
     return meant[-1] if meant else None
 
 
-def setting_evidence(case: Case, change: SettingChange) -> Evidence:
-    """A wrong value weighs the more the sooner the loss rose after it; where it has not risen, the value alone is told."""
+def setting_evidence(case: Case, change: SettingChange, *, soon: int = NEAR) -> Evidence:
+    """A wrong value weighs the more the sooner the loss rose after it; where it has not risen, the value alone is told.
+
+    Args:
+        case: The episode.
+        change: What was changed.
+        soon: Batches in which such a value shows.
+    """
     lag = case.onset - change.ordinal
     if not case.store.episodes:
         weight, when = DECISIVE, ""
     else:
-        weight = DECISIVE + FAIR if 0 <= lag <= NEAR else DECISIVE if abs(lag) <= REACH else STRONG
+        weight = DECISIVE + FAIR if 0 <= lag <= soon else DECISIVE if abs(lag) <= REACH else STRONG
         when = f", {batches(lag)} before the loss rose" if lag > 0 else ", as the loss rose"
     text = f"{change.text}{when}."
     return tell(
