@@ -9,7 +9,9 @@ from typing_extensions import override
 
 from lightning_spike.arguments import whole_number
 from lightning_spike.callbacks.base import SpikeCallback
+from lightning_spike.detectors.loss_scale import LossScaleDetector
 from lightning_spike.flight.participant import TrainingBatch
+from lightning_spike.recorder import Arrival
 from lightning_spike.signals.precision import left_scale, loss_scale, low_precision, scaler_of, underflow
 
 __all__ = ["PrecisionMonitor"]
@@ -21,6 +23,8 @@ class PrecisionMonitor(SpikeCallback):
     With a gradient scaler (`16-mixed`) at every update `loss_scale` (the scale that the batch's loss was multiplied by) and `skipped_step` (1 where the scaler skipped the update because a
     gradient was not finite and lowered the scale, 0 else). In any half precision, every few updates, `grad_zeros` (share of the gradients' entries that are exactly 0) and `grad_underflow` (share of
     those that are not 0 but, scaled, below the smallest normal number of the half precision, 6.1e-5 for float16: where digits are lost). Of large gradients 16,384 entries are taken.
+
+    Findings are those of `LossScaleDetector`: detector `"precision"`, kinds `"scale_leapt"`, `"often_skipped"`, `"scale_too_low"`.
 
     About one skipped update in 2,000 is ordinary for float16: that is how the scaler finds its scale. The scale is read as a device tensor, so that nothing waits for the device.
 
@@ -36,6 +40,7 @@ class PrecisionMonitor(SpikeCallback):
         self._reset()
 
     def _reset(self) -> None:
+        self._detector = LossScaleDetector()
         self._low: torch.dtype | None = None
         self._scaler: GradScaler | None = None
         self._used: Tensor | None = None
@@ -68,6 +73,10 @@ class PrecisionMonitor(SpikeCallback):
             return
         self.flight.recorder.put("loss_scale", self._used)
         self.flight.recorder.put("skipped_step", (now < self._used).float())
+
+    @override
+    def judge(self, arrival: Arrival) -> None:
+        self.flight.store.note(*self._detector.observe(arrival.row))
 
     @override
     def release(self) -> None:
