@@ -17,6 +17,7 @@ from lightning_spike.actions.setting_changes import SettingChange, SettingChange
 from lightning_spike.actions.update_meter import NO_UPDATE, NOT_MEASURED, UpdateMeter
 from lightning_spike.arguments import whole_number
 from lightning_spike.callbacks.base import SpikeCallback
+from lightning_spike.detectors.second_moment import SecondMomentDetector
 from lightning_spike.flight.participant import TrainingBatch
 from lightning_spike.lab.outside_writes import OutsideWrite, OutsideWrites
 from lightning_spike.recorder import Arrival
@@ -47,6 +48,7 @@ class OptimizerMonitor(SpikeCallback):
     - those of `GradientChecks`: detector `"optimizer"`, kinds `"not_optimized"`, `"no_gradient"`, `"not_zeroed"`;
     - detector `"optimizer"`, kind `"no_update"`: in two measured updates in a row nothing that is looked at changed, though there were gradients and a learning rate above a thousandth
       of its highest; `text`;
+    - detector `"optimizer"`, kind `"second_moment_stale"` of `SecondMomentDetector`;
     - detector `"optimizer"`, kind `"settings_changed"`: a setting other than the learning rate (weight decay, eps, betas, momentum, …) that had stood still for eight updates has another
       value from the update of the batch `at` on; `optimizer` (Lightning's name), `group` (from 1 on), `name`, `before`, `after` and `text`;
     - detector `"outside_writes"`, kinds `"weights"` and `"optimizer_state"`: something was written into them in place that the training step does not write; `names` (the first
@@ -80,6 +82,7 @@ class OptimizerMonitor(SpikeCallback):
         self._cosines: list[Tensor] = []
         self._error: Exception | None = None
         self._settings = SettingChanges()
+        self._moments = SecondMomentDetector()
         self._names: dict[int, str] = {}
         self._stuck = 0
         self._told = -1
@@ -155,6 +158,7 @@ class OptimizerMonitor(SpikeCallback):
 
     @override
     def judge(self, arrival: Arrival) -> None:
+        self.flight.store.note(*self._moments.observe(arrival.row))
         stuck = arrival.row.values.get(NO_UPDATE)
         if stuck is None:
             return
