@@ -7,10 +7,10 @@ from typing import Final
 import numpy as np
 
 from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, NEAR, REACH, STRONG
+from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, NEAR, REACH, REFERENCE, STRONG
 from lightning_spike.records import EpisodeKind
 
-__all__ = ["JUMPS", "SCHEDULED", "RateEvent", "nearness", "rate_event", "steady_rate"]
+__all__ = ["JUMPS", "SCHEDULED", "Climb", "RateEvent", "climbed", "nearness", "rate_event", "steady_rate"]
 
 SCHEDULED: Final = ("restart", "cyclic_peak")
 """Kinds of finding of a rate that comes back up because its schedule says so."""
@@ -20,6 +20,8 @@ LONG_REACH: Final = 4 * REACH
 """Batches before the onset in which an event still counts, as long as the rate has stayed up since."""
 STAYED_UP: Final = 0.6
 """Share of its height after the event at which a rate still counts as up."""
+CLIMB: Final = 2.0
+"""Factor over the run's usual rate so far from which a rate that rose without an event has climbed (science.md 2.2: up by more than 2 is an event)."""
 LATE: Final = {EpisodeKind.DIVERGENCE: GUARD, EpisodeKind.OSCILLATION: GUARD}
 """Batches by which the onset of a slow episode may be dated too early."""
 
@@ -51,6 +53,41 @@ class RateEvent:
         """`"lr-SGD went from 0.001 to 0.1 at step 400"`."""
         start = "" if self.before is None else f" from {self.before:.3g}"
         return f"{self.signal} went{start} to {self.after:.3g} at step {self.step}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Climb:
+    """A learning rate that has risen bit by bit to what the run was not used to."""
+
+    signal: str
+    usual: float
+    """The median rate of the healthy batches well before the onset."""
+    now: float
+    """The highest rate from there to the onset."""
+
+    @property
+    def text(self) -> str:
+        """`"lr-SGD had climbed from 0.01 to 0.3"`."""
+        return f"{self.signal} had climbed from {self.usual:.3g} to {self.now:.3g}"
+
+
+def climbed(case: Case) -> Climb | None:
+    """The rate that has climbed most, without an event and not as a warm-up does from the run's beginning; `None` where none has."""
+    if not case.rate_signals or rate_event(case, SCHEDULED + JUMPS) is not None:
+        return None
+    found = [climb for signal in case.rate_signals if (climb := _climb(case, signal)) is not None]
+    return max(found, key=lambda climb: climb.now / climb.usual, default=None)
+
+
+def _climb(case: Case, signal: str) -> Climb | None:
+    history = case.store.history
+    early = history.before(signal, case.onset - LONG_REACH, REFERENCE)
+    recent = history.between(signal, max(case.onset - LONG_REACH, 0), case.onset)
+    recent = recent[np.isfinite(recent)]
+    if early.size < LONG_REACH or recent.size == 0 or not float(np.median(early)) > 0.0:
+        return None
+    usual, now = float(np.median(early)), float(recent.max())
+    return Climb(signal=signal, usual=usual, now=now) if now >= CLIMB * max(usual, float(early.max()) / CLIMB) else None
 
 
 def rate_event(case: Case, kinds: tuple[str, ...]) -> RateEvent | None:

@@ -2,7 +2,7 @@
 
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.constants import FAIR, NEAR, STRONG
-from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, rate_event
+from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, climbed, rate_event
 from lightning_spike.diagnosis.tells import (
     batch_value,
     early_gradient,
@@ -36,11 +36,12 @@ def from_elsewhere(case: Case) -> tuple[Evidence, ...]:
 
 def _rate(case: Case) -> Evidence | None:
     event = rate_event(case, SCHEDULED + JUMPS)
-    return (
-        None
-        if event is None
-        else tell(event.signal, f"It may come of the learning rate: {event.text}.", -STRONG, step=event.step)
-    )
+    if event is not None:
+        return tell(event.signal, f"It may come of the learning rate: {event.text}.", -STRONG, step=event.step)
+    climb = climbed(case)
+    if climb is None:
+        return None
+    return tell(climb.signal, f"It may come of the learning rate: {climb.text}.", -STRONG, step=case.step)
 
 
 def _gradient(case: Case) -> Evidence | None:

@@ -65,7 +65,7 @@ class ActivationSaturation(Cause):
     family: ClassVar = Family.NUMERICS
     title: ClassVar = "Dead or saturated units"
     applies_to: ClassVar = LOSS_ROSE | {EpisodeKind.STALL}
-    explains: ClassVar = frozenset({"gradient_vanishing", "lr_too_high"})
+    explains: ClassVar = frozenset({"gradient_vanishing"})
     standing: ClassVar = frozenset({("activations", "flat")})
 
     @override

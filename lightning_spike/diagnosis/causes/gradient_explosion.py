@@ -50,7 +50,7 @@ class GradientExplosion(Cause):
 
     id: ClassVar = "gradient_explosion"
     family: ClassVar = Family.GRADIENT
-    tested_by: ClassVar = frozenset({"intrinsic"})
+    tested_by: ClassVar = frozenset({"intrinsic", "clipping"})
     title: ClassVar = "Exploding gradients"
 
     @override

@@ -10,7 +10,7 @@ from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import FAIR, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import clip_fix, lower_peak
-from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, rate_event, steady_rate
+from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, climbed, rate_event, steady_rate
 from lightning_spike.diagnosis.tells import (
     batch_value,
     early_gradient,
@@ -63,7 +63,7 @@ class LrTooHigh(Cause):
     family: ClassVar = Family.LEARNING_RATE
     tested_by: ClassVar = frozenset({"intrinsic"})
     title: ClassVar = "The learning rate is too high"
-    explains: ClassVar = frozenset({"gradient_explosion", "numerical_instability"})
+    explains: ClassVar = frozenset({"gradient_explosion", "numerical_instability", "activation_saturation"})
 
     @override
     def examine(self, case: Case) -> Examination:
@@ -105,6 +105,9 @@ def _event(case: Case) -> Evidence | None:
 
 def _borne(case: Case, signal: str | None) -> Evidence | None:
     """Whether the run has borne a higher rate before, or the present one is its highest."""
+    climb = climbed(case)
+    if climb is not None:
+        return tell(climb.signal, f"{climb.text}.", STRONG, step=case.step, observed=climb.now, expected=climb.usual)
     rate = case.rate(signal) if signal is not None else None
     highest = case.highest_healthy(signal) if signal is not None else None
     if signal is None or rate is None or highest is None or not rate > 0.0:

@@ -1,11 +1,12 @@
 """`momentum_reversal`: accumulated momentum points against the present gradient."""
 
-from typing import ClassVar, Final
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final
 
 import numpy as np
 from typing_extensions import override
 
-from lightning_spike.diagnosis.case import Case
+from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, NEAR, REACH, REFERENCE, REPLAYED, SLIGHT, STRONG
 from lightning_spike.diagnosis.rates import steady_rate
@@ -39,7 +40,7 @@ class MomentumReversal(Cause):
     """Accumulated momentum points against the present gradient, and carries the weights on where the gradient has turned.
 
     Seen by: a momentum that was changed to nearly 1 just before (finding `settings_changed`); the cosine between momentum and gradient below -0.3 and below nearly all of the run's own,
-    just before the loss rose; the lab's experiment that gives the damage to the momentum, for with an empty state it is not done.
+    just before the loss rose; a step that went up the gradients of the batches before; the lab's experiment that gives the damage to the momentum, for with an empty state it is not done.
 
     Against it: an optimizer without momentum; a cosine in its range; an experiment that finds the optimizer's state without fault.
 
@@ -66,6 +67,7 @@ class MomentumReversal(Cause):
         evidence = without_none(
             setting_evidence(case, raised, soon=SWING) if raised is not None else _value(momentum),
             turned if raised is None or (turned is not None and turned.weight > 0.0) else None,
+            _direction(case),
             _experiment(case, raised),
             lone_batch(case, -STRONG),
             batch_value(case, ordinary=0.0, odd=-FAIR) if raised is None else None,
@@ -120,27 +122,51 @@ def _turned(case: Case) -> Evidence | None:
     return tell("momentum_cosine", text, FAIR if odd else -FAIR, step=case.step, observed=lowest, expected=middle)
 
 
+def _direction(case: Case) -> Evidence | None:
+    """What the lab measured at the update that did the damage: whether its step went where the gradients of the batches before say down, or up."""
+    told = [f.detail for f in case.store.findings if f.detector == "lab" and f.kind == "measured"]
+    mine = [d for d in told if d.get("episode") == case.episode.id and "direction" in d]
+    if not mine:
+        return None
+    direction, against, text = mine[-1]["direction"], number(mine[-1].get("against")), mine[-1].get("text")
+    weight = {"wrong_direction": STRONG, "too_long": -FAIR, "ordinary": -SLIGHT}.get(str(direction), 0.0)
+    words = text if isinstance(text, str) else f"The direction of the step was: {direction}."
+    return tell("lab/measured", words, weight, step=case.step, observed=against)
+
+
 def _experiment(case: Case, raised: SettingChange | None) -> Evidence | None:
-    """The lab's answer; where the momentum itself was changed it takes that for usual, and finds steps that are too long."""
+    """The lab's answer; where the momentum itself was changed it takes that for usual, and finds steps that are too long.
+
+    Gradients that point the other way for a while look to it like steps that are too long all the time, so that what it gives to the state is read off the damaging update itself.
+    """
     shares = case.blame
     if not shares:
         return None
-    share = shares.get("optimizer", 0.0)
-    text = str((case.lab("blame") or {}).get("text") or "The moment was run again.")
+    share = max(shares.get("optimizer", 0.0), _of_state(case))
+    text = str((case.lab("factors") or case.lab("blame") or {}).get("text") or "The moment was run again.")
     if share >= SHARE:
         weight = REPLAYED if _of_momentum(case) else FAIR
     else:
         steps = shares.get("intrinsic", 0.0) >= SHARE
         weight = (FAIR if steps else 0.0) if raised is not None else 0.0 if share > NONE else -STRONG
-    return tell("lab/blame", text, weight, step=case.step, observed=share)
+    return tell("lab/factors", text, weight, step=case.step, observed=share)
+
+
+def _of_state(case: Case) -> float:
+    """Share of the damage of the located update that is the optimizer's state."""
+    shares = _items(case, "shares")
+    return sum(max(number(s.get("share")) or 0.0, 0.0) for s in shares if s.get("group") == "optimizer")
 
 
 def _of_momentum(case: Case) -> bool:
     """Whether the experiment that looked closer found the momentum, and not the second moments."""
-    finer = (case.lab("factors") or {}).get("finer")
-    told = [s for s in finer if isinstance(s, dict)] if isinstance(finer, list | tuple) else []
-    parts = {str(s.get("factor")): float(s.get("share") or 0.0) for s in told}
+    parts = {str(s.get("factor")): number(s.get("share")) or 0.0 for s in _items(case, "finer")}
     return parts.get("momentum", 0.0) > max(parts.get("second_moments", 0.0), 0.0) if parts else case.beta2 is None
+
+
+def _items(case: Case, key: str) -> list[Mapping[str, Any]]:
+    told = (case.lab("factors") or {}).get(key)
+    return [item for item in told if isinstance(item, Mapping)] if isinstance(told, list | tuple) else []
 
 
 def _rate(case: Case, raised: SettingChange | None) -> Evidence | None:

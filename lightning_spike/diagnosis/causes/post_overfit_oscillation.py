@@ -39,6 +39,8 @@ class PostOverfitOscillation(Cause):
 
     Against it: a validation loss at its best; too few validations (without them there is no overfitting to be seen, science.md 5); a single rise.
 
+    Thresholds: 5 % above the best validation is a clear rise (Prechelt 1998, GL of 5); a swing is a loss that went up 60 % of the way to the highest one, on the log scale, and came 60 % of it back.
+
     To do: stop at the best validation and take its weights; odd batches are not the trouble but what shows it.
     """
 

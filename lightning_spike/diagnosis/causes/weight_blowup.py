@@ -12,6 +12,7 @@ from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, SLIGHT, STRONG
 from lightning_spike.diagnosis.layers import shifted_most
+from lightning_spike.diagnosis.rates import climbed
 from lightning_spike.diagnosis.tells import tell, without_none
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Finding
 
@@ -102,7 +103,9 @@ class WeightBlowup(Cause):
     def examine(self, case: Case) -> Examination:
         growth = _growth(case)
         changed = _decay_changed(case)
-        evidence = without_none(_size(case, growth), _along(case, growth), _first(case, growth), _setting(changed))
+        evidence = without_none(
+            _size(case, growth), _along(case, growth), _first(case, growth), _rate(case), _setting(changed)
+        )
         fix, value = _fix(case, growth, changed)
         return Examination(
             evidence=evidence,
@@ -228,6 +231,21 @@ def _first(case: Case, growth: Growth | None) -> Evidence | None:
     )  # looks are some batches apart, and the onset of a slow episode is dated back
     text = f"It began {'after' if late else 'before'} the loss rose, between steps {case.step_of(growth.first)} and {case.step_of(growth.last)}."
     return tell("weight_norm", text, -STRONG if late else SLIGHT, step=case.step)
+
+
+def _rate(case: Case) -> Evidence | None:
+    """A rate that climbs makes everything grow by leaps."""
+    climb = climbed(case)
+    if climb is None:
+        return None
+    return tell(
+        climb.signal,
+        f"{climb.text}, which lengthens every update.",
+        -STRONG,
+        step=case.step,
+        observed=climb.now,
+        expected=climb.usual,
+    )
 
 
 def _decay_changed(case: Case) -> Finding | None:
