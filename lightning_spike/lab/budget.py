@@ -7,7 +7,7 @@ __all__ = ["FULL_STEPS", "TRIAGE_STEPS", "Budget", "Extent"]
 Extent = Literal["full", "triage"]
 
 FULL_STEPS: Final = 40
-"""Training steps' worth of time that a full examination takes, beside the way from the snapshot (`python benchmarks/lab.py`, the column cost)."""
+"""Training steps' worth of time that a full examination is expected to take at most, beside the way from the snapshot; most take half of it (`python benchmarks/lab.py`, the columns cost and way)."""
 TRIAGE_STEPS: Final = 3
 """… and a triage."""
 OVERDRAFT: Final = 2.0
