@@ -75,5 +75,6 @@ def test_steps_that_keep_little_of_their_promise_are_suspected_though_none_worse
     """The ratio is 0.8, 0.6 and 0.2."""
     ordinary, long, longer = (told(rate) for rate in (0.1, 0.2, 0.4))
     assert [found.worsened for found in (ordinary, long, longer)] == [0.0, 0.0, 0.0]
-    assert ordinary.agitated < 0.1 < 0.5 < long.agitated < longer.agitated
+    assert ordinary.agitated < 0.1
+    assert 0.5 < long.agitated < longer.agitated
     assert longer.agitated > 0.8
