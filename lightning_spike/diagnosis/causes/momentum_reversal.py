@@ -137,15 +137,18 @@ def _direction(case: Case) -> Evidence | None:
 def _experiment(case: Case, raised: SettingChange | None) -> Evidence | None:
     """The lab's answer; where the momentum itself was changed it takes that for usual, and finds steps that are too long.
 
-    Gradients that point the other way for a while look to it like steps that are too long all the time, so that what it gives to the state is read off the damaging update itself.
+    Gradients that point the other way for a while look to it like steps that are too long all the time, so that the damaging update's own share of the state refutes nothing then; but it shows
+    little either, for too high a rate swings momentum up just so.
     """
     shares = case.blame
     if not shares:
         return None
-    share = max(shares.get("optimizer", 0.0), _of_state(case))
+    share = shares.get("optimizer", 0.0)
     text = str((case.lab("factors") or case.lab("blame") or {}).get("text") or "The moment was run again.")
     if share >= SHARE:
         weight = REPLAYED if _of_momentum(case) else FAIR
+    elif _of_state(case) >= SHARE and raised is None:
+        weight = SLIGHT
     else:
         steps = shares.get("intrinsic", 0.0) >= SHARE
         weight = (FAIR if steps else 0.0) if raised is not None else 0.0 if share > NONE else -STRONG

@@ -95,3 +95,20 @@ def test_it_bears_anything():
     run = spiked(changed(before=[], after="x"), cosine=np.nan)
     run.grad[:] = np.inf
     assert np.isfinite(examined(run).total)
+
+
+def test_a_step_that_went_up_the_gradients_speaks_for_it_and_one_that_was_too_long_against():
+    totals = []
+    for direction in ("wrong_direction", "unclear", "too_long"):
+        detail = {"episode": 1, "direction": direction, "against": 0.3, "text": "So it went."}
+        totals.append(examined(spiked(Finding(detector="lab", kind="measured", at=moment(200), detail=detail))).total)
+    assert totals[0] > totals[1] > totals[2]
+
+
+def test_a_state_at_fault_in_the_update_itself_is_not_refuted_by_steps_that_look_too_long():
+    shares = [{"factor": "optimizer_state", "group": "optimizer", "share": 0.74}]
+    factors = Finding(detector="lab", kind="factors", at=moment(200), detail={"episode": 1, "shares": shares})
+    alone = spiked(blamed("intrinsic")[0])
+    both = spiked(blamed("intrinsic")[0], factors)
+    assert examined(both).total > examined(alone).total + 3.0
+    assert ID not in {v.cause for v in diagnose(both.store()).overall if v.probability > 0.2}
