@@ -18,7 +18,6 @@ GROUPS: Mapping[str, str] = MappingProxyType(
         "learning_rate": "the learning rate of that update",
         "optimizer": "the optimizer's state",
         "clipping": "the clipping of that update",
-        "clipping": "the clipping of that update",
         "numerics": "low precision",
         "intrinsic": "a step that is too long for this loss surface with everything as usual",
         "outside": "a change from outside the training step",
