@@ -23,8 +23,10 @@ NONE: Final = 0.1
 def with_experiment(cause: Cause, case: Case, examination: Examination) -> Examination:
     """What a cause says of a case, with what the experiments say added; as it is where they say nothing about it."""
     share = _share(cause, case)
-    if share is None:
-        return examination
+    if share is None or (share > NONE and not examination.speaks):
+        return (
+            examination  # an experiment proves what something speaks for; by itself it names a group and no cause of it
+        )
     confirmed = True if share >= MOST else False if share <= NONE else None
     return dataclasses.replace(
         examination,

@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 
 from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, NEAR, REACH, REFERENCE, STRONG
+from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, NEAR, REACH, STRONG
 from lightning_spike.records import EpisodeKind
 
 __all__ = ["JUMPS", "SCHEDULED", "Climb", "RateEvent", "climbed", "nearness", "rate_event", "steady_rate"]
@@ -20,8 +20,8 @@ LONG_REACH: Final = 4 * REACH
 """Batches before the onset in which an event still counts, as long as the rate has stayed up since."""
 STAYED_UP: Final = 0.6
 """Share of its height after the event at which a rate still counts as up."""
-CLIMB: Final = 2.0
-"""Factor over the run's usual rate so far from which a rate that rose without an event has climbed (science.md 2.2: up by more than 2 is an event)."""
+CLIMB: Final = 3.0
+"""Factor over the run's usual rate so far from which a rate that rose without an event has climbed: half an order of magnitude; a long linear warm-up is at twice its median at any time."""
 LATE: Final = {EpisodeKind.DIVERGENCE: GUARD, EpisodeKind.OSCILLATION: GUARD}
 """Batches by which the onset of a slow episode may be dated too early."""
 
@@ -61,7 +61,7 @@ class Climb:
 
     signal: str
     usual: float
-    """The median rate of the healthy batches well before the onset."""
+    """The median rate of the run up to well before the onset."""
     now: float
     """The highest rate from there to the onset."""
 
@@ -81,13 +81,13 @@ def climbed(case: Case) -> Climb | None:
 
 def _climb(case: Case, signal: str) -> Climb | None:
     history = case.store.history
-    early = history.before(signal, case.onset - LONG_REACH, REFERENCE)
+    early = history.before(signal, case.onset - LONG_REACH, case.onset)
     recent = history.between(signal, max(case.onset - LONG_REACH, 0), case.onset)
     recent = recent[np.isfinite(recent)]
     if early.size < LONG_REACH or recent.size == 0 or not float(np.median(early)) > 0.0:
         return None
     usual, now = float(np.median(early)), float(recent.max())
-    return Climb(signal=signal, usual=usual, now=now) if now >= CLIMB * max(usual, float(early.max()) / CLIMB) else None
+    return Climb(signal=signal, usual=usual, now=now) if now >= max(CLIMB * usual, float(early.max())) else None
 
 
 def rate_event(case: Case, kinds: tuple[str, ...]) -> RateEvent | None:

@@ -21,6 +21,7 @@ GROUPS: Mapping[str, str] = MappingProxyType(
         "numerics": "low precision",
         "intrinsic": "a step that is too long for this loss surface with everything as usual",
         "outside": "a change from outside the training step",
+        "computation": "what is computed, with the same batches and weights",
     }
 )
 """Who can be to blame, in words."""
@@ -59,7 +60,8 @@ def blame(split: Split, steps: Consistency | None, calm: Calmed | None, damage: 
         return Blame(shares={})
     data, weights = max(split.batch_part, 0.0), max(split.weights_part, 0.0)
     kept = 1.0 if calm is None else calm.left
-    shares = dict.fromkeys(GROUPS, 0.0) | {"data": data * kept, "intrinsic": data * (1.0 - kept)}
+    shares = dict.fromkeys(GROUPS, 0.0)
+    shares |= {"data": data * kept, "intrinsic": data * (1.0 - kept), "computation": split.computation}
     for group, part in _parts(damage, UNKNOWN if steps is None else steps.agitated).items():
         shares[group] += weights * part
     total = sum(shares.values())

@@ -87,7 +87,10 @@ def _examined(scene: Scene, bench: Bench) -> list[Finding]:
     findings = _origins(scene, bench, again)
     parts = _split(scene, bench, again)
     findings.append(finding(scene, "split", parts.detail() | {"exact": again is not None, "why_not_exact": why}))
-    if again is not None and again.reached == scene.struck:
+    if parts.verdict == "computation":
+        findings += _measured(scene, bench, again, parts, None) if again is not None else []
+        findings.append(blame_finding(scene, blame(parts, None, None, None)))
+    elif again is not None and again.reached == scene.struck:
         findings += _whose(scene, bench, again, parts)
     return findings
 
@@ -160,7 +163,7 @@ def _split(scene: Scene, bench: Bench, again: Reproduction | None) -> Split:
         scene.ordinary(),
         old=scene.snapshot.model,
         new=again.weights if again is not None and again.reached == scene.struck else None,
-        recorded=scene.recorded,
+        losses=scene.losses,
         scatter=batch_noise(scene.losses_before()),
     )
 

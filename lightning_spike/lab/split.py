@@ -20,10 +20,14 @@ CLEAR: Final = 3.0
 """Standard errors from which an effect is believed, as 3 sigma."""
 SUBSTANTIAL: Final = 0.25
 """Share of the jump from which a cause is named at all."""
+MOST: Final = 0.5
+"""Share of the whole jump from which what is computed has changed, and neither batch nor weights are asked any further."""
+FEWEST: Final = 2
+"""Ordinary batches with a known loss without which a change of what is computed is not looked for."""
 ENTWINED: Final = 0.5
 """Share of the interaction in the sum of the magnitudes from which neither batch nor weights can be named alone."""
 
-Verdict = Literal["data", "weights", "both", "noise", "not_reproduced"]
+Verdict = Literal["data", "weights", "both", "noise", "not_reproduced", "computation"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,13 +35,16 @@ class Split:
     """The jump of the loss at a batch, in parts."""
 
     jump: float
-    """From the controls under the old weights to the batch under the new ones: log-ratio of the losses (their difference where they can be negative)."""
+    """From the controls under the old weights to the batch under the new ones: log-ratio of the losses (their difference where they can be negative). Where what is computed has
+    changed, from the losses that the controls had in the training."""
     data: float
     """Share of the jump, in [0, 1], that the batch makes under the old weights already, less the selection."""
     weights: float
     """Share of the jump, in [0, 1], by which the control batches too are worse under the new weights."""
     interaction: float
     """What only both together make, as a share of the jump, in [-1, 1]."""
+    computation: float
+    """Share of the jump, in [0, 1], that is there with ordinary batches under the old weights already: the same numbers go in, and a higher loss comes out than did in the training."""
     excess: float
     """How far the batch is above the controls under the new weights, in the units of the jump."""
     noise: float
@@ -68,7 +75,7 @@ def split(
     *,
     old: Mapping[str, Tensor],
     new: Mapping[str, Tensor] | None,
-    recorded: float,
+    losses: Mapping[int, float],
     scatter: float,
 ) -> Split:
     """Evaluate old and new weights on the spike's batch and on the controls, all in train mode and with the spike batch's random state.
@@ -87,21 +94,22 @@ def split(
         old: Healthy weights and buffers from before, as `copy_module` gives them.
         new: Those that the batch's loss was computed with (see `reproduce`). `None` where they are not to be had: then its recorded loss stands for Y11,
             and the present weights, some updates later, for Y10, so that damage shows only if it lasts, and counts only for what the batch leaves open.
-        recorded: The batch's loss in the training.
+        losses: What the training recorded, by ordinal; the batch's own among them.
         scatter: Of the log-loss from batch to batch, see `batch_noise`.
 
     Raises:
         CannotReplay: A step gave no loss.
     """
+    usual = np.array([losses.get(entry.at.ordinal, math.nan) for entry in controls])
     old_losses = losses_under(bench, old, [spike, *controls], like=spike, held=True)
     if new is None:
-        new_losses = np.array([recorded, *losses_under(bench, {}, controls, like=spike)])
+        new_losses = np.array([losses[spike.at.ordinal], *losses_under(bench, {}, controls, like=spike)])
     else:
         new_losses = losses_under(bench, new, [spike, *controls], like=spike, held=True)
-    return judge(old_losses, new_losses, scatter=scatter, is_later=new is None)
+    return judge(old_losses, new_losses, scatter=scatter, is_later=new is None, usual=usual)
 
 
-def judge(old: Numbers, new: Numbers, *, scatter: float, is_later: bool = False) -> Split:
+def judge(old: Numbers, new: Numbers, *, scatter: float, is_later: bool = False, usual: Numbers | None = None) -> Split:
     """Turn the losses of the batch and of the controls (in this order) under old and new weights into shares and a verdict; pure.
 
     Args:
@@ -110,33 +118,61 @@ def judge(old: Numbers, new: Numbers, *, scatter: float, is_later: bool = False)
         scatter: Standard deviation of the log-loss from batch to batch.
         is_later: The new weights on the controls are from after the batch: what is wrong with them may be its doing, so they count for no more than
             it leaves open.
+        usual: What the controls had in the training, shape `(controls,)`, NaN where it is not known; `None` for no such comparison.
     """
-    scale = log_scale(old, new)
+    trained = np.full(len(old) - 1, math.nan) if usual is None else usual
+    scale = log_scale(old, new, trained)
     f_old, f_new = scale(old), scale(new)
     base = float(f_old[1:].mean())
     differences = f_new[1:] - f_old[1:]
-    data, weights, jump = float(f_old[0]) - base, float(differences.mean()), float(f_new[0]) - base
+    other = _changed(f_old[1:], scale(trained)[np.isfinite(trained)], scale(old[1:][np.isfinite(trained)]), scatter)
+    data, weights, jump = float(f_old[0]) - base, float(differences.mean()), float(f_new[0]) - base + other
     if is_later:
-        weights = min(weights, max(jump - data, 0.0))
+        weights = min(weights, max(jump - other - data, 0.0))
     count = len(differences)
     scatter = max(scatter, float(f_old[1:].std(ddof=1)) if count > 1 else 0.0)
     noise = scatter * math.sqrt(1 + 1 / count)
     error = float(differences.std(ddof=1) / math.sqrt(count)) if count > 1 else scatter
-    interaction = jump - data - weights
+    interaction = jump - other - data - weights
     shrunk = max(0.0, data - SELECTION * scatter)
     verdict = _verdict(jump, shrunk, weights, interaction, noise=noise, error=error)
-    shares = [_share(part, jump) for part in (shrunk, weights)]
-    text = _text(old, new, verdict, "those of now" if is_later else "those at the onset")
+    shares = [_share(part, jump) for part in (shrunk, weights, other)]
+    if shares[2] >= MOST:
+        verdict, text = "computation", _changed_text(old[1:], trained)
+    else:
+        text = _text(old, new, verdict, "those of now" if is_later else "those at the onset")
     together = _share(abs(interaction), abs(jump)) * math.copysign(1, interaction)
     return Split(
         jump=jump,
         data=shares[0],
         weights=shares[1],
         interaction=together,
+        computation=shares[2],
         excess=float(f_new[0] - f_new[1:].mean()),
         noise=noise,
         verdict=verdict,
         text=text,
+    )
+
+
+def _changed(controls: Numbers, trained: Numbers, same: Numbers, scatter: float) -> float:
+    """By how much ordinary batches under old weights are above the losses that they had in the training, in the units of the jump; 0 where that may be scatter.
+
+    A pair is one batch under nearly the same weights, so the two differ by dropout and what the training has made of the batch since, which lowers it.
+    """
+    if len(trained) < FEWEST or len(controls) == 0:
+        return 0.0
+    rises = same - trained
+    error = max(float(rises.std(ddof=1)), scatter) / math.sqrt(len(rises))
+    rise = float(rises.mean())
+    return rise if rise > CLEAR * error and float(rises.min()) > 0.0 else 0.0
+
+
+def _changed_text(controls: Numbers, trained: Numbers) -> str:
+    known = trained[np.isfinite(trained)]
+    return (
+        f"With the weights from before, {len(known)} ordinary batches now have loss {np.median(controls):.3g} and had {np.median(known):.3g} in the training: neither the batch nor the weights "
+        "make the jump, but what is computed with them has changed."
     )
 
 
@@ -179,6 +215,7 @@ def _text(old: Numbers, new: Numbers, verdict: Verdict, which: str) -> str:
         "both": "this batch and these weights make it together",
         "noise": "that is within the scatter of ordinary batches",
         "not_reproduced": "run again, the spike does not come back",
+        "computation": "what is computed has changed",
     }
     controls = "control batch" if len(old) == 2 else f"{len(old) - 1} control batches"  # noqa: PLR2004 - the spike's and one more
     return (

@@ -9,9 +9,17 @@ from lightning_spike.lab.intervene import Attribution, Share
 from lightning_spike.lab.split import Split
 
 
-def split(data, weights, interaction=0.0, verdict="both"):
+def split(data, weights, interaction=0.0, verdict="both", computation=0.0):
     return Split(
-        jump=1.0, data=data, weights=weights, interaction=interaction, excess=data, noise=0.1, verdict=verdict, text=""
+        jump=1.0,
+        data=data,
+        weights=weights,
+        interaction=interaction,
+        computation=computation,
+        excess=data,
+        noise=0.1,
+        verdict=verdict,
+        text="",
     )
 
 
@@ -27,6 +35,11 @@ def steps(worsened, updates=11):
 
 
 CALM, WILD = steps(0), steps(7)
+
+
+def test_what_is_computed_has_its_share():
+    shares = blame(split(0.1, 0.1, verdict="computation", computation=0.8), None, None, None).shares
+    assert shares["computation"] == pytest.approx(0.8 / (0.8 + 0.1 + 0.1 * 0.5))
 
 
 def test_a_bad_batch_has_it_all():

@@ -31,6 +31,31 @@ def test_the_verdict(old, new, verdict):
     assert judge(old, new, scatter=0.3 if verdict == "weights" else 0.06).verdict == verdict
 
 
+def test_ordinary_batches_that_are_worse_under_the_very_weights_of_before_are_the_computations_doing():
+    """A loss that is multiplied by 30 from now on: batch, weights and all are as before."""
+    trained = np.array([0.9, 1.1, 1.0, 0.95])
+    parts = judge(losses(33, 30 * trained), losses(31, 29 * trained), scatter=0.06, usual=trained)
+    assert parts.verdict == "computation"
+    assert parts.computation == pytest.approx(math.log(30) / (math.log(31) - np.log(trained).mean()))
+    assert parts.batch_part + parts.weights_part < 0.05
+
+
+@pytest.mark.parametrize(
+    "trained", [np.array([1.3, 0.8, 0.9, 1.2]), np.array([1.0, math.nan, math.nan, math.nan]), None], ids=str
+)
+def test_ordinary_batches_with_about_the_loss_of_before_or_none_that_is_known_say_nothing_of_it(trained):
+    now = np.array([1.2, 0.85, 0.8, 1.25])
+    parts = judge(losses(20, now), losses(20, now), scatter=0.1, usual=trained)
+    assert (parts.verdict, parts.computation) == ("data", 0.0)
+
+
+def test_a_bad_batch_in_a_loss_that_has_doubled_is_still_the_batchs():
+    trained = np.ones(4)
+    parts = judge(losses(200, 2 * trained), losses(200, 2 * trained), scatter=0.05, usual=trained)
+    assert parts.verdict == "data"
+    assert 0.05 < parts.computation < 0.2
+
+
 def test_the_shares_are_those_of_the_log_losses():
     parts = judge(losses(4, [1, 1, 1]), losses(32, [8, 8, 8]), scatter=0.0)
     assert parts.jump == pytest.approx(math.log(32))

@@ -1,8 +1,7 @@
 """`label_noise`: wrong or shuffled labels in one or several batches."""
 
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 from typing_extensions import override
 
@@ -11,6 +10,7 @@ from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, REFERENCE, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import dataset_fix, sample_words
+from lightning_spike.diagnosis.measured import all_measured
 from lightning_spike.diagnosis.order import one_sided
 from lightning_spike.diagnosis.tells import batches, jump_without_cause_in_update, split_verdict, tell, without_none
 from lightning_spike.records import Change, Evidence, Family
@@ -157,7 +157,7 @@ def _suspects(case: Case) -> Evidence | None:
 
 
 def _measured(case: Case) -> tuple[list[float], list[float]] | None:
-    for detail in _all_measured(case):
+    for detail in all_measured(case):
         lists = [detail.get("losses"), detail.get("usual_losses")]
         if all(isinstance(values, list | tuple) for values in lists):
             losses, usual = ([v for v in map(number, values or ()) if v is not None] for values in lists)
@@ -165,17 +165,9 @@ def _measured(case: Case) -> tuple[list[float], list[float]] | None:
     return None
 
 
-def _all_measured(case: Case) -> list[Mapping[str, Any]]:
-    return [
-        f.detail
-        for f in case.store.findings
-        if f.detector == "lab" and f.kind == "measured" and f.detail.get("episode") == case.episode.id
-    ]
-
-
 def _activations(case: Case) -> Evidence | None:
     """Whether the net itself found the inputs ordinary: no module's outputs changed."""
-    told = next((d for d in _all_measured(case) if "modules" in d and "first" in d), None)
+    told = next((d for d in all_measured(case) if "modules" in d and "first" in d), None)
     if told is None:
         return None
     if told.get("first") is None:

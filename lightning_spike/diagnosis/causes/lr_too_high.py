@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import Cause, Examination
-from lightning_spike.diagnosis.constants import FAIR, SLIGHT, STRONG
+from lightning_spike.diagnosis.constants import DECISIVE, FAIR, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import clip_fix, lower_peak
 from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, climbed, rate_event, steady_rate
 from lightning_spike.diagnosis.tells import (
@@ -170,7 +170,8 @@ def _gradient(case: Case) -> Evidence | None:
         return None
     text = f"The gradient norm went from {before.observed:.3g} to {lead.observed:.3g} in one step before the loss rose."
     observed = lead.observed if math.isfinite(lead.observed) else None
-    return tell("grad_norm", text, -FAIR, step=case.step, observed=observed, expected=lead.expected)
+    weight = -min(math.log(lead.ratio), DECISIVE) if math.isfinite(lead.ratio) else -DECISIVE
+    return tell("grad_norm", text, weight, step=case.step, observed=observed, expected=lead.expected)
 
 
 def _before_onset(case: Case) -> Evidence | None:

@@ -9,6 +9,7 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, NEAR, SLIGHT, STRONG
+from lightning_spike.diagnosis.measured import grown_module
 from lightning_spike.diagnosis.tells import (
     batch_value,
     gradient_in_range,
@@ -22,6 +23,8 @@ __all__ = ["NumericalInstability"]
 
 HUGE: Final = 1e4
 """Factor over the loss before from which a finite loss in an ordinary batch may be the work of an operation (x / ~0, exp), not of training."""
+GREW: Final = 30.0
+"""Factor on a module's outputs, with the same weights and an ordinary batch, from which an operation in or after it has lost its hold (x / ~0, exp); what training changes is far less."""
 BIRTHPLACE: Final = frozenset({"forward", "loss", "backward"})
 REMEDIES: Final[Mapping[str, str]] = {
     "log": "replace torch.log(x) by torch.log(x.clamp_min({eps:g})), or use log_softmax / logsigmoid",
@@ -62,7 +65,7 @@ class NumericalInstability(Cause):
 
     @override
     def examine(self, case: Case) -> Examination:
-        born = _birth(case)
+        born = _birth(case) or _blown_up(case)
         if born is None:
             return Examination(
                 evidence=(
@@ -88,7 +91,7 @@ class NumericalInstability(Cause):
             evidence=evidence,
             summary=_summary(case, told),
             fixes=_fixes(case, told),
-            change=Change(setting="operation", value=_where(told)),
+            change=Change(setting="operation", value=_place(case, told)),
             confirmed=_confirmed(told),
         )
 
@@ -128,6 +131,15 @@ def _birth(case: Case) -> Evidence | None:
         return None
     text = f"The loss was {loss / before:.2g} times as high from one batch to the next."
     return tell(case.episode.signal, text, SLIGHT, step=case.step, observed=loss, expected=before)
+
+
+def _blown_up(case: Case) -> Evidence | None:
+    """The same weights and ordinary batches give a far higher loss than before, and the outputs of a module with it."""
+    grown = grown_module(case) if case.split == "computation" else None
+    if grown is None or grown[1] < GREW:
+        return None
+    text = f"With the weights and batches of before, the outputs of '{grown[0]}' are now {grown[1]:.3g} times their usual size: an operation there divides by nearly 0, or grows like exp."
+    return tell("lab/measured", text, DECISIVE, step=case.step, observed=grown[1], expected=1.0)
 
 
 def _is_finite(case: Case) -> bool:
@@ -195,6 +207,11 @@ def _precision(case: Case) -> Evidence | None:
     return tell("precision", "float16 overflows at 65,504, exp already at 11.", SLIGHT, step=case.step)
 
 
+def _place(case: Case, told: Mapping[str, Any] | None) -> str:
+    grown = grown_module(case) if told is None else None
+    return f"in {grown[0]}" if grown is not None else _where(told)
+
+
 def _where(told: Mapping[str, Any] | None) -> str:
     if told is None:
         return "inside the model or the loss"
@@ -207,7 +224,7 @@ def _where(told: Mapping[str, Any] | None) -> str:
 
 
 def _summary(case: Case, told: Mapping[str, Any] | None) -> str:
-    return f"A value that is not finite, or huge, was born {_where(told)} at step {case.step}: {case.loss_text}."
+    return f"A value that is not finite, or huge, was born {_place(case, told)} at step {case.step}: {case.loss_text}."
 
 
 def _fixes(case: Case, told: Mapping[str, Any] | None) -> tuple[str, ...]:
@@ -218,9 +235,9 @@ def _fixes(case: Case, told: Mapping[str, Any] | None) -> tuple[str, ...]:
     operation = str(told.get("operation") or "").lower() if told is not None else ""
     remedy = next((words.format(eps=eps, top=top) for part, words in REMEDIES.items() if part in operation), None)
     safe = (
-        f"Where the value is born ({_where(told)}): {remedy}."
+        f"Where the value is born ({_place(case, told)}): {remedy}."
         if remedy is not None
-        else f"Find where it is born ({_where(told)}) and keep logarithms, divisions and roots above {eps:g} and the arguments of exp below {top:g}: "
+        else f"Find where it is born ({_place(case, told)}) and keep logarithms, divisions and roots above {eps:g} and the arguments of exp below {top:g}: "
         f"torch.autograd.set_detect_anomaly(True) for batch {case.episode.onset.batch_idx} of epoch {case.episode.onset.epoch} only."
     )
     low = "Run that operation in float32: with torch.autocast(device_type, enabled=False)." if kind != "32" else None

@@ -1,0 +1,39 @@
+"""What the lab measured in the re-run of an episode, as causes ask for it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lightning_spike.diagnosis.case import Case, number
+
+__all__ = ["all_measured", "grown_module", "measured"]
+
+
+def all_measured(case: Case) -> Iterator[Mapping[str, Any]]:
+    """Every measurement of this episode, oldest first."""
+    return (
+        f.detail
+        for f in case.store.findings
+        if f.detector == "lab" and f.kind == "measured" and f.detail.get("episode") == case.episode.id
+    )
+
+
+def measured(case: Case, what: str) -> Mapping[str, Any] | None:
+    """The newest measurement of one sort: `"modules"`, `"updates"`, `"precision"`, `"modes"`, `"loss_scale"` or `"samples"`."""
+    return next(iter([d for d in all_measured(case) if d.get("what") == what][::-1]), None)
+
+
+def grown_module(case: Case) -> tuple[str, float] | None:
+    """The first module in the forward pass whose outputs are out of the ordinary, and the factor by which their root mean square has grown; `None` without one."""
+    told = measured(case, "modules") or {}
+    first, modules = told.get("first"), told.get("modules")
+    if not isinstance(first, str) or not isinstance(modules, list | tuple):
+        return None
+    for module in modules:
+        if isinstance(module, Mapping) and module.get("module") == first:
+            now, usual = (_rms(module.get(key)) for key in ("now", "usual"))
+            return (first, now / usual) if now is not None and usual is not None and usual > 0.0 else None
+    return None
+
+
+def _rms(activity: object) -> float | None:
+    return number(activity.get("rms")) if isinstance(activity, Mapping) else None
