@@ -90,7 +90,7 @@ def _gap(case: Case, points: list[ValidationPoint]) -> Evidence | None:
     value = points[-1].value
     wide = before * GAP <= value
     text = f"The training loss was {before:.3g} then, the validation loss {value:.3g}."
-    return tell("loss", text, FAIR if wide else -STRONG, step=case.step, observed=before, expected=value)
+    return tell("loss", text, FAIR if wide else -DECISIVE, step=case.step, observed=before, expected=value)
 
 
 def _swings(case: Case) -> Evidence | None:
@@ -104,7 +104,8 @@ def _swings(case: Case) -> Evidence | None:
     highest = float(losses.max())
     if not highest >= SWING * before:
         return None
-    place = np.log(np.maximum(losses, before) / before) / math.log(highest / before)
+    start = math.log(before)  # logs apart: the ratio of two losses of any size may overflow
+    place = (np.log(np.maximum(losses, before)) - start) / (math.log(highest) - start)
     state = np.where(place >= UP, 1, np.where(place <= BACK, -1, 0))
     state = state[state != 0]
     count = int((np.diff(state) == -2).sum())  # noqa: PLR2004 - from 1 to -1
