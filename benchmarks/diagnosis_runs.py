@@ -62,6 +62,8 @@ SLOW: Final[Mapping[str, tuple[int, int]]] = {
     "code_bug": (160, 200),
 }
 """Causes that need another moment or more time to show: the batch, and the batches after it."""
+OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {"SwingsAfterOverfitting": {"settle": 220}}
+"""What is not as the faults have it: the text's net has not learnt two batches by heart after 100 updates."""
 FROM_START: Final = frozenset({"InitialWeightsScaled", "RateTooHigh", "ShortWarmUp"})
 """Faults that are there from the first batch on; such runs have `EARLY` batches."""
 EARLY: Final = 300
@@ -183,7 +185,7 @@ def faults_of(cell: Cell) -> list[Fault]:
     at, seed = cell.at, cell.seed
     if cell.sort in {"fault", "decoy", "uncovered"}:
         kind = next(k for k in (*FAULTS, *DECOYS, *UNCOVERED) if k.__name__ == cell.name)
-        return [getattr(kind, cell.strength)(at=at, seed=seed)]
+        return [getattr(kind, cell.strength)(at=at, seed=seed, **OPTIONS.get(cell.name, {}))]
     if cell.sort == "two":
         return [RateJump(at, 60.0, length=2), _bad_batch(cell.task, at + LATER, seed)]
     match cell.name:

@@ -24,6 +24,8 @@ MOST: Final = 0.5
 """Share of the whole jump from which what is computed has changed, and neither batch nor weights are asked any further."""
 FEWEST: Final = 2
 """Ordinary batches with a known loss without which a change of what is computed is not looked for."""
+NEARLY_ALL: Final = 0.75
+"""Share of them that must have risen."""
 ENTWINED: Final = 0.5
 """Share of the interaction in the sum of the magnitudes from which neither batch nor weights can be named alone."""
 
@@ -125,7 +127,8 @@ def judge(old: Numbers, new: Numbers, *, scatter: float, is_later: bool = False,
     f_old, f_new = scale(old), scale(new)
     base = float(f_old[1:].mean())
     differences = f_new[1:] - f_old[1:]
-    other = _changed(f_old[1:], scale(trained)[np.isfinite(trained)], scale(old[1:][np.isfinite(trained)]), scatter)
+    known = np.isfinite(trained)
+    other = _changed(f_old[1:][known] - scale(trained)[known], scatter)
     data, weights, jump = float(f_old[0]) - base, float(differences.mean()), float(f_new[0]) - base + other
     if is_later:
         weights = min(weights, max(jump - other - data, 0.0))
@@ -155,17 +158,17 @@ def judge(old: Numbers, new: Numbers, *, scatter: float, is_later: bool = False,
     )
 
 
-def _changed(controls: Numbers, trained: Numbers, same: Numbers, scatter: float) -> float:
+def _changed(rises: Numbers, scatter: float) -> float:
     """By how much ordinary batches under old weights are above the losses that they had in the training, in the units of the jump; 0 where that may be scatter.
 
-    A pair is one batch under nearly the same weights, so the two differ by dropout and what the training has made of the batch since, which lowers it.
+    A pair is one batch under nearly the same weights, so the two differ by dropout and by what the training has made of the batch since, which lowers it. The median, for what is computed
+    may be wild now.
     """
-    if len(trained) < FEWEST or len(controls) == 0:
+    if len(rises) < FEWEST:
         return 0.0
-    rises = same - trained
-    error = max(float(rises.std(ddof=1)), scatter) / math.sqrt(len(rises))
-    rise = float(rises.mean())
-    return rise if rise > CLEAR * error and float(rises.min()) > 0.0 else 0.0
+    rise = float(np.median(rises))
+    clear = rise > CLEAR * scatter / math.sqrt(len(rises)) and float(np.mean(rises > 0.0)) >= NEARLY_ALL
+    return rise if clear else 0.0
 
 
 def _changed_text(controls: Numbers, trained: Numbers) -> str:

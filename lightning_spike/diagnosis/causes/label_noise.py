@@ -46,7 +46,7 @@ class LabelNoise(Cause):
     family: ClassVar = Family.DATA
     tested_by: ClassVar = frozenset({"data"})
     title: ClassVar = "Wrong labels"
-    explains: ClassVar = frozenset({"bad_batch", "gradient_explosion", "lr_too_high", "numerical_instability"})
+    explains: ClassVar = frozenset({"bad_batch", "gradient_explosion"})
 
     @override
     def examine(self, case: Case) -> Examination:
@@ -141,7 +141,7 @@ def _samples(case: Case) -> Evidence | None:
         return None
     high = sum(1 for loss in losses if loss > max(usual))
     share = high / len(losses)
-    weight = FAIR if share >= MANY else -SLIGHT
+    weight = FAIR if share >= MANY else -FAIR
     text = f"Under healthy weights {high} of the {len(losses)} samples have a loss above all of an ordinary batch's ({max(usual):.3g})."
     return tell("batch/sample_loss", text, weight, step=case.step, observed=max(losses), expected=max(usual))
 
@@ -151,7 +151,7 @@ def _suspects(case: Case) -> Evidence | None:
     count, size = number(told.get("count")), number(told.get("batch_size"))
     if count is None or size is None or size < FEWEST:
         return None
-    weight = FAIR if count >= MANY * size else -SLIGHT
+    weight = FAIR if count >= MANY * size else -FAIR
     text = f"{count:.0f} of the {size:.0f} samples of the batch are unlike those of the batches before, under the same weights."
     return tell("batch/sample_loss", text, weight, step=case.step, observed=count)
 
