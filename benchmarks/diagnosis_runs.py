@@ -62,8 +62,10 @@ SLOW: Final[Mapping[str, tuple[int, int]]] = {
     "code_bug": (160, 200),
 }
 """Causes that need another moment or more time to show: the batch, and the batches after it."""
-OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {"SwingsAfterOverfitting": {"settle": 220}}
-"""What is not as the faults have it: the text's net has not learnt two batches by heart after 100 updates."""
+SETTLED: Final = 220
+"""Updates on the same two batches until the text's net knows them by heart."""
+WARMED_UP: Final[Mapping[Strength, float]] = {"mild": 8.0, "strong": 20.0}
+"""Peaks of a warm-up that plain SGD bears if it takes longer; those of the fault itself are for Adam."""
 FROM_START: Final = frozenset({"InitialWeightsScaled", "RateTooHigh", "ShortWarmUp"})
 """Faults that are there from the first batch on; such runs have `EARLY` batches."""
 EARLY: Final = 300
@@ -180,12 +182,21 @@ def _bad_batch(task: str, at: int, seed: int) -> Fault:
     return CorruptTokens(at, 1.0, seed=seed) if task == "text" else ExtremeValues(at, 30.0, seed=seed)
 
 
+def _options(cell: Cell) -> dict[str, Any]:
+    """What is not as the faults have it."""
+    if cell.name == "SwingsAfterOverfitting":
+        return {"settle": SETTLED}
+    if cell.name == "ShortWarmUp" and cell.task in {"table", "sequences"}:
+        return {"strength": WARMED_UP[cell.strength]}
+    return {}
+
+
 def faults_of(cell: Cell) -> list[Fault]:
     """The faults of a run, made anew."""
     at, seed = cell.at, cell.seed
     if cell.sort in {"fault", "decoy", "uncovered"}:
         kind = next(k for k in (*FAULTS, *DECOYS, *UNCOVERED) if k.__name__ == cell.name)
-        return [getattr(kind, cell.strength)(at=at, seed=seed, **OPTIONS.get(cell.name, {}))]
+        return [getattr(kind, cell.strength)(at=at, seed=seed, **_options(cell))]
     if cell.sort == "two":
         return [RateJump(at, 60.0, length=2), _bad_batch(cell.task, at + LATER, seed)]
     match cell.name:

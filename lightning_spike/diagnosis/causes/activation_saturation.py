@@ -74,7 +74,8 @@ class ActivationSaturation(Cause):
         flat = _flattest(case)
         units = _units(case, found, flat)
         against = from_elsewhere(case) if units is not None and units.weight > 0.0 else ()
-        evidence = tuple(e for e in (units, _alive_after(case, flat), *against) if e is not None)
+        lasting = _lasting(found) if flat is not None else None
+        evidence = tuple(e for e in (units, lasting, _alive_after(case, flat), *against) if e is not None)
         return Examination(
             evidence=evidence,
             summary=_summary(case, flat),
@@ -129,6 +130,14 @@ def _units(case: Case, found: Finding | None, flat: _Flat | None) -> Evidence | 
     new = grew and flat.before <= NONE
     weight = DECISIVE if flat.clear else STRONG if new else FAIR if grew else -DECISIVE
     return tell(flat.signal, text, weight, step=case.step_of(flat.ordinal), observed=flat.share, expected=flat.before)
+
+
+def _lasting(found: Finding | None) -> Evidence | None:
+    if found is None:
+        return None
+    text = found.detail.get("text")
+    words = text if isinstance(text, str) and text else "The units have stayed flat."
+    return tell("activations", words, FAIR, step=found.at.step)
 
 
 def _alive_after(case: Case, flat: _Flat | None) -> Evidence | None:

@@ -57,7 +57,7 @@ class BadBatch(Cause):
     family: ClassVar = Family.DATA
     tested_by: ClassVar = frozenset({"data"})
     title: ClassVar = "A bad batch"
-    explains: ClassVar = frozenset({"gradient_explosion", "numerical_instability", "lr_too_high"})
+    explains: ClassVar = frozenset({"gradient_explosion", "numerical_instability"})
 
     @override
     def examine(self, case: Case) -> Examination:

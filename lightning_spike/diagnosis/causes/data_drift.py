@@ -46,9 +46,7 @@ class DataDrift(Cause):
     family: ClassVar = Family.DATA
     tested_by: ClassVar = frozenset({"data"})
     title: ClassVar = "The data have moved"
-    explains: ClassVar = frozenset(
-        {"bad_batch", "label_noise", "gradient_explosion", "lr_too_high", "numerical_instability"}
-    )
+    explains: ClassVar = frozenset({"bad_batch", "label_noise", "gradient_explosion", "numerical_instability"})
 
     @override
     def examine(self, case: Case) -> Examination:

@@ -40,9 +40,7 @@ class HardSampleStreak(Cause):
     id: ClassVar = "hard_sample_streak"
     family: ClassVar = Family.DATA
     title: ClassVar = "One-sided samples in a row"
-    explains: ClassVar = frozenset(
-        {"bad_batch", "label_noise", "data_drift", "gradient_explosion", "lr_too_high", "overfitting"}
-    )
+    explains: ClassVar = frozenset({"bad_batch", "label_noise", "data_drift", "gradient_explosion", "overfitting"})
 
     @override
     def examine(self, case: Case) -> Examination:

@@ -63,7 +63,7 @@ class LrTooHigh(Cause):
     family: ClassVar = Family.LEARNING_RATE
     tested_by: ClassVar = frozenset({"intrinsic"})
     title: ClassVar = "The learning rate is too high"
-    explains: ClassVar = frozenset({"gradient_explosion", "numerical_instability", "activation_saturation"})
+    explains: ClassVar = frozenset({"gradient_explosion", "numerical_instability"})
 
     @override
     def examine(self, case: Case) -> Examination:

@@ -8,7 +8,7 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, SLIGHT, STRONG
-from lightning_spike.diagnosis.course import GAP, Course, course, longest, parts
+from lightning_spike.diagnosis.course import GAP, Course, Stretch, course, longest, parts
 from lightning_spike.diagnosis.fixes import clip_fix
 from lightning_spike.diagnosis.tells import batches, tell, without_none
 from lightning_spike.records import Change, Evidence, Family
@@ -81,9 +81,18 @@ def _largest(case: Case) -> tuple[str, Course] | None:
 
 
 def _worst(case: Case, told: Course) -> float:
-    """The largest weight up to the onset; after it, those of the next batches, where none is known."""
+    """The largest weight up to the onset; after it, those of the next batches, where they go on growing or none is known before."""
+    grown = _grown(case, told)
+    if grown is not None:
+        return grown.furthest
     before = told.values[told.ordinals <= max(case.questioned)]
     return float(before[-GUARD:].max()) if before.size else float(told.values.max())
+
+
+def _grown(case: Case, told: Course) -> Stretch | None:
+    """The batches in a row, from the onset or before on, whose weights lay above all of long before; they may have gone on growing since."""
+    out = longest(s for s in told.stretches(above=True) if s.first <= max(case.questioned))
+    return out if out is not None and out.count >= SEVERAL else None
 
 
 def _none(case: Case) -> Evidence:
@@ -94,13 +103,13 @@ def _size(case: Case, leaf: str, told: Course) -> Evidence:
     worst = _worst(case, told)
     times = told.times(worst) if worst > told.high else 1.0
     weight = DECISIVE if times >= EXTREME else STRONG if times >= CLEAR else -DECISIVE
-    text = f"In the batches up to step {case.step} the largest weight of '{leaf}' is {worst:.3g}, usually {told.middle:.3g}."
+    text = f"Around step {case.step} the largest weight of '{leaf}' is {worst:.3g}, usually {told.middle:.3g}."
     return tell(told.signal, text, weight, step=case.step, observed=worst, expected=told.middle)
 
 
 def _growing(case: Case, leaf: str, told: Course) -> Evidence | None:
-    out = longest(s for s in told.stretches(above=True) if s.first <= max(case.questioned))
-    if out is None or out.count < SEVERAL:
+    out = _grown(case, told)
+    if out is None:
         return None
     text = f"The largest weight of '{leaf}' lay above all of long before in {batches(out.count)} from step {case.step_of(out.first)} on."
     return tell(told.signal, text, FAIR, step=case.step_of(out.first), observed=out.furthest, expected=told.middle)
