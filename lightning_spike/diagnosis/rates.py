@@ -8,12 +8,27 @@ import numpy as np
 
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, NEAR, REACH, STRONG
-from lightning_spike.records import EpisodeKind
+from lightning_spike.records import EpisodeKind, Finding
 
-__all__ = ["JUMPS", "SCHEDULED", "Climb", "RateEvent", "climbed", "nearness", "rate_event", "steady_rate"]
+__all__ = [
+    "JUMPS",
+    "PERIODIC",
+    "SCHEDULED",
+    "Climb",
+    "RateEvent",
+    "borne_later",
+    "climbed",
+    "nearness",
+    "rate_event",
+    "steady_rate",
+]
 
 SCHEDULED: Final = ("restart", "cyclic_peak")
 """Kinds of finding of a rate that comes back up because its schedule says so."""
+PERIODIC: Final = frozenset({"CosineAnnealingWarmRestarts", "CyclicLR", "OneCycleLR"})
+"""Schedulers of torch whose rate goes up again by design."""
+ALIKE: Final = 2.0
+"""Factor between the heights of two peaks of one cycle; decaying ones halve at most (Smith 2017, triangular2)."""
 JUMPS: Final = ("unexplained_jump", "nonfinite")
 """… that rises though no schedule says so."""
 LONG_REACH: Final = 4 * REACH
@@ -22,6 +37,10 @@ STAYED_UP: Final = 0.6
 """Share of its height after the event at which a rate still counts as up."""
 CLIMB: Final = 3.0
 """Factor over the run's usual rate so far from which a rate that rose without an event has climbed: half an order of magnitude; a long linear warm-up is at twice its median at any time."""
+SAME: Final = 0.8
+"""Share of a rate from which another is about the same."""
+WELL_AFTER: Final = 64
+"""Batches after the trouble that show whether a rate is borne."""
 LATE: Final = {EpisodeKind.DIVERGENCE: GUARD, EpisodeKind.OSCILLATION: GUARD}
 """Batches by which the onset of a slow episode may be dated too early."""
 
@@ -95,10 +114,23 @@ def rate_event(case: Case, kinds: tuple[str, ...]) -> RateEvent | None:
     first, last = case.onset - LONG_REACH, case.onset + _dating_error(case)
     peaks = case.findings("learning_rate", "cyclic_peak", first=first, last=case.onset + LONG_REACH)
     found = [f for f in case.findings("learning_rate", *kinds, first=first, last=last) if f.kind != "cyclic_peak"]
-    found += [f for f in peaks if "cyclic_peak" in kinds]
+    found += [f for f in peaks if "cyclic_peak" in kinds and _comes_back(case, f)]
     events = [_event(case, f.kind, f.detail.get("name"), f.at.ordinal, f.at.step) for f in found]
     near = [e for e in events if e is not None and _bears_on(case, e)]
     return min(near, key=lambda e: (abs(e.lag), -e.after if math.isfinite(e.after) else -math.inf), default=None)
+
+
+def _comes_back(case: Case, peak: Finding) -> bool:
+    """A single rise and fall is no cycle: there is a schedule that comes back by design, or the run has another peak of about that height."""
+    if any(s.class_name in PERIODIC for s in case.facts.schedulers):
+        return True
+    others = case.findings("learning_rate", *SCHEDULED, first=0, last=case.onset + len(case.store.history))
+    return any(ALIKE * _height(case, f) >= _height(case, peak) for f in others if f.at.ordinal != peak.at.ordinal)
+
+
+def _height(case: Case, finding: Finding) -> float:
+    rates = (case.at(signal, finding.at.ordinal) for signal in case.rate_signals)
+    return max((rate for rate in rates if rate is not None and math.isfinite(rate)), default=0.0)
 
 
 def nearness(case: Case, event: RateEvent) -> float:
@@ -109,6 +141,22 @@ def nearness(case: Case, event: RateEvent) -> float:
     if event.lag <= NEAR:
         return DECISIVE
     return STRONG if event.lag <= REACH or case.kind in LATE else FAIR
+
+
+def borne_later(case: Case, signal: str) -> tuple[str, bool] | None:
+    """Whether the loss came down again later at about the same rate, in words; `None` where the run does not show it."""
+    rate, before, history = case.rate(signal), case.episode.loss_before, case.store.history
+    if rate is None or before is None or not before > 0.0:
+        return None
+    losses = history.series(case.episode.signal)
+    later = losses[(history.ordinals > case.last) & (history.series(signal) >= SAME * rate) & np.isfinite(losses)]
+    if case.episode.end is None or later.size < WELL_AFTER:
+        gone = case.episode.end is None and case.last - case.onset >= WELL_AFTER
+        return ("The loss never came back under this rate.", False) if gone else None
+    level = float(np.median(later[-WELL_AFTER:]))
+    if level >= before:
+        return None
+    return f"Later the loss came down to {level:.3g} at about the same rate, so the rate itself can be borne.", True
 
 
 def steady_rate(case: Case) -> bool:

@@ -8,14 +8,12 @@ from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import FAIR, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import clip_fix, lower_peak
-from lightning_spike.diagnosis.rates import SCHEDULED, RateEvent, nearness, rate_event
+from lightning_spike.diagnosis.rates import PERIODIC, SCHEDULED, RateEvent, nearness, rate_event
 from lightning_spike.diagnosis.tells import batch_value, lone_batch, rate_text, split_verdict, tell, without_none
 from lightning_spike.records import Change, Evidence, Family
 
 __all__ = ["LrRestart"]
 
-PERIODIC: Final = ("CosineAnnealingWarmRestarts", "CyclicLR", "OneCycleLR")
-"""Schedulers of torch that are meant to come back up."""
 FOLLOWS: Final = 16
 """Batches after a restart within which an episode counts as its doing."""
 

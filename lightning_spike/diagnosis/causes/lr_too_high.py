@@ -1,5 +1,6 @@
 """`lr_too_high`: the step size is beyond what the loss surface bears."""
 
+import functools
 import math
 from typing import ClassVar, Final
 
@@ -8,9 +9,9 @@ from typing_extensions import override
 
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import Cause, Examination
-from lightning_spike.diagnosis.constants import DECISIVE, FAIR, SLIGHT, STRONG
+from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, REACH, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import clip_fix, lower_peak
-from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, climbed, rate_event, steady_rate
+from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, borne_later, climbed, rate_event, steady_rate
 from lightning_spike.diagnosis.tells import (
     batch_value,
     early_gradient,
@@ -38,6 +39,8 @@ WELL_AFTER: Final = 32
 """Batches that make that level."""
 OFTEN: Final = 3
 """Episodes in a run from which it is more than an accident."""
+SMALL: Final = 3.0
+"""Factor over its usual norm up to which a gradient had not begun to grow."""
 EXPLODED: Final = 10.0
 """Factor over its usual norm from which a gradient has exploded, as in `gradient_explosion`."""
 GROWTH: Final = 3
@@ -75,6 +78,7 @@ class LrTooHigh(Cause):
             jump_without_cause_in_update(case, sign=-1.0) or _growth(case),
             _before_onset(case),
             _often(case),
+            _later(case, signal),
             lone_batch(case, -STRONG),
             _gradient(case),
             batch_value(case, ordinary=0.0, odd=-FAIR),
@@ -165,12 +169,17 @@ def _gradient(case: Case) -> Evidence | None:
     lead = early_gradient(case)
     if lead is None:
         return None if case.lone or case.sudden or not steady_rate(case) else gradient_in_range(case, SLIGHT)
-    before = case.excess("grad_norm", lead.ordinal - 1)
-    if lead.ratio < EXPLODED or before is None or before.above:
+    first = next(
+        e
+        for e in map(functools.partial(case.excess, "grad_norm"), range(case.onset - GUARD, case.onset))
+        if e is not None and e.above
+    )
+    before = case.excess("grad_norm", first.ordinal - 1)
+    if lead.ratio < EXPLODED or before is None or before.ratio >= SMALL or case.onset < REACH:
         return None
-    text = f"The gradient norm went from {before.observed:.3g} to {lead.observed:.3g} in one step before the loss rose."
+    text = f"The gradient norm went from {before.observed:.3g} to {first.observed:.3g} in one step before the loss rose, and to {lead.observed:.3g}."
     observed = lead.observed if math.isfinite(lead.observed) else None
-    weight = -min(math.log(lead.ratio), DECISIVE) if math.isfinite(lead.ratio) else -DECISIVE
+    weight = -min(math.log(first.ratio), DECISIVE) if math.isfinite(first.ratio) else -DECISIVE
     return tell("grad_norm", text, weight, step=case.step, observed=observed, expected=lead.expected)
 
 
@@ -190,6 +199,15 @@ def _before_onset(case: Case) -> Evidence | None:
         text = f"The loss was going up before the onset already: {levels[-1]:.3g} after {min(levels[:-1]):.3g}."
         return tell(case.episode.signal, text, FAIR, step=case.step, observed=levels[-1], expected=min(levels[:-1]))
     return None
+
+
+def _later(case: Case, signal: str | None) -> Evidence | None:
+    """Whether the run bore that rate later, so that it only came too soon, or never did."""
+    told = None if signal is None else borne_later(case, signal)
+    if told is None:
+        return None
+    text, borne = told
+    return tell(case.episode.signal, text, -STRONG if borne else FAIR, step=case.step)
 
 
 def _often(case: Case) -> Evidence | None:

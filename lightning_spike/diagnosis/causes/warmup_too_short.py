@@ -10,7 +10,7 @@ from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, NEAR, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import clip_fix, warmup_steps
-from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, rate_event
+from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, borne_later, rate_event
 from lightning_spike.diagnosis.tells import (
     batch_value,
     jump_without_cause_in_update,
@@ -52,7 +52,7 @@ class WarmupTooShort(Cause):
     family: ClassVar = Family.LEARNING_RATE
     tested_by: ClassVar = frozenset({"learning_rate", "intrinsic"})
     title: ClassVar = "The warm-up is missing or too short"
-    explains: ClassVar = frozenset({"lr_too_high", "gradient_explosion", "numerical_instability"})
+    explains: ClassVar = frozenset({"gradient_explosion", "numerical_instability"})
 
     @override
     def examine(self, case: Case) -> Examination:
@@ -139,24 +139,12 @@ def _peak(case: Case, signal: str) -> float:
 
 
 def _bearable_later(case: Case, signal: str) -> Evidence | None:
-    """The best level that the loss reached later, at about the same rate."""
-    rate, before, history = case.rate(signal), case.episode.loss_before, case.store.history
-    if rate is None or before is None or not before > 0.0:
+    """Whether the loss came down later at about the same rate."""
+    told = borne_later(case, signal)
+    if told is None:
         return None
-    later = (
-        (history.ordinals > case.last)
-        & (history.series(signal) >= 0.8 * rate)
-        & np.isfinite(history.series(case.episode.signal))
-    )
-    losses = history.series(case.episode.signal)[later]
-    if case.episode.end is None or losses.size < EARLY:
-        gone = case.episode.end is None and case.last - case.onset >= EARLY
-        return tell(signal, "The loss never came back under this rate.", -FAIR, step=case.step) if gone else None
-    level = float(np.median(losses[-EARLY:]))
-    if level >= before:
-        return None
-    text = f"Later the loss came down to {level:.3g} at about the same rate, so the rate itself can be borne."
-    return tell(signal, text, STRONG, step=case.step, observed=level, expected=before)
+    text, borne = told
+    return tell(signal, text, STRONG if borne else -FAIR, step=case.step, expected=case.episode.loss_before)
 
 
 def _event(case: Case) -> Evidence | None:

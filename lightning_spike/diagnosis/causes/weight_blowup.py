@@ -53,6 +53,9 @@ class Growth:
     """A stretch of the run in which the norm of all weights grew, or shrank, by about the same factor with every update."""
 
     first: int
+    """Ordinal of the last look at which the weights were as before."""
+    shown: int
+    """… and of the first at which they were not."""
     last: int
     before: float
     after: float
@@ -174,6 +177,7 @@ def _of(
     alike &= np.abs(own) > abs(rate) / STEADY
     return Growth(
         first=int(ordinals[start]),
+        shown=int(ordinals[min(start + 1, end)]),
         last=int(ordinals[end]),
         before=float(norms[start]),
         after=float(norms[end]),
@@ -226,9 +230,7 @@ def _first(case: Case, growth: Growth | None) -> Evidence | None:
     """Whether the growth was there before the loss rose."""
     if growth is None or growth.rate == 0.0:
         return None
-    late = (
-        growth.first > case.onset + 2 * GUARD
-    )  # looks are some batches apart, and the onset of a slow episode is dated back
+    late = growth.shown > case.onset + (0 if case.sudden else GUARD)  # a slow episode is dated back
     text = f"It began {'after' if late else 'before'} the loss rose, between steps {case.step_of(growth.first)} and {case.step_of(growth.last)}."
     return tell("weight_norm", text, -STRONG if late else SLIGHT, step=case.step)
 
