@@ -10,7 +10,7 @@ from lightning_spike.diagnosis.calibration import Calibration, fitted
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.catalogue import catalogue
 from lightning_spike.diagnosis.cause import Cause
-from lightning_spike.diagnosis.constants import LEAST_PROBABILITY
+from lightning_spike.diagnosis.constants import AFTERSHOCK, LEAST_PROBABILITY
 from lightning_spike.diagnosis.experiment import with_experiment
 from lightning_spike.diagnosis.weigh import Examined, probabilities
 from lightning_spike.records import Episode, EpisodeKind, Family, Finding, Verdict
@@ -20,6 +20,10 @@ __all__ = ["Diagnosis", "diagnose", "examined", "not_run_again"]
 
 MOST_FIXES = 4
 """Episodes whose data are named in the verdict over the run."""
+QUIET = 0
+"""Id of the stretch in which a cause shows itself and the loss shows nothing; it is no episode of the report."""
+SHOWN = 5.0
+"""Its severity: that of a spike at the limit of what is noticed."""
 MOST_SEVERE = 99.0
 """Cap of an episode's severity, as in `Episode.severity`."""
 
@@ -56,25 +60,31 @@ def diagnose(
         case = Case(store, episode)
         inherited = _inherited(case, per_episode)
         per_episode[episode.id] = _verdicts(examined(case, known, remarks), episode, inherited, numbers)
-    if store.episodes:
-        overall = _over_run(store.episodes, per_episode)
-    else:
-        overall = _without_episode(store, known, remarks, numbers)
+    quiet, by_themselves = _without_episode(store, known, remarks, numbers)
+    overall = _over_run((*store.episodes, *quiet), {**per_episode, QUIET: by_themselves})
     return Diagnosis(per_episode=MappingProxyType(per_episode), overall=overall, remarks=tuple(dict.fromkeys(remarks)))
 
 
 def _without_episode(
     store: TrainerStateStore, causes: Sequence[Cause], remarks: list[str], calibration: Calibration
-) -> tuple[Verdict, ...]:
-    """Of a run whose loss shows nothing: what is wrong in it all the same, by the findings that show a cause by themselves."""
-    shown = [cause for cause in causes if any(_shows(f, cause) for f in store.findings)]
-    moments = [f.at for f in store.findings if any(_shows(f, cause) for cause in shown)]
+) -> tuple[tuple[Episode, ...], tuple[Verdict, ...]]:
+    """What is wrong in a run before its loss shows anything, by the findings that show a cause by themselves: as an episode of its own, and its verdicts.
+
+    One that an episode came before may be the trace of that, one that an episode followed at once is weighed there, and beside an episode of any weight it has no say.
+    """
+    if any(not e.severity < SHOWN for e in store.episodes):
+        return (), ()
+    first_onset = min((e.onset.ordinal - AFTERSHOCK // 2 for e in store.episodes), default=math.inf)
+    early = [f for f in store.findings if f.at.ordinal < first_onset]
+    shown = [cause for cause in causes if any(_shows(f, cause) for f in early)]
+    moments = [f.at for f in early if any(_shows(f, cause) for cause in shown)]
     if not moments:
-        return ()
-    first = min(moments, key=lambda at: at.ordinal)
-    quiet = Episode(id=0, kind=EpisodeKind.STALL, onset=first, noticed=first, peak=first)
+        return (), ()
+    at = min(moments, key=lambda moment: moment.ordinal)
+    quiet = Episode(id=QUIET, kind=EpisodeKind.STALL, onset=at, noticed=at, peak=at, severity=SHOWN)
     found = [e for cause in shown if (e := _examine(cause, Case(store, quiet), remarks)) is not None]
-    return tuple(dataclasses.replace(v, episodes=()) for v in _verdicts(found, quiet, {}, calibration))
+    verdicts = _verdicts(found, quiet, {}, calibration)
+    return ((quiet,) if verdicts else ()), verdicts
 
 
 def _shows(finding: Finding, cause: Cause) -> bool:
@@ -178,7 +188,7 @@ def _joined(verdicts: Sequence[Verdict], weights: Mapping[int, float], whole: fl
     return dataclasses.replace(
         clearest,
         probability=sum(v.probability * weights[v.episodes[0]] for v in verdicts) / whole,
-        episodes=tuple(v.episodes[0] for v in sorted(verdicts, key=lambda v: v.episodes[0])),
+        episodes=tuple(sorted(v.episodes[0] for v in verdicts if v.episodes[0] != QUIET)),
         fixes=fixes,
         confirmed=True if True in answers else next(iter(answers), None),
     )

@@ -39,6 +39,8 @@ WELL_AFTER: Final = 32
 """Batches that make that level."""
 OFTEN: Final = 3
 """Episodes in a run from which it is more than an accident."""
+OUT_OF_THE_BLUE: Final = 2.0 * DECISIVE
+"""Cap of the weight of a gradient that explodes from one update to the next under a steady rate: steps that are too long let it grow over several, so this refutes them whatever followed."""
 SMALL: Final = 3.0
 """Factor over its usual norm up to which a gradient had not begun to grow."""
 EXPLODED: Final = 10.0
@@ -74,11 +76,11 @@ class LrTooHigh(Cause):
         evidence = without_none(
             _event(case),
             _borne(case, signal),
-            _shape(case),
+            _shape(case) or _later(case, signal, borne=False),
             jump_without_cause_in_update(case, sign=-1.0) or _growth(case),
             _before_onset(case),
             _often(case),
-            _later(case, signal),
+            _later(case, signal, borne=True),
             lone_batch(case, -STRONG),
             _gradient(case),
             batch_value(case, ordinary=0.0, odd=-FAIR),
@@ -179,7 +181,7 @@ def _gradient(case: Case) -> Evidence | None:
         return None
     text = f"The gradient norm went from {before.observed:.3g} to {first.observed:.3g} in one step before the loss rose, and to {lead.observed:.3g}."
     observed = lead.observed if math.isfinite(lead.observed) else None
-    weight = -min(math.log(first.ratio), DECISIVE) if math.isfinite(first.ratio) else -DECISIVE
+    weight = -min(math.log(first.ratio), OUT_OF_THE_BLUE) if math.isfinite(first.ratio) else -OUT_OF_THE_BLUE
     return tell("grad_norm", text, weight, step=case.step, observed=observed, expected=lead.expected)
 
 
@@ -201,13 +203,12 @@ def _before_onset(case: Case) -> Evidence | None:
     return None
 
 
-def _later(case: Case, signal: str | None) -> Evidence | None:
-    """Whether the run bore that rate later, so that it only came too soon, or never did."""
+def _later(case: Case, signal: str | None, *, borne: bool) -> Evidence | None:
+    """That the run bore that rate later, so that it only came too soon; or that it never did."""
     told = None if signal is None else borne_later(case, signal)
-    if told is None:
+    if told is None or told[1] is not borne:
         return None
-    text, borne = told
-    return tell(case.episode.signal, text, -STRONG if borne else FAIR, step=case.step)
+    return tell(case.episode.signal, told[0], -STRONG if borne else FAIR, step=case.step)
 
 
 def _often(case: Case) -> Evidence | None:

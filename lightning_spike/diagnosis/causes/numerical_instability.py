@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Final
 from typing_extensions import override
 
 from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
+from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, NEAR, SLIGHT, STRONG
 from lightning_spike.diagnosis.measured import grown_module
 from lightning_spike.diagnosis.tells import (
@@ -60,7 +60,6 @@ class NumericalInstability(Cause):
     id: ClassVar = "numerical_instability"
     family: ClassVar = Family.NUMERICS
     title: ClassVar = "A value that is not finite is born in the model or the loss"
-    applies_to: ClassVar = LOSS_ROSE - {EpisodeKind.OSCILLATION}
     explains: ClassVar = frozenset({"gradient_explosion"})
 
     @override

@@ -8,7 +8,8 @@ from typing_extensions import override
 
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
-from lightning_spike.diagnosis.constants import DECISIVE, FAIR, STRONG
+from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, STRONG
+from lightning_spike.diagnosis.rates import climbed
 from lightning_spike.diagnosis.tells import tell, without_none
 from lightning_spike.records import Change, Evidence, Family, ValidationPoint
 
@@ -48,13 +49,13 @@ class PostOverfitOscillation(Cause):
     family: ClassVar = Family.GENERALIZATION
     title: ClassVar = "Swings after overfitting"
     applies_to: ClassVar = LOSS_ROSE
-    explains: ClassVar = frozenset({"overfitting", "bad_batch", "data_drift", "label_noise", "hard_sample_streak"})
+    explains: ClassVar = frozenset({"overfitting", "bad_batch", "data_drift", "label_noise"})
 
     @override
     def examine(self, case: Case) -> Examination:
         points = _curve(case)
         best = min(points, key=lambda p: p.value, default=None)
-        evidence = without_none(_risen(case, points, best), _gap(case, points), _swings(case))
+        evidence = without_none(_risen(case, points, best), _gap(case, points), _swings(case), _rate(case))
         stop = best.at.step if best is not None else None
         return Examination(
             evidence=evidence,
@@ -68,7 +69,7 @@ def _curve(case: Case) -> list[ValidationPoint]:
     """The validations up to the onset, of the metric that comes first by name; finite ones only."""
     names = sorted({p.metric for p in case.store.validations})
     points = [p for p in case.store.validations if p.metric in names[:1] and number(p.value) is not None]
-    return [p for p in points if p.at.ordinal <= case.onset]
+    return [p for p in points if p.at.ordinal < case.onset - GUARD]
 
 
 def _risen(case: Case, points: list[ValidationPoint], best: ValidationPoint | None) -> Evidence:
@@ -112,6 +113,14 @@ def _swings(case: Case) -> Evidence | None:
     text = f"The loss went up to as much as {highest:.3g} and came back {count} times in {losses.size} batches."
     weight = STRONG if found or count >= SWINGS else -STRONG
     return tell(case.episode.signal, text, weight, step=case.step, observed=float(count), expected=0.0)
+
+
+def _rate(case: Case) -> Evidence | None:
+    """A rate that has climbed makes training and validation worse together."""
+    climb = climbed(case)
+    if climb is None:
+        return None
+    return tell(climb.signal, f"{climb.text}.", -STRONG, step=case.step, observed=climb.now, expected=climb.usual)
 
 
 def _summary(case: Case, points: list[ValidationPoint], best: ValidationPoint | None) -> str:

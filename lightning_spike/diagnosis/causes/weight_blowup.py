@@ -46,6 +46,8 @@ BEYOND: Final = 2.0
 DEFAULTS: Final = {"AdamW": 0.01}
 """torch's own weight decay; 1e-4 for the others (He et al. 2016)."""
 USUAL_DECAY: Final = 1e-4
+SLOW: Final = frozenset({EpisodeKind.DIVERGENCE, EpisodeKind.OSCILLATION, EpisodeKind.STALL})
+"""Episodes whose onset is found afterwards, by a slope."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,7 +232,7 @@ def _first(case: Case, growth: Growth | None) -> Evidence | None:
     """Whether the growth was there before the loss rose."""
     if growth is None or growth.rate == 0.0:
         return None
-    late = growth.shown > case.onset + (0 if case.sudden else GUARD)  # a slow episode is dated back
+    late = growth.shown > case.onset + (GUARD if case.kind in SLOW else 0)  # a slow episode is dated back
     text = f"It began {'after' if late else 'before'} the loss rose, between steps {case.step_of(growth.first)} and {case.step_of(growth.last)}."
     return tell("weight_norm", text, -STRONG if late else SLIGHT, step=case.step)
 
