@@ -35,7 +35,8 @@ def through_lightning_cli(folder):
         "init_args": {"dirpath": str(folder), "formats": FORMATS},
     }
     dumper = {"class_path": "lightning_spike.BadBatchDumper", "init_args": {"dirpath": str(folder)}}
-    names = ("OverfitWatcher", "LRPeakDetector", "GradNormMonitor")
+    written = ("RootCauseReport", "BadBatchDumper")
+    names = [type(c).__name__ for c in reversed(suite(replay=False)) if type(c).__name__ not in written]
     callbacks = [report, dumper, *({"class_path": f"lightning_spike.{name}"} for name in names)]
     run(LightningCLI, folder, {"trainer": TRAINER | {"callbacks": callbacks}})
 

@@ -57,7 +57,7 @@ def witnesses(snapshots=(16, 24), first=10, losses=None, writes=(), entries=None
     return Witnesses(
         ring=SimpleNamespace(entries=lambda: held),
         snapshots=SimpleNamespace(verified=lambda before: taken, unavailable=None),
-        settings=SimpleNamespace(by_ordinal={}),
+        settings=SimpleNamespace(by_ordinal={}, modes={}),
         writes=SimpleNamespace(writes=list(writes)),
         history=history,
     )
