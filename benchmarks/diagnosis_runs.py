@@ -121,7 +121,7 @@ class Cell:
 
 def _fits(kind: type[Fault], task: str) -> bool:
     """Whether the fault can happen in the task at all."""
-    adam, weights = task in {"images", "text", "nested"}, task in {"table", "nested"}
+    adam, weights = task in {"images", "text", "nested", "patches"}, task in {"table", "nested"}
     cannot = {
         Needs.FLOAT_INPUT: task == "text",
         Needs.INTEGER_INPUT: task != "text",
