@@ -22,7 +22,7 @@ from lightning_spike.records import Episode
 __all__ = ["Seen", "fit", "seen"]
 
 NAMES: Final = tuple(sorted(cause.id for cause in catalogue()))
-SPREAD: Final = 0.7
+SPREAD: Final = 0.4
 """Standard deviation of the normal prior on the offsets: a few runs of a cause shall not move it far."""
 TEMPER_SPREAD: Final = 0.5
 """… and of that on the log of the temper, about `TEMPER_BEFORE` (science.md 3.2: 0.5 to 0.7)."""

@@ -9,7 +9,7 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, STRONG
-from lightning_spike.diagnosis.rates import climbed
+from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, climbed, rate_event
 from lightning_spike.diagnosis.tells import tell, without_none
 from lightning_spike.records import Change, Evidence, Family, ValidationPoint
 
@@ -116,7 +116,10 @@ def _swings(case: Case) -> Evidence | None:
 
 
 def _rate(case: Case) -> Evidence | None:
-    """A rate that has climbed makes training and validation worse together."""
+    """A rate that came back up, jumped or has climbed makes training and validation worse together."""
+    event = rate_event(case, SCHEDULED + JUMPS)
+    if event is not None:
+        return tell(event.signal, f"There is an event to blame: {event.text}.", -DECISIVE, step=event.step)
     climb = climbed(case)
     if climb is None:
         return None
