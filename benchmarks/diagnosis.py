@@ -16,6 +16,7 @@ import dataclasses
 import json
 import logging
 import statistics
+import sys
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,11 +34,11 @@ from diagnosis_judge import (
     brier,
     calibration_error,
     judge,
-    wilson,
     without_lab,
 )
-from diagnosis_runs import CLEAN_STEPS, Cell, Kept, all_cells, kept, run
+from diagnosis_runs import CLEAN_STEPS, Cell, Kept, all_cells, kept, place, run
 from diagnosis_tasks import TASKS
+from intervals import wilson
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -104,7 +105,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _train_all(cells: Sequence[Cell], folder: Path, jobs: int) -> None:
-    waiting = [cell for cell in cells if kept(folder, cell) is None]
+    waiting = [cell for cell in cells if not place(folder, cell).exists()]
     if not waiting:
         return
     with ProcessPoolExecutor(jobs) as pool:
@@ -300,7 +301,7 @@ def _draw(judged: Sequence[Judged], path: Path) -> None:
 
 def _write_fit(found: Sequence[Kept], path: Path, argv: Sequence[str] | None) -> None:
     calibration = fit([seen(k) for k in found])
-    command = " ".join(["python benchmarks/diagnosis.py", *(argv or __import__("sys").argv[1:])])
+    command = " ".join(["python benchmarks/diagnosis.py", *(argv or sys.argv[1:])])
     content = {"made_by": command, "runs": len(found)} | _plain(calibration)
     path.write_text(json.dumps(content, indent=1) + "\n")
 

@@ -26,7 +26,6 @@ __all__ = [
     "calibration_error",
     "harmed",
     "judge",
-    "wilson",
     "without_lab",
 ]
 
@@ -159,17 +158,6 @@ def _thumb(store: TrainerStateStore) -> str:
         if near.size and before.size and np.nanmax(near, initial=0.0) > SPIKE * np.nanmedian(before):
             return "gradient_explosion"
     return "bad_batch"
-
-
-def wilson(right: int, of: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927)."""
-    if of == 0:
-        return 0.0, 1.0
-    z, share = 1.96, right / of
-    middle = share + z * z / (2 * of)
-    width = z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
-    scale = 1 + z * z / of
-    return (middle - width) / scale, (middle + width) / scale
 
 
 def calibration_error(said: Iterable[tuple[float, bool]], bins: int = 10) -> float:

@@ -11,7 +11,7 @@ import pickle
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal
@@ -39,7 +39,7 @@ from lightning_spike.testing import (
     faults_for,
 )
 
-__all__ = ["CLEAN_STEPS", "Cell", "Kept", "all_cells", "faults_of", "kept", "kept_store", "run", "train"]
+__all__ = ["CLEAN_STEPS", "Cell", "Kept", "all_cells", "faults_of", "kept", "kept_store", "place", "run", "train"]
 
 Strength = Literal["mild", "strong"]
 STRENGTHS: Final[tuple[Strength, ...]] = ("mild", "strong")
@@ -241,9 +241,14 @@ def _write(path: Path, what: object) -> None:
     partial.replace(path)
 
 
+def place(folder: Path, cell: Cell) -> Path:
+    """Where a cell's run is kept; the file is there once it has been run."""
+    return folder / f"{cell.key}.pkl.gz"
+
+
 def kept(folder: Path, cell: Cell) -> Kept | None:
     """What was kept of a cell's run; `None` where it has not been run."""
-    path = folder / f"{cell.key}.pkl.gz"
+    path = place(folder, cell)
     if not path.exists():
         return None
     with gzip.open(path, "rb") as file:
@@ -265,7 +270,7 @@ def run(cell: Cell, folder: Path) -> str | None:
             error = "".join(traceback.format_exception_only(failed)).strip()
     store = kept_store(raw) if raw.exists() else None
     raw.unlink(missing_ok=True)
-    _write(folder / f"{cell.key}.pkl.gz", Kept(cell=cell, store=store, error=error))
+    _write(place(folder, cell), Kept(cell=cell, store=store, error=error))
     return error
 
 
@@ -348,10 +353,3 @@ def _frozen(mapping: MappingProxyType[Any, Any]) -> tuple[type, tuple[dict[Any, 
 
 
 copyreg.pickle(MappingProxyType, _frozen)  # type: ignore[arg-type]
-
-
-def cells_of(folder: Path) -> Iterator[Kept]:
-    """All that was kept in a folder."""
-    for path in sorted(folder.glob("*.pkl.gz")):
-        with gzip.open(path, "rb") as file:
-            yield pickle.load(file)  # noqa: S301 - written by this benchmark

@@ -23,9 +23,10 @@ from typing import Any, Final
 
 import torch
 from diagnosis import LABELLED
-from diagnosis_judge import harmed, wilson
+from diagnosis_judge import harmed
 from diagnosis_runs import Cell, all_cells, faults_of, kept, kept_store, train
 from diagnosis_tasks import TASKS, loaders
+from intervals import wilson
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import track

@@ -15,7 +15,6 @@ import io
 import itertools
 import json
 import logging
-import math
 import random
 import statistics
 import tempfile
@@ -28,6 +27,7 @@ from typing import Final
 
 import numpy as np
 import torch
+from intervals import wilson
 from lightning.pytorch import Callback, Trainer, seed_everything
 from rich.console import Console
 from rich.progress import track
@@ -370,16 +370,6 @@ def _strengths(fault: str, net: str, optimizer: str) -> tuple[tuple[float, float
         return CHRONIC_SETTINGS.get((net, optimizer), ())
     strengths = (30.0, 60.0, 150.0) if fault == TWO else KINDS[fault].strengths if net in KINDS[fault].nets else ()
     return tuple((strength, MOMENTUM) for strength in strengths)
-
-
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927)."""
-    if count == 0:
-        return math.nan, math.nan
-    z, p = 1.96, right / count
-    middle, half = p + z * z / (2 * count), z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return (middle - half) / scale, (middle + half) / scale
 
 
 def table(outcomes: Sequence[Outcome]) -> Table:

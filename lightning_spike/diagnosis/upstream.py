@@ -13,7 +13,7 @@ from lightning_spike.diagnosis.tells import (
 )
 from lightning_spike.records import Evidence
 
-__all__ = ["from_elsewhere"]
+__all__ = ["from_elsewhere", "rate_to_blame"]
 
 WRITES = ("weights", "optimizer_state")
 
@@ -24,7 +24,7 @@ def from_elsewhere(case: Case) -> tuple[Evidence, ...]:
     A jump of the loss after ordinary updates with an ordinary batch speaks for the layers themselves.
     """
     return without_none(
-        _rate(case),
+        rate_to_blame(case, event=-STRONG, climb=-STRONG),
         _gradient(case),
         _update(case),
         _written(case),
@@ -34,14 +34,16 @@ def from_elsewhere(case: Case) -> tuple[Evidence, ...]:
     )
 
 
-def _rate(case: Case) -> Evidence | None:
-    event = rate_event(case, SCHEDULED + JUMPS)
-    if event is not None:
-        return tell(event.signal, f"It may come of the learning rate: {event.text}.", -STRONG, step=event.step)
-    climb = climbed(case)
-    if climb is None:
+def rate_to_blame(case: Case, *, event: float, climb: float) -> Evidence | None:
+    """That a learning rate which came back up, jumped or has climbed may have brought it about; the weights of an event and of a climb."""
+    moved = rate_event(case, SCHEDULED + JUMPS)
+    if moved is not None:
+        return tell(moved.signal, f"It may come of the learning rate: {moved.text}.", event, step=moved.step)
+    rose = climbed(case)
+    if rose is None:
         return None
-    return tell(climb.signal, f"It may come of the learning rate: {climb.text}.", -STRONG, step=case.step)
+    text = f"It may come of the learning rate: {rose.text}."
+    return tell(rose.signal, text, climb, step=case.step, observed=rose.now, expected=rose.usual)
 
 
 def _gradient(case: Case) -> Evidence | None:

@@ -20,7 +20,7 @@ HEALTHY: Final = 0.02
 AGITATED: Final = 0.15
 """… and of a run whose rate is too high (`python benchmarks/lab.py`, the line on own-batch tests). Both low: most steps that are too long for the loss surface still bring something."""
 EDGE: Final = 0.6
-"""Median of the ratio between healthy runs and such whose rate is too high: below 0.65 it is strong evidence (science.md 2.3); the recurrent net of `benchmarks/diagnosis.py` trains well at 0.66."""
+"""Median of the ratio between healthy runs and such whose rate is too high: below 0.65 it is strong evidence (science.md 2.3), and a net that trains well at a brisk rate may lie little above that."""
 STEEP: Final = 15.0
 """Log-odds for each unit of the ratio below that: three to one within 0.07."""
 MOST: Final = 3.0

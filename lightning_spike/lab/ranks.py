@@ -51,11 +51,6 @@ class Ranks:
         self.rank = 0 if group is None else group.rank
         self.world = 1 if group is None else group.world
 
-    @property
-    def is_alone(self) -> bool:
-        """Whether there is nobody to agree with."""
-        return self._group is None
-
     def mean(self, what: str, values: Sequence[float] | Floats) -> Floats:
         """The mean over the ranks, number by number: of losses, the loss of the global batch. What is not finite on one rank is not finite on any."""
         mine = np.asarray(values, dtype=np.float64)

@@ -9,6 +9,7 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, NEAR, REACH, REFERENCE, REPLAYED, SLIGHT, STRONG
+from lightning_spike.diagnosis.measured import all_measured
 from lightning_spike.diagnosis.rates import steady_rate
 from lightning_spike.diagnosis.settings import SettingChange, changed_setting, setting_evidence
 from lightning_spike.diagnosis.tells import batch_value, lone_batch, split_verdict, tell, without_none
@@ -124,8 +125,7 @@ def _turned(case: Case) -> Evidence | None:
 
 def _direction(case: Case) -> Evidence | None:
     """What the lab measured at the update that did the damage: whether its step went where the gradients of the batches before say down, or up."""
-    told = [f.detail for f in case.store.findings if f.detector == "lab" and f.kind == "measured"]
-    mine = [d for d in told if d.get("episode") == case.episode.id and "direction" in d]
+    mine = [told for told in all_measured(case) if "direction" in told]
     if not mine:
         return None
     direction, against, text = mine[-1]["direction"], number(mine[-1].get("against")), mine[-1].get("text")

@@ -9,8 +9,8 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, STRONG
-from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, climbed, rate_event
 from lightning_spike.diagnosis.tells import tell, without_none
+from lightning_spike.diagnosis.upstream import rate_to_blame
 from lightning_spike.records import Change, Evidence, Family, ValidationPoint
 
 __all__ = ["PostOverfitOscillation"]
@@ -55,7 +55,12 @@ class PostOverfitOscillation(Cause):
     def examine(self, case: Case) -> Examination:
         points = _curve(case)
         best = min(points, key=lambda p: p.value, default=None)
-        evidence = without_none(_risen(case, points, best), _gap(case, points), _swings(case), _rate(case))
+        evidence = without_none(
+            _risen(case, points, best),
+            _gap(case, points),
+            _swings(case),
+            rate_to_blame(case, event=-DECISIVE, climb=-STRONG),
+        )
         stop = best.at.step if best is not None else None
         return Examination(
             evidence=evidence,
@@ -113,17 +118,6 @@ def _swings(case: Case) -> Evidence | None:
     text = f"The loss went up to as much as {highest:.3g} and came back {count} times in {losses.size} batches."
     weight = STRONG if found or count >= SWINGS else -STRONG
     return tell(case.episode.signal, text, weight, step=case.step, observed=float(count), expected=0.0)
-
-
-def _rate(case: Case) -> Evidence | None:
-    """A rate that came back up, jumped or has climbed makes training and validation worse together."""
-    event = rate_event(case, SCHEDULED + JUMPS)
-    if event is not None:
-        return tell(event.signal, f"There is an event to blame: {event.text}.", -DECISIVE, step=event.step)
-    climb = climbed(case)
-    if climb is None:
-        return None
-    return tell(climb.signal, f"{climb.text}.", -STRONG, step=case.step, observed=climb.now, expected=climb.usual)
 
 
 def _summary(case: Case, points: list[ValidationPoint], best: ValidationPoint | None) -> str:
