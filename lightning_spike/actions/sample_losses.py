@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,8 @@ class SampleLosses:
     """Those of the control samples."""
     weights: str
     """Under which weights, in words."""
+    how: Literal["tap", "slices"]
+    """Read off the loss function, or from samples run one by one: only losses had in the same way can be compared."""
 
 
 def losses_of_samples(
@@ -46,6 +48,7 @@ def losses_of_samples(
     size: int,
     controls: Sequence[RingEntry] = (),
     snapshot: Snapshot | None = None,
+    way: Literal["tap", "slices"] | None = None,
 ) -> SampleLosses | None:
     """Run the batch again, and healthy ones, in eval mode, and leave no trace.
 
@@ -59,6 +62,7 @@ def losses_of_samples(
         size: Samples in it; losses of another number (a batch of several loaders has no one length) are no answer.
         controls: Healthy batches, oldest first; the newest eight are used.
         snapshot: Weights from before the onset.
+        way: The only way to take (`SampleLosses.how`), where the losses are held against earlier ones.
 
     Returns:
         The losses; `None` where they cannot be had.
@@ -68,7 +72,8 @@ def losses_of_samples(
     try:
         with isolated(trainer, module) as bench:
             usual = _of_controls(bench, controls[-CONTROLS:], snapshot)
-            found = _losses(bench, entry, snapshot, trusting=any(u.how == "tap" and u.explains for u in usual))
+            trusting = any(u.how == "tap" and u.explains for u in usual)
+            found = _losses(bench, entry, snapshot, trusting=trusting, way=way)
     except CannotReplay:
         return None
     if found is None or len(found.losses) != size:
@@ -81,6 +86,7 @@ def losses_of_samples(
         pulls=None if found.pulls is None else tuple(found.pulls.tolist()),
         control_pulls=_joined(pulls),
         weights=_words(snapshot),
+        how=found.how,
     )
 
 
@@ -97,10 +103,15 @@ def _of_controls(bench: Bench, controls: Sequence[RingEntry], snapshot: Snapshot
 
 
 def _losses(
-    bench: Bench, entry: RingEntry, snapshot: Snapshot | None, *, trusting: bool = False
+    bench: Bench,
+    entry: RingEntry,
+    snapshot: Snapshot | None,
+    *,
+    trusting: bool = False,
+    way: Literal["tap", "slices"] | None = None,
 ) -> PerSampleLosses | None:
     weights = None if snapshot is None else snapshot.model
-    return samples_under(bench, weights, entry.batch, entry.at.batch_idx, random=entry.rng, trusting=trusting)
+    return samples_under(bench, weights, entry.batch, entry.at.batch_idx, random=entry.rng, trusting=trusting, way=way)
 
 
 def _joined(parts: Sequence[Losses]) -> tuple[float, ...] | None:

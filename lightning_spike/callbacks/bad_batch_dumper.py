@@ -2,20 +2,21 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_spike.actions.bad_stretch import BadStretch
 from lightning_spike.actions.batch_dump import tensor_bytes, write_dump
 from lightning_spike.actions.batch_ring import BatchRing, RingEntry
 from lightning_spike.actions.batch_statistics import BatchStatistics
 from lightning_spike.actions.dump_facts import ExaminedBatch, dump_facts
 from lightning_spike.actions.sample_losses import SampleLosses, losses_of_samples
-from lightning_spike.actions.snapshot import Snapshots
-from lightning_spike.actions.suspect_samples import find_suspects, sample_values
+from lightning_spike.actions.snapshot import Snapshot, Snapshots
+from lightning_spike.actions.suspect_samples import SampleValues, find_suspects, sample_values
 from lightning_spike.arguments import batch_path, directory, number, whole_number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.flight.loop import batch_size
@@ -41,6 +42,16 @@ class _Due:
 
     ordinal: int
     episode: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Yardstick:
+    """What the batches of an episode are held against: the samples of healthy batches from before it, and weights from there."""
+
+    usual: tuple[Mapping[str, SampleValues], ...]
+    snapshot: Snapshot | None
+    losses: SampleLosses | None
+    """Of the onset's batch, with those of the healthy ones."""
 
 
 class BadBatchDumper(SpikeCallback):
@@ -101,17 +112,21 @@ class BadBatchDumper(SpikeCallback):
     @override
     def act(self, batch: TrainingBatch, changed: Sequence[Episode]) -> None:
         self._take_up(changed, batch.trainer, batch.module)
+        self._follow(batch.trainer, batch.module)
         self._write_due(batch.trainer)
 
     @override
     def conclude(self, trainer: Trainer, status: RunStatus, error: BaseException | None) -> None:
         """Write what became known with the last rows. Nothing is run again here: the module may be on its way off the device."""
         self._take_up(self.flight.store.episodes, trainer, None)
+        for stretch, _ in self._followed:
+            self._close(stretch)
         self._write_due(trainer)
 
     @override
     def release(self) -> None:
         self._due.clear()
+        self._followed.clear()
 
     # -- the episode's batches ---------------------------------------------------------------------------------------
 
@@ -119,6 +134,7 @@ class BadBatchDumper(SpikeCallback):
         self._seen: set[int] = set()
         self._oscillation_seen = False
         self._due: list[_Due] = []
+        self._followed: list[tuple[BadStretch, _Yardstick]] = []
         self._written: set[int] = set()
         self._bytes = 0
         self._dumps = 0
@@ -141,8 +157,9 @@ class BadBatchDumper(SpikeCallback):
             )
             return
         worst = max(entries, key=self._badness)
-        examined = self._examine(worst, entries[0].at.ordinal, trainer, module)
+        examined, yardstick = self._examine(worst, entries[0].at.ordinal, trainer, module)
         self._tell(examined, episode)
+        self._followed.append((BadStretch(episode.id, examined), yardstick))
         if self._dumps >= self.max_dumps:
             self.flight.store.note(f"BadBatchDumper wrote {self.max_dumps} episodes, its limit (max_dumps).")
             return
@@ -184,10 +201,12 @@ class BadBatchDumper(SpikeCallback):
 
     def _examine(
         self, entry: RingEntry, first_of_step: int, trainer: Trainer, module: LightningModule | None
-    ) -> ExaminedBatch:
+    ) -> tuple[ExaminedBatch, _Yardstick]:
         """With losses and suspects, against the healthy batches of the ring: those before the onset's step."""
         seen = self._look_at(entry)
         earlier = [self._look_at(e) for e in self._ring.entries() if e.at.ordinal < first_of_step]
+        snapshots = self.flight.taking_part(Snapshots)
+        snapshot = None if snapshots is None else snapshots.latest_healthy(first_of_step + 1)
         losses: SampleLosses | None = None
         if trainer.world_size > 1:
             self.flight.store.note(
@@ -195,23 +214,39 @@ class BadBatchDumper(SpikeCallback):
             )
         if module is not None and seen.size is not None:
             controls = [e.entry for e in earlier]
-            snapshots = self.flight.taking_part(Snapshots)
-            snapshot = None if snapshots is None else snapshots.latest_healthy(first_of_step + 1)
             losses = losses_of_samples(trainer, module, entry, size=seen.size, controls=controls, snapshot=snapshot)
-        suspects = find_suspects(
-            seen.values,
-            usual=[e.values for e in earlier],
-            losses=None if losses is None else losses.losses,
-            usual_losses=None if losses is None else losses.control,
-            pulls=None if losses is None else losses.pulls,
-            usual_pulls=None if losses is None else losses.control_pulls,
-        )
-        return dataclasses.replace(
-            seen,
-            suspects=tuple(suspects),
-            losses=None if losses is None else losses.losses,
-            weights=None if losses is None else losses.weights,
-        )
+        yardstick = _Yardstick(usual=tuple(e.values for e in earlier), snapshot=snapshot, losses=losses)
+        return _with_suspects(seen, losses, yardstick), yardstick
+
+    def _follow(self, trainer: Trainer, module: LightningModule) -> None:
+        """Look at the batches after an onset, as long as they are bad too."""
+        for stretch, yardstick in self._followed:
+            for entry in [e for e in self._ring.entries() if e.at.ordinal > stretch.looked_at]:
+                if not stretch.is_over:
+                    stretch.add(self._examine_next(entry, yardstick, trainer, module))
+            if stretch.is_over:
+                self._close(stretch)
+        self._followed = [(stretch, of) for stretch, of in self._followed if not stretch.is_over]
+
+    def _examine_next(
+        self, entry: RingEntry, yardstick: _Yardstick, trainer: Trainer, module: LightningModule
+    ) -> ExaminedBatch:
+        """Under the weights that the onset's batch was looked at; those of the training have gone on since, and say nothing where they were that yardstick."""
+        seen, first = self._look_at(entry), yardstick.losses
+        losses: SampleLosses | None = None
+        if first is not None and yardstick.snapshot is not None and seen.size is not None:
+            losses = losses_of_samples(
+                trainer, module, entry, size=seen.size, snapshot=yardstick.snapshot, way=first.how
+            )
+        if first is None or losses is None:
+            return _with_suspects(seen, None, yardstick)
+        comparable = dataclasses.replace(losses, control=first.control, control_pulls=first.control_pulls)
+        return _with_suspects(seen, comparable, yardstick)
+
+    def _close(self, stretch: BadStretch) -> None:
+        finding = stretch.finding()
+        if finding is not None:
+            self.flight.store.note(finding)
 
     def _tell(self, batch: ExaminedBatch, episode: Episode) -> None:
         if not batch.suspects:
@@ -262,6 +297,23 @@ class BadBatchDumper(SpikeCallback):
             return
         self._written.add(at.ordinal)
         self.flight.store.note(Action(action="dump", at=at, detail=_detail(batch, episode, role, f"batches/{name}")))
+
+
+def _with_suspects(seen: ExaminedBatch, losses: SampleLosses | None, yardstick: _Yardstick) -> ExaminedBatch:
+    suspects = find_suspects(
+        seen.values,
+        usual=yardstick.usual,
+        losses=None if losses is None else losses.losses,
+        usual_losses=None if losses is None else losses.control,
+        pulls=None if losses is None else losses.pulls,
+        usual_pulls=None if losses is None else losses.control_pulls,
+    )
+    return dataclasses.replace(
+        seen,
+        suspects=tuple(suspects),
+        losses=None if losses is None else losses.losses,
+        weights=None if losses is None else losses.weights,
+    )
 
 
 def _detail(batch: ExaminedBatch, episode: int, role: str, path: str) -> dict[str, Any]:

@@ -92,6 +92,7 @@ def samples_under(
     *,
     random: RandomState | None = None,
     trusting: bool = False,
+    way: Literal["tap", "slices"] | None = None,
 ) -> PerSampleLosses | None:
     """As `per_sample_losses`, but in eval mode, so that no sample sees another through BatchNorm, and with the samples' pulls at the weights.
 
@@ -104,9 +105,10 @@ def samples_under(
         batch_idx: As `training_step` takes it.
         random: The random state before the batch's forward pass.
         trusting: Take what the tap sees though the loss is not finite and proves nothing: another batch has shown that the tap sees this module's loss.
+        way: The only way to take, so that the losses can be held against earlier ones; the better one where none is given.
     """
     case = _Case(bench=bench, batch=batch, batch_idx=batch_idx, random=random, weights=weights, in_eval=True)
-    return _by_any_way(case, trusting=trusting)
+    return _by_any_way(case, trusting=trusting, way=way)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,10 +135,14 @@ class _Case:
         return loss_of(self.bench.step(part, self.batch_idx, random=self.random))
 
 
-def _by_any_way(case: _Case, *, trusting: bool = False) -> PerSampleLosses | None:
+def _by_any_way(
+    case: _Case, *, trusting: bool = False, way: Literal["tap", "slices"] | None = None
+) -> PerSampleLosses | None:
     size = samples_in(case.batch)
     if size is None:
         return None
+    if way is not None:
+        return _attempt(lambda: (_by_tap if way == "tap" else _by_slices)(case, size))
     tapped = _attempt(lambda: _by_tap(case, size))
     if tapped is not None and (tapped.explains or (trusting and not np.isfinite(tapped.batch_loss))):
         return tapped

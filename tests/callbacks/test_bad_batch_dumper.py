@@ -18,6 +18,7 @@ from training_tasks import build, train
 
 from lightning_spike.actions.batch_dump import load_dump
 from lightning_spike.callbacks.bad_batch_dumper import BadBatchDumper
+from lightning_spike.callbacks.counterfactual_replay import CounterfactualReplay
 from lightning_spike.errors import ConfigurationError
 from lightning_spike.records import Episode, EpisodeKind
 from lightning_spike.store import TrainerStateStore
@@ -41,6 +42,18 @@ class Noisy(Dataset):
         x = torch.stack(x)
         y = x.sum() + 0.5 * noise
         return torch.cat([torch.tensor([float(index)]), self.corrupt(x) if index == self.bad else x]), y
+
+
+class Shuffled(Noisy):
+    """The targets of some samples in a row are far off."""
+
+    def __init__(self, wrong: range) -> None:
+        super().__init__(lambda x: x)
+        self.wrong = wrong
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x, y = super().__getitem__(index)
+        return x, y + 40.0 if index in self.wrong else y
 
 
 class Stream(IterableDataset):
@@ -106,6 +119,20 @@ def test_names_the_corrupt_sample(tmp_path):
     assert (action.at.ordinal, action.at.step, action.detail["path"]) == (
         at, at, f"batches/step{at:06d}_epoch0_batch{at}_rank0",
     )  # fmt: skip
+
+
+def test_a_stretch_of_bad_batches_is_named_to_its_end(tmp_path):
+    """Five batches with wrong targets, the last of them to three quarters: all of their samples are named, and none of the good batches around."""
+    wrong = range(40 * BATCH, 45 * BATCH - 2)
+    callbacks = [BadBatchDumper(max_mb=0), CounterfactualReplay()]
+    trainer = fit(tmp_path, callbacks, DataLoader(Shuffled(wrong), batch_size=BATCH), gradient_clip_val=0.01)
+    store = TrainerStateStore.of(trainer)
+    assert store.disabled == []
+    (finding,) = [f for f in store.findings if f.kind == "suspect_batches"]
+    assert finding.detail["episode"] == store.episodes[0].id
+    assert finding.detail["ordinals"] == [40, 41, 42, 43, 44]
+    assert set(wrong) <= set(finding.detail["dataset_indices"]) <= set(range(40 * BATCH, 45 * BATCH))
+    assert "step 40 to 44" in finding.detail["text"]
 
 
 def test_the_manifest_says_what_the_batch_was(tmp_path):
@@ -286,7 +313,7 @@ def test_a_folder_that_cannot_be_written_to_costs_the_files_only(tmp_path):
     store = TrainerStateStore.of(trainer)
     assert store.disabled == []
     assert any("could not write" in remark for remark in store.remarks)
-    assert [f.kind for f in store.findings] == ["suspect_samples"]
+    assert [f.kind for f in store.findings] == ["suspect_samples", "suspect_batches"]
 
 
 def test_a_healthy_run_writes_nothing(tmp_path):
