@@ -125,12 +125,16 @@ def _losses(store: TrainerStateStore) -> npt.NDArray[np.float64]:
 
 
 def harmed(cell: Cell, store: TrainerStateStore, twin: TrainerStateStore | None, *, steps: int | None = None) -> bool:
-    """Whether the loss of a run is clearly worse than that of its clean twin; `steps` where it was stopped before its time."""
+    """Whether the loss of a run is clearly worse than that of its clean twin; `steps` where it was stopped before its time.
+
+    A resumed run counts its batches from the resume on; its data go on as those of the twin.
+    """
     if cell.sort == "clean" or twin is None:
         return False
     until = cell.steps if steps is None else steps
     own, clean = _losses(store), _losses(twin)
-    ours, theirs = own[cell.at :], clean[max(cell.at - BEFORE, 0) : until]
+    resumed_at = store.facts.first_step
+    ours, theirs = own[cell.at - resumed_at :], clean[max(cell.at - BEFORE, 0) : until]
     if ours.size < until - cell.at or np.isnan(ours).any():
         return True
     last = slice(-LAST, None)

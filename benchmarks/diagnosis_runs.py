@@ -11,7 +11,7 @@ import pickle
 import tempfile
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal
@@ -281,7 +281,7 @@ def kept_store(raw: Path) -> TrainerStateStore:
     return store
 
 
-def train(
+def train(  # noqa: PLR0913 - what a run is made of
     cell: Cell,
     own: Sequence[Callback],
     raw: Path,
@@ -290,6 +290,7 @@ def train(
     steps: int,
     needs: Sequence[Fault],
     options: Mapping[str, Any] = MappingProxyType({}),
+    watch: Callable[[Path], Sequence[Callback]] | None = None,
 ) -> None:
     """One fit, or two where a resume belongs to the fault, under the suite; what was recorded goes to `raw`.
 
@@ -301,16 +302,18 @@ def train(
         steps: Batches to train, over a resume.
         needs: The faults whose needs the training must meet, even where they themselves are left out.
         options: Further arguments of the Trainer.
+        watch: What watches the run, by its folder, where it is not the whole suite.
     """
+    watched = _suite if watch is None else watch
     needed = frozenset[Needs]().union(*(fault.NEEDS for fault in needs))
     trainer = functools.partial(_trainer, scratch=scratch, needs=needed, options=options)
     resume: str | None = None
     if Needs.RESUME in needed:
-        first = trainer(steps=cell.at, callbacks=_suite(scratch))
+        first = trainer(steps=cell.at, callbacks=[*watched(scratch)])
         _fit(first, cell, None)
         resume = str(scratch / "first.ckpt")
         first.save_checkpoint(resume)
-    _fit(trainer(steps=steps, callbacks=[*own, *_suite(scratch), _Keeps(raw)]), cell, resume)
+    _fit(trainer(steps=steps, callbacks=[*own, *watched(scratch), _Keeps(raw)]), cell, resume)
 
 
 def _suite(scratch: Path) -> list[Callback]:

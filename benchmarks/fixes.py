@@ -4,8 +4,9 @@
     python benchmarks/fixes.py --runs runs/ [--seed 0] [--seeds 3] [--task TASK ...] [--cause CAUSE ...] [--jobs 2] [--out fixes.json]
 
 A fix that is a setting with a value (a rate, a warm-up, a norm to clip at, an epsilon, a decay, a step to stop at, a limit of sample weights) is applied with that value while the fault goes on
-as before. One that tells the user to mend something of theirs (samples, a line of code, an operation, a device) is applied by leaving the fault out, but only where it names what was put in: of samples those batches are spared
-whose samples are named. The trouble is gone if the loss does no harm any more, as the benchmark judges it: by comparison with the clean twin. Printed are the shares by cause, and what did not help.
+as before. Samples that are to be dropped or mended come out of the fault as they went in, those that are named and no others. What tells the user to mend something of theirs (a line of code, an operation, a device) is
+applied by leaving the fault out, but only where it names what was put in. The trouble is gone if the loss does no harm any more, as the benchmark judges it: by comparison with the clean twin, a resumed run from its
+resume on. Printed are the shares by cause, and what did not help.
 """
 
 import argparse
@@ -34,16 +35,15 @@ from rich.table import Table
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_spike.callbacks.grad_norm_monitor import GradNormMonitor
 from lightning_spike.diagnosis.rank import diagnose
 from lightning_spike.records import Change
-from lightning_spike.signals.batch import BatchLeaf, BatchPart
+from lightning_spike.signals.batch import BatchLeaf, BatchPart, batch_leaves
 from lightning_spike.store import TrainerStateStore
 from lightning_spike.testing import Fault
-from lightning_spike.testing.batch_edit import edit_batch
+from lightning_spike.testing.batch_edit import edit_batch, number_of_samples, replaced
 from lightning_spike.testing.wrapping import wrap
 
-SPARED: Final = 0.5
-"""Share of a batch's samples that a fix must name for the batch to be spared."""
 MENDS: Final[Mapping[str, frozenset[str]]] = {
     "hard_sample_streak": frozenset({"shuffle"}),
     "data_drift": frozenset({"normalisation", "input_limit"}),
@@ -128,20 +128,36 @@ class WeightsLimited(Callback):
         return value.clamp(max=self.most) if leaf.part is BatchPart.WEIGHT else value
 
 
-class Spared(Callback):
-    """The fault passes over the batches that the fix takes out."""
+class Mended(Callback):
+    """The fault goes on, but the named samples come out of it as they went in; with sample weights and targets."""
 
-    def __init__(self, fault: Fault, ordinals: frozenset[int]) -> None:
-        self.fault, self.ordinals = fault, ordinals
+    def __init__(self, fault: Fault, positions: Mapping[int, Sequence[int]]) -> None:
+        self.fault, self.positions = fault, positions
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         own = self.fault.before_batch
 
         def before_batch(trainer: Trainer, module: LightningModule, batch: object, ordinal: int) -> object:
-            return batch if ordinal in self.ordinals else own(trainer, module, batch, ordinal)
+            spoilt = own(trainer, module, batch, ordinal)
+            return with_samples_of(spoilt, batch, self.positions.get(ordinal, ()))
 
         vars(self.fault)["before_batch"] = before_batch
+
+
+def with_samples_of(batch: Any, other: Any, positions: Sequence[int]) -> Any:  # noqa: ANN401 - batches of any structure
+    """A batch with the samples at these positions taken from another one of the same structure."""
+    if not positions:
+        return batch
+    size, mended = number_of_samples(batch), {leaf.path: leaf.value for leaf in batch_leaves(other)}
+
+    def mend(leaf: BatchLeaf) -> Tensor:
+        value: Tensor = leaf.value
+        if value.dim() == 0 or value.shape[0] != size:
+            return value
+        return value.index_copy(0, torch.tensor(positions), mended[leaf.path][list(positions)])
+
+    return replaced(batch, {leaf.path: mend(leaf) for leaf in batch_leaves(batch)})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,8 +177,8 @@ def treatment(change: Change, cell: Cell, faults: Sequence[Fault], onset: int) -
     if any(whole in MENDS.get(name, ()) for name in (*cell.causes, cell.name)):
         return Treatment(fault_goes_on=False)
     if setting == "drop_samples":
-        spared = _spared(cell, faults, onset, value)
-        return Treatment(callbacks=tuple(Spared(fault, spared) for fault in faults)) if spared else None
+        named = _named(cell, faults, onset, value)
+        return Treatment(callbacks=tuple(Mended(fault, named) for fault in faults)) if named else None
     apply = APPLIED.get("lr" if setting.startswith("lr-") else setting)
     return apply(float(value)) if apply is not None and isinstance(value, float | int) else None
 
@@ -217,13 +233,17 @@ APPLIED: Final[Mapping[str, Callable[[float], Treatment]]] = {
 """Settings that are applied with their value, the fault going on as before."""
 
 
-def _spared(cell: Cell, faults: Sequence[Fault], onset: int, value: object) -> frozenset[int]:
-    """The ordinals of the struck batches that a fix takes out: that of the onset where it names no samples."""
+def _named(cell: Cell, faults: Sequence[Fault], onset: int, value: object) -> dict[int, list[int]]:
+    """By struck batch the positions of the samples that a fix names; all of that of the onset where it names none."""
     struck = [o for o in range(cell.steps) if any(fault.lasts(o) for fault in faults)]
+    if not struck:
+        return {}
+    order = _order(cell, max(struck) + 1)
     if not isinstance(value, tuple):
-        return frozenset({onset} & set(struck))
-    named, order = set(value), _order(cell, max(struck) + 1)
-    return frozenset(o for o in struck if len(named & set(order[o])) >= SPARED * len(order[o]))
+        return {onset: list(range(len(order[onset])))} if onset in struck else {}
+    wanted = set(value)
+    named = {o: [k for k, index in enumerate(order[o]) if index in wanted] for o in struck}
+    return {o: positions for o, positions in named.items() if positions}
 
 
 def _order(cell: Cell, count: int) -> list[list[int]]:
@@ -279,12 +299,18 @@ def follow(cell: Cell, folder: Path) -> Followed | None:
     )  # fmt: skip
 
 
+def _losses_only(scratch: Path) -> list[Callback]:
+    """Enough to tell whether there is harm: the suite changes nothing about a run."""
+    del scratch
+    return [GradNormMonitor()]
+
+
 def _is_healed(cell: Cell, faults: Sequence[Fault], way: Treatment, twin: TrainerStateStore) -> bool:
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch) / "store"
         steps = cell.steps if way.steps is None else max(way.steps, cell.at + 1)
         callbacks = [*(faults if way.fault_goes_on else ()), *way.callbacks]
-        train(cell, callbacks, raw, Path(scratch), steps=steps, needs=faults, options=way.options)
+        train(cell, callbacks, raw, Path(scratch), steps=steps, needs=faults, options=way.options, watch=_losses_only)
         store = kept_store(raw)
     return not harmed(cell, store, twin, steps=steps)
 

@@ -430,9 +430,19 @@ class Case:
         return told[-1] if told else None
 
     @functools.cached_property
+    def stretch(self) -> Mapping[str, Any] | None:
+        """The batches that are bad from the onset on, with their samples, as the finding `suspect_batches` has them."""
+        told = [
+            f.detail
+            for f in self.store.findings
+            if f.detector == "batch" and f.kind == "suspect_batches" and f.detail.get("episode") == self.episode.id
+        ]
+        return told[-1] if told else None
+
+    @functools.cached_property
     def suspect_indices(self) -> tuple[int, ...]:
-        """Dataset indices of the samples that stand out; of the whole batch where no sample does."""
-        lists = [self.suspects.get("dataset_indices")] if self.suspects is not None else []
+        """Dataset indices of the samples that stand out, in all batches of a bad stretch; of the whole batch where no sample does."""
+        lists = [of.get("dataset_indices") for of in (self.stretch, self.suspects) if of is not None]
         for action in self.store.actions:
             if action.action == "dump" and action.detail.get("episode") == self.episode.id:
                 listed = action.detail.get("suspects")

@@ -1,20 +1,38 @@
 """Remedies whose values are worked out from the run, in words."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lightning_spike.diagnosis.case import Case
+from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.constants import REFERENCE
-from lightning_spike.records import Change
+from lightning_spike.diagnosis.rates import climbed
+from lightning_spike.records import Change, Recovery
 
-__all__ = ["clip_fix", "clip_value", "dataset_fix", "drop_samples", "lower_peak", "sample_words", "warmup_steps"]
+__all__ = [
+    "clip_fix",
+    "clip_value",
+    "dataset_fix",
+    "drop_samples",
+    "gentle_rate",
+    "lower_peak",
+    "sample_words",
+    "warmup_steps",
+]
 
 HEADROOM = 1.5
 """Clip this far above the 95th percentile of the healthy norms: ordinary steps stay as they are."""
 CAUTIOUS_CUT = 3.0
 """Factor by which a rate is lowered where the run does not show its limit: half an order of magnitude, the usual step of a rate search."""
+DEEP_CUT = 10.0
+"""… and where it was lost for good, or a replay has shown that so much helps: the whole order (science.md 2b.6)."""
+HELPED = 0.5
+"""Share of the damage that a remedy must take away to have helped."""
+GENTLE_STEP = 0.01
+"""Share of their size by which an update changes the weights at a healthy rate: a tenth of the most, ten times what is typical later in a training (1e-3; science.md 2.2)."""
+MOST_STEP = 0.1
+"""… and the most (TheDeepChecker: between 1e-4 and 1e-1)."""
 MOST_SPANS = 8
 """Runs of dataset indices that are named; the manifest of the dump has them all."""
 SGD_WARMUP = 200
@@ -39,13 +57,52 @@ def clip_fix(case: Case) -> str | None:
 
 
 def lower_peak(case: Case, signal: str, culprit: float) -> tuple[float, str]:
-    """A rate to use in place of `culprit`, and why that one."""
-    bearable = case.bearable(signal, culprit)
-    if bearable is not None:
+    """A rate to use in place of `culprit`, and why that one.
+
+    The run's usual rate where it has climbed from there; else the highest that it has borne at that level of the loss, if updates were of a healthy length there; else the
+    one that makes them so (`gentle_rate`); else a third, or a tenth where the loss was lost for good or the lab's replay has shown that it helps.
+    """
+    climb = climbed(case)
+    if climb is not None and climb.signal == signal and climb.usual < culprit:
+        return _two_digits(climb.usual), "that was the run's usual rate before it climbed"
+    bearable, gentle = case.bearable(signal, culprit), gentle_rate(case, signal)
+    if bearable is not None and (gentle is None or bearable <= MOST_STEP / GENTLE_STEP * gentle):
         return _two_digits(bearable), "the loss stayed in its range up to that rate in this run"
-    return _two_digits(
-        culprit / CAUTIOUS_CUT
-    ), f"{CAUTIOUS_CUT:g} times lower, as this run does not show where its limit lies"
+    if gentle is not None and gentle < culprit:
+        longest = GENTLE_STEP * culprit / gentle
+        return _two_digits(gentle), (
+            f"an update should change the weights by {GENTLE_STEP:.0%} of their size at most, and measured at this run's longest, "
+            f"{culprit:.3g} makes that {longest:.2g} times their size"
+        )
+    cut, why = _cut(case)
+    return _two_digits(culprit / cut), f"{cut:g} times lower, {why}"
+
+
+def gentle_rate(case: Case, signal: str) -> float | None:
+    """The rate at which the longest update before the onset, for its rate, would have changed the weights by 1 % of their size; `None` where updates were not measured."""
+    history = case.store.history
+    rates, lengths, sizes = (history.series(name) for name in (signal, "update_norm", "weight_norm"))
+    known = np.isfinite(rates) & np.isfinite(lengths) & np.isfinite(sizes) & case.healthy
+    known &= (rates > 0.0) & (lengths > 0.0) & (sizes > 0.0) & (history.ordinals < max(case.onset, 1))
+    if not known.any():
+        return None
+    return GENTLE_STEP / float((lengths[known] / sizes[known] / rates[known]).max())
+
+
+def _cut(case: Case) -> tuple[float, str]:
+    """How far to lower a rate whose limit the run does not show, and why."""
+    tried = (case.lab("remedies") or {}).get("tried")
+    lower = (
+        [t for t in tried if isinstance(t, Mapping) and t.get("remedy") == "lower_rate"]
+        if isinstance(tried, list | tuple)
+        else []
+    )
+    repaired = max((number(t.get("repaired")) or 0.0 for t in lower), default=0.0)
+    if repaired >= HELPED:
+        return DEEP_CUT, "which took most of the damage away when that update was made again"
+    if case.episode.end is None and case.episode.recovery is not Recovery.PART:
+        return DEEP_CUT, "as the loss was lost for good and this run does not show where the limit lies"
+    return CAUTIOUS_CUT, "as this run does not show where its limit lies"
 
 
 def warmup_steps(case: Case) -> tuple[int, str]:
@@ -78,7 +135,17 @@ def dataset_fix(case: Case) -> str:
             "its dump lists the dataset indices" if case.suspect_indices else "BadBatchDumper would write it to disk"
         )
         return f"Look at batch {at.batch_idx} of epoch {at.epoch} (step {at.step}) and drop or mend what is wrong in it; {where}."
-    return f"Drop or mend {samples}."
+    return f"Drop or mend {samples}{_of_stretch(case)}."
+
+
+def _of_stretch(case: Case) -> str:
+    """`", those of the 8 bad batches from step 218 to 225"`; empty where one batch alone is bad."""
+    ordinals = (case.stretch or {}).get("ordinals")
+    last = number((case.stretch or {}).get("last_step"))
+    if not isinstance(ordinals, list | tuple) or len(ordinals) <= 1 or last is None:
+        return ""
+    first = case.step_of(ordinals[0])
+    return f", those of the {len(ordinals)} bad batches from step {first} to {last:.0f} (finding suspect_batches lists them all)"
 
 
 def drop_samples(case: Case) -> Change:
@@ -89,7 +156,7 @@ def drop_samples(case: Case) -> Change:
 def sample_words(case: Case) -> str:
     """`"samples 11456-11471 of the dataset"`: those that stand out, or the whole batch of the onset; empty where indices are not known or are a shuffled batch's."""
     spans = _spans(case.suspect_indices)
-    if not spans or (len(spans) > MOST_SPANS and case.suspects is None):
+    if not spans or (len(spans) > MOST_SPANS and case.suspects is None and case.stretch is None):
         return ""
     words = [str(a) if a == b else f"{a}-{b}" for a, b in spans[:MOST_SPANS]]
     more = sum(b - a + 1 for a, b in spans[MOST_SPANS:])
