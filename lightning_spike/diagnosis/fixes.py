@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lightning_spike.diagnosis.case import Case, number
-from lightning_spike.diagnosis.constants import REFERENCE
-from lightning_spike.diagnosis.rates import climbed
+from lightning_spike.diagnosis.constants import GUARD, REFERENCE
+from lightning_spike.diagnosis.rates import CLIMB, climbed
 from lightning_spike.records import Change, Recovery
 
 __all__ = [
@@ -56,16 +56,24 @@ def clip_fix(case: Case) -> str | None:
     return f"Clip the gradient norm: Trainer(gradient_clip_val={value:g}), which is {HEADROOM:g} times the 95th percentile of this run's healthy norms."
 
 
-def lower_peak(case: Case, signal: str, culprit: float) -> tuple[float, str]:
+def lower_peak(case: Case, signal: str, culprit: float, since: int | None = None) -> tuple[float, str]:
     """A rate to use in place of `culprit`, and why that one.
 
-    The run's usual rate where it has climbed from there; else the highest that it has borne at that level of the loss, if updates were of a healthy length there; else the
-    one that makes them so (`gentle_rate`); else a third, or a tenth where the loss was lost for good or the lab's replay has shown that it helps.
+    The run's usual rate where it has climbed from there; else the highest that it has borne, if updates were of a healthy length there; else the one that makes them so
+    (`gentle_rate`); else a third, or a tenth where the loss was lost for good or the lab's replay has shown that it helps.
+
+    Args:
+        case: The episode.
+        signal: The series of the rate.
+        culprit: The rate that was too high.
+        since: Ordinal of the event that brought it, if one did: what was borne before counts whatever the level of the loss, if the event went well above it.
     """
     climb = climbed(case)
     if climb is not None and climb.signal == signal and climb.usual < culprit:
         return _two_digits(climb.usual), "that was the run's usual rate before it climbed"
-    bearable, gentle = case.bearable(signal, culprit), gentle_rate(case, signal)
+    earlier = None if since is None else _highest_before(case, signal, since)
+    new = earlier is not None and CLIMB * earlier <= culprit
+    bearable, gentle = earlier if new else case.bearable(signal, culprit), gentle_rate(case, signal)
     if bearable is not None and (gentle is None or bearable <= MOST_STEP / GENTLE_STEP * gentle):
         return _two_digits(bearable), "the loss stayed in its range up to that rate in this run"
     if gentle is not None and gentle < culprit:
@@ -76,6 +84,14 @@ def lower_peak(case: Case, signal: str, culprit: float) -> tuple[float, str]:
         )
     cut, why = _cut(case)
     return _two_digits(culprit / cut), f"{cut:g} times lower, {why}"
+
+
+def _highest_before(case: Case, signal: str, ordinal: int) -> float | None:
+    """The highest rate that some updates before a batch were made with, in no episode; `None` where there were too few."""
+    history = case.store.history
+    rates = history.series(signal)
+    used = np.sort(rates[case.healthy & np.isfinite(rates) & (history.ordinals < ordinal)])
+    return float(used[-GUARD]) if used.size >= 2 * GUARD and used[-GUARD] > 0.0 else None
 
 
 def gentle_rate(case: Case, signal: str) -> float | None:

@@ -57,7 +57,7 @@ class LrRestart(Cause):
             evidence=evidence,
             summary=f"{event.kind.replace('_', ' ').capitalize()} of the schedule: {rate_text(event)}, and {case.loss_text}.",
             fixes=_fixes(case, event),
-            change=Change(setting=event.signal, value=lower_peak(case, event.signal, event.after)[0]),
+            change=Change(setting=event.signal, value=lower_peak(case, event.signal, event.after, event.ordinal)[0]),
             confirmed=False if case.split == "data" else None,
         )
 
@@ -99,7 +99,7 @@ def _scheduler(case: Case) -> Evidence | None:
 
 
 def _fixes(case: Case, event: RateEvent) -> tuple[str, ...]:
-    value, why = lower_peak(case, event.signal, event.after)
+    value, why = lower_peak(case, event.signal, event.after, event.ordinal)
     first = f"Lower the peak of {event.signal} from {event.after:.3g} to {value:g}: {why}."
     factor = f"{value / event.after:.2g}" if event.after > 0.0 else "less than 1"
     second = f"Or let the peaks decay: multiply each restart's peak by {factor}; or restart less often (a larger T_0 or T_mult)."
