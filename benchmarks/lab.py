@@ -184,6 +184,8 @@ class Outcome:
     """Batches from the struck one to the update that was located."""
     is_run_again: bool = False
     """Whether the moment came out again as it was."""
+    by_present: bool = False
+    """Whether its beginning was out of reach, and the steps of the present were looked at instead."""
     why_not: str | None = None
     cost: float | None = None
     """Of the examination, in training steps' worth of the processor's time, the way from the snapshot included."""
@@ -303,6 +305,7 @@ def _outcome(run: Run, store: TrainerStateStore, episode: Episode, steps: Mappin
         by_signature=_by_signature(store, episode.id),
         located=told["factors"].detail["ordinal"] - run.at if "factors" in told else None,
         is_run_again="split" in told and told["split"].detail["exact"],
+        by_present="consistency" in told and "split" not in told,
         why_not=_why_not(told),
         cost=steps.get("full"),
         triage=steps.get("triage"),
@@ -443,15 +446,15 @@ def own_batch(outcomes: Sequence[Outcome]) -> str:
 
 
 def chronic(outcomes: Sequence[Outcome]) -> str:
-    """What is said of a rate that is too high all along, where an episode could be run again: one that is found long after its onset cannot, its batches are not held any more."""
+    """What is said of a rate that is too high all along."""
     seen = [o for o in outcomes if o.run.fault == CHRONIC and o.onset is not None]
-    told = [o for o in seen if o.is_run_again]
-    right = sum(o.first in o.run.groups for o in told)
-    low, high = wilson(right, len(told))
-    share = f" = {right / len(told):.3f} (95 %: {low:.2f}-{high:.2f})" if told else ""
+    right = sum(o.first in o.run.groups for o in seen)
+    low, high = wilson(right, len(seen))
+    share = f" = {right / len(seen):.3f} (95 %: {low:.2f}-{high:.2f})" if seen else ""
+    gone = [o for o in seen if not o.is_run_again]
     return (
-        f"{CHRONIC}: {len(seen)} episodes, of which {len(seen) - len(told)} could not be run again; of the others {right} of {len(told)}{share} told as such, "
-        f"{sum(o.first == 'data' for o in told)} taken for a bad batch, {sum(o.first is None for o in told)} for noise."
+        f"{CHRONIC}: {right} of {len(seen)} episodes{share} told as such, {sum(o.first == 'data' for o in seen)} taken for a bad batch, {sum(o.first is None for o in seen)} for "
+        f"nothing. Of them {len(gone)} could not be run again, {sum(o.by_present for o in gone)} of these told by the steps of the present."
     )
 
 

@@ -13,11 +13,14 @@ from lightning_spike.arguments import number, whole_number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.flight.participant import TrainingBatch
 from lightning_spike.lab.budget import FULL_STEPS, TRIAGE_STEPS, Budget, Extent
-from lightning_spike.lab.errors import CannotReplay
+from lightning_spike.lab.checkup import CHECKUP_STEPS, UPDATES, are_too_long, checkup, stagnates
+from lightning_spike.lab.consistency import Consistency
+from lightning_spike.lab.errors import CannotReplay, OnsetGone
 from lightning_spike.lab.examine import examine, triage
 from lightning_spike.lab.examined import Examined, merged
 from lightning_spike.lab.findings import not_run
 from lightning_spike.lab.live_scene import EXAMINED, Witnesses, live_scene
+from lightning_spike.lab.present import blamed_on_steps, steps_too_long, told_before, unexplained
 from lightning_spike.lab.ranks import ALONE, OutOfReach, Ranks
 from lightning_spike.lab.wishes import EVERY, PATIENCE, Wishes
 from lightning_spike.records import Action, Episode, EpisodeKind, Finding, RunStatus
@@ -29,6 +32,9 @@ OUTGROWN: Final = 2.0
 FREE_SECONDS: Final = 5.0
 """Seconds in all that re-runs may take whatever the budget: nobody minds a few, and a short run has no 2 % to spend."""
 
+FIRST_CHECKUP: Final = 128
+"""Batches after which a run that has had no episode is looked at for the first time, if its loss has stopped falling; then at every doubling, so that all looks together cost less and less of the run."""
+
 
 class CounterfactualReplay(SpikeCallback):
     """Confirms causes by experiment: after an episode, the moment is run again with the weights and the batches exchanged.
@@ -36,6 +42,9 @@ class CounterfactualReplay(SpikeCallback):
     From the last snapshot that has proven healthy the run is trained again up to the onset, with the recorded batches, random states and learning rates; then old and
     new weights are evaluated on the batch of the onset and on ordinary ones. That splits the jump into what the batch does and what the weights do; a spike that does not
     come back was made from outside. Where the loss is not finite, the module and operation that made the first such value are named.
+
+    Where the onset is no longer held (a loss that crept away was noticed late), and where a loss without any episode has stopped falling (looked at after 128 batches, 256, 512 and so on),
+    the newest updates are made once more from the present weights on: whether steps of this size keep what their gradients promise tells a learning rate that is too high all along.
 
     Afterwards everything is as before, to the bit, and so is the rest of the training; where a moment cannot be run again, the report says why.
     What leaks all the same is what `training_step` itself writes to files, globals or writers of its own (`lab.isolation`).
@@ -102,6 +111,8 @@ class CounterfactualReplay(SpikeCallback):
         if self._wishes is not None:
             self._act_together(batch, self._wishes, changed, outgrown)
             return
+        if self._checkup_is_due(batch):
+            self.flight.store.note(*self._checked_up(batch))
         due = [e for e in self._waiting.values() if not _may_wait(e, batch)]
         for episode in sorted([*due, *outgrown.values()], key=lambda e: -e.severity):
             self._note(episode, self._look_into(batch, episode, again=episode.id in self._seen))
@@ -120,6 +131,7 @@ class CounterfactualReplay(SpikeCallback):
         self._began = time.monotonic()
         self._first = 0
         self._refusal, self._ranks, self._wishes = None, ALONE, None
+        self._checks_up = True
         self._batches = 0
         self._wished: Episode | None = None
         self._outgrown: dict[int, Episode] = {}
@@ -230,19 +242,75 @@ class CounterfactualReplay(SpikeCallback):
     def _findings(
         self, batch: TrainingBatch, episode: Episode, extent: Extent, *, again: bool, by: int
     ) -> list[Finding]:
-        examination = examine if extent == "full" else triage
         try:
-            with self._ranks.stage():
-                scene = live_scene(batch, episode, self._witnesses, controls=self.controls, ranks=self._ranks)
-                at_peak = again and any(entry.at.ordinal == episode.peak.ordinal for entry in scene.entries)
-                found = examination(dataclasses.replace(scene, looks_at=episode.peak.ordinal) if at_peak else scene)
-            return merged(self._ranks.gather(found), by=by)
+            return self._examined(batch, episode, extent, again=again, by=by)
         except OutOfReach:
             raise
         except CannotReplay as reason:
             return [not_run(episode, str(reason))]
         except Exception as error:  # noqa: BLE001 - the user's code, run once more; the training is untouched and goes on
             return [not_run(episode, f"the re-run failed: {type(error).__name__}: {error}")]
+
+    def _examined(
+        self, batch: TrainingBatch, episode: Episode, extent: Extent, *, again: bool, by: int
+    ) -> list[Finding]:
+        examination = examine if extent == "full" else triage
+        try:
+            with self._ranks.stage():
+                scene = live_scene(batch, episode, self._witnesses, controls=self.controls, ranks=self._ranks)
+                at_peak = again and any(entry.at.ordinal == episode.peak.ordinal for entry in scene.entries)
+                found = examination(dataclasses.replace(scene, looks_at=episode.peak.ordinal) if at_peak else scene)
+        except OnsetGone as reason:
+            told = self._by_the_steps(batch, episode, str(reason)) if extent == "full" else []
+            return told or [not_run(episode, str(reason))]
+        findings = merged(self._ranks.gather(found), by=by)
+        why = unexplained(findings) if extent == "full" else None
+        return findings if why is None else [*findings, *self._by_the_steps(batch, episode, why)]
+
+    # -- the present -------------------------------------------------------------------------------------------------
+
+    def _by_the_steps(self, batch: TrainingBatch, episode: Episode, why: str) -> list[Finding]:
+        """Whether steps that are too long are to blame for a trouble whose beginning is out of reach; nothing where they are not."""
+        told = self._ranks.tell(told_before(self.flight.store, episode), by=0)
+        if told is not None:
+            return blamed_on_steps(episode, why, told)
+        with self._ranks.stage():
+            steps = self._own_batch_test(batch)
+        return blamed_on_steps(episode, why, steps) if steps is not None and are_too_long(steps) else []
+
+    def _checkup_is_due(self, batch: TrainingBatch) -> bool:
+        """A run without an episode whose loss has stopped falling is looked at, ever more rarely."""
+        count = batch.at.ordinal + 1 - self._first
+        if count < FIRST_CHECKUP or count & (count - 1) or not self._checks_up:
+            return False
+        if any(e.kind in EXAMINED for e in self.flight.store.episodes):
+            return False
+        elapsed = time.monotonic() - self._began - self._budget.spent
+        return stagnates(self.flight.store.history.series("loss")) and self._budget.bears(
+            elapsed / count * CHECKUP_STEPS, elapsed=elapsed
+        )
+
+    def _checked_up(self, batch: TrainingBatch) -> list[Finding | str]:
+        started = time.monotonic()
+        try:
+            steps = self._own_batch_test(batch)
+        except Exception as error:  # noqa: BLE001 - the user's code, as above
+            self._checks_up = False
+            return [f"The steps could not be looked at without an episode: {type(error).__name__}: {error}."]
+        self._budget.spent += time.monotonic() - started
+        if steps is None or not are_too_long(steps):
+            return []
+        return [Finding(detector="lab", kind="steps_too_long", at=batch.at, detail=steps_too_long(steps))]
+
+    def _own_batch_test(self, batch: TrainingBatch) -> Consistency | None:
+        held = self._witnesses.ring.entries()[-UPDATES - 1 :]
+        opening = next(
+            (k for k, entry in enumerate(held) if entry.at.batch_idx % batch.trainer.accumulate_grad_batches == 0), 0
+        )
+        settings = self._witnesses.settings.by_ordinal
+        return checkup(batch.trainer, batch.module, held[opening:], settings, ranks=self._ranks)
+
+    # -- the budget --------------------------------------------------------------------------------------------------
 
     def _extent(self, batch: TrainingBatch, episode: Episode) -> tuple[Extent | None, str]:
         """How far to examine, and if not at all, why."""

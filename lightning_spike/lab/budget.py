@@ -49,6 +49,10 @@ class Budget:
             return "full"
         return "triage" if triage <= there - self.spent else None
 
+    def bears(self, seconds: float, *, elapsed: float) -> bool:
+        """Whether something that takes so long still fits, without an overdraft."""
+        return self.spent + seconds <= self._free + self._share * elapsed
+
     def took(self, seconds: float, *, extent: Extent, severity: float) -> None:
         """Book an examination."""
         self.spent += seconds

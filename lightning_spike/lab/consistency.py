@@ -2,16 +2,17 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 
 from lightning_spike.lab.evaluate import losses_under
 from lightning_spike.lab.isolation import Bench
-from lightning_spike.lab.reproduce import Leg, Reproduction
+from lightning_spike.lab.reproduce import Leg
 from lightning_spike.lab.state import TrainState
 
-__all__ = ["Consistency", "consistency"]
+__all__ = ["EDGE", "Consistency", "consistency", "kept_promise", "summed_up"]
 
 FEWEST: Final = 4
 """Updates without which nothing is said."""
@@ -38,6 +39,8 @@ class Consistency:
     """Share of the updates after which their own batch's loss was higher than before."""
     against: float
     """Share of the updates that went up the gradient of their own batch (`g . u > 0`): carried by momentum."""
+    overshot: float = 0.0
+    """Share of the updates that went down the gradient of their own batch, and so far that its loss rose all the same."""
     updates: int
 
     @property
@@ -54,27 +57,37 @@ class Consistency:
         return 1.0 / (1.0 + math.exp(-log_odds))
 
 
-def consistency(bench: Bench, again: Reproduction, *, but: int | None = None) -> Consistency | None:
+def consistency(bench: Bench, legs: Sequence[Leg], end: TrainState, *, but: int | None = None) -> Consistency | None:
     """Evaluate every kept update's batch once more, after the update (science.md 2.3); one forward pass each. `None` for too few of them.
 
     Args:
         bench: Inside `isolated`.
-        again: The re-run, with its gradients.
+        legs: Updates in a row, with the state before each, and their gradients.
+        end: The state after the last of them.
         but: Ordinal of an update to leave out, with all after it, for it is in question itself.
     """
-    states = [*(leg.before for leg in again.legs), again.end]
-    places = [k for k, leg in enumerate(again.legs) if but is None or leg.update.ordinal < but]
-    if len(places) < FEWEST:
+    states = [*(leg.before for leg in legs), end]
+    places = [k for k, leg in enumerate(legs) if but is None or leg.update.ordinal < but]
+    return summed_up([kept_promise(bench, legs[k], states[k + 1]) for k in places]) if len(places) >= FEWEST else None
+
+
+def summed_up(kept: Sequence[tuple[float, float]]) -> Consistency | None:
+    """Of updates by what became of their own batch's loss and what was promised, as `kept_promise` gives them; `None` for too few."""
+    if len(kept) < FEWEST:
         return None
-    changes = [_change(bench, again.legs[k], states[k + 1]) for k in places]
-    promises = [_promise(again.legs[k], states[k + 1]) for k in places]
-    ratios = [change / promise for change, promise in zip(changes, promises, strict=True) if promise != 0.0]
+    ratios = [change / promise for change, promise in kept if promise != 0.0]
     return Consistency(
         rho=float(np.median(ratios)) if ratios else math.nan,
-        worsened=float(np.mean(np.array(changes) > 0.0)),
-        against=float(np.mean(np.array(promises) > 0.0)),
-        updates=len(places),
+        worsened=float(np.mean([change > 0.0 for change, _ in kept])),
+        against=float(np.mean([promise > 0.0 for _, promise in kept])),
+        overshot=float(np.mean([change > 0.0 > promise for change, promise in kept])),
+        updates=len(kept),
     )
+
+
+def kept_promise(bench: Bench, leg: Leg, after: TrainState) -> tuple[float, float]:
+    """The change of an update's own loss, and `g . u`, what the gradient promised; the bench is left with the weights after it."""
+    return _change(bench, leg, after), _promise(leg, after)
 
 
 def _change(bench: Bench, leg: Leg, after: TrainState) -> float:

@@ -2,7 +2,7 @@
 
 from lightning_spike.errors import SpikeError
 
-__all__ = ["CannotReplay"]
+__all__ = ["CannotReplay", "OnsetGone"]
 
 
 class CannotReplay(SpikeError):  # noqa: N818 - it is an answer more than an error: who asks turns it into a finding
@@ -10,3 +10,7 @@ class CannotReplay(SpikeError):  # noqa: N818 - it is an answer more than an err
 
     Raised inside the lab only. Callers turn it into a finding of kind "not_run"; it never reaches the training.
     """
+
+
+class OnsetGone(CannotReplay):
+    """The beginning of the trouble is out of reach, while the present can still be looked into."""

@@ -2,17 +2,21 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Final
 
 from torch import Tensor
 
 from lightning_spike.actions.batch_ring import RingEntry
 from lightning_spike.actions.state_copy import load_module
+from lightning_spike.lab.allowance import Allowance
 from lightning_spike.lab.blame import blame, blame_steps
+from lightning_spike.lab.budget import FULL_STEPS
+from lightning_spike.lab.calm import MOST as MOST_CALM
 from lightning_spike.lab.calm import Calmed, calmed
 from lightning_spike.lab.consistency import Consistency, consistency
-from lightning_spike.lab.data import about_the_data
+from lightning_spike.lab.data import about_the_order, about_the_samples
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.evaluate import log_scale, losses_under
 from lightning_spike.lab.few import few_that_tell
@@ -20,12 +24,13 @@ from lightning_spike.lab.findings import blame_finding, finding
 from lightning_spike.lab.intervene import Attribution, attribute, normal_around
 from lightning_spike.lab.isolation import Bench, isolated
 from lightning_spike.lab.locate import damage_on_the_way
-from lightning_spike.lab.measure.measure import measure
+from lightning_spike.lab.measure.measure import measure, measure_single_samples
 from lightning_spike.lab.modes import modes_findings
 from lightning_spike.lab.nonfinite import Origin, nonfinite_origin
+from lightning_spike.lab.order import GONE
 from lightning_spike.lab.outside import came_from_outside, outside_findings
 from lightning_spike.lab.remedies import Remedy, try_remedies
-from lightning_spike.lab.reproduce import Reproduction, reproduce
+from lightning_spike.lab.reproduce import Reproduction, go_on, reproduce
 from lightning_spike.lab.scene import Scene
 from lightning_spike.lab.split import Split, batch_noise, split
 from lightning_spike.lab.state import TrainState
@@ -47,6 +52,11 @@ DOUBT: Final = 0.25
 """Probability of steps that are too long all the time from which a batch that stands out gets a second look, under calmed weights."""
 CHRONIC: Final = 0.9
 """… from which they explain a jump that nothing else does."""
+ENTWINED: Final = 0.5
+"""Share of the jump that the batch makes by itself up to which its neighbours are asked about before the updates."""
+WHOSE: Final = "which update did the damage, and what about it"
+_ONE_UPDATE: Final = {"updates": 3, "passes": 24}
+"""What it takes at least to find the update, and to make it again without either of two things, and without both."""
 TRIAGE_CONTROLS: Final = 2
 """Ordinary batches in a triage: five forward passes in all."""
 
@@ -54,29 +64,37 @@ TRIAGE_CONTROLS: Final = 2
 def examine(scene: Scene) -> list[Finding]:
     """Examine one episode in full; leaves no trace in the training. Blocks.
 
+    The questions are asked in the order of their worth: the way from the snapshot, batch against weights, and whose the damage is always; then whether steps are too long all along, what
+    was measured, the samples, their order, and at last what would have helped. What no longer fits into 40 training steps' worth of time (`lab.allowance`) is not asked, and the `cost` says so.
+
     Returns:
         Findings of the detector "lab": `nonfinite_origin` where a NaN or Inf could be traced, `split`, and as far as it goes
-        `consistency`, `calm`, `factors`, `remedies`, `measured`, `outside` and `blame`; last the `cost` in runs of `training_step`.
+        `consistency`, `calm`, `factors`, `remedies`, `measured`, `outside` and `blame`; last the `cost` in runs of `training_step`, with what was left out.
 
     Raises:
         CannotReplay: It cannot be examined; the message says why.
         Exception: Whatever the module's own code raises when it is run again. The training is untouched all the same.
     """
     with isolated(scene.trainer, scene.module, with_optimizers=True, ranks=scene.ranks) as bench:
-        findings = _examined(scene, bench)
+        bench.allowance = Allowance(FULL_STEPS)
+        again, why = _reproduced(scene, bench, None)
+        findings = _examined(scene, bench, again, why)
         other = scene.elsewhere() if _is_noise(findings) else None
-        if other is not None and not _is_noise(second := _examined(other, bench)):
-            findings = second
-        findings.append(
-            finding(scene, "cost", {"steps": bench.steps, "updates": bench.updates, "way": len(scene.stretch) - 1})
-        )
+        if other is not None:
+            second = _examined(other, bench, *_reproduced(other, bench, again))
+            findings = findings if _is_noise(second) else second
+        findings.append(finding(scene, "cost", _cost(scene, bench)))
     return findings
 
 
-def _examined(scene: Scene, bench: Bench) -> list[Finding]:
+def _cost(scene: Scene, bench: Bench) -> dict[str, Any]:
+    counted = {"steps": bench.steps, "updates": bench.updates, "way": len(scene.stretch) - 1, "worth": bench.cost}
+    left_out = list(dict.fromkeys(bench.allowance.left_out))
+    return counted | ({"left_out": left_out, "text": bench.allowance.text} if left_out else {})
+
+
+def _examined(scene: Scene, bench: Bench, again: Reproduction | None, why: str | None) -> list[Finding]:
     """About one batch of the episode."""
-    bench.rewind()
-    again, why = _reproduced(scene, bench)
     if again is not None and again.differs_at is not None:
         if modes := modes_findings(scene, again, bench):
             return modes
@@ -119,11 +137,14 @@ def triage(scene: Scene) -> list[Finding]:
 # -- does it come back ---------------------------------------------------------------------------------------------------
 
 
-def _reproduced(scene: Scene, bench: Bench) -> tuple[Reproduction | None, str | None]:
-    """The run from the snapshot to the onset; `None` and the reason where that cannot be had."""
+def _reproduced(scene: Scene, bench: Bench, known: Reproduction | None) -> tuple[Reproduction | None, str | None]:
+    """The run from the snapshot to the onset, as far as it is not known already; `None` and the reason where that cannot be had."""
+    bench.rewind()
     try:
         with bench.ranks.stage():
-            return reproduce(bench, TrainState.of(scene.snapshot), scene.stretch, scene.settings, scene.losses), None
+            way = scene.stretch, scene.settings, scene.losses
+            further = None if known is None else go_on(bench, known, *way)
+            return further or reproduce(bench, TrainState.of(scene.snapshot), *way), None
     except CannotReplay as reason:
         return None, str(reason)
 
@@ -171,22 +192,38 @@ def _split(scene: Scene, bench: Bench, again: Reproduction | None) -> Split:
 def _whose(scene: Scene, bench: Bench, again: Reproduction, parts: Split) -> list[Finding]:
     """What the batch's part, and the weights', are made of; as far as each is worth it."""
     if parts.verdict == "noise":
-        steps = consistency(bench, again)
+        steps = consistency(bench, again.legs, again.end)
         chronic = steps is not None and steps.agitated >= CHRONIC
         return [*_told(scene, steps, None), blame_finding(scene, blame_steps())] if chronic else []
-    damage, remedies = _damage(scene, bench, again) if parts.weights_part >= WORTH_WEIGHTS else (None, ())
-    steps = consistency(bench, again, but=None if damage is None else damage.ordinal) if _asks(parts, damage) else None
+    # A streak of batches none of which is bad by itself: their order explains more than the updates do.
+    entwined = parts.data < ENTWINED
+    order = about_the_order(scene, bench, again, parts) if entwined else []
+    explained = any(told.detail["left"] <= GONE for told in order)
+    asks_damage = parts.weights_part >= WORTH_WEIGHTS and not explained
+    if asks_damage and order:
+        asks_damage = bench.affords(WHOSE, **_ONE_UPDATE)
+    damage, helped = _damage(scene, bench, again) if asks_damage else (None, None)
+    steps = (
+        consistency(bench, again.legs, again.end, but=None if damage is None else damage.ordinal)
+        if _asks(parts, damage)
+        else None
+    )
     doubtful = parts.batch_part >= WORTH and (steps is None or steps.agitated >= DOUBT)
-    calm = calmed(bench, again.legs, scene.spike, scene.ordinary(), excess=parts.excess) if doubtful else None
+    asked = doubtful and _affords_calm(bench, again)
+    calm = calmed(bench, again.legs, scene.spike, scene.ordinary(), excess=parts.excess) if asked else None
     findings = _told(scene, steps, calm)
     if damage is not None:
         findings.append(finding(scene, "factors", dataclasses.asdict(damage) | {"text": factors_text(damage)}))
-    if remedies:
+    findings += _measured(scene, bench, again, parts, None if damage is None else damage.ordinal)
+    findings += about_the_samples(scene, bench, again, parts)
+    findings += order if entwined else about_the_order(scene, bench, again, parts)
+    if parts.batch_part >= WORTH:
+        findings += [finding(scene, "measured", detail) for detail in measure_single_samples(scene, bench)]
+    if helped is not None and (remedies := helped()):
         detail = {"tried": [dataclasses.asdict(remedy) for remedy in remedies], "text": remedies_text(remedies)}
         findings.append(finding(scene, "remedies", detail))
-    findings += _measured(scene, bench, again, parts, None if damage is None else damage.ordinal)
-    findings += about_the_data(scene, bench, again, parts)
-    return [*findings, blame_finding(scene, blame(parts, steps, calm, damage))]
+    doubt = steps.agitated if doubtful and not asked and steps is not None else 0.0
+    return [*findings, blame_finding(scene, blame(parts, steps, calm, damage, doubt=doubt))]
 
 
 def _asks(parts: Split, damage: Attribution | None) -> bool:
@@ -201,8 +238,7 @@ def _part_of_state(damage: Attribution) -> float:
 
 
 def _measured(scene: Scene, bench: Bench, again: Reproduction, parts: Split, located: int | None) -> list[Finding]:
-    data, weights = parts.batch_part >= WORTH, parts.weights_part >= WORTH
-    told = measure(scene, bench, again, located=located, blames_batch=data, blames_weights=weights)
+    told = measure(scene, bench, again, located=located, blames_weights=parts.weights_part >= WORTH)
     return [finding(scene, "measured", detail) for detail in told]
 
 
@@ -217,17 +253,25 @@ def _told(scene: Scene, steps: Consistency | None, calm: Calmed | None) -> list[
     return findings
 
 
-def _damage(scene: Scene, bench: Bench, again: Reproduction) -> tuple[Attribution | None, tuple[Remedy, ...]]:
-    """The factors of the update that did the damage, and what would have helped; nothing where no update did any."""
+def _affords_calm(bench: Bench, again: Reproduction) -> bool:
+    updates = sum(len(leg.update.entries) for leg in again.legs)
+    return bench.affords("the batch under calmed weights", updates=updates, passes=1 + MOST_CALM)
+
+
+def _damage(
+    scene: Scene, bench: Bench, again: Reproduction
+) -> tuple[Attribution | None, Callable[[], tuple[Remedy, ...]] | None]:
+    """The factors of the update that did the damage, and how to ask what would have helped; nothing where no update did any."""
     controls = _few(scene, bench, again)
     found = damage_on_the_way(bench, again, controls, like=scene.spike)
     if found is None or found.log_rise <= 0:
-        return None, ()
+        return None, None
     around = normal_around(scene, again, found.first, controls)
     legs, scatter = again.legs[found.first : found.last + 1], batch_noise(scene.losses_before())
     shared = attribute(bench, found, legs, around, controls, like=scene.spike, scatter=scatter)
     state = shared.intrinsic + _part_of_state(shared) >= WORTH
-    return shared, try_remedies(bench, found, legs, around, controls, like=scene.spike, empties_state=state)
+    ask = partial(try_remedies, bench, found, legs, around, controls, like=scene.spike, empties_state=state)
+    return shared, ask
 
 
 def _few(scene: Scene, bench: Bench, again: Reproduction) -> Sequence[RingEntry]:

@@ -10,7 +10,7 @@ from lightning_spike.actions.batch_ring import BatchRing
 from lightning_spike.actions.snapshot import Snapshot, Snapshots
 from lightning_spike.flight.loop import Flight
 from lightning_spike.flight.participant import TrainingBatch
-from lightning_spike.lab.errors import CannotReplay
+from lightning_spike.lab.errors import CannotReplay, OnsetGone
 from lightning_spike.lab.outside_writes import OutsideWrite, OutsideWrites
 from lightning_spike.lab.ranks import ALONE, Ranks, mean_of
 from lightning_spike.lab.recorded_losses import recorded_losses
@@ -84,7 +84,8 @@ def live_scene(
         ranks: Those that examine it together.
 
     Raises:
-        CannotReplay: Something that a re-run needs is not there, on one of the ranks; the message says what.
+        OnsetGone: The batch of the onset or a snapshot from before it is not held, on one of the ranks.
+        CannotReplay: Something else that a re-run needs is not there; the message says what.
     """
     onset = episode.onset.ordinal
     everybody = ranks.gather(_held(batch, onset, witnesses))
@@ -93,11 +94,13 @@ def live_scene(
     snapshot = _common_snapshot(everybody, witnesses, onset)
     if onset not in places:
         msg = f"the batch of the onset (step {episode.onset.step}) is not held any more"
-        raise CannotReplay(msg)
+        raise OnsetGone(msg)
     if snapshot is None:
         unavailable = next((held.unavailable for held in everybody if held.unavailable), None)
-        msg = unavailable or "there is no snapshot from before the onset that has proven healthy"
-        raise CannotReplay(msg)
+        if unavailable is not None:
+            raise CannotReplay(unavailable)
+        msg = "there is no snapshot from before the onset that has proven healthy"
+        raise OnsetGone(msg)
     if onset not in losses:
         msg = "the training loss at the onset was not recorded"
         raise CannotReplay(msg)

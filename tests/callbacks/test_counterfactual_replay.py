@@ -239,3 +239,30 @@ def test_after_the_first_an_examination_must_fit_into_the_budget(tmp_path, monke
 def test_an_argument_out_of_range_is_refused(name, value):
     with pytest.raises(ConfigurationError, match=name):
         CounterfactualReplay(**{name: value})
+
+
+class Across(Digits):
+    """A rate so high that the loss is thrown about, and never falls nor leaves its noise."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.rate)
+
+    def __init__(self, rate):
+        super().__init__(0.0)
+        self.rate = rate
+        self.place = torch.nn.Parameter(torch.tensor([0.4]))
+
+    def training_step(self, batch, batch_idx):
+        goal = 0.1 * torch.randn(1)
+        return ((self.place - goal).square() + 0.01).sqrt().mean() + 0.0 * super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(("rate", "too_long"), [(1.0, True), (0.02, False)])
+def test_steps_too_long_are_told_of_a_run_that_never_had_an_episode(rate, too_long, tmp_path):
+    trainer = run(tmp_path, make=lambda: Across(rate), epochs=4)
+    assert not TrainerStateStore.of(trainer).episodes
+    findings = [f for f in TrainerStateStore.of(trainer).findings if f.kind == "steps_too_long"]
+    assert bool(findings) is too_long
+    if too_long:
+        assert (findings[0].at.ordinal + 1).bit_count() == 1
+        assert findings[0].detail["rho"] < 0.6

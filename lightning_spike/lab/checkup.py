@@ -1,0 +1,111 @@
+"""Where no moment can be gone back to: are the steps that the run makes now too long?"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_spike.actions.batch_ring import RingEntry
+from lightning_spike.lab.consistency import EDGE, Consistency, kept_promise, summed_up
+from lightning_spike.lab.errors import CannotReplay
+from lightning_spike.lab.isolation import isolated
+from lightning_spike.lab.ranks import ALONE, Ranks
+from lightning_spike.lab.reproduce import Leg
+from lightning_spike.lab.state import TrainState
+from lightning_spike.lab.update import Settings, make_update, updates_of
+from lightning_spike.rolling import MAD_TO_SIGMA, mad, median
+
+__all__ = ["CHECKUP_STEPS", "UPDATES", "are_too_long", "checkup", "stagnates"]
+
+UPDATES: Final = 24
+"""Updates that are looked at; twice as many as the re-run of a moment keeps, for there is nothing else to go by."""
+CHECKUP_STEPS: Final = 40
+"""Training steps' worth of time that it takes: the updates, a forward pass after each, and copies of the state (`python benchmarks/lab.py --fault "rate too high all along"`, the column cost)."""
+
+SURE: Final = 0.9
+"""Probability from which steps are called too long where nothing else is known of the trouble, as in `examine`."""
+OVERSHOT: Final = 0.2
+"""Share of overshooting updates that is too many: ten times that of worsened ones in a healthy run (`consistency.HEALTHY`)."""
+PARTS: Final = 8
+"""Parts of a run so far whose levels are compared."""
+LEAST_PART: Final = 16
+"""Losses that a level needs."""
+CLEARLY: Final = 2.0
+"""Standard errors by which the loss must have come down to be falling."""
+
+
+def stagnates(losses: npt.NDArray[np.float64]) -> bool:
+    """Whether the loss has stopped falling: its newest level is not below the lowest of the first half of the run; false for a run too young to tell. Pure.
+
+    Args:
+        losses: All so far, oldest first, shape `(n,)`; what is not finite is left out.
+    """
+    finite = losses[np.isfinite(losses)]
+    if finite.size < PARTS * LEAST_PART:
+        return False
+    parts = [part.tolist() for part in np.array_split(finite, PARTS)]
+    lowest = min(parts[: PARTS // 2], key=median)
+    error = max(_error(lowest), _error(parts[-1]))
+    return median(parts[-1]) > median(lowest) - CLEARLY * error
+
+
+def _error(values: list[float]) -> float:
+    """Standard error of a median, for noise that is normal about it."""
+    return 1.2533 * MAD_TO_SIGMA * mad(values) / math.sqrt(len(values))
+
+
+def are_too_long(steps: Consistency) -> bool:
+    """Whether steps are surely too long for the loss surface, where nothing else is known of the trouble.
+
+    Too many updates are worse than none, and that is not momentum alone, which carries an update up the gradient of its own batch now and then in a healthy run too: of
+    what the gradients promised too little is kept, or too many went down their gradient and overshot.
+    """
+    return steps.agitated >= SURE and (steps.rho < EDGE or steps.overshot >= OVERSHOT)
+
+
+def checkup(
+    trainer: Trainer,
+    module: LightningModule,
+    entries: Sequence[RingEntry],
+    settings: Mapping[int, Sequence[Settings]],
+    *,
+    ranks: Ranks = ALONE,
+) -> Consistency | None:
+    """Train the newest batches once more from the present weights on, and see whether each step keeps the promise of its gradient (science.md 2.3).
+
+    No snapshot is needed, no loss is compared with a recorded one, and nothing is explained: it tells whether steps of this size, with the optimizer as it stands, suit the loss
+    surface that the run is on. Leaves no trace; blocks. With several ranks each must call it with its own batches of the same ordinals.
+
+    Args:
+        trainer: Between two batches, with its optimizers set up.
+        module: What it trains.
+        entries: Batches in order, none left out, the newest last; the newest itself only ends the last update but one.
+        settings: Of the optimizer steps, by the ordinal of the batch they were made in.
+        ranks: Those that look together.
+
+    Returns:
+        `None` where too few updates can be made again, or a gradient of one is not finite.
+
+    Raises:
+        CannotReplay: `training_step` cannot be run again, or the settings of the updates are not known.
+        Exception: What the module's own code raises. The training is untouched all the same.
+    """
+    if any(entry.mutated for entry in entries):
+        msg = "training_step changes the batch in place: what the batches were is not known any more"
+        raise CannotReplay(msg)
+    updates = updates_of(entries, settings, by_hand=not module.automatic_optimization)[-UPDATES:]
+    with isolated(trainer, module, with_optimizers=True, ranks=ranks) as bench:
+        after = TrainState.take(bench, entries[-1].at)
+        kept = []
+        for update in updates:
+            before = after
+            before.load(bench)
+            made = make_update(bench, update)
+            if made.spoilt_at is not None:
+                return None
+            after = TrainState.take(bench, update.entries[-1].at)
+            kept.append(kept_promise(bench, Leg(before=before, update=update, made=made), after))
+    return summed_up(kept)
