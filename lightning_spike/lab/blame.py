@@ -43,7 +43,9 @@ class Blame:
         return max(self.shares, key=lambda group: self.shares[group], default=None)
 
 
-def blame(split: Split, steps: Consistency | None, calm: Calmed | None, damage: Attribution | None) -> Blame:
+def blame(
+    split: Split, steps: Consistency | None, calm: Calmed | None, damage: Attribution | None, *, doubt: float = 0.0
+) -> Blame:
     """Put the parts together; pure.
 
     The batch's part of the jump (half of what only both together make included) is the data's, as far as it is still there under calmed weights; what is not is
@@ -55,11 +57,12 @@ def blame(split: Split, steps: Consistency | None, calm: Calmed | None, damage: 
         steps: Whether the updates before did what their gradients promised.
         calm: The batch under calmed weights, where that was tried.
         damage: The factors of the update that did the damage, where there is one.
+        doubt: Probability that the batch stands out for such steps only, where `calm` would tell and was not tried.
     """
     if split.verdict in ("noise", "not_reproduced"):
         return Blame(shares={})
     data, weights = max(split.batch_part, 0.0), max(split.weights_part, 0.0)
-    kept = 1.0 if calm is None else calm.left
+    kept = 1.0 - doubt if calm is None else calm.left
     shares = dict.fromkeys(GROUPS, 0.0)
     shares |= {"data": data * kept, "intrinsic": data * (1.0 - kept), "computation": split.computation}
     for group, part in _parts(damage, UNKNOWN if steps is None else steps.agitated).items():

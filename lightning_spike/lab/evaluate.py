@@ -69,7 +69,8 @@ def _known_loss(bench: Bench, weights: Mapping[str, Tensor], entry: RingEntry, l
     key = (id(weights), id(entry), id(like))
     if key not in bench.known:
         bench.known[key] = _loss(bench, weights, entry, like), (weights, entry, like)
-    return bench.known[key][0]
+    loss: float = bench.known[key][0]
+    return loss
 
 
 def _loss(bench: Bench, weights: Mapping[str, Tensor], entry: RingEntry, like: RingEntry) -> float:

@@ -20,7 +20,7 @@ from lightning_spike.lab.factors.precision import Precision
 from lightning_spike.lab.factors.samples import NamedSamples
 from lightning_spike.lab.isolation import Bench
 from lightning_spike.lab.locate import Damage
-from lightning_spike.lab.named_samples import name_samples
+from lightning_spike.lab.named_samples import name_samples, passes_to_name
 from lightning_spike.lab.outcome import losses_after
 from lightning_spike.lab.reproduce import Leg, Reproduction
 from lightning_spike.lab.scene import Scene
@@ -43,6 +43,9 @@ NEARLY_ALL: Final = 0.85
 """Share of the damage from which a factor is enough for it, or needed for it."""
 WORTH: Final = 0.25
 """Share of the damage from which a factor is looked into."""
+
+RESERVED: Final = 16
+"""Passes that are kept for what comes after and bears on the blame: whether steps are too long all along."""
 
 FEW: Final = 2
 """Batches up to which samples are named: each costs two to three passes."""
@@ -141,9 +144,7 @@ def attribute(
     closer = "intrinsic" if largest is None or intrinsic > largest.share else largest.factor
     finer: list[Share] = []
     if closer in FURTHER and max(intrinsic, largest.share if largest else 0.0) >= WORTH:
-        if closer == "batch":
-            cells.name_samples()
-        finer, further, _ = cells.shares(FURTHER[closer])
+        finer, further = cells.closer(closer)
         normal += further
     at = legs[0].update.entries[-1].at
     return Attribution(
@@ -192,18 +193,30 @@ class _Cells:
         shares = [self._share(by_id[name], part) for name, part in shapley(list(by_id), rise).items()]
         return sorted(shares, key=lambda s: -s.share), normal, self._part(rise(frozenset()))
 
+    def closer(self, name: str) -> tuple[list[Share], list[str]]:
+        """What a factor's damage is made of, and what was normal about it; nothing where that does not fit into the bench's allowance."""
+        if name == "batch":
+            self._name_samples()
+        factors = FURTHER[name]
+        combinations = 2 ** len(self._active(factors)) - 1
+        made = sum(len(leg.update.entries) for leg in self._legs)
+        passes = RESERVED + combinations * len(self._controls)
+        if combinations and not self._bench.affords("what that is made of", updates=combinations * made, passes=passes):
+            return [], []
+        finer, normal, _ = self.shares(factors)
+        return finer, normal
+
     def _cure(self, active: Sequence[Factor]) -> Factor | None:
         """A factor that takes nearly all of the damage away by itself: what others at their normal values take of the rest is not worth as many runs again."""
         return next((f for f in active if 1.0 - self._part(self._rise([f])) >= NEARLY_ALL), None)
 
-    def name_samples(self) -> None:
+    def _name_samples(self) -> None:
         """Look for samples that stand out in the batches of the updates, where these are few."""
         entries = [entry for leg in self._legs for entry in leg.update.entries]
-        weights = self._legs[0].before.weights
-        named = {
-            entry.at.ordinal: name_samples(self._bench, weights, entry, self._controls)
-            for entry in (entries if len(entries) <= FEW else [])
-        }
+        weights, needed = self._legs[0].before.weights, sum(map(passes_to_name, entries))
+        if len(entries) > FEW or not self._bench.affords("samples that stand out in that batch", gradients=needed):
+            return
+        named = {e.at.ordinal: name_samples(self._bench, weights, e, self._controls) for e in entries}
         self._around = dataclasses.replace(self._around, named=named)
 
     def _alone(self, factor: Factor, active: Sequence[Factor]) -> Share | None:

@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.call import _call_lightning_module_hook
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from lightning_spike.lab.allowance import Allowance, steps_worth
 from lightning_spike.lab.by_itself import by_itself
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.kept import Kept
@@ -54,14 +55,18 @@ class Bench:
         self._has_trained = False
         self._surroundings = Surroundings(trainer)
         self._batches: dict[int, tuple[object, Kept]] = {}
-        self.known: dict[tuple[int, ...], tuple[float, object]] = {}
-        """Losses that were evaluated, by the identities of what they depend on; beside each is what has these identities, so that none is used again."""
+        self.known: dict[tuple[int, ...], tuple[Any, object]] = {}
+        """What was evaluated, by the identities of what it depends on; beside each is what has these identities, so that none is used again."""
+        self.allowance = Allowance()
+        """What may still be asked; without a limit at first."""
         self.updates = 0
         """How many of the steps were training steps, with their backward pass."""
         self.modes: Mapping[int, tuple[str, ...]] = {}
         """By the ordinal of the batch from which on they hold, the names of the modules in eval mode; empty for as they stand."""
         self.steps = 0
-        """How often `training_step` was run: what an examination costs, whatever the machine."""
+        """How often `training_step` was run: what an examination costs, whatever the machine …"""
+        self.graphs = 0
+        """… and how often of that to look at it, and with what a backward pass needs."""
 
     def step(
         self,
@@ -97,6 +102,7 @@ class Bench:
             CannotReplay: The batch holds something that cannot be put back.
         """
         self._set_out(batch, random, at)
+        self.graphs += graph
         arguments = (batch, batch_idx) if self._takes_index else (batch,)
         with (
             torch.set_grad_enabled(graph),
@@ -166,6 +172,32 @@ class Bench:
         with self._as_trained(None, in_float32=False), _block_parallel_sync_behavior(self.trainer.strategy):
             _call_lightning_module_hook(self.trainer, "on_train_batch_start", batch, batch_idx)
             return self.trainer.strategy.training_step(*arguments)
+
+    @property
+    def cost(self) -> float:
+        """What was run so far, in training steps' worth of time."""
+        passes = self.steps - self.updates - self.graphs
+        return steps_worth(updates=self.updates, passes=passes, gradients=self.graphs)
+
+    def affords(self, question: str, *, updates: int = 0, passes: int = 0, gradients: int = 0) -> bool:
+        """Whether a question that takes so much still fits into the allowance, on all ranks; if not, it is noted as left out. Every rank must ask alike.
+
+        Args:
+            question: In words, for the report.
+            updates: Updates made again.
+            passes: Forward passes.
+            gradients: … and such as gradients are taken from.
+        """
+        too_much = not self.has_room(updates=updates, passes=passes, gradients=gradients)
+        if self.ranks.any("what an examination may cost", mine=too_much):
+            self.allowance.left_out.append(question)
+            return False
+        return True
+
+    def has_room(self, *, updates: int = 0, passes: int = 0, gradients: int = 0) -> bool:
+        """Whether so much still fits into the allowance, on this rank."""
+        worth = steps_worth(updates=updates, passes=passes, gradients=gradients)
+        return self.cost + worth <= self.allowance.steps
 
     def rewind(self) -> None:
         """Bring weights, buffers, gradients, modes, attributes and batches back to what they were when the isolation began."""

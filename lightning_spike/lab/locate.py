@@ -21,6 +21,8 @@ NEARLY: Final = 0.15
 """Share of the whole rise that is next to nothing of it: half of what may be missing, at either end."""
 LONGEST: Final = 4
 """Updates in a row at most: each question about them makes them all again."""
+QUESTIONS: Final = 3
+"""As many as there must be room for: two factors, and both."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +55,8 @@ def damage_on_the_way(
     First guess: the update with the longest step, where that makes most of the rise. Else the row of updates in which it comes about: from the last state before which
     there is next to nothing of it to the first with nearly all of it, both found by halving (some four to eight evaluations of all controls instead of thirteen,
     science.md 2b.4), and shortened at its ends for as long as what is left makes most of the rise: a rate that is too high works for some steps before the loss gives
-    way. Of a row that is still longer than four updates, the four that make most of it are taken.
+    way. Of a row that is still longer than four updates, the four that make most of it are taken; fewer where the bench's allowance
+    has no room for questions about four.
 
     Args:
         bench: Inside `isolated`.
@@ -102,11 +105,18 @@ class _Way:
     def row(self) -> tuple[int, int]:
         """The first and the last of the updates in which most of the rise comes about."""
         low, high = self._where(NEARLY), self._where(1.0 - NEARLY) + 1
+        longest = self._longest()
         while high - low > 1 and (
-            high - low > LONGEST or max(self.share(low + 1, high), self.share(low, high - 1)) >= MOST_OF_IT
+            high - low > longest or max(self.share(low + 1, high), self.share(low, high - 1)) >= MOST_OF_IT
         ):
             low, high = max(((low + 1, high), (low, high - 1)), key=lambda row: self.share(*row))
         return low, high - 1
+
+    def _longest(self) -> int:
+        """Updates in a row that there is room to ask about."""
+        bench, passes = self._bench, QUESTIONS * len(self._controls)
+        fitting = (n for n in range(LONGEST, 1, -1) if bench.has_room(updates=QUESTIONS * n, passes=passes))
+        return bench.ranks.first("how many updates in a row", next(fitting, 1))
 
     def _where(self, part: float) -> int:
         """The update with which the rise goes beyond a part of the whole, by halving."""

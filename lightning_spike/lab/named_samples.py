@@ -1,6 +1,7 @@
 """The few samples of a batch that stand out: which they are, and what is left of the batch's excess without them."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -12,9 +13,9 @@ from lightning_spike.actions.outlying import LEAST_USUAL, discoveries, tail_prob
 from lightning_spike.lab.batches import gather_samples, samples_in
 from lightning_spike.lab.evaluate import Numbers, log_scale, losses_under
 from lightning_spike.lab.isolation import Bench
-from lightning_spike.lab.per_sample import samples_under
+from lightning_spike.lab.per_sample import held_samples_under
 
-__all__ = ["Exchanged", "exchange_samples", "name_samples", "with_samples_exchanged"]
+__all__ = ["Exchanged", "exchange_samples", "name_samples", "passes_to_name", "with_samples_exchanged"]
 
 FALSE: Final = 0.05
 """False discovery rate, as where suspects are named from the batch alone (`actions.suspect_samples`)."""
@@ -61,15 +62,20 @@ def name_samples(
     for other in ordinary:
         if usual.size >= LEAST_USUAL:
             break
-        found = samples_under(bench, weights, other.batch, other.at.batch_idx, random=other.rng)
+        found = held_samples_under(bench, weights, other)
         if found is None or not found.explains:
             return ()
         trusting = found.how == "tap"
         usual = np.concatenate([usual, found.losses])
-    own = samples_under(bench, weights, entry.batch, entry.at.batch_idx, random=entry.rng, trusting=trusting)
+    own = held_samples_under(bench, weights, entry, trusting=trusting)
     if own is None or usual.size < LEAST_USUAL:
         return ()
     return _outlying(own.losses, usual)
+
+
+def passes_to_name(entry: RingEntry) -> int:
+    """Forward and backward passes that `name_samples` takes at most."""
+    return 1 + math.ceil(LEAST_USUAL / max(samples_in(entry.batch) or 1, 1))
 
 
 def _outlying(losses: Numbers, usual: Numbers) -> tuple[int, ...]:
@@ -114,7 +120,9 @@ def exchange_samples(
     size = samples_in(spike.batch)
     if other is None or size is None or not positions or excess <= 0:
         return None
-    losses = losses_under(bench, weights, [spike, other], like=spike)
+    losses = np.concatenate(
+        [losses_under(bench, weights, [entry], like=spike, held=entry is spike) for entry in (spike, other)]
+    )
     scaled = log_scale(losses)(losses)
     left = min(max(1.0 - float(scaled[0] - scaled[1]) / excess, 0.0), 1.0)
     text = _text(positions, size, float(losses[0]), float(losses[1]), left)

@@ -16,7 +16,7 @@ from lightning_spike.lab.reproduce import Leg
 from lightning_spike.lab.scene import Scene
 from lightning_spike.lab.update import Update, make_update
 
-__all__ = ["Reordered", "is_streak", "redealt", "reorder"]
+__all__ = ["GONE", "Reordered", "is_streak", "redealt", "reorder"]
 
 FEWEST: Final = 3
 """Batches without which there is no order to speak of."""
@@ -77,15 +77,12 @@ def reorder(scene: Scene, bench: Bench, legs: Sequence[Leg], updates: Sequence[U
     first = next((leg for leg in legs if way and leg.update is way[0]), None)
     entries = [entry for update in way for entry in update.entries]
     losses = np.array([scene.losses.get(entry.at.ordinal, math.nan) for entry in entries])
-    dealt = redealt(entries)
     usual = _usual(scene)
-    if (
-        first is None
-        or dealt is None
-        or len(entries) < FEWEST
-        or not np.isfinite(losses).all()
-        or losses.mean() <= usual
-    ):
+    if first is None or len(entries) < FEWEST or not np.isfinite(losses).all() or losses.mean() <= usual:
+        return None
+    if not bench.affords("the same samples in another order", updates=len(entries)):
+        return None
+    if (dealt := redealt(entries)) is None:
         return None
     bench.rewind()
     first.before.load(bench)

@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
+from lightning_spike.actions.batch_ring import RingEntry
 from lightning_spike.actions.state_copy import load_module
 from lightning_spike.lab.batches import samples_in, take_samples
 from lightning_spike.lab.errors import CannotReplay
@@ -22,7 +23,7 @@ from lightning_spike.lab.isolation import Bench, isolated, loss_of
 from lightning_spike.lab.sample_pulls import Pulls
 from lightning_spike.signals.random_state import RandomState
 
-__all__ = ["PerSampleLosses", "per_sample_losses", "samples_under"]
+__all__ = ["PerSampleLosses", "held_samples_under", "per_sample_losses", "samples_under"]
 
 MOST_SLICES: Final = 256
 """Samples that are run one by one at most; a larger batch would take longer than any answer is worth."""
@@ -111,6 +112,18 @@ def samples_under(
     return _by_any_way(case, trusting=trusting, way=way)
 
 
+def held_samples_under(
+    bench: Bench, weights: Mapping[str, Tensor], entry: RingEntry, *, trusting: bool = False
+) -> PerSampleLosses | None:
+    """As `samples_under`, for weights that are kept for as long as the bench is, unchanged: what was asked for once is remembered."""
+    key = (id(weights), id(entry), int(trusting))
+    if key not in bench.known:
+        found = samples_under(bench, weights, entry.batch, entry.at.batch_idx, random=entry.rng, trusting=trusting)
+        bench.known[key] = found, (weights, entry)
+    answer: PerSampleLosses | None = bench.known[key][0]
+    return answer
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Case:
     """What is run, and how."""
@@ -145,6 +158,8 @@ def _by_any_way(
         return _attempt(lambda: (_by_tap if way == "tap" else _by_slices)(case, size))
     tapped = _attempt(lambda: _by_tap(case, size))
     if tapped is not None and (tapped.explains or (trusting and not np.isfinite(tapped.batch_loss))):
+        return tapped
+    if not case.bench.has_room(passes=size):
         return tapped
     return _attempt(lambda: _by_slices(case, size)) or tapped
 

@@ -48,7 +48,7 @@ def try_remedies(
     """Make the updates that did the damage with each remedy by itself, the most helpful first.
 
     A tenth of the learning rate takes most damage away, whatever made it (75 of 75, science.md 2b.6): these are remedies to report as such, never a test of a cause.
-    Each costs as many updates and the evaluation of two control batches.
+    Each costs as many updates and the evaluation of two control batches; what does not fit into the bench's allowance is left out.
 
     Args:
         bench: Inside `isolated(..., with_optimizers=True)`.
@@ -62,9 +62,11 @@ def try_remedies(
     few = dataclasses.replace(damage, before=damage.before[:FEW], after=damage.after[:FEW])
     if few.log_rise > 0:
         damage, controls = few, controls[:FEW]
+    made, tried = sum(len(leg.update.entries) for leg in legs), len(controls)
     found = [
         Remedy(remedy=name, value=value, repaired=_repaired(bench, updates, legs, damage, controls, like))
         for name, value, updates in _safer(legs, around, empties_state=empties_state)
+        if bench.affords("what would have helped", updates=made, passes=tried)
     ]
     return tuple(sorted(found, key=lambda remedy: -remedy.repaired))
 

@@ -15,7 +15,7 @@ from lightning_spike.lab.isolation import Bench, loss_of
 from lightning_spike.lab.state import TrainState
 from lightning_spike.lab.update import Made, Settings, Update, make_update, updates_of
 
-__all__ = ["Leg", "Reproduction", "is_same", "reproduce"]
+__all__ = ["Leg", "Reproduction", "go_on", "is_same", "reproduce"]
 
 SAME: Final = 1e-3
 """Relative difference of two losses that still counts as the same: non-deterministic kernels and compiled against eager code move a loss by less, a spike by more.
@@ -99,6 +99,31 @@ def reproduce(
     if _updates_first(bench):
         end.load(bench)
     return _ended(legs, end, entries[-1], start, differs_at, loss)
+
+
+def go_on(
+    bench: Bench,
+    known: Reproduction,
+    entries: Sequence[RingEntry],
+    settings: Mapping[int, Sequence[Settings]],
+    recorded: Mapping[int, float],
+) -> Reproduction | None:
+    """Take a re-run further, from its last update on; `None` where it has none, or went another way than the training. As `reproduce`, with the same start.
+
+    Args:
+        bench: As there.
+        known: What is there of it, up to an earlier batch.
+        entries: As there, to a later one.
+        settings: As there.
+        recorded: As there.
+    """
+    if not known.legs or known.differs_at is not None:
+        return None
+    start = known.legs[-1].before
+    rest = [entry for entry in entries if entry.at.ordinal >= start.at.ordinal]
+    found = reproduce(bench, start, rest, settings, recorded)
+    legs = (*known.legs[:-1], *found.legs)[-max(len(known.legs), len(found.legs)) :]
+    return dataclasses.replace(found, legs=legs, steps=known.steps + found.reached - known.reached)
 
 
 def is_same(replayed: float, recorded: float | None) -> bool:

@@ -14,57 +14,80 @@ from lightning_spike.lab.measure.updates import UpdateMeasures, measure_update
 from lightning_spike.lab.reproduce import Reproduction
 from lightning_spike.lab.scene import Scene
 
-__all__ = ["measure"]
+__all__ = ["measure", "measure_single_samples"]
 
 Measures = ModuleMeasures | UpdateMeasures | PrecisionMeasures | ModeMeasures | LossScaleMeasures | SampleMeasures
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Way:
+    """One measurement."""
+
+    what: str
+    question: str
+    """In words, where it is left out."""
+    gradients: int
+    """Forward and backward passes that it takes at most."""
+    run: Callable[[], Measures | None]
+
+
 def measure(
-    scene: Scene, bench: Bench, again: Reproduction, *, located: int | None, blames_batch: bool, blames_weights: bool
+    scene: Scene, bench: Bench, again: Reproduction, *, located: int | None, blames_weights: bool
 ) -> list[dict[str, Any]]:
-    """Measure in the re-run what training could not bear to; 3 to 16 passes, some of single samples.
+    """Measure in the re-run what training could not bear to; 2 to 9 passes, as far as they fit into the bench's allowance.
 
     The module measurements cost two forward and backward passes, those of the update one forward pass a batch of it, the modes four forward passes, the
-    precision two (under autocast only), the samples two passes and five of single samples.
+    precision two (under autocast only).
 
     Args:
         scene: The episode.
         bench: Inside `isolated(..., with_optimizers=True)`.
         again: The re-run, up to the onset.
         located: Ordinal of the update that did the damage; the last one before the onset where none was found.
-        blames_batch: The batch has a part in the jump: its samples are measured.
         blames_weights: The weights have a part in it: update and modes are measured.
 
     Returns:
-        One for each measurement: `"what"` (`"modules"`, `"updates"`, `"precision"`, `"modes"`, `"loss_scale"` or `"samples"`), `"text"`, and its numbers. Of one that failed the text
+        One for each measurement: `"what"` (`"modules"`, `"updates"`, `"precision"`, `"modes"` or `"loss_scale"`), `"text"`, and its numbers. Of one that failed the text
         says why, and there are no numbers.
     """
     ordinary, old, new = scene.ordinary()[0], scene.snapshot.model, again.weights
-    ways: list[tuple[str, Callable[[], Measures | None]]] = [
-        ("modules", lambda: measure_modules(bench, scene.spike, ordinary, old=old, new=new)),
-        ("precision", lambda: measure_precision(bench, new, scene.spike)),
-        ("loss_scale", lambda: _loss_scale(scene, bench)),
-    ]
+    ways = [
+        _Way("modules", "activations and gradients by module", 2, lambda: measure_modules(bench, scene.spike, ordinary, old=old, new=new)),
+        _Way("precision", "the loss in float32", 2 if "mixed" in str(scene.trainer.precision) else 0, lambda: measure_precision(bench, new, scene.spike)),
+        _Way("loss_scale", "the loss scale", 0, lambda: _loss_scale(scene, bench)),
+    ]  # fmt: skip
     if blames_weights:
-        ways.append(("modes", lambda: measure_modes(bench, ordinary, old=old, new=new)))
         place = _place(again, located)
         if place is not None:
-            ways.append(("updates", lambda: measure_update(bench, again, place)))
-    if blames_batch:
-        ways.append(("samples", lambda: measure_samples(bench, scene.spike, ordinary, old)))
+            ways.append(_Way("updates", "how long the update was", 1, lambda: measure_update(bench, again, place)))
+        ways.append(_Way("modes", "train mode against eval mode", 2, lambda: measure_modes(bench, ordinary, old=old, new=new)))  # fmt: skip
     return list(_told(bench, ways))
 
 
-def _told(bench: Bench, ways: list[tuple[str, Callable[[], Measures | None]]]) -> Iterator[dict[str, Any]]:
-    for what, way in ways:
+def measure_single_samples(scene: Scene, bench: Bench) -> list[dict[str, Any]]:
+    """Measure the samples of the struck batch one by one, as `measure` does the rest; two passes, which may be known by now, and five of single samples."""
+    ordinary, old = scene.ordinary()[0], scene.snapshot.model
+    way = _Way(
+        "samples",
+        "losses and gradients of single samples",
+        5,
+        lambda: measure_samples(bench, scene.spike, ordinary, old),
+    )
+    return list(_told(bench, [way]))
+
+
+def _told(bench: Bench, ways: list[_Way]) -> Iterator[dict[str, Any]]:
+    for way in ways:
+        if way.gradients and not bench.affords(way.question, gradients=way.gradients):
+            continue
         try:
             with bench.ranks.stage():
-                found = way()
+                found = way.run()
         except Exception as error:  # noqa: BLE001 - the user's code, run in a mode that it was not made for; the other answers stand
-            yield {"what": what, "text": f"It could not be measured: {type(error).__name__}: {error}"}
+            yield {"what": way.what, "text": f"It could not be measured: {type(error).__name__}: {error}"}
             continue
         if found is not None:
-            yield {"what": what} | dataclasses.asdict(found)
+            yield {"what": way.what} | dataclasses.asdict(found)
 
 
 def _place(again: Reproduction, located: int | None) -> int | None:

@@ -14,7 +14,7 @@ from lightning_spike.actions.batch_ring import RingEntry
 from lightning_spike.actions.state_copy import load_module
 from lightning_spike.lab.batches import samples_in, take_samples
 from lightning_spike.lab.isolation import Bench, loss_of
-from lightning_spike.lab.per_sample import PerSampleLosses, samples_under
+from lightning_spike.lab.per_sample import PerSampleLosses, held_samples_under
 
 __all__ = ["SampleMeasures", "gradient_norms", "measure_samples"]
 
@@ -122,7 +122,7 @@ def _under(
     size = samples_in(entry.batch)
     if size is None or size > MOST:
         return None
-    return samples_under(bench, weights, entry.batch, entry.at.batch_idx, random=entry.rng, trusting=trusting)
+    return held_samples_under(bench, weights, entry, trusting=trusting)
 
 
 def _ranking(found: PerSampleLosses) -> npt.NDArray[np.float64]:
