@@ -29,6 +29,11 @@ NONE: Final = 0.02
 """Flat share up to which a layer had as good as no flat outputs before."""
 MORE: Final = 0.2
 """Growth of the flat share from which a layer has changed at all."""
+UNTOUCHED: Final = 0.1
+"""Part of the growth of the flat share up to which none of it was there yet."""
+LOUDER: Final = 1.25
+"""Factor on the root mean square of a layer's outputs, and of those behind it, from which what is left of them is larger than before: units that die take their share with them, dropout scales up
+the rest by 1 / (1 - p)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +58,7 @@ class ActivationSaturation(Cause):
     Seen by: the share of a layer's outputs in the flat part of its activation, against the layer's own past: half of a healthy ReLU's outputs are 0. With it the gradients of the
     layers before vanish, and the loss jumps from one batch to the next after ordinary updates.
 
-    Against it: layers as alive as ever, also when the loss had risen already; whatever may have done the damage to the weights first: an event of the learning rate, an exploded gradient,
+    Against it: layers as alive as ever, also when the loss had risen already; outputs that are larger as a whole than before, though most of them are 0 (that is dropout); whatever may have done the damage to the weights first: an event of the learning rate, an exploded gradient,
     an odd batch, weights that somebody wrote.
 
     Thresholds: a quarter of what was alive before is left, and 80 % is flat (TheDeepChecker's rules say 85 % saturated, or half of the units dead).
@@ -72,10 +77,14 @@ class ActivationSaturation(Cause):
     def examine(self, case: Case) -> Examination:
         found = _finding(case)
         flat = _flattest(case)
-        units = _units(case, found, flat)
+        dropped = _dropped(case, flat)
+        units = _units(case, found, flat) if dropped is None else dropped
         against = from_elsewhere(case) if units is not None and units.weight > 0.0 else ()
-        lasting = _lasting(found) if flat is not None else None
-        evidence = tuple(e for e in (units, lasting, _alive_after(case, flat), *against) if e is not None)
+        lasting = _lasting(found) if flat is not None and dropped is None else None
+        alive = _alive_after(case, flat)
+        if alive is not None and alive.weight <= -DECISIVE:
+            against = tuple(e for e in against if e.weight <= 0.0)  # a jump that came before is not of its making
+        evidence = tuple(e for e in (units, lasting, alive, *against) if e is not None)
         return Examination(
             evidence=evidence,
             summary=_summary(case, flat),
@@ -132,6 +141,36 @@ def _units(case: Case, found: Finding | None, flat: _Flat | None) -> Evidence | 
     return tell(flat.signal, text, weight, step=case.step_of(flat.ordinal), observed=flat.share, expected=flat.before)
 
 
+def _dropped(case: Case, flat: _Flat | None) -> Evidence | None:
+    """Zeros in an output that is larger as a whole: the first look at which the layer was flat, against healthy ones; later the net has got used to it."""
+    if flat is None or SIGNALS[flat.signal] != "dead" or flat.share - flat.before < MORE:
+        return None
+    at = _first_flat(case, flat)
+    usual = usual_of(case, "activation_rms", at)
+    table = layer_table(case, "activation_rms", at, at)
+    if usual is None or len(table.values) == 0 or flat.name not in table.names:
+        return None
+    place = table.names.index(flat.name)
+    here = slice(place, place + 2)  # with the module behind it: the layer may stand for what goes into its activation
+    times = table.values[0, here] / np.where(usual[here] > 0.0, usual[here], np.nan)
+    if not (times >= LOUDER).all():
+        return None
+    now, before = float(table.values[0, place]), float(usual[place])
+    text = (
+        f"Most outputs of {flat.name} are 0 at step {case.step_of(at)}, but as a whole they are larger than before (root mean square {now:.3g}, usually {before:.3g}), and so is "
+        "what comes behind: outputs are left out and the others scaled up, as by dropout."
+    )
+    return tell("activation_rms", text, -DECISIVE, step=case.step_of(at), observed=now, expected=before)
+
+
+def _first_flat(case: Case, flat: _Flat) -> int:
+    """Ordinal of the first look at which the layer was at least half as flat as it got."""
+    table = layer_table(case, flat.signal, case.onset - (GUARD if case.store.episodes else BACK), flat.ordinal)
+    shares = table.values[:, table.names.index(flat.name)]
+    flat_then = np.flatnonzero(shares - flat.before >= 0.5 * (flat.share - flat.before))
+    return int(table.ordinals[flat_then[0]]) if flat_then.size else flat.ordinal
+
+
 def _lasting(found: Finding | None) -> Evidence | None:
     if found is None:
         return None
@@ -151,7 +190,9 @@ def _alive_after(case: Case, flat: _Flat | None) -> Evidence | None:
     if not share - flat.before < 0.5 * (flat.share - flat.before):
         return None
     text = f"At step {case.step_of(int(table.ordinals[0]))}, after the loss had risen, {flat.name} was alive still ({100.0 * share:.3g} %)."
-    return tell(flat.signal, text, -STRONG, step=case.step, observed=share, expected=flat.before)
+    untouched = share - flat.before < UNTOUCHED * (flat.share - flat.before)
+    weight = -DECISIVE if untouched and case.sudden else -STRONG
+    return tell(flat.signal, text, weight, step=case.step, observed=share, expected=flat.before)
 
 
 def _summary(case: Case, flat: _Flat | None) -> str:

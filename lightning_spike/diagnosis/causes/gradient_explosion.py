@@ -8,8 +8,9 @@ from typing_extensions import override
 
 from lightning_spike.diagnosis.case import Case, Excess
 from lightning_spike.diagnosis.cause import Cause, Examination
-from lightning_spike.diagnosis.constants import DECISIVE, FAIR, SLIGHT, STRONG
+from lightning_spike.diagnosis.constants import DECISIVE, FAIR, REPLAYED, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import clip_fix, clip_value
+from lightning_spike.diagnosis.held import EXPLODED, held_gradient
 from lightning_spike.diagnosis.rates import steady_rate
 from lightning_spike.diagnosis.tells import (
     batch_value,
@@ -25,8 +26,6 @@ from lightning_spike.records import Change, Evidence, Family
 
 __all__ = ["GradientExplosion"]
 
-EXPLODED: Final = 10.0
-"""Factor over its usual norm from which a gradient has exploded and is not merely large."""
 LARGE: Final = 3.0
 """… from which it is large: what an outlier of a batch may well bring."""
 ADAPTIVE: Final = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad")
@@ -39,7 +38,7 @@ class GradientExplosion(Cause):
     Seen by: a gradient norm far out of its range in updates *before* the loss rose, with an ordinary batch and an ordinary learning rate.
 
     Against it: norms that were in their range until the loss itself jumped (then they are its symptom); clipping by norm that was on; Adam and its like,
-    whose step one large gradient cannot lengthen; a loss that was back at once. Whatever lies upstream (a bad batch, a restart, a rate too high) takes its
+    whose step one large gradient cannot lengthen, unless the lab finds that it did its harm out of the state; a loss that was back at once. Whatever lies upstream (a bad batch, a restart, a rate too high) takes its
     evidence away: a symptom never outranks its cause.
 
     Thresholds: out of range is by the norms' own history on the log scale; 10 times the usual norm is an explosion (AUTOTRAINER and TheDeepChecker use
@@ -62,6 +61,7 @@ class GradientExplosion(Cause):
             _clipped(case),
             _adaptive(case),
             _steady(case) if lead is not None else None,
+            _in_the_state(case),
             lone_batch(case, -SLIGHT),
             batch_value(case, ordinary=SLIGHT if lead is not None else 0.0, odd=-STRONG),
             split_verdict(case, {"data": -STRONG, "weights": FAIR, "noise": -FAIR}),
@@ -124,6 +124,15 @@ def _adaptive(case: Case) -> Evidence | None:
         -SLIGHT,
         step=case.step,
     )
+
+
+def _in_the_state(case: Case) -> Evidence | None:
+    """Damage that the experiments give to the optimizer's state, in later updates than that of the exploded gradient: that gradient is what it holds."""
+    held = held_gradient(case)
+    if held is None:
+        return None
+    text = f"The experiments give the damage to what the optimizer's state held later, and that was the gradient of step {case.step_of(held.ordinal)}."
+    return tell("lab/factors", text, REPLAYED, step=case.step, observed=held.observed, expected=held.expected)
 
 
 def _steady(case: Case) -> Evidence | None:

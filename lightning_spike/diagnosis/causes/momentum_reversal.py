@@ -9,6 +9,7 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, NEAR, REACH, REFERENCE, REPLAYED, SLIGHT, STRONG
+from lightning_spike.diagnosis.held import held_gradient
 from lightning_spike.diagnosis.measured import all_measured
 from lightning_spike.diagnosis.rates import steady_rate
 from lightning_spike.diagnosis.settings import SettingChange, changed_setting, setting_evidence
@@ -43,7 +44,8 @@ class MomentumReversal(Cause):
     Seen by: a momentum that was changed to nearly 1 just before (finding `settings_changed`); the cosine between momentum and gradient below -0.3 and below nearly all of the run's own,
     just before the loss rose; a step that went up the gradients of the batches before; the lab's experiment that gives the damage to the momentum, for with an empty state it is not done.
 
-    Against it: an optimizer without momentum; a cosine in its range; an experiment that finds the optimizer's state without fault.
+    Against it: an optimizer without momentum; a cosine in its range; an experiment that finds the optimizer's state without fault, or one after a gradient that exploded,
+    which is then what the state holds.
 
     Thresholds: science.md 2.3. The cosine is looked at every tenth update, so that a short turn can pass between two looks; that it was not seen weighs little then.
 
@@ -145,7 +147,9 @@ def _experiment(case: Case, raised: SettingChange | None) -> Evidence | None:
         return None
     share = shares.get("optimizer", 0.0)
     text = str((case.lab("factors") or case.lab("blame") or {}).get("text") or "The moment was run again.")
-    if share >= SHARE:
+    if raised is None and held_gradient(case) is not None:
+        text, weight = f"{text} What the state held was one exploded gradient.", -FAIR
+    elif share >= SHARE:
         weight = REPLAYED if _of_momentum(case) else FAIR
     elif _of_state(case) >= SHARE and raised is None:
         weight = SLIGHT

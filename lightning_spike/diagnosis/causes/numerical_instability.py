@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Final
 
 from typing_extensions import override
 
-from lightning_spike.diagnosis.case import Case
+from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, NEAR, SLIGHT, STRONG
 from lightning_spike.diagnosis.measured import grown_module
@@ -25,6 +25,8 @@ HUGE: Final = 1e4
 """Factor over the loss before from which a finite loss in an ordinary batch may be the work of an operation (x / ~0, exp), not of training."""
 GREW: Final = 30.0
 """Factor on a module's outputs, with the same weights and an ordinary batch, from which an operation in or after it has lost its hold (x / ~0, exp); what training changes is far less."""
+WILD: Final = math.log(HUGE)
+"""Scatter of the losses of ordinary batches, or of their logarithms, from which values blow up in some and not in others: training's own is below 1."""
 BIRTHPLACE: Final = frozenset({"forward", "loss", "backward"})
 REMEDIES: Final[Mapping[str, str]] = {
     "log": "replace torch.log(x) by torch.log(x.clamp_min({eps:g})), or use log_softmax / logsigmoid",
@@ -52,7 +54,7 @@ class NumericalInstability(Cause):
     Against it: NaN or Inf in the batch; a loss or gradient that grew over several batches first (then weights ran away, and overflow is the end of it);
     an event of the learning rate, which takes this evidence away.
 
-    Thresholds: none but finiteness; a finite loss counts from 10,000 times its level in an ordinary batch.
+    Thresholds: none but finiteness; a finite loss counts from 10,000 times its level in an ordinary batch, or where ordinary batches run again with the weights of before differ by as much.
 
     To do: the safe form of the operation with an epsilon that suits the precision; back to a checkpoint from before.
     """
@@ -64,7 +66,7 @@ class NumericalInstability(Cause):
 
     @override
     def examine(self, case: Case) -> Examination:
-        born = _birth(case) or _blown_up(case)
+        born = _birth(case) or _blown_up(case) or _wild(case)
         if born is None:
             return Examination(
                 evidence=(
@@ -84,7 +86,9 @@ class NumericalInstability(Cause):
             gradient_in_range(case, SLIGHT),
             batch_value(case, ordinary=SLIGHT, odd=-SLIGHT),
             _precision(case),
-            split_verdict(case, {"weights": -FAIR, "noise": -FAIR}) if _is_finite(case) else None,
+            split_verdict(case, {"weights": -FAIR, "noise": 0.0 if _wild(case) is not None else -FAIR})
+            if _is_finite(case)
+            else None,
         )
         return Examination(
             evidence=evidence,
@@ -128,8 +132,11 @@ def _birth(case: Case) -> Evidence | None:
     before = case.episode.loss_before
     if loss is None or before is None or not before > 0.0 or loss < HUGE * before:
         return None
-    text = f"The loss was {loss / before:.2g} times as high from one batch to the next."
-    return tell(case.episode.signal, text, SLIGHT, step=case.step, observed=loss, expected=before)
+    computed = case.split == "computation"
+    text = f"The loss was {loss / before:.2g} times as high from one batch to the next{', with the weights of before as well' if computed else ''}."
+    return tell(
+        case.episode.signal, text, DECISIVE if computed else SLIGHT, step=case.step, observed=loss, expected=before
+    )
 
 
 def _blown_up(case: Case) -> Evidence | None:
@@ -139,6 +146,16 @@ def _blown_up(case: Case) -> Evidence | None:
         return None
     text = f"With the weights and batches of before, the outputs of '{grown[0]}' are now {grown[1]:.3g} times their usual size: an operation there divides by nearly 0, or grows like exp."
     return tell("lab/measured", text, DECISIVE, step=case.step, observed=grown[1], expected=1.0)
+
+
+def _wild(case: Case) -> Evidence | None:
+    """With the weights of before, ordinary batches have losses that are thousands of times apart: some in the range of before or 0, others far above."""
+    told, before = case.lab("split") or {}, number(case.episode.loss_before)
+    scatter = number(told.get("noise"))
+    if told.get("verdict") != "noise" or scatter is None or before is None or scatter < max(WILD, GREW * before):
+        return None
+    text = f"With the weights of before, ordinary batches that had a loss of about {before:.3g} scatter by {scatter:.3g}: in some of them values blow up, as by a division by nearly 0."
+    return tell("lab/split", text, DECISIVE, step=case.step, observed=scatter, expected=before)
 
 
 def _is_finite(case: Case) -> bool:

@@ -5,7 +5,7 @@ from typing import ClassVar, Final
 
 from typing_extensions import override
 
-from lightning_spike.diagnosis.case import Case
+from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, REACH, SLIGHT, STRONG
 from lightning_spike.diagnosis.outside import OutsideChange, last_write, outside_change
@@ -18,6 +18,8 @@ AT_ONCE: Final = 2
 """Batches from a write into the state to the first loss that shows it: the update after it, and one more where it was small."""
 HABIT: Final = 2
 """Writes in a run from which on they are somebody's practice, a reset of the momentum every so often, and show nothing by themselves."""
+NONE: Final = 0.1
+"""Share of the jump up to which the lab's experiments refute a cause."""
 STATE: Final = ("optimizer", "momentum_or_gradient")
 """What the lab's experiment finds to be changed where it is the state, or may be."""
 SNAPSHOT: Final = "snapshot/finite"
@@ -68,6 +70,8 @@ class OptimizerStateCorruption(Cause):
         evidence = without_none(
             _write(case, found) if found is not None else _nobody(case),
             _replayed(case, change, found),
+            _not_yet_examined(case, found),
+            _longer(case, found),
             _weights_too(case, found),
             split_verdict(case, {"data": -STRONG, "noise": -SLIGHT}),
         )
@@ -131,6 +135,28 @@ def _replayed(case: Case, change: OutsideChange | None, found: Finding | None) -
         return tell("lab/outside", change.text, -STRONG, step=case.step, observed=change.repaired)
     weight = STRONG if change.changed == "optimizer" else SLIGHT if found is None else FAIR
     return tell("lab/outside", change.text, weight, step=case.step, observed=change.repaired)
+
+
+def _not_yet_examined(case: Case, found: Finding | None) -> Evidence | None:
+    """What the experiments say of later updates refutes no write before them: its harm was done, and the state made up of new gradients again."""
+    first = number((case.lab("factors") or {}).get("ordinal"))
+    if found is None or first is None or not case.blame or first - found.at.ordinal <= AT_ONCE:
+        return None
+    if case.blame.get("optimizer", 0.0) > NONE:
+        return None
+    text = f"The experiments begin at step {case.step_of(int(first))}, {batches(int(first) - found.at.ordinal)} after it, and say nothing about the updates before."
+    return tell("lab/factors", text, STRONG, step=case.step)
+
+
+def _longer(case: Case, found: Finding | None) -> Evidence | None:
+    """An update after the write that was longer than usual, before the loss showed anything."""
+    if found is None or not 0 <= case.onset - found.at.ordinal <= REACH:
+        return None
+    size = case.worst("update_norm", found.at.ordinal, case.onset)
+    if size is None or not size.above:
+        return None
+    text = f"After it an update was {size.ratio:.3g} times as long as usual."
+    return tell("update_norm", text, FAIR, step=case.step, observed=size.observed, expected=size.expected)
 
 
 def _weights_too(case: Case, found: Finding | None) -> Evidence | None:

@@ -41,6 +41,8 @@ ALONG: Final = 0.7
 """Share of an update that lies along the weights themselves from which it is their own growth: a gradient step, and one that overshoots from side to side, lies mostly across them."""
 ACROSS: Final = 0.3
 """… and up to which the updates are mostly something else."""
+COMPUTED: Final = 0.5
+"""Share of the jump from which the lab's experiments find what is computed changed, as elsewhere to confirm a cause: the same weights have another loss."""
 BEYOND: Final = 2.0
 """… and from which they cannot have made the growth, which somebody else did."""
 DEFAULTS: Final = {"AdamW": 0.01}
@@ -79,7 +81,8 @@ class WeightBlowup(Cause):
     Seen by: the norm of all weights, which grows geometrically from before the loss rose on, far faster than in this run's healthy part; updates that lie along the weights
     themselves; a setting `weight_decay` that changed while training ran.
 
-    Against it: weights as large as ever; a growth that set in after the loss (then it is damage); updates across the weights, as steps make that are too long.
+    Against it: weights as large as ever; a growth that set in after the loss (then it is damage); a loss that jumped when the weights had hardly changed; a lab that finds the jump with the weights from
+    before, too; updates across the weights, as steps make that are too long.
 
     Thresholds: growth by the run's own rate of growth. A step that overshoots turns the weights round rather than lengthening them: its length is a multiple of what
     it adds to the norm, where a decay of the wrong sign adds all of it.
@@ -109,7 +112,13 @@ class WeightBlowup(Cause):
         growth = _growth(case)
         changed = _decay_changed(case)
         evidence = without_none(
-            _size(case, growth), _along(case, growth), _first(case, growth), _rate(case), _setting(changed)
+            _size(case, growth),
+            _along(case, growth),
+            _first(case, growth),
+            _by_then(case, growth),
+            _computed(case),
+            _rate(case),
+            _setting(changed),
         )
         fix, value = _fix(case, growth, changed)
         return Examination(
@@ -235,6 +244,25 @@ def _first(case: Case, growth: Growth | None) -> Evidence | None:
     late = growth.shown > case.onset + (GUARD if case.kind in SLOW else 0)  # a slow episode is dated back
     text = f"It began {'after' if late else 'before'} the loss rose, between steps {case.step_of(growth.first)} and {case.step_of(growth.last)}."
     return tell("weight_norm", text, -STRONG if late else SLIGHT, step=case.step)
+
+
+def _by_then(case: Case, growth: Growth | None) -> Evidence | None:
+    """A loss that jumps from one batch to the next while the weights are as good as before: what has grown little does little harm, and more of it with every update."""
+    if growth is None or growth.rate == 0.0 or case.sudden is not True:
+        return None
+    by_then = math.exp(min(abs(growth.rate) * max(case.onset - growth.first, 0), 600.0))
+    if by_then >= LITTLE:
+        return None
+    text = f"When the loss jumped the norm of all weights was at most {by_then:.3g} times as before."
+    return tell("weight_norm", text, -STRONG, step=case.step, observed=by_then, expected=1.0)
+
+
+def _computed(case: Case) -> Evidence | None:
+    share = case.blame.get("computation", 0.0)
+    if share < COMPUTED:
+        return None
+    text = f"Run again with the weights from before, ordinary batches have the high loss as well ({100.0 * share:.0f} % of the jump): it is not in the weights."
+    return tell("lab/blame", text, -DECISIVE, step=case.step, observed=share)
 
 
 def _rate(case: Case) -> Evidence | None:

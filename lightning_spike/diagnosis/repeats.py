@@ -1,0 +1,88 @@
+"""Whether the same few batches come again and again, by the statistics of their values: a net that is trained on them knows them by heart."""
+
+import dataclasses
+from collections import Counter
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_spike.diagnosis.case import Case, number
+
+__all__ = ["Repeats", "repeats"]
+
+WINDOW: Final = 64
+"""Batches before the onset that are compared with each other."""
+FEWEST: Final = 32
+"""… without which nothing is said."""
+FRESH: Final = 0.6
+"""Share of them that may be unlike all others for the same batches to come again and again: augmentation, or whatever else is changed now and then, spares the rest. Batches drawn anew
+are nearly all unlike each other, and an epoch of more than `WINDOW` batches shows none twice."""
+OFTEN: Final = 4
+"""Times that a batch must have come to be known by heart."""
+AHEAD: Final = 96
+"""Batches from the onset on whose losses are compared with those of the same batches before."""
+LEAST: Final = 3
+"""Batches of a kind without which their losses are not compared."""
+DIGITS: Final = 5
+"""Digits to which statistics of the same values agree, in whatever order a device adds them up."""
+STATISTICS: Final = frozenset({"mean", "std", "max_abs", "zeros", "entropy", "largest", "distinct"})
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Repeats:
+    """The same few batches again and again, up to the onset."""
+
+    kinds: int
+    """Different batches among those that came `OFTEN` and more."""
+    came: int
+    """How many of the last `window` batches were one of them."""
+    window: int
+    known: float | None
+    """Median loss, from the onset on, of batches that had come before, over the loss before the episode; `None` of too few."""
+    altered: float | None
+    """The same of batches that had not come before."""
+
+
+def repeats(case: Case) -> Repeats | None:
+    """How often the batches before the onset had come before; `None` where they were new, where few are held, and where their values were not recorded."""
+    ordinals = case.store.history.ordinals
+    prints = _prints(case)
+    before = prints[(ordinals >= case.onset - WINDOW) & (ordinals < case.onset)]
+    if prints.shape[1] == 0 or len(before) < FEWEST:
+        return None
+    counts = Counter(row.tobytes() for row in before)
+    often = {key: count for key, count in counts.items() if count >= OFTEN}
+    came = sum(often.values())
+    if len(before) - came > FRESH * len(before):
+        return None
+    after = (ordinals >= case.onset) & (ordinals < case.onset + AHEAD)
+    old = np.array([row.tobytes() in often for row in prints[after]], dtype=bool)
+    losses = case.store.history.series(case.episode.signal)[after]
+    return Repeats(
+        kinds=len(often),
+        came=came,
+        window=len(before),
+        known=_level(case, losses[old]),
+        altered=_level(case, losses[~old]),
+    )
+
+
+def _prints(case: Case) -> npt.NDArray[np.float64]:
+    """A row for every batch that tells it from others: statistics of its values, to some digits; shape `(len(history), statistics)`."""
+    history = case.store.history
+    names = [s for s in history.signals if s.startswith("batch/") and s.rsplit("/", 1)[-1] in STATISTICS]
+    if not names:
+        return np.zeros((history.ordinals.size, 0))
+    values = np.stack([history.series(name) for name in names], axis=1)
+    size = np.where(np.isfinite(values) & (values != 0.0), np.abs(values), 1.0)
+    unit = 10.0 ** (np.floor(np.log10(size)) - DIGITS + 1)
+    return np.round(values / unit) * unit + 0.0
+
+
+def _level(case: Case, losses: npt.NDArray[np.float64]) -> float | None:
+    before = number(case.episode.loss_before)
+    known = losses[~np.isnan(losses)]
+    if before is None or not before > 0.0 or known.size < LEAST:
+        return None
+    return float(np.median(known)) / before
