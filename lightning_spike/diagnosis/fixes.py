@@ -105,6 +105,12 @@ def gentle_rate(case: Case, signal: str) -> float | None:
     return GENTLE_STEP / float((lengths[known] / sizes[known] / rates[known]).max())
 
 
+def longest_bearable(case: Case, signal: str) -> float | None:
+    """The rate at which that longest update would have changed the weights by a tenth of their size, which is the most; `None` as above."""
+    gentle = gentle_rate(case, signal)
+    return None if gentle is None else _two_digits(MOST_STEP / GENTLE_STEP * gentle)
+
+
 def _cut(case: Case) -> tuple[float, str]:
     """How far to lower a rate whose limit the run does not show, and why."""
     tried = (case.lab("remedies") or {}).get("tried")

@@ -1,10 +1,13 @@
 """Values of remedies, against what follows from how the run was made."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from synthetic import Run, moment
 
 from lightning_spike.diagnosis.case import Case
+from lightning_spike.diagnosis.causes.warmup_too_short import WarmupTooShort
 from lightning_spike.diagnosis.fixes import dataset_fix, drop_samples, gentle_rate, lower_peak
 from lightning_spike.records import Episode, EpisodeKind, Finding, Recovery
 
@@ -117,3 +120,15 @@ def test_all_samples_of_a_stretch_are_dropped_and_its_steps_named():
     text = dataset_fix(told)
     assert "100-131, 500-531" in text
     assert "2 bad batches from step 300 to 301" in text
+
+
+def test_a_peak_that_no_warm_up_makes_good_is_lowered_first():
+    run = Run()
+    run.rate[:] = 0.5
+    early = dataclasses.replace(case(run).episode, onset=moment(12), noticed=moment(12), peak=moment(14))
+    for share, change in ((0.1, ("warmup_steps", 80.0)), (0.8, (run.rate_signal, 0.12))):
+        steps_of(run, share)  # 5 and 40 % of the weights
+        run.episodes = [early]
+        found = WarmupTooShort().examine(Case(run.store(), early))
+        assert (found.change.setting, found.change.value) == change
+        assert f"{change[1]:g}" in found.fixes[0]

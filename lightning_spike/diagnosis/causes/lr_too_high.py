@@ -61,7 +61,7 @@ class LrTooHigh(Cause):
     Thresholds: a chronically high rate hardly shows in one step (science.md 2.3), so this is judged by trend and by what is *not* there; no
     single observation is decisive.
 
-    To do: lower the rate to the highest that the run has borne, else by a factor of 3, by 10 where the loss was lost for good.
+    To do: lower the rate to what the run was used to or has borne, else to where its updates are of a healthy length (`fixes.lower_peak`).
     """
 
     id: ClassVar = "lr_too_high"
