@@ -9,7 +9,7 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, NEAR, SLIGHT, STRONG
-from lightning_spike.diagnosis.fixes import clip_fix, warmup_steps
+from lightning_spike.diagnosis.fixes import clip_fix, longest_bearable, warmup_steps
 from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, borne_later, rate_event
 from lightning_spike.diagnosis.tells import (
     batch_value,
@@ -81,7 +81,7 @@ class WarmupTooShort(Cause):
             evidence=evidence,
             summary=f"{updates} updates into the run {signal} was at {case.rate(signal) or math.nan:.3g} already, and {case.loss_text}.",
             fixes=_fixes(case, signal),
-            change=Change(setting="warmup_steps", value=float(warmup_steps(case)[0])),
+            change=_change(case, signal),
             confirmed=False if case.split == "data" else None,
         )
 
@@ -154,11 +154,30 @@ def _event(case: Case) -> Evidence | None:
     return tell(event.signal, f"The schedule has an event of its own there: {event.text}.", -FAIR, step=event.step)
 
 
+def _lower(case: Case, signal: str) -> float | None:
+    """The peak to use, where updates at the present one would be longer than a warm-up can make good."""
+    most = longest_bearable(case, signal)
+    return most if most is not None and most < _peak(case, signal) else None
+
+
+def _change(case: Case, signal: str) -> Change:
+    lower = _lower(case, signal)
+    if lower is not None:
+        return Change(setting=signal, value=lower)
+    return Change(setting="warmup_steps", value=float(warmup_steps(case)[0]))
+
+
 def _fixes(case: Case, signal: str) -> tuple[str, ...]:
     steps, why = warmup_steps(case)
-    peak = _peak(case, signal)
-    first = (
-        f"Let {signal} rise from {0.01 * peak:.2g} to {peak:.3g} over the first {steps} updates ({why}): "
+    lower, peak = _lower(case, signal), _peak(case, signal)
+    to = peak if lower is None else lower
+    rise = (
+        f"Let {signal} rise from {0.01 * to:.2g} to {to:.3g} over the first {steps} updates ({why}): "
         f"torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters={steps}), interval 'step'."
     )
-    return tuple(filter(None, (first, clip_fix(case))))
+    first = (
+        f"Lower the peak of {signal} from {peak:.3g} to {lower:.3g}: beyond, an update like this run's longest would change the weights by more than a tenth of their size."
+        if lower is not None
+        else None
+    )
+    return tuple(filter(None, (first, rise, clip_fix(case))))
