@@ -57,7 +57,7 @@ class GradientExplosion(Cause):
         lead = early_gradient(case)
         evidence = without_none(
             _lead(case, lead),
-            gradient_in_range(case, -STRONG),
+            gradient_in_range(case, -STRONG) if held_gradient(case) is None else None,
             _clipped(case),
             _adaptive(case),
             _steady(case) if lead is not None else None,

@@ -66,6 +66,33 @@ def test_units_that_were_alive_when_the_loss_had_risen_went_flat_of_something_el
     assert examined(a_run(flat_from=300)).total < examined(a_run()).total - 2.5
 
 
+def with_sizes(run, then, later):
+    """Root mean squares of the flat layer and of the one behind it: 1 and 2 before, so many times as large at the first look after the onset, and later."""
+    times = {203: then, 250: later, 300: later, 350: later}
+    rows = {o: [1.0, 1.0 * times.get(o, (1.0, 1.0))[0], 2.0 * times.get(o, (1.0, 1.0))[1]] for o in range(0, 400, 50)}
+    rows[203] = [1.0, then[0], 2.0 * then[1]]
+    run.layers["activation_rms"] = ((*NAMES, "net.4"), rows)
+    return run
+
+
+def test_zeros_in_outputs_that_are_larger_as_a_whole_are_dropout():
+    told = diagnose(with_sizes(a_run(found=True), (2.2, 2.0), (0.5, 0.5)).store()).overall
+    assert {v.cause: v.probability for v in told}.get("activation_saturation", 0.0) < 0.1
+
+
+@pytest.mark.parametrize(
+    "then", [(0.2, 0.2), (2.5, 0.3), (math.nan, 2.0)], ids=["both smaller", "its input", "unknown"]
+)
+def test_units_that_die_take_their_share_with_them(then):
+    assert examined(with_sizes(a_run(), then, (2.0, 2.0))).total == examined(a_run()).total
+
+
+def test_a_jump_before_any_unit_died_speaks_for_nothing_here():
+    jump = examined(a_run())
+    assert any(e.signal == "loss" and e.weight > 0.0 for e in jump.evidence)
+    assert not any(e.signal == "loss" and e.weight > 0.0 for e in examined(a_run(flat_from=300)).evidence)
+
+
 def test_a_jump_of_the_learning_rate_before_it_lies_upstream():
     assert examined(a_run(rate=True)).total < examined(a_run()).total - 3.0
     assert diagnose(a_run(rate=True).store()).overall[0].cause == "lr_scheduler_fault"

@@ -114,6 +114,22 @@ def test_a_write_long_before_is_no_explanation(lag):
     assert verdicts.get(ID, 0.0) < 0.5 * max(verdicts.values(), default=1.0) or verdicts.get(ID, 0.0) < 0.2
 
 
+def test_an_experiment_with_later_updates_refutes_no_write_before_them():
+    early, late = (spiked(write(191), blame("intrinsic")) for _ in range(2))
+    for run, first in ((early, 192), (late, 197)):
+        run.note(Finding(detector="lab", kind="factors", at=moment(200), detail={"episode": 1, "ordinal": first}))
+    assert examined(late).total == pytest.approx(examined(early).total + 3.0)
+
+
+def test_a_long_update_after_the_write_shows_what_it_did():
+    usual, long = (with_signals(spiked(write(191)), update_norm=1.0) for _ in range(2))
+    row = long.row
+    long.row = lambda o: (
+        row(o) if o != 192 else dataclasses.replace(row(o), values={**row(o).values, "update_norm": 40.0})
+    )
+    assert examined(long).total == pytest.approx(examined(usual).total + 1.6)
+
+
 def test_a_write_after_the_peak_is_none():
     assert not examined(spiked(write(205))).speaks
 

@@ -1,4 +1,4 @@
-"""Swings of a loss near its floor: after the validation loss had turned, before it had, without any, and a single rise."""
+"""Swings of a loss near its floor: after the validation loss had turned, before it had, without any, a single rise; and of a net that knows two batches by heart."""
 
 import math
 
@@ -30,6 +30,18 @@ def a_run(*, validations=(0.6, 0.5, 0.55, 0.6, 0.7), swings=True, level=0.03):
             recovery=Recovery.NEVER,
         )
     ]
+    return run
+
+
+def by_heart(*, high="altered", **options):
+    """The same two batches in turn from 60 on; from 230 on, in every second five, altered ones have the high loss (or all have it)."""
+    run = a_run(**{"validations": (0.9, 0.8, 0.7, 0.6, 0.5), "level": 0.68, **options})
+    rng = np.random.default_rng(2)
+    for ordinal in range(60, run.length):
+        for series in (run.max_abs, run.std, run.mean):
+            series[ordinal] = series[60 + ordinal % 2]
+        if high == "altered" and ordinal >= 230 and ordinal % 10 >= 5:
+            run.std[ordinal] *= 1.1 + rng.random()
     return run
 
 
@@ -67,6 +79,17 @@ def test_the_swings_are_counted():
     text = next(e for e in examined(a_run()).evidence if "came back" in e.text)
     # 1 + 0.2 * 165 at most: 0.6 of the way up is reached from 36 batches on, so by the swings that begin at 35, 45, ... 155
     assert text.observed == 13
+
+
+def test_a_net_that_knows_two_batches_by_heart_has_overfitted_whatever_the_validation_says():
+    first, *rest = diagnose(by_heart().store()).overall
+    assert (first.cause, first.probability > 0.5) == ("post_overfit_oscillation", True)
+    assert all(v.probability < 0.2 for v in rest)
+    assert "same 2 batches" in first.summary
+
+
+def test_the_very_batches_that_are_known_by_heart_have_no_high_loss_of_it():
+    assert examined(by_heart(high="all", swings=False)).total < 0.0 < examined(by_heart()).total - 5.0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, -1.0])

@@ -102,6 +102,22 @@ def test_a_decay_far_too_large_from_the_start_gets_a_usual_value():
     assert told.change == Change(setting="weight_decay", value=0.01)
 
 
+def test_a_loss_that_jumps_while_the_weights_are_as_before_is_not_of_their_making():
+    run = a_run(each=1 / 1.003, begin=200)
+    before = examined(run).total
+    run.loss[200:] *= 50.0
+    run.episodes = [dataclasses.replace(run.episodes[0], loss_peak=float(run.loss[200:].max()))]
+    assert examined(run).total < before - 2.5
+
+
+def test_the_same_jump_with_the_weights_of_before_refutes_it():
+    run = a_run()
+    before = examined(run).total
+    detail = {"episode": 1, "shares": {"computation": 0.95}}
+    run.note(Finding(detector="lab", kind="blame", at=moment(200), detail=detail))
+    assert examined(run).total < before - 4.0
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, -1.0])
 def test_any_value_is_borne(value):
     run = a_run()

@@ -1,0 +1,47 @@
+"""Finite values that blow up in some batches and not in others, with the weights of before."""
+
+import math
+
+import pytest
+from synthetic import Run, an_episode, moment
+
+from lightning_spike.diagnosis.case import Case
+from lightning_spike.diagnosis.causes.numerical_instability import NumericalInstability
+from lightning_spike.diagnosis.rank import diagnose
+from lightning_spike.records import Finding
+
+
+def a_run(*, noise=30.0, verdict="noise", height=40.0, before=0.35):
+    run = Run(0)
+    run.loss[200] = height
+    run.grad[200] *= 1000.0
+    run.bump(203, 2.0, 15)
+    run.episodes = [an_episode(200, 201, 220, height=height, before=before)]
+    detail = {"episode": 1, "verdict": verdict, "noise": noise, "text": "That is within the scatter."}
+    run.note(Finding(detector="lab", kind="split", at=moment(200), detail=detail))
+    return run
+
+
+def examined(run):
+    store = run.store()
+    return NumericalInstability().examine(Case(store, store.episodes[0]))
+
+
+def test_ordinary_batches_that_scatter_by_orders_of_magnitude_show_a_division_by_nearly_nothing():
+    first, *rest = diagnose(a_run().store()).overall
+    assert (first.cause, first.probability > 0.5) == ("numerical_instability", True)
+    assert all(v.probability < 0.2 for v in rest)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"noise": 1.5}, {"noise": None}, {"noise": math.nan}, {"verdict": "weights"}, {"before": 20.0}],
+    ids=["ordinary scatter", "not measured", "no number", "the weights", "losses of that size"],
+)
+def test_an_ordinary_scatter_shows_nothing(options):
+    assert examined(a_run(**options)).total < 0.0
+
+
+def test_a_loss_of_another_order_with_the_weights_of_before_is_the_work_of_an_operation():
+    same, other = (examined(a_run(height=1e5, verdict=v, noise=0.2)).total for v in ("computation", "both"))
+    assert same > other + 3.0
