@@ -3,14 +3,16 @@
 import math
 from typing import Final
 
-__all__ = ["Allowance", "steps_worth"]
+__all__ = ["COPIES", "Allowance", "steps_worth"]
 
-UPDATE: Final = 0.8
-"""Training steps' worth of the processor's time of an update that is made again: no batch is loaded, and nobody watches (at most 0.9, `python benchmarks/lab.py`, the columns cost and way) …"""
-PASS: Final = 0.3
-"""… of a forward pass …"""
-GRADIENTS: Final = 0.6
-"""… and of one from which gradients are taken, that of a single sample included: on a small network it costs nearly as much as that of a batch."""
+UPDATE: Final = 0.85
+"""Training steps' worth of the processor's time of an update that is made again: no batch is loaded, and nobody watches (`python benchmarks/lab.py`, the columns cost and way) …"""
+PASS: Final = 1 / 3
+"""… of a forward pass: a backward pass takes twice as long …"""
+GRADIENTS: Final = 0.5
+"""… of one from which gradients are taken, that of a single sample included: on a small network it costs half as much as that of a batch …"""
+COPIES: Final = 1.0
+"""… and of the copies of the state that an examination begins and ends with."""
 
 
 def steps_worth(*, updates: int = 0, passes: int = 0, gradients: int = 0) -> float:

@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.call import _call_lightning_module_hook
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from lightning_spike.lab.allowance import Allowance, steps_worth
+from lightning_spike.lab.allowance import COPIES, Allowance, steps_worth
 from lightning_spike.lab.by_itself import by_itself
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.kept import Kept
@@ -177,7 +177,7 @@ class Bench:
     def cost(self) -> float:
         """What was run so far, in training steps' worth of time."""
         passes = self.steps - self.updates - self.graphs
-        return steps_worth(updates=self.updates, passes=passes, gradients=self.graphs)
+        return COPIES + steps_worth(updates=self.updates, passes=passes, gradients=self.graphs)
 
     def affords(self, question: str, *, updates: int = 0, passes: int = 0, gradients: int = 0) -> bool:
         """Whether a question that takes so much still fits into the allowance, on all ranks; if not, it is noted as left out. Every rank must ask alike.

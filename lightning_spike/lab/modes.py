@@ -9,6 +9,7 @@ from lightning_spike.lab.isolation import Bench
 from lightning_spike.lab.outside import repaired_share
 from lightning_spike.lab.reproduce import Reproduction, is_same, reproduce
 from lightning_spike.lab.scene import Scene
+from lightning_spike.lab.split import not_reproduced
 from lightning_spike.lab.state import TrainState
 from lightning_spike.records import Finding
 
@@ -47,8 +48,6 @@ def modes_findings(scene: Scene, again: Reproduction, bench: Bench) -> list[Find
         f"From step {step} on {_listed(names)}. Run again with the modes of before the loss is {again.replayed:.3g}, with those it is {actual:.3g} as in the training: "
         f"without the change {repaired:.0%} of the jump is gone."
     )
-    shares = {"data": 0.0, "weights": 0.0, "interaction": 0.0, "excess": 0.0, "noise": 0.0, "jump": None}
-    split = {**shares, "exact": True, "why_not_exact": None, "verdict": "not_reproduced", "text": text}
     outside = {
         "ordinal": again.differs_at,
         "step": step,
@@ -61,7 +60,7 @@ def modes_findings(scene: Scene, again: Reproduction, bench: Bench) -> list[Find
         "text": text,
     }
     blamed = blame_finding(scene, blame_outside("modes"))
-    return [finding(scene, "split", split), finding(scene, "outside", outside), blamed]
+    return [finding(scene, "split", not_reproduced(text)), finding(scene, "outside", outside), blamed]
 
 
 def _as_it_was(scene: Scene, bench: Bench) -> float | None:

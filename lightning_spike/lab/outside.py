@@ -16,6 +16,7 @@ from lightning_spike.lab.outside_change import ChangeKind, OutsideChange, change
 from lightning_spike.lab.outside_writes import OutsideWrite
 from lightning_spike.lab.reproduce import Reproduction
 from lightning_spike.lab.scene import Scene
+from lightning_spike.lab.split import not_reproduced
 from lightning_spike.lab.state import TrainState
 from lightning_spike.lab.update import Update, make_update
 from lightning_spike.lab.updates_since import updates_since
@@ -54,8 +55,6 @@ def outside_findings(scene: Scene, again: Reproduction, bench: Bench) -> list[Fi
         f"Run again from {again.steps} batches before, with the same batches, learning rates and random states, the loss is {again.replayed:.3g} where it was "
         f"{recorded:.3g}: something that the re-run does not carry did it (state changed from outside, or a fault of the machine)."
     )
-    shares = {"data": 0.0, "weights": 0.0, "interaction": 0.0, "excess": 0.0, "noise": 0.0}
-    split = {"jump": jump if math.isfinite(jump) else None, **shares, "exact": True, "why_not_exact": None}
     writes = _writes(scene, again)
     bench.rewind()
     live = TrainState.take(bench, scene.entries[-1].at)
@@ -75,7 +74,7 @@ def outside_findings(scene: Scene, again: Reproduction, bench: Bench) -> list[Fi
         "text": f"{outside_text(change, writes, differing)} {repaired_text(repaired)}".strip(),
     }
     return [
-        finding(scene, "split", split | {"verdict": "not_reproduced", "text": text}),
+        finding(scene, "split", not_reproduced(text, jump=jump)),
         finding(scene, "outside", outside),
         blame_finding(scene, blame_outside(_kind(writes, change))),
     ]

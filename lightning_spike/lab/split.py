@@ -12,7 +12,7 @@ from lightning_spike.actions.batch_ring import RingEntry
 from lightning_spike.lab.evaluate import Numbers, log_scale, losses_under
 from lightning_spike.lab.isolation import Bench
 
-__all__ = ["Split", "batch_noise", "judge", "split"]
+__all__ = ["Split", "batch_noise", "judge", "not_reproduced", "split"]
 
 SELECTION: Final = 2.0
 """Standard deviations of the batches' noise that are taken off the batch's share: it was picked *because* its loss was high (winner's curse)."""
@@ -177,6 +177,20 @@ def _changed_text(controls: Numbers, trained: Numbers) -> str:
         f"With the weights from before, {len(known)} ordinary batches now have loss {np.median(controls):.3g} and had {np.median(known):.3g} in the training: neither the batch nor the weights "
         "make the jump, but what is computed with them has changed."
     )
+
+
+def not_reproduced(text: str, *, jump: float = math.nan) -> dict[str, Any]:
+    """As the detail of a split, where the jump does not come back in the re-run: it is neither the batch's nor the weights'.
+
+    Args:
+        text: What was found.
+        jump: The log-ratio of the recorded loss and that of the re-run; `None` in the detail where it is not finite.
+    """
+    nothing = Split(
+        jump=jump, data=0.0, weights=0.0, interaction=0.0, computation=0.0, excess=0.0, noise=0.0, verdict="not_reproduced", text=text
+    )  # fmt: skip
+    known = {"jump": jump if math.isfinite(jump) else None}
+    return nothing.detail() | known | {"exact": True, "why_not_exact": None}
 
 
 def batch_noise(losses: Numbers) -> float:
