@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_spike.diagnosis.case import Case, number
+from lightning_spike.rolling import median
 
 __all__ = ["Repeats", "repeats"]
 
@@ -69,20 +70,19 @@ def repeats(case: Case) -> Repeats | None:
 
 
 def _prints(case: Case) -> npt.NDArray[np.float64]:
-    """A row for every batch that tells it from others: statistics of its values, to some digits; shape `(len(history), statistics)`."""
+    """A row for every batch that tells it from others: statistics of its values, to some digits; a few columns, none where nothing was recorded."""
     history = case.store.history
     names = [s for s in history.signals if s.startswith("batch/") and s.rsplit("/", 1)[-1] in STATISTICS]
     if not names:
         return np.zeros((history.ordinals.size, 0))
     values = np.stack([history.series(name) for name in names], axis=1)
-    size = np.where(np.isfinite(values) & (values != 0.0), np.abs(values), 1.0)
-    unit = 10.0 ** (np.floor(np.log10(size)) - DIGITS + 1)
-    return np.round(values / unit) * unit + 0.0
+    parts, exponents = np.frexp(values)
+    return np.concatenate([np.round(parts, DIGITS) + 0.0, exponents.astype(np.float64)], axis=1)
 
 
 def _level(case: Case, losses: npt.NDArray[np.float64]) -> float | None:
     before = number(case.episode.loss_before)
-    known = losses[~np.isnan(losses)]
+    known = losses[np.isfinite(losses)]
     if before is None or not before > 0.0 or known.size < LEAST:
         return None
-    return float(np.median(known)) / before
+    return median(known.tolist()) / before
