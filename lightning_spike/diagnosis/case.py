@@ -152,6 +152,8 @@ class Case:
     def loss_text(self) -> str:
         """What the loss did, in words: `"the loss went from 0.31 to 4.2"`."""
         before, peak = self.episode.loss_before, self.episode.loss_peak
+        if peak is None and self.kind is EpisodeKind.STALL:
+            return "the loss shows no more than that"
         if peak is None or not math.isfinite(peak):
             was = "" if before is None else f" (before: {before:.3g})"
             return f"the loss became {'NaN' if peak is None or math.isnan(peak) else 'infinite'}{was}"

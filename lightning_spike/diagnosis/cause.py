@@ -5,7 +5,9 @@ import dataclasses
 from typing import ClassVar
 
 from lightning_spike.diagnosis.case import Case
+from lightning_spike.diagnosis.quiet import Shown
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family
+from lightning_spike.store import TrainerStateStore
 
 __all__ = ["LOSS_ROSE", "Cause", "Examination"]
 
@@ -66,3 +68,11 @@ class Cause(abc.ABC):
     @abc.abstractmethod
     def examine(self, case: Case) -> Examination:
         """Weigh up one episode; must bear any signal to be missing or not finite, and changes nothing."""
+
+    def shown(self, store: TrainerStateStore) -> Shown | None:
+        """Where the cause shows itself in a run without an episode of any weight; by default the first of its `standing` findings.
+
+        Pure. Must have nearly no false alarms: nothing else speaks for trouble there.
+        """
+        found = [f.at for f in store.findings if (f.detector, f.kind) in self.standing]
+        return Shown(at=min(found, key=lambda at: at.ordinal)) if found else None

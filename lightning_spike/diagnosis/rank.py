@@ -12,8 +12,9 @@ from lightning_spike.diagnosis.catalogue import catalogue
 from lightning_spike.diagnosis.cause import Cause
 from lightning_spike.diagnosis.constants import AFTERSHOCK, LEAST_PROBABILITY
 from lightning_spike.diagnosis.experiment import with_experiment
+from lightning_spike.diagnosis.quiet import Rise, Shown
 from lightning_spike.diagnosis.weigh import Examined, probabilities
-from lightning_spike.records import Episode, EpisodeKind, Family, Finding, Verdict
+from lightning_spike.records import Episode, EpisodeKind, Family, Moment, Recovery, Verdict
 from lightning_spike.store import TrainerStateStore
 
 __all__ = ["Diagnosis", "diagnose", "examined", "not_run_again"]
@@ -75,20 +76,37 @@ def _without_episode(
     if any(not e.severity < SHOWN for e in store.episodes):
         return (), ()
     first_onset = min((e.onset.ordinal - AFTERSHOCK // 2 for e in store.episodes), default=math.inf)
-    early = [f for f in store.findings if f.at.ordinal < first_onset]
-    shown = [cause for cause in causes if any(_shows(f, cause) for f in early)]
-    moments = [f.at for f in early if any(_shows(f, cause) for cause in shown)]
-    if not moments:
+    shown = {c.id: s for c in causes if (s := _shown(c, store, remarks)) is not None and s.at.ordinal < first_onset}
+    if not shown:
         return (), ()
-    at = min(moments, key=lambda moment: moment.ordinal)
-    quiet = Episode(id=QUIET, kind=EpisodeKind.STALL, onset=at, noticed=at, peak=at, severity=SHOWN)
-    found = [e for cause in shown if (e := _examine(cause, Case(store, quiet), remarks)) is not None]
+    rises = [s.rise for s in shown.values() if s.rise is not None]
+    rise = max(rises, key=lambda r: r.peak / r.before, default=None)
+    at = min((s.at for s in shown.values()), key=lambda moment: moment.ordinal)
+    quiet = _quiet(at) if rise is None else _risen(rise)
+    asked = [c for c in causes if c.id in shown or (rise is not None and quiet.kind in c.applies_to)]
+    found = [e for cause in asked if (e := _examine(cause, Case(store, quiet), remarks)) is not None]
     verdicts = _verdicts(found, quiet, {}, calibration)
     return ((quiet,) if verdicts else ()), verdicts
 
 
-def _shows(finding: Finding, cause: Cause) -> bool:
-    return (finding.detector, finding.kind) in cause.standing
+def _quiet(at: Moment) -> Episode:
+    return Episode(id=QUIET, kind=EpisodeKind.STALL, onset=at, noticed=at, peak=at, severity=SHOWN)
+
+
+def _risen(rise: Rise) -> Episode:
+    """A rise that is no episode, for it was too small or too slow, as if it were one."""
+    return Episode(
+        id=QUIET, kind=EpisodeKind.DIVERGENCE, onset=rise.begun, noticed=rise.peak_at, peak=rise.peak_at, severity=SHOWN,
+        loss_before=rise.before, loss_peak=rise.peak, end=rise.end, recovery=Recovery.NEVER if rise.end is None else Recovery.WHOLE,
+    )  # fmt: skip
+
+
+def _shown(cause: Cause, store: TrainerStateStore, remarks: list[str]) -> Shown | None:
+    try:
+        return cause.shown(store)
+    except Exception as error:  # noqa: BLE001 - as in `_examine`
+        remarks.append(f"The cause {cause.id} could not be looked for: {type(error).__name__}: {error}")
+        return None
 
 
 def _not_run_again(store: TrainerStateStore) -> list[str]:

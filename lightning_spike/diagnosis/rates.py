@@ -8,7 +8,10 @@ import numpy as np
 
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, NEAR, REACH, STRONG
-from lightning_spike.records import EpisodeKind, Finding
+from lightning_spike.diagnosis.quiet import Shown, rise_after
+from lightning_spike.diagnosis.step_length import lengthened
+from lightning_spike.records import EpisodeKind, Finding, Moment
+from lightning_spike.store import TrainerStateStore
 
 __all__ = [
     "JUMPS",
@@ -16,10 +19,12 @@ __all__ = [
     "SCHEDULED",
     "Climb",
     "RateEvent",
+    "begins_to_climb",
     "borne_later",
     "climbed",
     "nearness",
     "rate_event",
+    "shown_after_event",
     "steady_rate",
 ]
 
@@ -37,6 +42,8 @@ STAYED_UP: Final = 0.6
 """Share of its height after the event at which a rate still counts as up."""
 CLIMB: Final = 3.0
 """Factor over the run's usual rate so far from which a rate that rose without an event has climbed: half an order of magnitude; a long linear warm-up is at twice its median at any time."""
+BEGINS: Final = 1.5
+"""… and from which it is on its way there."""
 SAME: Final = 0.8
 """Share of a rate from which another is about the same."""
 WELL_AFTER: Final = 64
@@ -107,6 +114,40 @@ def _climb(case: Case, signal: str) -> Climb | None:
         return None
     usual, now = float(np.median(early)), float(recent.max())
     return Climb(signal=signal, usual=usual, now=now) if now >= max(CLIMB * usual, float(early.max())) else None
+
+
+def begins_to_climb(store: TrainerStateStore) -> Moment | None:
+    """The first batch by which a rate has risen bit by bit to what the run was not used to (see `climbed`); `None` where none has."""
+    found = [
+        moment
+        for signal in store.history.signals
+        if signal.startswith("lr-") and (moment := _begins(store, signal)) is not None
+    ]
+    return min(found, key=lambda moment: moment.ordinal, default=None)
+
+
+def _begins(store: TrainerStateStore, signal: str) -> Moment | None:
+    history = store.history
+    known = np.flatnonzero(np.isfinite(history.series(signal)))
+    rates = history.series(signal)[known]
+    highest_before = np.maximum.accumulate(rates)[:-1]
+    rising = np.flatnonzero(rates[1:] > highest_before) + 1
+    late = (int(k) for k in rising if k >= 2 * LONG_REACH)
+    above = (k for k in late if rates[k] >= BEGINS * float(np.median(rates[: k - LONG_REACH])) > 0.0)
+    first = next(above, None)
+    return None if first is None else history.moment(int(history.ordinals[known[first]]))
+
+
+def shown_after_event(store: TrainerStateStore, *kinds: str) -> Shown | None:
+    """Where an event of the rate of these kinds has shown itself without an episode: the loss rose, or updates became long against the weights; `None` however often the rate moved without that."""
+    events = [f.at for f in store.findings if f.detector == "learning_rate" and f.kind in kinds]
+    rises = [rise for at in events if (rise := rise_after(store, at.ordinal)) is not None]
+    if rises:
+        first = min(rises, key=lambda rise: rise.begun.ordinal)
+        return Shown(at=first.begun, rise=first)
+    long = [at.ordinal for at in events if lengthened(store, at.ordinal)]
+    at = store.history.moment(min(long) + 1) if long else None
+    return None if at is None else Shown(at=at)
 
 
 def rate_event(case: Case, kinds: tuple[str, ...]) -> RateEvent | None:

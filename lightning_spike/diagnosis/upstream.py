@@ -3,6 +3,7 @@
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.constants import FAIR, NEAR, STRONG
 from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, climbed, rate_event
+from lightning_spike.diagnosis.step_length import wild_start
 from lightning_spike.diagnosis.tells import (
     batch_value,
     early_gradient,
@@ -11,7 +12,7 @@ from lightning_spike.diagnosis.tells import (
     tell,
     without_none,
 )
-from lightning_spike.records import Evidence
+from lightning_spike.records import EpisodeKind, Evidence
 
 __all__ = ["from_elsewhere", "rate_to_blame"]
 
@@ -26,7 +27,7 @@ def from_elsewhere(case: Case) -> tuple[Evidence, ...]:
     return without_none(
         rate_to_blame(case, event=-STRONG, climb=-STRONG),
         _gradient(case),
-        _update(case),
+        _update(case) or _start(case) or _steps(case),
         _written(case),
         batch_value(case, ordinary=0.0, odd=-STRONG),
         lone_batch(case, -STRONG),
@@ -65,6 +66,23 @@ def _update(case: Case) -> Evidence | None:
         step=case.step,
         expected=size.expected,
     )
+
+
+def _start(case: Case) -> Evidence | None:
+    wild = wild_start(case.store)
+    if wild is None or wild.after.ordinal > case.onset:
+        return None
+    return tell("update_norm", f"{wild.text} Steps like that leave damage of any kind.", -STRONG, step=wild.after.step)
+
+
+def _steps(case: Case) -> Evidence | None:
+    """By experiment, at any time where nothing but that is known of the run."""
+    until = case.onset if case.kind is not EpisodeKind.STALL else case.last
+    told = case.findings("lab", "steps_too_long", first=0, last=until)
+    if not told:
+        return None
+    text = f"By experiment steps are too long: {told[-1].detail.get('text')}"
+    return tell("lab/steps", text, -STRONG, step=told[-1].at.step)
 
 
 def _written(case: Case) -> Evidence | None:

@@ -8,9 +8,11 @@ from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import FAIR, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import clip_fix, lower_peak
-from lightning_spike.diagnosis.rates import PERIODIC, SCHEDULED, RateEvent, nearness, rate_event
+from lightning_spike.diagnosis.quiet import Shown
+from lightning_spike.diagnosis.rates import PERIODIC, SCHEDULED, RateEvent, nearness, rate_event, shown_after_event
 from lightning_spike.diagnosis.tells import batch_value, lone_batch, rate_text, split_verdict, tell, without_none
 from lightning_spike.records import Change, Evidence, Family
+from lightning_spike.store import TrainerStateStore
 
 __all__ = ["LrRestart"]
 
@@ -38,6 +40,10 @@ class LrRestart(Cause):
     tested_by: ClassVar = frozenset({"learning_rate", "intrinsic"})
     title: ClassVar = "The learning rate's restart"
     explains: ClassVar = frozenset({"lr_too_high", "warmup_too_short", "gradient_explosion", "numerical_instability"})
+
+    @override
+    def shown(self, store: TrainerStateStore) -> Shown | None:
+        return shown_after_event(store, *SCHEDULED)
 
     @override
     def examine(self, case: Case) -> Examination:

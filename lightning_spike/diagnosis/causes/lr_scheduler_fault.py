@@ -8,9 +8,11 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import FAIR, NEAR, SLIGHT, STRONG
-from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, RateEvent, nearness, rate_event
+from lightning_spike.diagnosis.quiet import Shown
+from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, RateEvent, nearness, rate_event, shown_after_event
 from lightning_spike.diagnosis.tells import batch_value, lone_batch, rate_text, split_verdict, tell, without_none
 from lightning_spike.records import Change, Evidence, Family, Finding
+from lightning_spike.store import TrainerStateStore
 
 __all__ = ["LrSchedulerFault"]
 
@@ -36,6 +38,10 @@ class LrSchedulerFault(Cause):
     tested_by: ClassVar = frozenset({"learning_rate", "intrinsic"})
     title: ClassVar = "A jump of the learning rate that no schedule explains"
     explains: ClassVar = frozenset({"lr_too_high", "warmup_too_short", "gradient_explosion", "numerical_instability"})
+
+    @override
+    def shown(self, store: TrainerStateStore) -> Shown | None:
+        return shown_after_event(store, *JUMPS)
 
     @override
     def examine(self, case: Case) -> Examination:

@@ -7,11 +7,21 @@ from typing import ClassVar, Final
 import numpy as np
 from typing_extensions import override
 
-from lightning_spike.diagnosis.case import Case
+from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, REACH, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import clip_fix, lower_peak
-from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, borne_later, climbed, rate_event, steady_rate
+from lightning_spike.diagnosis.quiet import Shown, rise_after
+from lightning_spike.diagnosis.rates import (
+    JUMPS,
+    SCHEDULED,
+    begins_to_climb,
+    borne_later,
+    climbed,
+    rate_event,
+    steady_rate,
+)
+from lightning_spike.diagnosis.step_length import goes_on_falling, long_steps, wild_start
 from lightning_spike.diagnosis.tells import (
     batch_value,
     early_gradient,
@@ -24,6 +34,7 @@ from lightning_spike.diagnosis.tells import (
     without_none,
 )
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Recovery
+from lightning_spike.store import TrainerStateStore
 
 __all__ = ["LrTooHigh"]
 
@@ -52,7 +63,7 @@ GROWTH: Final = 3
 class LrTooHigh(Cause):
     """The step size is beyond what the loss surface bears, with no event of the schedule to blame.
 
-    Seen by: a loss that grows over several batches and does not come back, or swings; several episodes under one rate; noise that grows, or a level that had
+    Seen by: steps that do not keep what their gradients promise, by experiment, or that change the weights by a percent and more of their size all along; a loss that grows over several batches and does not come back, or swings; several episodes under one rate; noise that grows, or a level that had
     stopped falling, before the onset; a rate at its highest so far; ordinary batches; a replay that gives the jump to the weights.
 
     Against it: a restart or a jump of the rate just before (it has its own cause); a rate half as high as one that the run bore at the same level of the loss;
@@ -71,6 +82,21 @@ class LrTooHigh(Cause):
     explains: ClassVar = frozenset({"gradient_explosion", "numerical_instability"})
 
     @override
+    def shown(self, store: TrainerStateStore) -> Shown | None:
+        told = [f.at for f in store.findings if (f.detector, f.kind) == ("lab", "steps_too_long")]
+        climb = begins_to_climb(store)
+        rise = None if climb is None else rise_after(store, climb.ordinal)
+        if rise is not None:
+            return Shown(at=rise.begun, rise=rise)
+        if told:
+            return Shown(at=told[0])
+        steps = long_steps(store)
+        if steps is not None:
+            return Shown(at=steps.last)
+        wild = wild_start(store)
+        return None if wild is None or goes_on_falling(store) else Shown(at=wild.after)
+
+    @override
     def examine(self, case: Case) -> Examination:
         signal = _highest_signal(case)
         evidence = without_none(
@@ -80,6 +106,7 @@ class LrTooHigh(Cause):
             jump_without_cause_in_update(case, sign=-1.0) or _growth(case),
             _before_onset(case),
             _often(case),
+            _steps(case),
             _later(case, signal, borne=True),
             lone_batch(case, -STRONG),
             _gradient(case),
@@ -183,6 +210,30 @@ def _gradient(case: Case) -> Evidence | None:
     observed = lead.observed if math.isfinite(lead.observed) else None
     weight = -min(math.log(first.ratio), OUT_OF_THE_BLUE) if math.isfinite(first.ratio) else -OUT_OF_THE_BLUE
     return tell("grad_norm", text, weight, step=case.step, observed=observed, expected=lead.expected)
+
+
+def _steps(case: Case) -> Evidence | None:
+    """What the lab, or the size of the updates, says of the steps without regard to the episode."""
+    until = case.onset if case.kind is not EpisodeKind.STALL else case.last
+    told = case.findings("lab", "steps_too_long", first=0, last=until)
+    if told:
+        detail = told[-1].detail
+        return tell(
+            "lab/steps",
+            str(detail.get("text")),
+            STRONG,
+            step=told[-1].at.step,
+            observed=number(detail.get("rho")),
+            expected=1.0,
+        )
+    steps = long_steps(case.store)
+    if steps is not None:
+        return tell("update_norm", steps.text, FAIR, step=case.step, observed=steps.share)
+    wild = wild_start(case.store)
+    if wild is None or wild.after.ordinal > case.onset or goes_on_falling(case.store):
+        return None
+    text = f"{wild.text} The loss has not come down since."
+    return tell("update_norm", text, STRONG, step=wild.after.step, observed=wild.share)
 
 
 def _before_onset(case: Case) -> Evidence | None:

@@ -10,7 +10,9 @@ from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, NEAR, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import clip_fix, longest_bearable, warmup_steps
+from lightning_spike.diagnosis.quiet import Shown
 from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, borne_later, rate_event
+from lightning_spike.diagnosis.step_length import goes_on_falling, long_steps, wild_start
 from lightning_spike.diagnosis.tells import (
     batch_value,
     jump_without_cause_in_update,
@@ -20,6 +22,7 @@ from lightning_spike.diagnosis.tells import (
     without_none,
 )
 from lightning_spike.records import Change, Evidence, Family
+from lightning_spike.store import TrainerStateStore
 
 __all__ = ["WarmupTooShort"]
 
@@ -55,6 +58,14 @@ class WarmupTooShort(Cause):
     explains: ClassVar = frozenset({"gradient_explosion", "numerical_instability"})
 
     @override
+    def shown(self, store: TrainerStateStore) -> Shown | None:
+        wild = wild_start(store)
+        later = any((f.detector, f.kind) == ("lab", "steps_too_long") for f in store.findings)
+        if wild is None or later or long_steps(store) is not None or not goes_on_falling(store):
+            return None
+        return Shown(at=wild.after)
+
+    @override
     def examine(self, case: Case) -> Examination:
         early = _early(case)
         if early is None or early.weight < 0.0:
@@ -69,6 +80,7 @@ class WarmupTooShort(Cause):
         evidence = without_none(
             early,
             ramp,
+            _wild(case),
             _bearable_later(case, signal) if by_steps else None,
             _event(case),
             jumped,
@@ -109,6 +121,15 @@ def _early(case: Case) -> Evidence | None:
         observed=float(updates),
         expected=None,
     )
+
+
+def _wild(case: Case) -> Evidence | None:
+    """Whether the first updates threw the initial weights away: what a warm-up is there to prevent."""
+    wild = wild_start(case.store)
+    if wild is None or wild.after.ordinal > case.onset + NEAR or not goes_on_falling(case.store):
+        return None
+    text = f"{wild.text} Later the loss went on falling."
+    return tell("update_norm", text, STRONG, step=wild.after.step, observed=wild.share)
 
 
 def _ramp(case: Case, signal: str) -> Evidence | None:

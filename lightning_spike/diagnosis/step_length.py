@@ -1,0 +1,118 @@
+"""How far updates move the weights, against the weights' own size."""
+
+import dataclasses
+from typing import Final
+
+import numpy as np
+
+from lightning_spike.records import Moment
+from lightning_spike.store import TrainerStateStore
+
+__all__ = ["LongSteps", "WildStart", "goes_on_falling", "lengthened", "long_steps", "wild_start"]
+
+LONG: Final = 0.01
+"""Median share of their size by which updates change the weights, from which steps are long: ten times what is usual in a training that goes well (1e-3; science.md 2.2), a tenth of
+where TheDeepChecker draws its line for any single one."""
+FEWEST: Final = 12
+"""Measured updates without which nothing is said."""
+AFTER: Final = 128
+"""Batches after an event through which updates must be long for it to have made them so."""
+WILD: Final = 0.1
+"""Share of their size by which a single update changes the weights, from which it throws them away rather than improves them (TheDeepChecker: between 1e-4 and 1e-1)."""
+START: Final = 64
+"""First batches of a run in which such an update spoils the initialisation."""
+FALLS: Final = 0.9
+"""Level of the last quarter over that of the second, below which the loss goes on falling."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WildStart:
+    """Updates at the start of the run that have thrown the initial weights away."""
+
+    share: float
+    """The largest share of their size by which one of them changed the weights."""
+    after: Moment
+    """The batch after the last of them."""
+    before: float
+    """Norm of the weights at the first that was measured …"""
+    grown: float
+    """… and the largest by the end of the start."""
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        moved = (
+            f" Their norm went from {self.before:.3g} to {self.grown:.3g} by batch {START}."
+            if self.grown > self.before
+            else ""
+        )
+        return f"In the first updates a single one changed the weights by {self.share:.0%} of their size (at most {WILD:.0%} is sound).{moved}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LongSteps:
+    """Updates that are long against the weights, and go on being so."""
+
+    share: float
+    """Median of the update's norm over the weights', over the newer half of the run."""
+    last: Moment
+    """The newest of them."""
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        return f"Through the second half of the run an update changed the weights by {self.share:.1%} of their size (usually about 0.1 %)."
+
+
+def long_steps(store: TrainerStateStore) -> LongSteps | None:
+    """Whether updates were long through the second half of the run, with weights that they have long since grown used to; pure. `None` where not, or where they were not measured.
+
+    In the first updates of a run a larger share is usual. Weights that the steps have blown up hide it, for it is a share of their size.
+    """
+    history = store.history
+    lengths, sizes = history.series("update_norm"), history.series("weight_norm")
+    known = np.flatnonzero(np.isfinite(lengths) & np.isfinite(sizes) & (lengths > 0.0) & (sizes > 0.0))
+    newer = known[known >= len(history) // 2]
+    if newer.size < FEWEST:
+        return None
+    share = float(np.median(lengths[newer] / sizes[newer]))
+    last = history.moment(int(history.ordinals[newer[-1]]))
+    return LongSteps(share=share, last=last) if share >= LONG and last is not None else None
+
+
+def lengthened(store: TrainerStateStore, ordinal: int) -> bool:
+    """Whether updates were short before a batch and long after it; pure."""
+    history = store.history
+    shares, ordinals = history.series("update_norm") / history.series("weight_norm"), history.ordinals
+    known = np.isfinite(shares) & (shares > 0.0)
+    before = shares[known & (ordinals < ordinal)]
+    after = shares[known & (ordinals > ordinal) & (ordinals <= ordinal + AFTER)]
+    if before.size < FEWEST // 2 or after.size < FEWEST // 2:
+        return False
+    return float(np.median(before)) < LONG / 2.0 and float(np.median(after)) >= LONG
+
+
+def wild_start(store: TrainerStateStore) -> WildStart | None:
+    """Whether the first updates of a run changed the weights by a tenth of their size and more; pure. `None` where not, where the run was resumed, or where they were not measured."""
+    history = store.history
+    lengths, sizes, ordinals = history.series("update_norm"), history.series("weight_norm"), history.ordinals
+    known = np.isfinite(lengths) & np.isfinite(sizes) & (lengths > 0.0) & (sizes > 0.0) & (ordinals < START)
+    shares = lengths[known] / sizes[known]
+    if store.facts.first_step > 0 or not (shares >= WILD).any():
+        return None
+    after = history.moment(int(ordinals[known][np.flatnonzero(shares >= WILD)[-1]]) + 1)
+    if after is None:
+        return None
+    return WildStart(
+        share=float(shares.max()), after=after, before=float(sizes[known][0]), grown=float(sizes[known].max())
+    )
+
+
+def goes_on_falling(store: TrainerStateStore, signal: str = "loss") -> bool:
+    """Whether the loss is clearly lower in the last quarter of the run than it was in the second; pure."""
+    losses = store.history.series(signal)
+    quarters = [part[np.isfinite(part)] for part in np.array_split(losses, 4)]
+    if any(part.size == 0 for part in quarters):
+        return False
+    second, last = float(np.median(quarters[1])), float(np.median(quarters[3]))
+    return last < FALLS * second if second > 0.0 else last < second
