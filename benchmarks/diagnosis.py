@@ -213,9 +213,14 @@ def _quiet(judged: Sequence[Judged]) -> Table:
     if clean:
         steps = CLEAN_STEPS * len(clean)
         episodes = sum(j.episodes for j in clean)
-        table.add_row("clean twins: episodes per 1,000 steps", f"{1000 * episodes / steps:.3f} ({episodes} in {steps})")
+        truly = [j for j in clean if j.overfits and j.named == "overfitting"]
+        told = episodes - sum(min(j.episodes, 1) for j in truly)
+        table.add_row("clean twins: false episodes per 1,000 steps", f"{1000 * told / steps:.3f} ({told} in {steps})")
+        loud = sum(_loudest(j) > LIKELY for j in clean if j not in truly)
+        table.add_row(f"clean twins: a cause above {LIKELY}", _share(loud, len(clean)))
         table.add_row(
-            f"clean twins: a cause above {LIKELY}", _share(sum(_loudest(j) > LIKELY for j in clean), len(clean))
+            "… beside twins that overfit by their own validations, and are told so",
+            f"{len(truly)} of {sum(j.overfits for j in clean)}",
         )
     decoys = [j for j in judged if j.cell.sort == "decoy"]
     table.add_row(f"decoys: a cause above {LIKELY}", _share(sum(_loudest(j) > LIKELY for j in decoys), len(decoys)))

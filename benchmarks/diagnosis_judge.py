@@ -26,6 +26,7 @@ __all__ = [
     "calibration_error",
     "harmed",
     "judge",
+    "overfits",
     "without_lab",
 ]
 
@@ -35,6 +36,9 @@ WORSE_ONCE: Final = 2.0
 """A loss this many times the highest of the clean twin from shortly before the fault on is harm …"""
 WORSE_LASTING: Final = 1.3
 """… and so is a mean of the last 40 losses this many times the twin's."""
+TURNED: Final = 1.3
+"""Validation loss over its lowest from which a run has overfitted, whatever else is said of it."""
+SMOOTH: Final = 3
 BEFORE: Final = 50
 LAST: Final = 40
 SPIKE: Final = 3.0
@@ -55,6 +59,8 @@ class Judged:
     confirmed: bool | None
     """Of the first cause."""
     episodes: int
+    overfits: bool
+    """It overfits by its own validation curve."""
     onset_error: int | None
     """Batches between the first batch whose loss the fault can touch and the nearest onset of a spike; `None` without one."""
     first_fix: str | None
@@ -93,7 +99,7 @@ def judge(found: Kept, twin: TrainerStateStore | None, calibration: Calibration 
     """Rank the causes of a kept run."""
     store = found.store
     if store is None:
-        return Judged(cell=found.cell, harmed=True, ranked=((UNEXPLAINED, 1.0),), confirmed=None, episodes=0, onset_error=None, first_fix=None)  # fmt: skip
+        return Judged(cell=found.cell, harmed=True, ranked=((UNEXPLAINED, 1.0),), confirmed=None, episodes=0, overfits=False, onset_error=None, first_fix=None)  # fmt: skip
     overall = diagnose(store, calibration=calibration).overall
     left = max(0.0, 1.0 - sum(v.probability for v in overall))
     first = overall[0] if overall else None
@@ -103,6 +109,7 @@ def judge(found: Kept, twin: TrainerStateStore | None, calibration: Calibration 
         ranked=(*((v.cause, v.probability) for v in overall), (UNEXPLAINED, left)),
         confirmed=None if first is None else first.confirmed,
         episodes=len(store.episodes),
+        overfits=overfits(store),
         onset_error=_onset_error(found.cell, store),
         first_fix=first.fixes[0] if first is not None and first.fixes else None,
     )
@@ -140,6 +147,15 @@ def harmed(cell: Cell, store: TrainerStateStore, twin: TrainerStateStore | None,
     last = slice(-LAST, None)
     once = ours.max(initial=0.0) > WORSE_ONCE * np.nanmax(theirs, initial=0.0)
     return bool(once or np.mean(ours[last]) > WORSE_LASTING * np.nanmean(theirs[last]))
+
+
+def overfits(store: TrainerStateStore | None) -> bool:
+    """Whether a run overfits by its own validations: their last quarter lies `TURNED` times above the lowest mean of three in a row. A judgement by the curve alone, none of ours."""
+    values = [] if store is None else [point.value for point in store.validations]
+    if len(values) < 4 * SMOOTH:
+        return False
+    lowest = min(float(np.mean(values[k : k + SMOOTH])) for k in range(len(values) - SMOOTH + 1))
+    return float(np.mean(values[-len(values) // 4 :])) > TURNED * lowest
 
 
 def _onset_error(cell: Cell, store: TrainerStateStore) -> int | None:

@@ -161,7 +161,7 @@ def _of_cause(cause: str, task: str, seed: int) -> list[Cell]:
             task=task,
             seed=seed,
             sort="fault",
-            name=kinds[(2 * seed + k) % len(kinds)].__name__,
+            name=kinds[(seed + k) % len(kinds)].__name__,
             causes=(cause,),
             strength=strength,
         )
