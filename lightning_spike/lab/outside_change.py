@@ -15,7 +15,7 @@ from lightning_spike.lab.reproduce import Reproduction
 from lightning_spike.lab.scene import Scene
 from lightning_spike.lab.state import TrainState
 from lightning_spike.lab.update import Update
-from lightning_spike.lab.wind_back import Wound, can_wind_back, wound_back
+from lightning_spike.lab.wind_back import SECOND, Wound, can_wind_back, wound_back
 
 __all__ = ["ChangeKind", "OutsideChange", "change_from_outside"]
 
@@ -29,6 +29,15 @@ TOO_MUCH: Final = 0.5
 """Share of the weights from which that is not known what they were."""
 MADE_IT: Final = 0.5
 """Share of the jump that must come back with the change alone for it to be believed."""
+
+FIRST: Final = "exp_avg"
+"""The momentum of Adam."""
+NEAR: Final = 0.5
+"""Share of its size up to which the momentum may differ: the large gradient of the next batch is computed from weights some of which are not sure. A gradient that was changed differs by many times that."""
+FEWEST: Final = 32
+"""Elements that must have moved differently for their directions to tell."""
+ROUNDING: Final = 1e-5
+"""Share of a weight up to which a difference may be rounding."""
 
 ChangeKind: TypeAlias = Literal["weights", "optimizer", "gradient", "momentum_or_gradient", "result"]
 
@@ -92,6 +101,9 @@ def change_from_outside(
             continue
         gaps = _gaps(bench, actual, states[start])
         alike = {kind: gap <= SAME * scale[kind] for kind, gap in gaps.items()}
+        before = _before(again, states[start])
+        if not alike["weights"] and before is not None and _is_longer_step(bench, before, states[start], actual):
+            alike = {"weights": False, "optimizer": True}
         if any(alike.values()):
             return None if all(alike.values()) else _confirmed(scene, again, bench, states[start], actual, of=alike)
         scale = {kind: max(gap, scale[kind]) for kind, gap in gaps.items()}
@@ -115,19 +127,23 @@ def _confirmed(
         return OutsideChange(kind="result", ordinal=again.reached, different=(), loss=None)
     if all(of.values()):
         return None
+    ordinal = healthy.at.ordinal
     if of["weights"]:
         changed = dataclasses.replace(healthy, optimizers=actual.optimizers)
         kind = _kind_of_state(healthy, actual)
     else:
         parameters = {name: actual.weights[name] for name, _ in bench.module.named_parameters()}
         changed, kind = dataclasses.replace(healthy, weights={**healthy.weights, **parameters}), "weights"
+        before = _before(again, healthy)
+        if before is not None and _is_longer_step(bench, before, healthy, actual):
+            kind, ordinal = "optimizer", before.at.ordinal
     updates = [leg.update for leg in again.legs if leg.update.entries[0].at.ordinal >= healthy.at.ordinal]
     after = losses_after(bench, changed, updates, [scene.spike], like=scene.spike)
     loss = math.inf if after is None else float(after[0])
     if not _explains(loss, scene.recorded, again.replayed):
         return None
     different = tuple(d for d in differences(changed, healthy) if d.relative > SAME)
-    return OutsideChange(kind=kind, ordinal=healthy.at.ordinal, different=different, loss=loss)
+    return OutsideChange(kind=kind, ordinal=ordinal, different=different, loss=loss)
 
 
 def _explains(loss: float, recorded: float, replayed: float) -> bool:
@@ -156,6 +172,38 @@ def _averages(*states: TrainState) -> dict[str, list[Tensor]]:
 def _is_multiple(now: Tensor, then: Tensor) -> bool:
     sizes = float(now.norm() * then.norm())
     return sizes == 0.0 or abs(float(now @ then)) / sizes > 1.0 - SAME
+
+
+# -- the weights or the second moments -----------------------------------------------------------------------------------
+
+
+def _before(again: Reproduction, state: TrainState) -> TrainState | None:
+    """The state before the update that led to this one."""
+    states = [*(leg.before for leg in again.legs), again.end]
+    place = next((k for k, one in enumerate(states) if one is state), 0)
+    return states[place - 1] if place else None
+
+
+def _is_longer_step(bench: Bench, before: TrainState, healthy: TrainState, actual: TrainState) -> bool:
+    """Whether the weights are where the last update's own step leads, only farther: in each element that moved by more than twice as much the direction is the re-run's.
+
+    That is what second moments do that were too small, with a momentum as in the re-run: they are all that an element's step of Adam is divided by, and a large gradient afterwards drowns them, so that they cannot be had by
+    undoing it. Somebody who writes into weights goes either way.
+    """
+    kept = dict.fromkeys((SECOND, FIRST), 0.0)
+    for key in kept:
+        pairs = [p for k, p in _pairs(actual.optimizers[0]["state"], healthy.optimizers[0]["state"]) if k == key]
+        kept[key] = _gap(pairs) if pairs else math.inf
+    if not kept[FIRST] <= NEAR or kept[SECOND] == math.inf:
+        return False
+    along = count = 0
+    for name, _ in bench.module.named_parameters():
+        then = before.weights[name].double()
+        usual, taken = healthy.weights[name].double() - then, actual.weights[name].double() - then
+        other = (taken - usual).abs() > torch.maximum(usual.abs(), ROUNDING * then.abs())
+        along += int((other & (taken * usual > 0.0)).sum())
+        count += int(other.sum())
+    return count >= FEWEST and along >= (1.0 - SAME) * count
 
 
 # -- how far apart -------------------------------------------------------------------------------------------------------

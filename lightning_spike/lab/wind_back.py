@@ -13,7 +13,7 @@ from lightning_spike.lab.isolation import Bench
 from lightning_spike.lab.state import TrainState
 from lightning_spike.lab.update import PLACE, Update, make_update
 
-__all__ = ["Wound", "can_wind_back", "wound_back"]
+__all__ = ["SECOND", "Wound", "can_wind_back", "wound_back"]
 
 LOST: Final = 300.0
 """Rounding errors of the largest second moment since from which an earlier one is known well enough: to a part in as many, and the step to half of it."""

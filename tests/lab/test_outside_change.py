@@ -29,6 +29,11 @@ def first_moments(trainer, module, batch):
         entry["exp_avg"].data.mul_(-3000)
 
 
+def second_moments(trainer, module, batch):
+    for entry in trainer.optimizers[0].state.values():
+        entry["exp_avg_sq"].data.mul_(1e-6)
+
+
 def one_weight(trainer, module, batch):
     module.net[-1].weight.data.add_(torch.randn(10, 512, generator=torch.Generator().manual_seed(1)))
 
@@ -61,6 +66,8 @@ def test_a_result_that_does_not_come_again_is_told_from_a_change_of_the_state(tm
     [
         pytest.param(sgd, {"ordinal": LATE - 1, "start": momentum}, "optimizer", {"optimizer": 1.0}, id="sgd"),
         pytest.param(adam, {"ordinal": LATE - 1, "start": first_moments}, "optimizer", {"optimizer": 1.0}, id="m"),
+        pytest.param(adam, {"ordinal": LATE - 1, "start": second_moments}, "optimizer", {"optimizer": 1.0}, id="v"),
+        pytest.param(adam, {"ordinal": LATE, "start": one_weight}, "weights", {"outside": 1.0}, id="adam-weights"),
         pytest.param(sgd, {"ordinal": LATE, "start": one_weight}, "weights", {"outside": 1.0}, id="weights"),
         pytest.param(
             sgd,

@@ -1,0 +1,55 @@
+"""What an examination may cost, and that it says what it left out."""
+
+import pytest
+from lab.bench import attached
+from lab.episodes import LATE, At, examined, told
+from torch.utils.data import DataLoader
+from training_tasks import Digits, digits
+
+from lightning_spike.lab.allowance import Allowance, steps_worth
+from lightning_spike.lab.isolation import isolated
+
+
+class WithLoader(Digits):
+    def train_dataloader(self):
+        return DataLoader(digits(), batch_size=16)
+
+
+def high_rate(trainer, module, optimizer):
+    optimizer.param_groups[0]["lr"] = 1.0
+
+
+def test_what_fits_is_asked_and_what_does_not_is_named():
+    module = WithLoader(0.1)
+    with isolated(attached(module), module) as bench:
+        assert bench.affords("anything, without a limit", updates=10**6)
+        bench.allowance = Allowance(bench.cost + steps_worth(updates=2, passes=1) + 0.01)
+        assert bench.affords("all that is left", updates=2, passes=1)
+        assert not bench.affords("one pass more", updates=2, passes=2)
+        assert not bench.affords("a gradient", updates=2, gradients=2)
+        bench.steps, bench.updates = 2, 2
+        assert bench.affords("the rest", passes=1)
+        assert not bench.affords("a gradient", gradients=1)
+        assert bench.allowance.text.count("a gradient") == 1
+        assert "one pass more, a gradient" in bench.allowance.text
+
+
+@pytest.mark.parametrize("allowed", [16.0, 22.0])
+def test_an_examination_keeps_to_it_and_still_names_the_update(allowed, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_spike.lab.examine.FULL_STEPS", allowed)
+    trainer = examined(lambda: Digits(0.003), tmp_path, At(LATE - 1, end=high_rate))
+    (cost,) = told(trainer, "cost")
+    assert cost["left_out"]
+    assert all(question in cost["text"] for question in cost["left_out"])
+    assert told(trainer, "blame")[0]["first"] == "learning_rate"
+    (factors,) = told(trainer, "factors")
+    assert factors["ordinal"] == LATE - 1
+
+
+def test_with_room_nothing_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_spike.lab.examine.FULL_STEPS", 1000.0)
+    trainer = examined(lambda: Digits(0.003), tmp_path, At(LATE - 1, end=high_rate))
+    (cost,) = told(trainer, "cost")
+    assert "left_out" not in cost
+    assert "text" not in cost
+    assert told(trainer, "remedies")
