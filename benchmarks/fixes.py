@@ -6,7 +6,7 @@
 A fix that is a setting with a value (a rate, a warm-up, a norm to clip at, an epsilon, a decay, a step to stop at, a limit of sample weights) is applied with that value while the fault goes on
 as before. Samples that are to be dropped or mended come out of the fault as they went in, those that are named and no others. What tells the user to mend something of theirs (a line of code, an operation, a device) is
 applied by leaving the fault out, but only where it names what was put in. The trouble is gone if the loss does no harm any more, as the benchmark judges it: by comparison with the clean twin, a resumed run from its
-resume on. Printed are the shares by cause, and what did not help.
+resume on; a run with a restart by comparison with one whose restart goes no higher than the module's own rate. Printed are the shares by cause, and what did not help.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from lightning_spike.diagnosis.rank import diagnose
 from lightning_spike.records import Change
 from lightning_spike.signals.batch import BatchLeaf, BatchPart, batch_leaves
 from lightning_spike.store import TrainerStateStore
-from lightning_spike.testing import Fault
+from lightning_spike.testing import Fault, WarmRestarts
 from lightning_spike.testing.batch_edit import edit_batch, number_of_samples, replaced
 from lightning_spike.testing.wrapping import wrap
 
@@ -282,7 +282,8 @@ def follow(cell: Cell, folder: Path) -> Followed | None:
     twin = kept(folder, Cell(task=cell.task, seed=cell.seed, sort="clean", name="clean"))
     if found is None or twin is None or found.store is None or twin.store is None:
         return None
-    if not harmed(cell, found.store, twin.store):
+    healthy = _like(cell, twin.store)
+    if not harmed(cell, found.store, healthy):
         return None
     overall = diagnose(found.store).overall
     if not overall:
@@ -292,7 +293,7 @@ def follow(cell: Cell, folder: Path) -> Followed | None:
     faults = faults_of(cell)
     onset = cell.at if episode is None else episode.onset.ordinal
     way = None if first.change is None else treatment(first.change, cell, faults, onset)
-    healed = False if way is None else _is_healed(cell, faults, way, twin.store)
+    healed = False if way is None else _is_healed(cell, faults, way, healthy)
     return Followed(
         cell=cell, named=first.cause, change=first.change, fix=next(iter(first.fixes), "-"), applied=way is not None,
         healed=healed,
@@ -305,14 +306,33 @@ def _losses_only(scratch: Path) -> list[Callback]:
     return [GradNormMonitor()]
 
 
+def _like(cell: Cell, twin: TrainerStateStore) -> TrainerStateStore:
+    """The run that a cell is held against: its clean twin; for a restart one that restarts at the module's own rate, for the schedule's low rates before have their price too."""
+    faults = faults_of(cell)
+    if not any(isinstance(fault, WarmRestarts) for fault in faults):
+        return twin
+    rate = TASKS[cell.task].optimizer([torch.nn.Parameter(torch.zeros(1))]).defaults["lr"]
+    return _trained(cell, [*faults, RateScaled(lambda planned, _: min(planned, rate))], faults, cell.steps)
+
+
 def _is_healed(cell: Cell, faults: Sequence[Fault], way: Treatment, twin: TrainerStateStore) -> bool:
+    steps = cell.steps if way.steps is None else max(way.steps, cell.at + 1)
+    callbacks = [*(faults if way.fault_goes_on else ()), *way.callbacks]
+    return not harmed(cell, _trained(cell, callbacks, faults, steps, way.options), twin, steps=steps)
+
+
+def _trained(
+    cell: Cell,
+    callbacks: Sequence[Callback],
+    needs: Sequence[Fault],
+    steps: int,
+    options: Mapping[str, Any] | None = None,
+) -> TrainerStateStore:
+    """Train a run anew; of the suite only what is needed to keep its losses."""
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch) / "store"
-        steps = cell.steps if way.steps is None else max(way.steps, cell.at + 1)
-        callbacks = [*(faults if way.fault_goes_on else ()), *way.callbacks]
-        train(cell, callbacks, raw, Path(scratch), steps=steps, needs=faults, options=way.options, watch=_losses_only)
-        store = kept_store(raw)
-    return not harmed(cell, store, twin, steps=steps)
+        train(cell, callbacks, raw, Path(scratch), steps=steps, needs=needs, options=options or {}, watch=_losses_only)
+        return kept_store(raw)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

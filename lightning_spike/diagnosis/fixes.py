@@ -76,7 +76,7 @@ def lower_peak(case: Case, signal: str, culprit: float, since: int | None = None
     bearable, gentle = earlier if new else case.bearable(signal, culprit), gentle_rate(case, signal)
     if bearable is not None and (gentle is None or bearable <= MOST_STEP / GENTLE_STEP * gentle):
         return _two_digits(bearable), "the loss stayed in its range up to that rate in this run"
-    if gentle is not None and gentle < culprit:
+    if gentle is not None and CAUTIOUS_CUT * gentle <= culprit:
         longest = GENTLE_STEP * culprit / gentle
         return _two_digits(gentle), (
             f"an update should change the weights by {GENTLE_STEP:.0%} of their size at most, and measured at this run's longest, "
