@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import torch
-from diagnosis_tasks import Module, loaders
+from diagnosis_tasks import ADAPTIVE, TOKENS, WEIGHTED, Module, loaders
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.plugins.precision import MixedPrecision
 from typing_extensions import override
@@ -121,12 +121,11 @@ class Cell:
 
 def _fits(kind: type[Fault], task: str) -> bool:
     """Whether the fault can happen in the task at all."""
-    adam, weights = task in {"images", "text", "nested", "patches"}, task in {"table", "nested"}
     cannot = {
-        Needs.FLOAT_INPUT: task == "text",
-        Needs.INTEGER_INPUT: task != "text",
-        Needs.ADAM: not adam,
-        Needs.WEIGHT: not weights,
+        Needs.FLOAT_INPUT: task in TOKENS,
+        Needs.INTEGER_INPUT: task not in TOKENS,
+        Needs.ADAM: task not in ADAPTIVE,
+        Needs.WEIGHT: task not in WEIGHTED,
     }
     return not any(cannot.get(need, False) for need in kind.NEEDS)
 
@@ -179,14 +178,14 @@ CONFUSABLE: Final[Mapping[str, str]] = {
 
 
 def _bad_batch(task: str, at: int, seed: int) -> Fault:
-    return CorruptTokens(at, 1.0, seed=seed) if task == "text" else ExtremeValues(at, 30.0, seed=seed)
+    return CorruptTokens(at, 1.0, seed=seed) if task in TOKENS else ExtremeValues(at, 30.0, seed=seed)
 
 
 def _options(cell: Cell) -> dict[str, Any]:
     """What is not as the faults have it."""
     if cell.name == "SwingsAfterOverfitting":
         return {"settle": SETTLED}
-    if cell.name == "ShortWarmUp" and cell.task in {"table", "sequences"}:
+    if cell.name == "ShortWarmUp" and cell.task not in ADAPTIVE:
         return {"strength": WARMED_UP[cell.strength]}
     return {}
 

@@ -1,12 +1,14 @@
-"""The trainings of the diagnosis benchmark: images, text, a table, sequences, batches that nest, and patches of photographs; real data that other packages bundle.
+"""The trainings of the diagnosis benchmark: images, text, a table, sequences, batches that nest, patches of photographs, and the origins of source text; real data that other packages bundle.
 
-The causes were written with the first five before their authors' eyes; "patches" was added when they stood, so that there is one task that nobody had looked at.
+The causes were written with the first six before their authors' eyes; "origins" was added when they stood, so that there is one task that nobody had looked at.
 """
 
 import dataclasses
 import functools
 import math
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import torch
@@ -19,12 +21,15 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from typing_extensions import override
 
-__all__ = ["TASKS", "Kind", "Module", "loaders"]
+__all__ = ["ADAPTIVE", "TASKS", "TOKENS", "WEIGHTED", "Kind", "Module", "loaders"]
 
 Batch: TypeAlias = Any
 """A batch or a sample of any structure."""
 PIXELS: Final = 24
 """Length of a stretch of an image's row that the recurrent network reads."""
+PACKAGES: Final = ("asyncio", "email", "json", "logging", "multiprocessing", "unittest", "urllib", "xml")
+STRETCH: Final = 64
+"""Bytes of a stretch of a package's source text."""
 HELD: Final = 128
 """Samples kept for the validation."""
 
@@ -57,6 +62,23 @@ class TwoViews(nn.Module):
         """Logits, shape `(batch, 10)`."""
         out: Tensor = self.head(torch.cat([self.image(views["image"]), self.profile(views["profile"])], dim=1))
         return out
+
+
+class Origin(nn.Module):
+    """Tells which package a stretch of source text is from, by what convolutions find in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self.head = nn.Embedding(128, 16), nn.Linear(48, len(PACKAGES))
+        self.body = nn.Sequential(
+            nn.Conv1d(16, 32, 5, padding=2), nn.GroupNorm(4, 32), nn.ReLU(), nn.Conv1d(32, 48, 5, padding=2), nn.ReLU()
+        )
+
+    @override
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits, shape `(batch, packages)`, of int64 tokens of shape `(batch, time)`."""
+        scores: Tensor = self.head(self.body(self.bytes(tokens).transpose(1, 2)).amax(2))
+        return scores
 
 
 def patch_net() -> nn.Module:
@@ -155,6 +177,25 @@ def patches() -> Dataset[Any]:
 
 
 @functools.cache
+def origins() -> Dataset[Any]:
+    """Stretches of 64 bytes of eight packages of the standard library, int64 tokens, and the number of the package."""
+    root = next(p for p in Path(zipfile.__file__).parents if p.name.startswith("python"))
+    generator = torch.Generator().manual_seed(7)
+    stretches, labels = [], []
+    for label, package in enumerate(PACKAGES):
+        source = b"".join(
+            path.read_bytes() for path in sorted((root / package).rglob("*.py")) if "test" not in path.parts
+        )
+        tokens = torch.tensor(list(source), dtype=torch.long).clamp(max=127)
+        starts = torch.randint(len(tokens) - STRETCH, (6144,), generator=generator)
+        stretches.append(tokens[starts.unsqueeze(1) + torch.arange(STRETCH)])
+        labels += [label] * 6144
+    order = torch.randperm(len(labels), generator=generator)
+    x, y = torch.cat(stretches)[order], torch.tensor(labels)[order]
+    return Rows(len(x), lambda k: (x[k], y[k]))
+
+
+@functools.cache
 def nested() -> Dataset[Any]:
     """Digits as a dict in a dict, with a sample weight, a name and nothing."""
     data = load_digits()
@@ -240,7 +281,21 @@ TASKS: Final[Mapping[str, Kind]] = {
     "patches": Kind(
         net=patch_net, data=patches, loss=_next, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), batch_size=32
     ),
+    "origins": Kind(
+        net=Origin,
+        data=origins,
+        loss=_pair,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.03, momentum=0.9),
+        batch_size=48,
+        rate=lambda step: min((step + 1) / 50, 1.0),
+    ),
 }
+TOKENS: Final = frozenset({"text", "origins"})
+"""Tasks whose inputs are whole numbers …"""
+ADAPTIVE: Final = frozenset({"images", "text", "nested", "patches"})
+"""… that are trained by a kind of Adam …"""
+WEIGHTED: Final = frozenset({"table", "nested"})
+"""… and whose samples have weights."""
 
 
 class Module(LightningModule):
