@@ -1,11 +1,14 @@
 """What the lab measured in the re-run of an episode, as causes ask for it."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 from lightning_spike.diagnosis.case import Case, number
 
-__all__ = ["all_measured", "grown_module", "measured"]
+__all__ = ["GREW", "all_measured", "grown_module", "measured"]
+
+GREW: Final = 30.0
+"""Factor on a module's outputs in an ordinary batch from which an operation in or before it has lost its hold (x / ~0, exp); what a few updates change is far less."""
 
 
 def all_measured(case: Case) -> Iterator[Mapping[str, Any]]:

@@ -54,14 +54,16 @@ class GradientExplosion(Cause):
 
     @override
     def examine(self, case: Case) -> Examination:
-        lead = early_gradient(case)
+        lead, held = early_gradient(case), held_gradient(case)
+        if held is not None and case.oddities(held.ordinal):
+            held = None  # an odd batch has an odd gradient: what the state holds is of its making
         evidence = without_none(
             _lead(case, lead),
-            gradient_in_range(case, -STRONG) if held_gradient(case) is None else None,
+            gradient_in_range(case, -STRONG) if held is None else None,
             _clipped(case),
             _adaptive(case),
             _steady(case) if lead is not None else None,
-            _in_the_state(case),
+            _in_the_state(case, held),
             lone_batch(case, -SLIGHT),
             batch_value(case, ordinary=SLIGHT if lead is not None else 0.0, odd=-STRONG),
             split_verdict(case, {"data": -STRONG, "weights": FAIR, "noise": -FAIR}),
@@ -126,9 +128,8 @@ def _adaptive(case: Case) -> Evidence | None:
     )
 
 
-def _in_the_state(case: Case) -> Evidence | None:
+def _in_the_state(case: Case, held: Excess | None) -> Evidence | None:
     """Damage that the experiments give to the optimizer's state, in later updates than that of the exploded gradient: that gradient is what it holds."""
-    held = held_gradient(case)
     if held is None:
         return None
     text = f"The experiments give the damage to what the optimizer's state held later, and that was the gradient of step {case.step_of(held.ordinal)}."

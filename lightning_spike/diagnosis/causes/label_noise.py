@@ -10,7 +10,7 @@ from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, REFERENCE, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import dataset_fix, sample_words
-from lightning_spike.diagnosis.measured import all_measured
+from lightning_spike.diagnosis.measured import GREW, all_measured, grown_module
 from lightning_spike.diagnosis.order import one_sided
 from lightning_spike.diagnosis.tells import batches, jump_without_cause_in_update, split_verdict, tell, without_none
 from lightning_spike.records import Change, Evidence, Family
@@ -35,7 +35,8 @@ class LabelNoise(Cause):
     Seen by: a batch that has a high loss under the weights from before too, though its inputs are as always, and so are the activations that they cause; many of its samples have
     losses higher than any of an ordinary batch; with classes, the loss is even higher than that of guessing by their frequencies: the net is sure, and the labels say otherwise.
 
-    Against it: inputs out of their range; a replay that gives the jump to the weights; few samples alone.
+    Against it: inputs out of their range; outputs of a module that are many times as large as ever, for labels do not enter the forward pass; a replay that gives the jump to the weights; few
+    samples alone.
 
     Thresholds: ranges are those of the run's own batches; guessing is the entropy of the classes in ordinary batches.
 
@@ -166,7 +167,11 @@ def _measured(case: Case) -> tuple[list[float], list[float]] | None:
 
 
 def _activations(case: Case) -> Evidence | None:
-    """Whether the net itself found the inputs ordinary: no module's outputs changed."""
+    """Whether the net itself found the inputs ordinary: no module's outputs changed, or one's blew up, which labels cannot bring about."""
+    grown = grown_module(case)
+    if grown is not None and grown[1] >= GREW:
+        text = f"The outputs of '{grown[0]}' were {grown[1]:.3g} times their usual size in that batch: labels do not enter the forward pass."
+        return tell("lab/measured", text, -DECISIVE, step=case.step, observed=grown[1], expected=1.0)
     told = next((d for d in all_measured(case) if "modules" in d and "first" in d), None)
     if told is None:
         return None

@@ -9,7 +9,7 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, NEAR, SLIGHT, STRONG
-from lightning_spike.diagnosis.measured import grown_module
+from lightning_spike.diagnosis.measured import GREW, grown_module
 from lightning_spike.diagnosis.tells import (
     batch_value,
     gradient_in_range,
@@ -23,8 +23,6 @@ __all__ = ["NumericalInstability"]
 
 HUGE: Final = 1e4
 """Factor over the loss before from which a finite loss in an ordinary batch may be the work of an operation (x / ~0, exp), not of training."""
-GREW: Final = 30.0
-"""Factor on a module's outputs, with the same weights and an ordinary batch, from which an operation in or after it has lost its hold (x / ~0, exp); what training changes is far less."""
 WILD: Final = math.log(HUGE)
 """Scatter of the losses of ordinary batches, or of their logarithms, from which values blow up in some and not in others: training's own is below 1."""
 BIRTHPLACE: Final = frozenset({"forward", "loss", "backward"})
@@ -152,7 +150,7 @@ def _wild(case: Case) -> Evidence | None:
     """With the weights of before, ordinary batches have losses that are thousands of times apart: some in the range of before or 0, others far above."""
     told, before = case.lab("split") or {}, number(case.episode.loss_before)
     scatter = number(told.get("noise"))
-    if told.get("verdict") != "noise" or scatter is None or before is None or scatter < max(WILD, GREW * before):
+    if scatter is None or before is None or scatter < max(WILD, GREW * before):
         return None
     text = f"With the weights of before, ordinary batches that had a loss of about {before:.3g} scatter by {scatter:.3g}: in some of them values blow up, as by a division by nearly 0."
     return tell("lab/split", text, DECISIVE, step=case.step, observed=scatter, expected=before)

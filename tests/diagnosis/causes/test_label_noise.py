@@ -55,6 +55,15 @@ def test_each_piece_that_is_missing_weakens_it(piece):
     assert said(wrong_labels(**{piece: less})).total < said(wrong_labels()).total - 1.0
 
 
+def test_outputs_that_blew_up_are_no_matter_of_labels():
+    run = wrong_labels()
+    before = said(run).total
+    sizes = {"module": "head", "now": {"rms": 2400.0}, "usual": {"rms": 2.4}}
+    detail = {"episode": 1, "what": "modules", "modules": [sizes], "first": "head", "text": ""}
+    run.note(Finding(detector="lab", kind="measured", at=moment(200), detail=detail))
+    assert said(run).total < before - 4.0
+
+
 def test_odd_inputs_speak_against_it():
     run = wrong_labels()
     run.odd_batch(200, 40)

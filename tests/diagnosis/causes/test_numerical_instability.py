@@ -35,8 +35,8 @@ def test_ordinary_batches_that_scatter_by_orders_of_magnitude_show_a_division_by
 
 @pytest.mark.parametrize(
     "options",
-    [{"noise": 1.5}, {"noise": None}, {"noise": math.nan}, {"verdict": "weights"}, {"before": 20.0}],
-    ids=["ordinary scatter", "not measured", "no number", "the weights", "losses of that size"],
+    [{"noise": 1.5}, {"noise": None}, {"noise": math.nan}, {"before": 20.0}],
+    ids=["ordinary scatter", "not measured", "no number", "losses of that size"],
 )
 def test_an_ordinary_scatter_shows_nothing(options):
     assert examined(a_run(**options)).total < 0.0
