@@ -112,3 +112,11 @@ def test_the_share_of_worsened_updates_decides_between_two_rates():
 def test_weights_that_no_single_update_has_ruined_are_the_steps_doing_and_not_the_batchs():
     assert blame(split(0.2, 0.7), WILD, None, None).first == "intrinsic"
     assert blame(split(0.9, 0.05), CALM, None, None).shares["data"] > 0.95
+
+
+def test_a_batch_that_may_stand_out_for_long_steps_only_is_believed_as_far_as_it_may_not():
+    shares = blame(split(1.0, 0.0, verdict="data"), WILD, None, None, doubt=0.8).shares
+    assert shares["data"] == pytest.approx(0.2)
+    assert shares["intrinsic"] == pytest.approx(0.8)
+    calm = Calmed(before=1.0, after=1.0, steps=12)
+    assert blame(split(1.0, 0.0, verdict="data"), WILD, calm, None, doubt=0.8).shares["data"] == 1.0

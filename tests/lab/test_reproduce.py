@@ -20,7 +20,7 @@ from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.isolation import isolated
 from lightning_spike.lab.ranks import Ranks
 from lightning_spike.lab.recorded_losses import recorded_losses
-from lightning_spike.lab.reproduce import reproduce
+from lightning_spike.lab.reproduce import go_on, reproduce
 from lightning_spike.lab.state import TrainState
 from lightning_spike.store import TrainerStateStore
 
@@ -153,6 +153,8 @@ def loss_scaler():
 class Probe(Callback):
     """At the end of one batch, runs everything up to it again; `change` may touch what it is run from."""
 
+    reproduce = staticmethod(reproduce)
+
     def __init__(self, suite, change=lambda entries: entries):
         self.suite, self.change, self.count, self.again, self.error = suite, change, -1, None, None
 
@@ -176,7 +178,7 @@ class Probe(Callback):
         ranks = Ranks(ControlGroup.of(trainer))
         with isolated(trainer, pl_module, with_optimizers=True, ranks=ranks) as bench:
             try:
-                self.again = reproduce(
+                self.again = self.reproduce(
                     bench, TrainState.of(snapshot), entries, self.suite._witnesses.settings.by_ordinal, self.recorded
                 )
             except CannotReplay as error:
@@ -234,6 +236,31 @@ def test_what_the_module_keeps_in_attributes_is_part_of_it(shape, tmp_path):
     loader = shape().train_dataloader()
     train(shape(), [suite, probe], tmp_path, dataset=loader.dataset, batch_size=8, max_epochs=10)
     is_exact(probe)
+
+
+@pytest.mark.parametrize(
+    ("case", "short"),
+    [("one-cycle", 3), ("gru", 6), ("gan", 3), ("bf16", 6), ("hooks-and-attributes", 4), ("hooks-and-attributes", 6)],
+)
+def test_in_two_goes_it_is_the_same(case, short, tmp_path, monkeypatch):
+    """First to an earlier batch, and from there on."""
+
+    def in_two_goes(bench, start, entries, *known):
+        first = reproduce(bench, start, entries[:-short], *known)
+        bench.rewind()
+        assert bench.updates < len(entries)
+        further = go_on(bench, first, entries, *known)
+        assert bench.updates <= len(entries) + 2  # under manual optimisation the last batch of each is one too
+        return further
+
+    make, options = CASES[case]
+    whole = probed(make, tmp_path / "whole", **options)
+    monkeypatch.setattr(Probe, "reproduce", staticmethod(in_two_goes))
+    probe = probed(make, tmp_path / "parts", **options)
+    is_exact(probe)
+    found, expected = ([leg.update.ordinal for leg in one.again.legs] for one in (probe, whole))
+    assert found == expected[-len(found) :]
+    assert len(found) >= 8
 
 
 def test_a_loss_that_was_another_is_seen_at_its_batch(tmp_path):
