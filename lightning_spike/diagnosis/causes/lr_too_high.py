@@ -1,15 +1,14 @@
 """`lr_too_high`: the step size is beyond what the loss surface bears."""
 
-import functools
 import math
 from typing import ClassVar, Final
 
 import numpy as np
 from typing_extensions import override
 
-from lightning_spike.diagnosis.case import Case, number
+from lightning_spike.diagnosis.case import Case, Excess, number
 from lightning_spike.diagnosis.cause import Cause, Examination
-from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, REACH, SLIGHT, STRONG
+from lightning_spike.diagnosis.constants import DECISIVE, FAIR, REACH, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import clip_fix, lower_peak
 from lightning_spike.diagnosis.quiet import Shown, rise_after
 from lightning_spike.diagnosis.rates import (
@@ -24,7 +23,6 @@ from lightning_spike.diagnosis.rates import (
 from lightning_spike.diagnosis.step_length import goes_on_falling, long_steps, wild_start
 from lightning_spike.diagnosis.tells import (
     batch_value,
-    early_gradient,
     finite,
     gradient_in_range,
     jump_without_cause_in_update,
@@ -195,14 +193,10 @@ def _growth(case: Case) -> Evidence | None:
 
 def _gradient(case: Case) -> Evidence | None:
     """A step that is too long lets gradient and loss grow together; a gradient that exploded at one blow came first."""
-    lead = early_gradient(case)
-    if lead is None:
+    above = [e for e in _norms(case, case.onset - REACH, case.onset - 1) if e.above]
+    if not above:
         return None if case.lone or case.sudden or not steady_rate(case) else gradient_in_range(case, SLIGHT)
-    first = next(
-        e
-        for e in map(functools.partial(case.excess, "grad_norm"), range(case.onset - GUARD, case.onset))
-        if e is not None and e.above
-    )
+    first, lead = above[0], max(above, key=lambda e: e.ratio)
     before = case.excess("grad_norm", first.ordinal - 1)
     if lead.ratio < EXPLODED or before is None or before.ratio >= SMALL or case.onset < REACH:
         return None
@@ -210,6 +204,11 @@ def _gradient(case: Case) -> Evidence | None:
     observed = lead.observed if math.isfinite(lead.observed) else None
     weight = -min(math.log(first.ratio), OUT_OF_THE_BLUE) if math.isfinite(first.ratio) else -OUT_OF_THE_BLUE
     return tell("grad_norm", text, weight, step=case.step, observed=observed, expected=lead.expected)
+
+
+def _norms(case: Case, first: int, last: int) -> list[Excess]:
+    excesses = (case.excess("grad_norm", ordinal) for ordinal in range(max(first, 0), last + 1))
+    return [e for e in excesses if e is not None]
 
 
 def _steps(case: Case) -> Evidence | None:
