@@ -12,7 +12,7 @@ from lightning_spike.actions.control_group import ControlGroup, why_no_control_g
 from lightning_spike.arguments import number, whole_number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.flight.participant import TrainingBatch
-from lightning_spike.lab.budget import FULL_STEPS, TRIAGE_STEPS, Budget, Extent
+from lightning_spike.lab.budget import FULL_STEPS, LEAST_STEPS, TRIAGE_STEPS, Budget, Extent
 from lightning_spike.lab.checkup import CHECKUP_STEPS, UPDATES, are_too_long, checkup, stagnates
 from lightning_spike.lab.consistency import Consistency
 from lightning_spike.lab.errors import CannotReplay, OnsetGone
@@ -322,7 +322,7 @@ class CounterfactualReplay(SpikeCallback):
         pace = elapsed / max(batch.at.ordinal - self._first, 1)
         snapshot = self._witnesses.snapshots.latest_healthy(before=episode.onset.ordinal)
         way = 0 if snapshot is None else episode.onset.ordinal - snapshot.at.ordinal
-        full, triage_only = pace * (way + FULL_STEPS), pace * TRIAGE_STEPS
+        full, triage_only = pace * max(FULL_STEPS, way + LEAST_STEPS), pace * TRIAGE_STEPS
         extent = self._budget.extent(severity=episode.severity, elapsed=elapsed, full=full, triage=triage_only)
         spent = f"re-runs took {self._budget.spent:.2g} s already"
         return extent, f"{spent}, and another would not fit into budget={self.budget:.3g} of the run's time"

@@ -2,12 +2,14 @@
 
 from typing import Final, Literal
 
-__all__ = ["FULL_STEPS", "TRIAGE_STEPS", "Budget", "Extent"]
+__all__ = ["FULL_STEPS", "LEAST_STEPS", "TRIAGE_STEPS", "Budget", "Extent"]
 
 Extent = Literal["full", "triage"]
 
 FULL_STEPS: Final = 40
-"""Training steps' worth of time that a full examination is expected to take at most, beside the way from the snapshot; most take half of it (`python benchmarks/lab.py`, the columns cost and way)."""
+"""Training steps' worth of time that a full examination may take, the way from the snapshot included: what no longer fits is not asked, and named. Most take less (`python benchmarks/lab.py`, the columns cost and way)."""
+LEAST_STEPS: Final = 15
+"""… and what the questions that are always asked take beside the way, however long that is."""
 TRIAGE_STEPS: Final = 3
 """… and a triage."""
 OVERDRAFT: Final = 2.0

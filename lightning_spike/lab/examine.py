@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, Final
 
 from torch import Tensor
@@ -57,6 +58,8 @@ ENTWINED: Final = 0.5
 WHOSE: Final = "which update did the damage, and what about it"
 _ONE_UPDATE: Final = {"updates": 3, "passes": 24}
 """What it takes at least to find the update, and to make it again without either of two things, and without both."""
+RATE_JUMP: Final = 2.0
+"""Times the rate of the update before from which the updates are asked about before the order of a streak (as in `detectors.learning_rate`)."""
 TRIAGE_CONTROLS: Final = 2
 """Ordinary batches in a triage: five forward passes in all."""
 
@@ -196,7 +199,7 @@ def _whose(scene: Scene, bench: Bench, again: Reproduction, parts: Split) -> lis
         chronic = steps is not None and steps.agitated >= CHRONIC
         return [*_told(scene, steps, None), blame_finding(scene, blame_steps())] if chronic else []
     # A streak of batches none of which is bad by itself: their order explains more than the updates do.
-    entwined = parts.data < ENTWINED
+    entwined = parts.data < ENTWINED and not _rate_jumped(scene, again)
     order = about_the_order(scene, bench, again, parts) if entwined else []
     explained = any(told.detail["left"] <= GONE for told in order)
     asks_damage = parts.weights_part >= WORTH_WEIGHTS and not explained
@@ -251,6 +254,15 @@ def _told(scene: Scene, steps: Consistency | None, calm: Calmed | None) -> list[
         detail = dataclasses.asdict(calm) | {"left": calm.left, "text": calm_text(calm)}
         findings.append(finding(scene, "calm", detail))
     return findings
+
+
+def _rate_jumped(scene: Scene, again: Reproduction) -> bool:
+    """Whether one of the kept updates had a rate far above that of the update before it: then the updates are asked about first."""
+    kept = {leg.update.ordinal for leg in again.legs}
+    first = [
+        (k, float(steps[0][0].get("lr", 0.0))) for k, steps in sorted(scene.settings.items()) if steps and steps[0]
+    ]
+    return any(k in kept and rate > RATE_JUMP * before > 0.0 for (_, before), (k, rate) in pairwise(first))
 
 
 def _affords_calm(bench: Bench, again: Reproduction) -> bool:

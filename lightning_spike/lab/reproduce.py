@@ -122,7 +122,7 @@ def go_on(
     start = known.legs[-1].before
     rest = [entry for entry in entries if entry.at.ordinal >= start.at.ordinal]
     found = reproduce(bench, start, rest, settings, recorded)
-    legs = (*known.legs[:-1], *found.legs)[-max(len(known.legs), len(found.legs)) :]
+    legs = (*known.legs[:-1], *found.legs)[-_legs_to_keep(start) :]
     return dataclasses.replace(found, legs=legs, steps=known.steps + found.reached - known.reached)
 
 
