@@ -14,6 +14,7 @@ __all__ = [
     "early_gradient",
     "finite",
     "gradient_in_range",
+    "gradient_norms",
     "jump_without_cause_in_update",
     "lone_batch",
     "rate_text",
@@ -149,13 +150,13 @@ def ordinary_updates(case: Case) -> bool:
 
 def early_gradient(case: Case) -> Excess | None:
     """The highest gradient norm of the updates just before the onset, if it was out of its range: it led the loss."""
-    found = [e for e in _gradients(case, case.onset - GUARD, case.onset - 1) if e.above]
+    found = [e for e in gradient_norms(case, case.onset - GUARD, case.onset - 1) if e.above]
     return max(found, key=lambda e: e.ratio, default=None)
 
 
 def gradient_in_range(case: Case, weight: float) -> Evidence | None:
     """The gradient norms of the updates just before the onset were ordinary."""
-    recent = list(_gradients(case, case.onset - NEAR, case.onset - 1))
+    recent = list(gradient_norms(case, case.onset - NEAR, case.onset - 1))
     if not recent or any(e.above for e in recent):
         return None
     highest = max(recent, key=lambda e: e.z)
@@ -169,6 +170,7 @@ def gradient_in_range(case: Case, weight: float) -> Evidence | None:
     )
 
 
-def _gradients(case: Case, first: int, last: int) -> Iterator[Excess]:
+def gradient_norms(case: Case, first: int, last: int) -> Iterator[Excess]:
+    """How the gradient norms of the batches `first` to `last` stand to the healthy ones before the episode; those that are not known are left out."""
     excesses = (case.excess("grad_norm", ordinal) for ordinal in range(max(first, 0), last + 1))
     return (e for e in excesses if e is not None)

@@ -6,7 +6,7 @@ from typing import ClassVar, Final
 import numpy as np
 from typing_extensions import override
 
-from lightning_spike.diagnosis.case import Case, Excess, number
+from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, REACH, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import clip_fix, lower_peak
@@ -25,6 +25,7 @@ from lightning_spike.diagnosis.tells import (
     batch_value,
     finite,
     gradient_in_range,
+    gradient_norms,
     jump_without_cause_in_update,
     lone_batch,
     split_verdict,
@@ -193,7 +194,7 @@ def _growth(case: Case) -> Evidence | None:
 
 def _gradient(case: Case) -> Evidence | None:
     """A step that is too long lets gradient and loss grow together; a gradient that exploded at one blow came first."""
-    above = [e for e in _norms(case, case.onset - REACH, case.onset - 1) if e.above]
+    above = [e for e in gradient_norms(case, case.onset - REACH, case.onset - 1) if e.above]
     if not above:
         return None if case.lone or case.sudden or not steady_rate(case) else gradient_in_range(case, SLIGHT)
     first, lead = above[0], max(above, key=lambda e: e.ratio)
@@ -204,11 +205,6 @@ def _gradient(case: Case) -> Evidence | None:
     observed = lead.observed if math.isfinite(lead.observed) else None
     weight = -min(math.log(first.ratio), OUT_OF_THE_BLUE) if math.isfinite(first.ratio) else -OUT_OF_THE_BLUE
     return tell("grad_norm", text, weight, step=case.step, observed=observed, expected=lead.expected)
-
-
-def _norms(case: Case, first: int, last: int) -> list[Excess]:
-    excesses = (case.excess("grad_norm", ordinal) for ordinal in range(max(first, 0), last + 1))
-    return [e for e in excesses if e is not None]
 
 
 def _steps(case: Case) -> Evidence | None:
