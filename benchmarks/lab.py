@@ -4,7 +4,7 @@
 
 Five nets, SGD with momentum and AdamW, batch 4 and 32, faults of four groups (data, learning rate, optimizer state, weights from outside) in three strengths, each with the decoys that fit: a
 batch with somewhat too much contrast and a rate of 1.5 times the usual at the same step. Beside them runs whose rate was too high all along, and runs with two faults at
-once. A run counts if an episode was seen within eight batches. Prints how often the group that the lab names first is the right one, with the 95 % interval
+once (counted where each really adds to the rise, as four trainings of the same run without us show). A run counts if an episode was seen within eight batches. Prints how often the group that the lab names first is the right one, with the 95 % interval
 (Wilson), beside what the signatures alone would name; how often the located update is the one; and what an examination costs in training steps.
 """
 
@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import random
 import statistics
 import tempfile
@@ -23,12 +24,12 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 from intervals import wilson
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -55,6 +56,8 @@ AFTER: Final = 24
 """Batches trained after it."""
 SEEN: Final = 8
 """An episode with its onset up to this many batches after the fault is the fault's."""
+REAL: Final = 0.1
+"""True share of the rise from which each of two faults in a run is one to be named."""
 TOLD: Final = 0.05
 """Share from which a group is listed with a wrong answer."""
 WRITERS: Final = (RootCauseReport, SceneRecorder)
@@ -197,6 +200,8 @@ class Outcome:
     """Runs of `training_step` in the examination …"""
     updates: int | None = None
     """… and how many of them went on to an update."""
+    true_shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """With two faults, what each of them really adds to the rise of the struck batch's loss: its Shapley value over four trainings, with and without each, as a share of both."""
     worsened: tuple[int, int] | None = None
     """Of the updates before, how many worsened their own batch's loss, and how many there were."""
 
@@ -256,9 +261,53 @@ def outcomes_of(run: Run, show: bool = False) -> list[Outcome]:
     if not told:
         return [Outcome(run=run)]
     return [
-        _outcome(run, store, episode, {k: s / pace for k, s in replay.seconds.get(episode.id, {}).items()})
+        dataclasses.replace(outcome, true_shares=_true_shares(run) if run.fault == TWO else {})
         for episode in told
+        for outcome in [
+            _outcome(run, store, episode, {k: s / pace for k, s in replay.seconds.get(episode.id, {}).items()})
+        ]
     ]
+
+
+def _true_shares(run: Run) -> dict[str, float]:
+    """By trainings without any of us: the loss of the struck batch with none of the two faults, either, and both. What one adds is no fault of the run where it adds nothing."""
+    rate, labels = run.faults()
+    none, with_rate, with_labels, both = (
+        math.log(_struck_loss(run, list(faults))) for faults in ((), (rate,), (labels,), (rate, labels))
+    )
+    parts = {
+        "learning_rate": 0.5 * (with_rate - none + both - with_labels),
+        "data": 0.5 * (with_labels - none + both - with_rate),
+    }
+    return {group: part / (both - none) for group, part in parts.items()} if both > none else {}
+
+
+class LossAt(Callback):
+    """Remembers the loss of one batch."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.count, self.loss = at, -1, math.nan
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: object) -> None:
+        self.count += 1
+        if self.count == self.at:
+            self.loss = float(outputs["loss"])
+
+
+def _struck_loss(run: Run, faults: list[Callback]) -> float:
+    seed_everything(run.seed, verbose=False)
+    task, seen = Task(run.net, run.optimizer, run.batch_size, momentum=run.momentum), LossAt(run.at)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        _trainer(folder, run.at + 1, [*faults, seen]).fit(task, loader(run.net, run.batch_size, run.seed))
+    return seen.loss
+
+
+def _trainer(folder: str, steps: int, callbacks: list[Callback]) -> Trainer:
+    return Trainer(
+        max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=callbacks, default_root_dir=folder,
+    )  # fmt: skip
 
 
 def _train(run: Run, task: Task, steps: int, replay: WithTriage) -> tuple[TrainerStateStore, float]:
@@ -267,10 +316,7 @@ def _train(run: Run, task: Task, steps: int, replay: WithTriage) -> tuple[Traine
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         watching = [c for c in suite(replay, dirpath=folder) if not isinstance(c, WRITERS)]
         callbacks = [*run.faults(), *watching, clock]
-        trainer = Trainer(
-            max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, callbacks=callbacks, default_root_dir=folder,
-        )  # fmt: skip
+        trainer = _trainer(folder, steps, callbacks)
         trainer.fit(task, loader(run.net, run.batch_size, run.seed))
     return TrainerStateStore.of(trainer), clock.pace
 
@@ -407,7 +453,11 @@ def _figures(outcomes: Sequence[Outcome]) -> list[str]:
     seen = [o for o in outcomes if o.onset is not None]
     right = sum(o.first in o.run.groups for o in seen)
     low, high = wilson(right, len(seen))
-    both = [{o.first, o.second} >= o.run.groups for o in seen if o.run.fault == TWO]
+    both = [
+        {o.first, o.second} >= o.run.groups
+        for o in seen
+        if o.run.fault == TWO and min(o.true_shares.values(), default=0.0) >= REAL
+    ]
     signatures = sum(o.by_signature in o.run.groups for o in seen)
     located = [
         o.located for o in seen if o.located is not None and o.run.fault in KINDS and KINDS[o.run.fault].shows_at
