@@ -13,6 +13,7 @@ those of a calibration that is fitted on the other tasks, leaving one out at a t
 
 import argparse
 import dataclasses
+import functools
 import json
 import logging
 import statistics
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from diagnosis_fit import fit, seen
+from diagnosis_fit import Seen, fit, seen
 from diagnosis_judge import (
     FAMILY,
     UNEXPLAINED,
@@ -36,7 +37,7 @@ from diagnosis_judge import (
     judge,
     without_lab,
 )
-from diagnosis_runs import CLEAN_STEPS, Cell, Kept, all_cells, kept, place, run
+from diagnosis_runs import CLEAN_STEPS, Cell, all_cells, kept, place, run
 from diagnosis_tasks import TASKS
 from intervals import wilson
 from rich.console import Console
@@ -67,19 +68,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen.runs.mkdir(parents=True, exist_ok=True)
     if not chosen.judge_only:
         _train_all(list(dict.fromkeys([*twins, *cells])), chosen.runs, chosen.jobs)
-    found = [k for cell in dict.fromkeys([*twins, *cells]) if (k := kept(chosen.runs, cell)) is not None]
-    clean = {(k.cell.task, k.cell.seed): k.store for k in found if k.cell.sort == "clean"}
-    with_lab, without = (
-        _judged(found, clean, fit_anew=not chosen.as_shipped),
-        _judged([without_lab(k) for k in found], clean, fit_anew=not chosen.as_shipped),
-    )
-    _print(Console(width=180), with_lab, without, found, show_wrong=chosen.wrong)
+    there = [cell for cell in dict.fromkeys([*twins, *cells]) if place(chosen.runs, cell).exists()]
+    with ProcessPoolExecutor(chosen.jobs) as pool:
+        answers, calibration = _answers(pool, there, chosen.runs, fit_anew=not chosen.as_shipped)
+    _print(Console(width=180), answers, show_wrong=chosen.wrong)
     if chosen.out is not None:
-        chosen.out.write_text(json.dumps(_for_json(with_lab, without), indent=1) + "\n")
+        chosen.out.write_text(json.dumps(_for_json(answers), indent=1) + "\n")
     if chosen.picture is not None:
-        _draw(with_lab, chosen.picture)
-    if chosen.fit is not None:
-        _write_fit(found, chosen.fit, argv)
+        _draw([a.judged for a in answers], chosen.picture)
+    if chosen.fit is not None and calibration is not None:
+        _write_fit(calibration, len(there), chosen.fit, argv)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -119,28 +117,64 @@ def _train_all(cells: Sequence[Cell], folder: Path, jobs: int) -> None:
 # -- judging -------------------------------------------------------------------------------------------------------------
 
 
-def _judged(
-    found: Sequence[Kept], clean: Mapping[tuple[str, int], TrainerStateStore | None], *, fit_anew: bool
-) -> list[Judged]:
-    """Each run with the calibration that was fitted on the runs of the other tasks."""
-    episodes = [seen(k) for k in found] if fit_anew else []
-    out = []
-    for task in dict.fromkeys(k.cell.task for k in found):
-        others = [e for k, e in zip(found, episodes, strict=False) if k.cell.task != task]
-        calibration = fit(others) if others else fitted()
-        out += [judge(k, clean.get((k.cell.task, k.cell.seed)), calibration) for k in found if k.cell.task == task]
-    return out
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What was said of one run, by whom."""
+
+    judged: Judged
+    without: Judged
+    """As if the lab had not been there."""
+    by_rules: Mapping[str, str]
+    """The baselines' guesses, by name; none of a run that broke."""
+
+
+def _answers(
+    pool: ProcessPoolExecutor, cells: Sequence[Cell], folder: Path, *, fit_anew: bool
+) -> tuple[list[Answer], Calibration | None]:
+    """Each run with the calibration that was fitted on the runs of the other tasks, and the one over all."""
+    if not fit_anew:
+        return list(pool.map(functools.partial(_answer, folder, None, None), cells, chunksize=8)), None
+    pairs = list(pool.map(functools.partial(_seen, folder), cells, chunksize=8))
+    tasks = list(dict.fromkeys(cell.task for cell in cells))
+    fits: dict[str, list[Calibration]] = {}
+    for task in tasks:
+        others = [pair for cell, pair in zip(cells, pairs, strict=True) if cell.task != task]
+        fits[task] = [fit([pair[k] for pair in others]) if others else fitted() for k in (0, 1)]
+    each = ([fits[cell.task][k] for cell in cells] for k in (0, 1))
+    answers = list(pool.map(functools.partial(_answer, folder), *each, cells, chunksize=8))
+    return answers, fit([pair[0] for pair in pairs])
+
+
+def _seen(folder: Path, cell: Cell) -> tuple[Seen | None, Seen | None]:
+    """What there is to fit on in a run, with the lab and without."""
+    found = kept(folder, cell)
+    return (None, None) if found is None else (seen(found), seen(without_lab(found)))
+
+
+def _answer(folder: Path, with_lab: Calibration | None, without: Calibration | None, cell: Cell) -> Answer:
+    found = kept(folder, cell)
+    if found is None:
+        msg = f"{cell.key} is not there any more"
+        raise FileNotFoundError(msg)
+    twin = _twin(folder, cell.task, cell.seed)
+    rules = {} if found.store is None else {name: rule(found.store) for name, rule in baseline_rules().items()}
+    return Answer(judged=judge(found, twin, with_lab), without=judge(without_lab(found), twin, without), by_rules=rules)
+
+
+@functools.lru_cache(maxsize=4)
+def _twin(folder: Path, task: str, seed: int) -> TrainerStateStore | None:
+    clean = kept(folder, Cell(task=task, seed=seed, sort="clean", name="clean"))
+    return None if clean is None else clean.store
 
 
 # -- printing ------------------------------------------------------------------------------------------------------------
 
 
-def _print(
-    console: Console, judged: Sequence[Judged], without: Sequence[Judged], found: Sequence[Kept], *, show_wrong: bool
-) -> None:
-    ours, bare = _labelled(judged), _labelled(without)
+def _print(console: Console, answers: Sequence[Answer], *, show_wrong: bool) -> None:
+    judged = [a.judged for a in answers]
+    ours, bare = _labelled(judged), _labelled(a.without for a in answers)
     if ours:
-        console.print(_whole(ours, bare, found))
+        console.print(_whole(ours, bare, answers))
         for title, by in (
             ("family", lambda j: FAMILY.get(j.cell.causes[0])),
             ("cause", lambda j: j.cell.causes[0]),
@@ -165,18 +199,18 @@ def _share(right: int, of: int) -> str:
     return f"{right}/{of} {right / of:.2f} ({low:.2f}-{high:.2f})" if of else "-"
 
 
-def _whole(ours: Sequence[Judged], bare: Sequence[Judged], found: Sequence[Kept]) -> Table:
+def _whole(ours: Sequence[Judged], bare: Sequence[Judged], answers: Sequence[Answer]) -> Table:
     table = Table(
         "", "AC@1", "family", "AC@3", "MRR", title="faults of a known cause, in tasks left out of the fitting"
     )
     table.add_row("with the lab", *_row(ours))
     table.add_row("without", *_row(bare))
     keys = {j.cell.key for j in ours}
-    stores = [(k.cell, k.store) for k in found if k.cell.key in keys and k.store is not None]
-    for name, rule in baseline_rules().items():
-        right = sum(rule(store) == cell.causes[0] for cell, store in stores)
-        family = sum(FAMILY.get(rule(store)) == FAMILY.get(cell.causes[0]) for cell, store in stores)
-        table.add_row(name, _share(right, len(stores)), _share(family, len(stores)), "-", "-")
+    guessed = [(a.judged.cell.causes[0], a.by_rules) for a in answers if a.judged.cell.key in keys and a.by_rules]
+    for name in baseline_rules():
+        right = sum(rules[name] == cause for cause, rules in guessed)
+        family = sum(FAMILY.get(rules[name]) == FAMILY.get(cause) for cause, rules in guessed)
+        table.add_row(name, _share(right, len(guessed)), _share(family, len(guessed)), "-", "-")
     return table
 
 
@@ -267,12 +301,9 @@ def _loudest(judged: Judged) -> float:
 # -- writing -------------------------------------------------------------------------------------------------------------
 
 
-def _for_json(judged: Sequence[Judged], without: Sequence[Judged]) -> list[dict[str, Any]]:
-    bare = {j.cell.key: j for j in without}
+def _for_json(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     return [
-        dataclasses.asdict(j)
-        | {"judged": j.counts, "without_lab": bare[j.cell.key].ranked if j.cell.key in bare else None}
-        for j in judged
+        dataclasses.asdict(a.judged) | {"judged": a.judged.counts, "without_lab": a.without.ranked} for a in answers
     ]
 
 
@@ -304,10 +335,9 @@ def _draw(judged: Sequence[Judged], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _write_fit(found: Sequence[Kept], path: Path, argv: Sequence[str] | None) -> None:
-    calibration = fit([seen(k) for k in found])
+def _write_fit(calibration: Calibration, runs: int, path: Path, argv: Sequence[str] | None) -> None:
     command = " ".join(["python benchmarks/diagnosis.py", *(argv or sys.argv[1:])])
-    content = {"made_by": command, "runs": len(found)} | _plain(calibration)
+    content = {"made_by": command, "runs": runs} | _plain(calibration)
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 

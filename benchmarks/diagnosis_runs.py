@@ -350,8 +350,12 @@ def _trainer(
     )
 
 
-def _frozen(mapping: MappingProxyType[Any, Any]) -> tuple[type, tuple[dict[Any, Any]]]:
-    return MappingProxyType, (dict(mapping),)
+def _read_only(plain: dict[Any, Any]) -> MappingProxyType[Any, Any]:
+    return MappingProxyType(plain)
 
 
-copyreg.pickle(MappingProxyType, _frozen)  # type: ignore[arg-type]
+def _as_plain(mapping: MappingProxyType[Any, Any]) -> tuple[Callable[..., Any], tuple[dict[Any, Any]]]:
+    return _read_only, (dict(mapping),)
+
+
+copyreg.pickle(MappingProxyType, _as_plain)  # type: ignore[arg-type]
