@@ -13,7 +13,7 @@ from lightning_spike.arguments import number, whole_number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.flight.participant import TrainingBatch
 from lightning_spike.lab.budget import FULL_STEPS, LEAST_STEPS, TRIAGE_STEPS, Budget, Extent
-from lightning_spike.lab.checkup import CHECKUP_STEPS, UPDATES, are_too_long, checkup, stagnates
+from lightning_spike.lab.checkup import CHECKUP_STEPS, UPDATES, are_too_long, break_their_promise, checkup, stagnates
 from lightning_spike.lab.consistency import Consistency
 from lightning_spike.lab.errors import CannotReplay, OnsetGone
 from lightning_spike.lab.examine import examine, triage
@@ -298,7 +298,7 @@ class CounterfactualReplay(SpikeCallback):
             self._checks_up = False
             return [f"The steps could not be looked at without an episode: {type(error).__name__}: {error}."]
         self._budget.spent += time.monotonic() - started
-        if steps is None or not are_too_long(steps):
+        if steps is None or not break_their_promise(steps):
             return []
         return [Finding(detector="lab", kind="steps_too_long", at=batch.at, detail=steps_too_long(steps))]
 

@@ -18,7 +18,7 @@ from lightning_spike.lab.state import TrainState
 from lightning_spike.lab.update import Settings, make_update, updates_of
 from lightning_spike.rolling import MAD_TO_SIGMA, mad, median
 
-__all__ = ["CHECKUP_STEPS", "UPDATES", "are_too_long", "checkup", "stagnates"]
+__all__ = ["CHECKUP_STEPS", "UPDATES", "are_too_long", "break_their_promise", "checkup", "stagnates"]
 
 UPDATES: Final = 24
 """Updates that are looked at; twice as many as the re-run of a moment keeps, for there is nothing else to go by."""
@@ -27,6 +27,10 @@ CHECKUP_STEPS: Final = 40
 
 SURE: Final = 0.9
 """Probability from which steps are called too long where nothing else is known of the trouble, as in `examine`."""
+HALF: Final = 0.5
+"""Of what the gradients promised: a healthy run's updates keep more."""
+NOTHING: Final = 1e-5
+"""Share of the loss that a gradient must promise for what became of it to be more than rounding."""
 OVERSHOT: Final = 0.2
 """Share of overshooting updates that is too many: ten times that of worsened ones in a healthy run (`consistency.HEALTHY`)."""
 PARTS: Final = 8
@@ -58,12 +62,17 @@ def _error(values: list[float]) -> float:
 
 
 def are_too_long(steps: Consistency) -> bool:
-    """Whether steps are surely too long for the loss surface, where nothing else is known of the trouble.
+    """Whether steps are too long for the loss surface, where there is trouble and nothing else is known of it.
 
     Too many updates are worse than none, and that is not momentum alone, which carries an update up the gradient of its own batch now and then in a healthy run too: of
     what the gradients promised too little is kept, or too many went down their gradient and overshot.
     """
     return steps.agitated >= SURE and (steps.rho < EDGE or steps.overshot >= OVERSHOT)
+
+
+def break_their_promise(steps: Consistency) -> bool:
+    """Whether steps are so much too long that it is told of a run that shows no trouble: a net that trains well at a brisk rate must not be."""
+    return steps.agitated >= SURE and steps.rho < HALF
 
 
 def checkup(
@@ -87,7 +96,7 @@ def checkup(
         ranks: Those that look together.
 
     Returns:
-        `None` where too few updates can be made again, or a gradient of one is not finite.
+        `None` where too few updates can be made again or promise anything at all, or a gradient of one is not finite.
 
     Raises:
         CannotReplay: `training_step` cannot be run again, or the settings of the updates are not known.
@@ -99,7 +108,7 @@ def checkup(
     updates = updates_of(entries, settings, by_hand=not module.automatic_optimization)[-UPDATES:]
     with isolated(trainer, module, with_optimizers=True, ranks=ranks) as bench:
         after = TrainState.take(bench, entries[-1].at)
-        kept = []
+        kept: list[tuple[float, float]] = []
         for update in updates:
             before = after
             before.load(bench)
@@ -107,5 +116,7 @@ def checkup(
             if made.spoilt_at is not None:
                 return None
             after = TrainState.take(bench, update.entries[-1].at)
-            kept.append(kept_promise(bench, Leg(before=before, update=update, made=made), after))
+            change, promise = kept_promise(bench, Leg(before=before, update=update, made=made), after)
+            if abs(promise) > NOTHING * abs(made.losses[0]):
+                kept.append((change, promise))
     return summed_up(kept)

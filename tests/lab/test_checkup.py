@@ -9,7 +9,7 @@ from lab.bench import attached
 from lab.made import entry, settings
 from lightning.pytorch import LightningModule
 
-from lightning_spike.lab.checkup import UPDATES, are_too_long, checkup, stagnates
+from lightning_spike.lab.checkup import UPDATES, are_too_long, break_their_promise, checkup, stagnates
 from lightning_spike.lab.consistency import Consistency
 from lightning_spike.lab.errors import CannotReplay
 
@@ -76,6 +76,18 @@ def test_too_few_updates_say_nothing():
 
 def test_a_gradient_that_is_not_finite_says_nothing():
     assert looked_at(0.1, target=math.nan) is None
+
+
+def test_a_gradient_that_promises_nothing_says_nothing():
+    """Far out in a loss of 1e6 a step of 1e-9 changes less than rounding does."""
+    assert looked_at(1e-9, start=1e6) is None
+
+
+def test_a_brisk_rate_is_told_only_where_there_is_trouble():
+    brisk = Consistency(rho=0.58, worsened=0.3, against=0.1, overshot=0.2, updates=24)
+    assert are_too_long(brisk)
+    assert not break_their_promise(brisk)
+    assert break_their_promise(looked_at(1.0, start=0.4))
 
 
 def test_a_batch_that_was_changed_in_place_is_refused():
