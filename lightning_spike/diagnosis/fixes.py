@@ -33,6 +33,12 @@ GENTLE_STEP = 0.01
 """Share of their size by which an update changes the weights at a healthy rate: a tenth of the most, ten times what is typical later in a training (1e-3; science.md 2.2)."""
 MOST_STEP = 0.1
 """… and the most (TheDeepChecker: between 1e-4 and 1e-1)."""
+AS_HIGH = 0.7
+"""Share of a rate from which an earlier cycle went about as high …"""
+MUCH_LOWER = 0.3
+"""… and up to which the rate had come down in between."""
+FEW_IN_CYCLE = 16
+"""Batches at that height without which nothing is said of it."""
 MOST_SPANS = 8
 """Runs of dataset indices that are named; the manifest of the dump has them all."""
 SGD_WARMUP = 200
@@ -59,8 +65,8 @@ def clip_fix(case: Case) -> str | None:
 def lower_peak(case: Case, signal: str, culprit: float, since: int | None = None) -> tuple[float, str]:
     """A rate to use in place of `culprit`, and why that one.
 
-    The run's usual rate where it has climbed from there; else the highest that it has borne, if updates were of a healthy length there; else the one that makes them so
-    (`gentle_rate`); else a third, or a tenth where the loss was lost for good or the lab's replay has shown that it helps.
+    The run's usual rate where it has climbed from there; else the highest that it has borne, if updates were of a healthy length there; else a third where an earlier cycle of the schedule went as high and
+    the loss has come down since, for it did no harm there; else the one that makes updates of a healthy length (`gentle_rate`); else a third, or a tenth where the loss was lost for good or the lab's replay has shown that it helps.
 
     Args:
         case: The episode.
@@ -76,6 +82,9 @@ def lower_peak(case: Case, signal: str, culprit: float, since: int | None = None
     bearable, gentle = earlier if new else case.bearable(signal, culprit), gentle_rate(case, signal)
     if bearable is not None and (gentle is None or bearable <= MOST_STEP / GENTLE_STEP * gentle):
         return _two_digits(bearable), "the loss stayed in its range up to that rate in this run"
+    if _bore_in_earlier_cycle(case, signal, culprit):
+        why = "for an earlier cycle bore that height, though at a higher loss, and this run does not show where the limit lies now"
+        return _two_digits(culprit / CAUTIOUS_CUT), f"{CAUTIOUS_CUT:g} times lower, {why}"
     if gentle is not None and CAUTIOUS_CUT * gentle <= culprit:
         longest = GENTLE_STEP * culprit / gentle
         return _two_digits(gentle), (
@@ -92,6 +101,21 @@ def _highest_before(case: Case, signal: str, ordinal: int) -> float | None:
     rates = history.series(signal)
     used = np.sort(rates[case.healthy & np.isfinite(rates) & (history.ordinals < ordinal)])
     return float(used[-GUARD]) if used.size >= 2 * GUARD and used[-GUARD] > 0.0 else None
+
+
+def _bore_in_earlier_cycle(case: Case, signal: str, culprit: float) -> bool:
+    """Whether the rate was about as high before, then low, and the loss is lower now than it was there."""
+    history = case.store.history
+    rates, losses = history.series(signal), history.series(case.episode.signal)
+    known = np.isfinite(rates) & np.isfinite(losses) & case.healthy & (history.ordinals < case.onset)
+    high = known & (rates >= AS_HIGH * culprit)
+    first = np.flatnonzero(high)
+    low = np.flatnonzero(known & (rates <= MUCH_LOWER * culprit))
+    if first.size == 0 or low.size == 0 or low[-1] < first[0]:
+        return False
+    cycle = high & (np.arange(rates.size) < low[-1])
+    level = case.episode.loss_before
+    return cycle.sum() >= FEW_IN_CYCLE and level is not None and level < float(np.median(losses[cycle]))
 
 
 def gentle_rate(case: Case, signal: str) -> float | None:

@@ -139,8 +139,12 @@ def _begins(store: TrainerStateStore, signal: str) -> Moment | None:
 
 
 def shown_after_event(store: TrainerStateStore, *kinds: str) -> Shown | None:
-    """Where an event of the rate of these kinds has shown itself without an episode: the loss rose, or updates became long against the weights; `None` however often the rate moved without that."""
-    events = [f.at for f in store.findings if f.detector == "learning_rate" and f.kind in kinds]
+    """Where an event of the rate of these kinds has shown itself without an episode: the loss rose, or updates became long against the weights; `None` however often the rate moved without that.
+
+    A rate that comes back to where it was before lifts the loss for a while by design (Loshchilov and Hutter 2017); only one that goes clearly higher than ever is asked about.
+    """
+    found = [f for f in store.findings if f.detector == "learning_rate" and f.kind in kinds]
+    events = [f.at for f in found if _is_new_height(store, f.at.ordinal)]
     rises = [rise for at in events if (rise := rise_after(store, at.ordinal)) is not None]
     if rises:
         first = min(rises, key=lambda rise: rise.begun.ordinal)
@@ -148,6 +152,16 @@ def shown_after_event(store: TrainerStateStore, *kinds: str) -> Shown | None:
     long = [at.ordinal for at in events if lengthened(store, at.ordinal)]
     at = store.history.moment(min(long) + 1) if long else None
     return None if at is None else Shown(at=at)
+
+
+def _is_new_height(store: TrainerStateStore, ordinal: int) -> bool:
+    history = store.history
+    for signal in (s for s in history.signals if s.startswith("lr-")):
+        before, after = history.before(signal, ordinal, len(history)), history.between(signal, ordinal, ordinal + GUARD)
+        after = after[np.isfinite(after)]
+        if before.size and after.size and after.max() > BEGINS * before.max():
+            return True
+    return False
 
 
 def rate_event(case: Case, kinds: tuple[str, ...]) -> RateEvent | None:

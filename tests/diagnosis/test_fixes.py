@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from synthetic import Run, moment
+from synthetic import Run, an_episode, moment
 
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.causes.warmup_too_short import WarmupTooShort
@@ -132,3 +132,18 @@ def test_a_peak_that_no_warm_up_makes_good_is_lowered_first():
         found = WarmupTooShort().examine(Case(run.store(), early))
         assert (found.change.setting, found.change.value) == change
         assert f"{change[1]:g}" in found.fixes[0]
+
+
+def test_a_peak_that_an_earlier_cycle_bore_is_cut_by_three_however_long_its_updates_were():
+    """Long updates of the first cycle did no harm: the loss fell through it."""
+    run = Run(length=400)
+    run.restarts(200, peak=0.65, low=1e-4)
+    every = np.where(np.arange(400) % 10 == 0, 1.0, np.nan)
+    run.more = {"weight_norm": 10.0 * every, "update_norm": 10.0 * 0.3 * run.rate * every}
+    run.episodes = [an_episode(202, 204, 240)]
+    store = run.store()
+    case = Case(store, store.episodes[0])
+    assert lower_peak(case, run.rate_signal, 0.65)[0] == pytest.approx(0.22)
+    run.loss[:150] = 0.1
+    store = run.store()
+    assert lower_peak(Case(store, store.episodes[0]), run.rate_signal, 0.65)[0] < 0.1

@@ -165,3 +165,12 @@ def test_what_the_lab_found_of_a_run_without_an_episode_is_told():
 def test_a_healthy_run_is_left_alone(seed):
     run = measured(quiet(seed), np.full(400, 0.003))
     assert named(run) == {}
+
+
+def test_a_restart_that_comes_back_to_its_old_peak_may_lift_the_loss_for_a_while():
+    run = quiet()
+    run.restarts(200, peak=0.1)
+    run.loss[205:] *= 1.6
+    assert named(run) == {}
+    run.rate[200:] *= 5.0
+    assert max(named(run), key=named(run).get) in {"lr_restart", "lr_scheduler_fault"}
