@@ -65,8 +65,8 @@ def clip_fix(case: Case) -> str | None:
 def lower_peak(case: Case, signal: str, culprit: float, since: int | None = None) -> tuple[float, str]:
     """A rate to use in place of `culprit`, and why that one.
 
-    The run's usual rate where it has climbed from there; else the highest that it has borne, if updates were of a healthy length there; else a third where an earlier cycle of the schedule went as high and
-    the loss has come down since, for it did no harm there; else the one that makes updates of a healthy length (`gentle_rate`); else a third, or a tenth where the loss was lost for good or the lab's replay has shown that it helps.
+    The run's usual rate where it has climbed from there; else the highest that it has borne, if updates were of a healthy length there; else a third where an earlier cycle of the schedule went as high, the loss has come
+    down since, and came back from this one too; else the one that makes updates of a healthy length (`gentle_rate`); else a third, or a tenth where the loss was lost for good or the lab's replay has shown that it helps.
 
     Args:
         case: The episode.
@@ -82,7 +82,7 @@ def lower_peak(case: Case, signal: str, culprit: float, since: int | None = None
     bearable, gentle = earlier if new else case.bearable(signal, culprit), gentle_rate(case, signal)
     if bearable is not None and (gentle is None or bearable <= MOST_STEP / GENTLE_STEP * gentle):
         return _two_digits(bearable), "the loss stayed in its range up to that rate in this run"
-    if _bore_in_earlier_cycle(case, signal, culprit):
+    if case.episode.recovery is not Recovery.NEVER and _bore_in_earlier_cycle(case, signal, culprit):
         why = "for an earlier cycle bore that height, though at a higher loss, and this run does not show where the limit lies now"
         return _two_digits(culprit / CAUTIOUS_CUT), f"{CAUTIOUS_CUT:g} times lower, {why}"
     if gentle is not None and CAUTIOUS_CUT * gentle <= culprit:
