@@ -7,6 +7,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, Final
 
+import numpy as np
 from torch import Tensor
 
 from lightning_spike.actions.batch_ring import RingEntry
@@ -58,6 +59,8 @@ ENTWINED: Final = 0.5
 WHOSE: Final = "which update did the damage, and what about it"
 _ONE_UPDATE: Final = {"updates": 3, "passes": 24}
 """What it takes at least to find the update, and to make it again without either of two things, and without both."""
+HALF: Final = 0.5
+"""Share of the rise of ordinary batches that the snapshot's own batch must show for what is computed to have changed."""
 RATE_JUMP: Final = 2.0
 """Times the rate of the update before from which the updates are asked about before the order of a streak (as in `detectors.learning_rate`)."""
 TRIAGE_CONTROLS: Final = 2
@@ -181,15 +184,33 @@ def _origin(bench: Bench, weights: Mapping[str, Tensor], entry: RingEntry) -> Or
 
 
 def _split(scene: Scene, bench: Bench, again: Reproduction | None) -> Split:
+    parts = _parts(scene, bench, again, scene.losses)
+    if parts.verdict != "computation" or not _computes_as_before(scene, bench, parts):
+        return parts
+    return _parts(scene, bench, again, {scene.struck: scene.recorded})
+
+
+def _parts(scene: Scene, bench: Bench, again: Reproduction | None, losses: Mapping[int, float]) -> Split:
     return split(
         bench,
         scene.spike,
         scene.ordinary(),
         old=scene.snapshot.model,
         new=again.weights if again is not None and again.reached == scene.struck else None,
-        losses=scene.losses,
+        losses=losses,
         scatter=batch_noise(scene.losses_before()),
     )
+
+
+def _computes_as_before(scene: Scene, bench: Bench, parts: Split) -> bool:
+    """Whether the snapshot's own batch has the loss that it had with just these weights: other batches met other ones, and steps that throw weights about make them differ."""
+    first = scene.stretch[0]
+    recorded = scene.losses.get(first.at.ordinal, math.nan)
+    if first.at.ordinal == scene.struck or not math.isfinite(recorded):
+        return False
+    values = np.array([recorded, *losses_under(bench, scene.snapshot.model, [first], like=scene.spike, held=True)])
+    before, now = log_scale(values)(values)
+    return bool(now - before < HALF * parts.computation * parts.jump)
 
 
 def _whose(scene: Scene, bench: Bench, again: Reproduction, parts: Split) -> list[Finding]:
