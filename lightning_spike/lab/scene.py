@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_spike.actions.batch_ring import RingEntry
 from lightning_spike.actions.snapshot import Snapshot
-from lightning_spike.lab.errors import CannotReplay
+from lightning_spike.lab.errors import OnsetGone
 from lightning_spike.lab.evaluate import log_scale
 from lightning_spike.lab.outside_writes import OutsideWrite
 from lightning_spike.lab.ranks import ALONE, Ranks
@@ -115,7 +115,7 @@ class Scene:
         """The newest batches trained on before the snapshot (both weights have seen them), made up with later ones from before the onset.
 
         Raises:
-            CannotReplay: There is none.
+            OnsetGone: There is none.
         """
         start = self.snapshot.at.ordinal
         held = [e for e in self.entries if e.at.ordinal < self.onset and self._is_usable(e)]
@@ -124,7 +124,7 @@ class Scene:
         chosen = [*seen, *later][: self.controls]
         if not chosen:
             msg = "no ordinary batch from before the onset is held, to compare with"
-            raise CannotReplay(msg)
+            raise OnsetGone(msg)
         return chosen
 
     def _is_usable(self, entry: RingEntry) -> bool:
