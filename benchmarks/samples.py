@@ -265,7 +265,7 @@ class Direct(Callback):
             return
         for case in self.cases:
             struck = dataclasses.replace(entry, batch=case.corrupt(entry.batch))
-            seen = dumper._examine(struck, at, trainer, pl_module)  # noqa: SLF001 - as above
+            seen, _ = dumper._examine(struck, at, trainer, pl_module)  # noqa: SLF001 - as above
             self.outcomes.append(Outcome(case=case, how="direct", named=tuple(s.position for s in seen.suspects)))
 
 
