@@ -11,7 +11,17 @@ from typing import Final
 
 import numpy as np
 
-__all__ = ["MAD_TO_SIGMA", "Cusum", "LazyWindow", "SortedWindow", "mad", "median", "quantile", "theil_sen"]
+__all__ = [
+    "MAD_TO_SIGMA",
+    "Cusum",
+    "LazyWindow",
+    "SortedWindow",
+    "mad",
+    "median",
+    "median_error",
+    "quantile",
+    "theil_sen",
+]
 
 MAD_TO_SIGMA: Final = 1.4826022185056018
 """1 / Phi^-1(3/4): makes the median absolute deviation an estimate of the standard deviation of normal noise."""
@@ -41,6 +51,11 @@ def mad(values: Sequence[float]) -> float:
     """Median absolute deviation from the median; multiply by `MAD_TO_SIGMA` for a standard deviation."""
     centre = median(values)
     return median(abs(value - centre) for value in values)
+
+
+def median_error(values: Sequence[float]) -> float:
+    """Standard error of the median of at least one value, for noise that is normal about it: sqrt(pi / 2) times that of the mean, with the spread taken from the `mad`."""
+    return 1.2533 * MAD_TO_SIGMA * mad(values) / math.sqrt(len(values))
 
 
 def theil_sen(values: Sequence[float]) -> float:

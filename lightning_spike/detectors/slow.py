@@ -8,7 +8,7 @@ block from ringing alone.
 import math
 from typing import Any, Final
 
-from lightning_spike.rolling import MAD_TO_SIGMA, Cusum, mad, median
+from lightning_spike.rolling import MAD_TO_SIGMA, Cusum, median, median_error
 
 __all__ = ["SlowDetector"]
 
@@ -39,11 +39,6 @@ LOST: Final = 4
 """Blocks whose median is the level that is compared."""
 CLEARLY: Final = 5.0
 """Standard errors of a block's median that this level must lie above the lowest."""
-
-
-def _error(block: list[float]) -> float:
-    """Standard error of a block's median, for noise that is normal about it."""
-    return 1.2533 * MAD_TO_SIGMA * mad(block) / math.sqrt(len(block))
 
 
 def _spread(blocks: list[float]) -> float:
@@ -78,7 +73,7 @@ class SlowDetector:
         """Take the next 16 finite losses and their median; true when a rise has just been noticed."""
         if self.raised:
             return self._watch(middle)
-        return self._look(middle) or (len(self._early) < EARLY_WATCH and self._fell_back(middle, _error(block)))
+        return self._look(middle) or (len(self._early) < EARLY_WATCH and self._fell_back(middle, median_error(block)))
 
     def _fell_back(self, block: float, error: float) -> bool:
         """Whether a young run has lost for good what it had learned: too early for the sum, which needs a level to compare with."""

@@ -394,10 +394,14 @@ class Case:
 
     def lab(self, kind: str) -> Mapping[str, Any] | None:
         """The lab's newest answer of this kind about this episode, as its detail."""
+        return self._about("lab", kind)
+
+    def _about(self, detector: str, kind: str) -> Mapping[str, Any] | None:
+        """The newest finding of this kind about this episode, as its detail."""
         told = [
             f.detail
             for f in self.store.findings
-            if f.detector == "lab" and f.kind == kind and f.detail.get("episode") == self.episode.id
+            if f.detector == detector and f.kind == kind and f.detail.get("episode") == self.episode.id
         ]
         return told[-1] if told else None
 
@@ -424,22 +428,12 @@ class Case:
     @functools.cached_property
     def suspects(self) -> Mapping[str, Any] | None:
         """The samples that stand out in the batch of the onset, as the finding `suspect_samples` has them."""
-        told = [
-            f.detail
-            for f in self.store.findings
-            if f.detector == "batch" and f.kind == "suspect_samples" and f.detail.get("episode") == self.episode.id
-        ]
-        return told[-1] if told else None
+        return self._about("batch", "suspect_samples")
 
     @functools.cached_property
     def stretch(self) -> Mapping[str, Any] | None:
         """The batches that are bad from the onset on, with their samples, as the finding `suspect_batches` has them."""
-        told = [
-            f.detail
-            for f in self.store.findings
-            if f.detector == "batch" and f.kind == "suspect_batches" and f.detail.get("episode") == self.episode.id
-        ]
-        return told[-1] if told else None
+        return self._about("batch", "suspect_batches")
 
     @functools.cached_property
     def suspect_indices(self) -> tuple[int, ...]:

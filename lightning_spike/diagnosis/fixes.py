@@ -8,6 +8,7 @@ import numpy as np
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.constants import GUARD, REFERENCE
 from lightning_spike.diagnosis.rates import CLIMB, climbed
+from lightning_spike.diagnosis.step_length import update_shares
 from lightning_spike.records import Change, Recovery
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "dataset_fix",
     "drop_samples",
     "gentle_rate",
+    "longest_bearable",
     "lower_peak",
     "sample_words",
     "warmup_steps",
@@ -121,12 +123,12 @@ def _bore_in_earlier_cycle(case: Case, signal: str, culprit: float) -> bool:
 def gentle_rate(case: Case, signal: str) -> float | None:
     """The rate at which the longest update before the onset, for its rate, would have changed the weights by 1 % of their size; `None` where updates were not measured."""
     history = case.store.history
-    rates, lengths, sizes = (history.series(name) for name in (signal, "update_norm", "weight_norm"))
-    known = np.isfinite(rates) & np.isfinite(lengths) & np.isfinite(sizes) & case.healthy
-    known &= (rates > 0.0) & (lengths > 0.0) & (sizes > 0.0) & (history.ordinals < max(case.onset, 1))
+    rows, shares = update_shares(case.store)
+    rates = history.series(signal)[rows]
+    known = np.isfinite(rates) & (rates > 0.0) & case.healthy[rows] & (history.ordinals[rows] < max(case.onset, 1))
     if not known.any():
         return None
-    return GENTLE_STEP / float((lengths[known] / sizes[known] / rates[known]).max())
+    return GENTLE_STEP / float((shares[known] / rates[known]).max())
 
 
 def longest_bearable(case: Case, signal: str) -> float | None:

@@ -4,8 +4,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from lightning_spike.diagnosis.case import Case, number
+from lightning_spike.records import EpisodeKind, Finding
 
-__all__ = ["GREW", "all_measured", "grown_module", "measured"]
+__all__ = ["GREW", "all_measured", "grown_module", "measured", "steps_too_long"]
 
 GREW: Final = 30.0
 """Factor on a module's outputs in an ordinary batch from which an operation in or before it has lost its hold (x / ~0, exp); what a few updates change is far less."""
@@ -40,3 +41,10 @@ def grown_module(case: Case) -> tuple[str, float] | None:
 
 def _rms(activity: object) -> float | None:
     return number(activity.get("rms")) if isinstance(activity, Mapping) else None
+
+
+def steps_too_long(case: Case) -> Finding | None:
+    """The newest finding that steps break the promise of their gradients: up to the onset, and at any time where nothing but a quiet run is known; `None` where there is none."""
+    until = case.onset if case.kind is not EpisodeKind.STALL else case.last
+    told = case.findings("lab", "steps_too_long", first=0, last=until)
+    return told[-1] if told else None

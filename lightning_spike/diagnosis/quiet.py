@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_spike.records import Moment
-from lightning_spike.rolling import MAD_TO_SIGMA, mad, median
+from lightning_spike.rolling import median, median_error
 from lightning_spike.store import TrainerStateStore
 
 __all__ = ["Rise", "Shown", "rise_after"]
@@ -94,4 +94,4 @@ def _rise(store: TrainerStateStore, ordinal: int, signal: str, size: int) -> Ris
 def _level(losses: npt.NDArray[np.float64]) -> tuple[float, float]:
     """Median of the logarithms, and its standard error for normal noise."""
     logs = np.log(losses).tolist()
-    return median(logs), 1.2533 * MAD_TO_SIGMA * mad(logs) / math.sqrt(len(logs))
+    return median(logs), median_error(logs)

@@ -4,11 +4,12 @@ import dataclasses
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from lightning_spike.records import Moment
 from lightning_spike.store import TrainerStateStore
 
-__all__ = ["LongSteps", "WildStart", "goes_on_falling", "lengthened", "long_steps", "wild_start"]
+__all__ = ["LongSteps", "WildStart", "goes_on_falling", "lengthened", "long_steps", "update_shares", "wild_start"]
 
 LONG: Final = 0.01
 """Median share of their size by which updates change the weights, from which steps are long: ten times what is usual in a training that goes well (1e-3; science.md 2.2), a tenth of
@@ -64,29 +65,33 @@ class LongSteps:
         return f"Through the second half of the run an update changed the weights by {self.share:.1%} of their size (usually about 0.1 %)."
 
 
+def update_shares(store: TrainerStateStore) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
+    """The rows of the history in which both were measured and are above 0, and in them the update's norm over the weights'; each of shape `(n,)`, oldest first; pure."""
+    lengths, sizes = store.history.series("update_norm"), store.history.series("weight_norm")
+    rows = np.flatnonzero(np.isfinite(lengths) & np.isfinite(sizes) & (lengths > 0.0) & (sizes > 0.0))
+    with np.errstate(over="ignore"):  # of a run that is past all measure the share may be infinite
+        return rows, lengths[rows] / sizes[rows]
+
+
 def long_steps(store: TrainerStateStore) -> LongSteps | None:
     """Whether updates were long through the second half of the run, with weights that they have long since grown used to; pure. `None` where not, or where they were not measured.
 
     In the first updates of a run a larger share is usual. Weights that the steps have blown up hide it, for it is a share of their size.
     """
-    history = store.history
-    lengths, sizes = history.series("update_norm"), history.series("weight_norm")
-    known = np.flatnonzero(np.isfinite(lengths) & np.isfinite(sizes) & (lengths > 0.0) & (sizes > 0.0))
-    newer = known[known >= len(history) // 2]
-    if newer.size < FEWEST:
+    history, (rows, shares) = store.history, update_shares(store)
+    newer = rows >= len(history) // 2
+    if newer.sum() < FEWEST:
         return None
-    share = float(np.median(lengths[newer] / sizes[newer]))
-    last = history.moment(int(history.ordinals[newer[-1]]))
+    share = float(np.median(shares[newer]))
+    last = history.moment(int(history.ordinals[rows[-1]]))
     return LongSteps(share=share, last=last) if share >= LONG and last is not None else None
 
 
 def lengthened(store: TrainerStateStore, ordinal: int) -> bool:
     """Whether updates were short before a batch and long after it; pure."""
-    history = store.history
-    shares, ordinals = history.series("update_norm") / history.series("weight_norm"), history.ordinals
-    known = np.isfinite(shares) & (shares > 0.0)
-    before = shares[known & (ordinals < ordinal)]
-    after = shares[known & (ordinals > ordinal) & (ordinals <= ordinal + AFTER)]
+    rows, shares = update_shares(store)
+    ordinals = store.history.ordinals[rows]
+    before, after = shares[ordinals < ordinal], shares[(ordinals > ordinal) & (ordinals <= ordinal + AFTER)]
     if before.size < FEWEST // 2 or after.size < FEWEST // 2:
         return False
     return float(np.median(before)) < LONG / 2.0 and float(np.median(after)) >= LONG
@@ -94,18 +99,16 @@ def lengthened(store: TrainerStateStore, ordinal: int) -> bool:
 
 def wild_start(store: TrainerStateStore) -> WildStart | None:
     """Whether the first updates of a run changed the weights by a tenth of their size and more; pure. `None` where not, where the run was resumed, or where they were not measured."""
-    history = store.history
-    lengths, sizes, ordinals = history.series("update_norm"), history.series("weight_norm"), history.ordinals
-    known = np.isfinite(lengths) & np.isfinite(sizes) & (lengths > 0.0) & (sizes > 0.0) & (ordinals < START)
-    shares = lengths[known] / sizes[known]
+    history, (rows, shares) = store.history, update_shares(store)
+    early = history.ordinals[rows] < START
+    rows, shares = rows[early], shares[early]
     if store.facts.first_step > 0 or not (shares >= WILD).any():
         return None
-    after = history.moment(int(ordinals[known][np.flatnonzero(shares >= WILD)[-1]]) + 1)
+    after = history.moment(int(history.ordinals[rows[np.flatnonzero(shares >= WILD)[-1]]]) + 1)
     if after is None:
         return None
-    return WildStart(
-        share=float(shares.max()), after=after, before=float(sizes[known][0]), grown=float(sizes[known].max())
-    )
+    sizes = history.series("weight_norm")[rows]
+    return WildStart(share=float(shares.max()), after=after, before=float(sizes[0]), grown=float(sizes.max()))
 
 
 def goes_on_falling(store: TrainerStateStore, signal: str = "loss") -> bool:

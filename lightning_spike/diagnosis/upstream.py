@@ -2,6 +2,7 @@
 
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.constants import FAIR, NEAR, STRONG
+from lightning_spike.diagnosis.measured import steps_too_long
 from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, climbed, rate_event
 from lightning_spike.diagnosis.step_length import wild_start
 from lightning_spike.diagnosis.tells import (
@@ -12,7 +13,7 @@ from lightning_spike.diagnosis.tells import (
     tell,
     without_none,
 )
-from lightning_spike.records import EpisodeKind, Evidence
+from lightning_spike.records import Evidence
 
 __all__ = ["from_elsewhere", "rate_to_blame"]
 
@@ -76,13 +77,11 @@ def _start(case: Case) -> Evidence | None:
 
 
 def _steps(case: Case) -> Evidence | None:
-    """By experiment, at any time where nothing but that is known of the run."""
-    until = case.onset if case.kind is not EpisodeKind.STALL else case.last
-    told = case.findings("lab", "steps_too_long", first=0, last=until)
-    if not told:
+    found = steps_too_long(case)
+    if found is None:
         return None
-    text = f"By experiment steps are too long: {told[-1].detail.get('text')}"
-    return tell("lab/steps", text, -STRONG, step=told[-1].at.step)
+    text = f"By experiment steps are too long: {found.detail.get('text')}"
+    return tell("lab/steps", text, -STRONG, step=found.at.step)
 
 
 def _written(case: Case) -> Evidence | None:

@@ -30,11 +30,16 @@ class Allowance:
     def __init__(self, steps: float = math.inf) -> None:
         self.steps = steps
         self.left_out: list[str] = []
-        """What was not asked for want of it, in the order of worth."""
+        """What was not asked for want of it, in the order of worth, each once."""
+
+    def leave_out(self, question: str) -> None:
+        """Note what is not asked."""
+        if question not in self.left_out:
+            self.left_out.append(question)
 
     @property
     def text(self) -> str:
         """What was not asked, for a person; empty where all was."""
         if not self.left_out:
             return ""
-        return f"Not tried, since an examination may cost no more than {self.steps:g} training steps: {', '.join(dict.fromkeys(self.left_out))}."
+        return f"Not tried, since an examination may cost no more than {self.steps:g} training steps: {', '.join(self.left_out)}."

@@ -1,6 +1,5 @@
 """Where no moment can be gone back to: are the steps that the run makes now too long?"""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -9,14 +8,14 @@ import numpy.typing as npt
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_spike.actions.batch_ring import RingEntry
-from lightning_spike.lab.consistency import EDGE, Consistency, kept_promise, summed_up
+from lightning_spike.lab.consistency import CHRONIC, EDGE, Consistency, kept_promise, summed_up
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.isolation import isolated
 from lightning_spike.lab.ranks import ALONE, Ranks
 from lightning_spike.lab.reproduce import Leg
 from lightning_spike.lab.state import TrainState
 from lightning_spike.lab.update import Settings, make_update, updates_of
-from lightning_spike.rolling import MAD_TO_SIGMA, mad, median
+from lightning_spike.rolling import median, median_error
 
 __all__ = ["CHECKUP_STEPS", "UPDATES", "are_too_long", "break_their_promise", "checkup", "stagnates"]
 
@@ -25,8 +24,6 @@ UPDATES: Final = 24
 CHECKUP_STEPS: Final = 40
 """Training steps' worth of time that it takes: the updates, a forward pass after each, and copies of the state (`python benchmarks/lab.py --fault "rate too high all along"`, the column cost)."""
 
-SURE: Final = 0.9
-"""Probability from which steps are called too long where nothing else is known of the trouble, as in `examine`."""
 HALF: Final = 0.5
 """Of what the gradients promised: a healthy run's updates keep more."""
 NOTHING: Final = 1e-5
@@ -52,13 +49,8 @@ def stagnates(losses: npt.NDArray[np.float64]) -> bool:
         return False
     parts = [part.tolist() for part in np.array_split(finite, PARTS)]
     lowest = min(parts[: PARTS // 2], key=median)
-    error = max(_error(lowest), _error(parts[-1]))
+    error = max(median_error(lowest), median_error(parts[-1]))
     return median(parts[-1]) > median(lowest) - CLEARLY * error
-
-
-def _error(values: list[float]) -> float:
-    """Standard error of a median, for noise that is normal about it."""
-    return 1.2533 * MAD_TO_SIGMA * mad(values) / math.sqrt(len(values))
 
 
 def are_too_long(steps: Consistency) -> bool:
@@ -67,12 +59,12 @@ def are_too_long(steps: Consistency) -> bool:
     Too many updates are worse than none, and that is not momentum alone, which carries an update up the gradient of its own batch now and then in a healthy run too: of
     what the gradients promised too little is kept, or too many went down their gradient and overshot.
     """
-    return steps.agitated >= SURE and (steps.rho < EDGE or steps.overshot >= OVERSHOT)
+    return steps.agitated >= CHRONIC and (steps.rho < EDGE or steps.overshot >= OVERSHOT)
 
 
 def break_their_promise(steps: Consistency) -> bool:
     """Whether steps are so much too long that it is told of a run that shows no trouble: a net that trains well at a brisk rate must not be."""
-    return steps.agitated >= SURE and steps.rho < HALF
+    return steps.agitated >= CHRONIC and steps.rho < HALF
 
 
 def checkup(

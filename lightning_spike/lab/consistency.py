@@ -12,7 +12,7 @@ from lightning_spike.lab.isolation import Bench
 from lightning_spike.lab.reproduce import Leg
 from lightning_spike.lab.state import TrainState
 
-__all__ = ["EDGE", "Consistency", "consistency", "kept_promise", "summed_up"]
+__all__ = ["CHRONIC", "EDGE", "Consistency", "consistency", "kept_promise", "summed_up"]
 
 FEWEST: Final = 4
 """Updates without which nothing is said."""
@@ -22,6 +22,8 @@ AGITATED: Final = 0.15
 """… and of a run whose rate is too high (`python benchmarks/lab.py`, the line on own-batch tests). Both low: most steps that are too long for the loss surface still bring something."""
 EDGE: Final = 0.6
 """Median of the ratio between healthy runs and such whose rate is too high: below 0.65 it is strong evidence (science.md 2.3), and a net that trains well at a brisk rate may lie little above that."""
+CHRONIC: Final = 0.9
+"""Probability from which steps that are too long explain a trouble of which nothing else is known."""
 STEEP: Final = 15.0
 """Log-odds for each unit of the ratio below that: three to one within 0.07."""
 MOST: Final = 3.0

@@ -17,7 +17,7 @@ from lightning_spike.lab.blame import blame, blame_steps
 from lightning_spike.lab.budget import FULL_STEPS
 from lightning_spike.lab.calm import MOST as MOST_CALM
 from lightning_spike.lab.calm import Calmed, calmed
-from lightning_spike.lab.consistency import Consistency, consistency
+from lightning_spike.lab.consistency import CHRONIC, Consistency, consistency
 from lightning_spike.lab.data import about_the_order, about_the_samples
 from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.evaluate import log_scale, losses_under
@@ -52,8 +52,6 @@ WORTH_WEIGHTS: Final = 0.1
 """… and the weights: a second fault may hide behind a batch that stands out far more."""
 DOUBT: Final = 0.25
 """Probability of steps that are too long all the time from which a batch that stands out gets a second look, under calmed weights."""
-CHRONIC: Final = 0.9
-"""… from which they explain a jump that nothing else does."""
 ENTWINED: Final = 0.5
 """Share of the jump that the batch makes by itself up to which its neighbours are asked about before the updates."""
 WHOSE: Final = "which update did the damage, and what about it"
@@ -95,8 +93,8 @@ def examine(scene: Scene) -> list[Finding]:
 
 def _cost(scene: Scene, bench: Bench) -> dict[str, Any]:
     counted = {"steps": bench.steps, "updates": bench.updates, "way": len(scene.stretch) - 1, "worth": bench.cost}
-    left_out = list(dict.fromkeys(bench.allowance.left_out))
-    return counted | ({"left_out": left_out, "text": bench.allowance.text} if left_out else {})
+    left_out = bench.allowance.left_out
+    return counted | ({"left_out": [*left_out], "text": bench.allowance.text} if left_out else {})
 
 
 def _examined(scene: Scene, bench: Bench, again: Reproduction | None, why: str | None) -> list[Finding]:

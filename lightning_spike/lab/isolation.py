@@ -190,7 +190,7 @@ class Bench:
         """
         too_much = not self.has_room(updates=updates, passes=passes, gradients=gradients)
         if self.ranks.any("what an examination may cost", mine=too_much):
-            self.allowance.left_out.append(question)
+            self.allowance.leave_out(question)
             return False
         return True
 

@@ -10,6 +10,8 @@ from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, REACH, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import clip_fix, lower_peak
+from lightning_spike.diagnosis.held import EXPLODED
+from lightning_spike.diagnosis.measured import steps_too_long
 from lightning_spike.diagnosis.quiet import Shown, rise_after
 from lightning_spike.diagnosis.rates import (
     JUMPS,
@@ -53,8 +55,6 @@ OUT_OF_THE_BLUE: Final = 2.0 * DECISIVE
 """Cap of the weight of a gradient that explodes from one update to the next under a steady rate: steps that are too long let it grow over several, so this refutes them whatever followed."""
 SMALL: Final = 3.0
 """Factor over its usual norm up to which a gradient had not begun to grow."""
-EXPLODED: Final = 10.0
-"""Factor over its usual norm from which a gradient has exploded, as in `gradient_explosion`."""
 GROWTH: Final = 3
 """Batches over which a rise must go on to be called growth."""
 
@@ -79,18 +79,17 @@ class LrTooHigh(Cause):
     tested_by: ClassVar = frozenset({"intrinsic"})
     title: ClassVar = "The learning rate is too high"
     explains: ClassVar = frozenset({"gradient_explosion", "numerical_instability"})
+    standing: ClassVar = frozenset({("lab", "steps_too_long")})
 
     @override
     def shown(self, store: TrainerStateStore) -> Shown | None:
-        told = [f.at for f in store.findings if (f.detector, f.kind) == ("lab", "steps_too_long")]
         climb = begins_to_climb(store)
         rise = None if climb is None else rise_after(store, climb.ordinal)
         if rise is not None:
             return Shown(at=rise.begun, rise=rise)
-        if told:
-            return Shown(at=told[0])
-        steps = long_steps(store)
-        if steps is not None:
+        if (told := super().shown(store)) is not None:
+            return told
+        if (steps := long_steps(store)) is not None:
             return Shown(at=steps.last)
         wild = wild_start(store)
         return None if wild is None or goes_on_falling(store) else Shown(at=wild.after)
@@ -209,18 +208,10 @@ def _gradient(case: Case) -> Evidence | None:
 
 def _steps(case: Case) -> Evidence | None:
     """What the lab, or the size of the updates, says of the steps without regard to the episode."""
-    until = case.onset if case.kind is not EpisodeKind.STALL else case.last
-    told = case.findings("lab", "steps_too_long", first=0, last=until)
-    if told:
-        detail = told[-1].detail
-        return tell(
-            "lab/steps",
-            str(detail.get("text")),
-            STRONG,
-            step=told[-1].at.step,
-            observed=number(detail.get("rho")),
-            expected=1.0,
-        )
+    found = steps_too_long(case)
+    if found is not None:
+        text, rho = str(found.detail.get("text")), number(found.detail.get("rho"))
+        return tell("lab/steps", text, STRONG, step=found.at.step, observed=rho, expected=1.0)
     steps = long_steps(case.store)
     if steps is not None:
         return tell("update_norm", steps.text, FAIR, step=case.step, observed=steps.share)
