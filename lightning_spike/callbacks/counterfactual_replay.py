@@ -11,9 +11,10 @@ from typing_extensions import override
 from lightning_spike.actions.control_group import ControlGroup, why_no_control_group
 from lightning_spike.arguments import number, whole_number
 from lightning_spike.callbacks.base import SpikeCallback
+from lightning_spike.detectors.stagnation import stagnates
 from lightning_spike.flight.participant import TrainingBatch
 from lightning_spike.lab.budget import FULL_STEPS, LEAST_STEPS, TRIAGE_STEPS, Budget, Extent
-from lightning_spike.lab.checkup import CHECKUP_STEPS, UPDATES, are_too_long, break_their_promise, checkup, stagnates
+from lightning_spike.lab.checkup import CHECKUP_STEPS, UPDATES, are_too_long, break_their_promise, checkup
 from lightning_spike.lab.consistency import Consistency
 from lightning_spike.lab.errors import CannotReplay, OnsetGone
 from lightning_spike.lab.examine import examine, triage

@@ -27,6 +27,8 @@ MOST_LIMIT = 12.0
 """Cap of the limit: a short history makes a baseline allow for tails of any weight, which is right for raising an alarm but here one has been raised."""
 LONE = 2
 """Batches that an episode may last to be called lone, however it ended."""
+SLOW = frozenset({EpisodeKind.DIVERGENCE, EpisodeKind.OSCILLATION})
+"""Kinds of episode whose onset may be dated some batches too early."""
 ONE_BLOW = 0.5
 """Share of the whole rise (log scale) that the last abnormal batch must still be up by, and lose with the next, for the loss to have come back at one blow."""
 
@@ -124,6 +126,11 @@ class Case:
         """Batches that may be the one that went wrong: the onset, and the peak where it is the very next, for a high but ordinary loss just before it may have been dated the onset."""
         peak = self.episode.peak.ordinal
         return (self.onset, peak) if peak == self.onset + 1 else (self.onset,)
+
+    @property
+    def dated_early(self) -> int:
+        """Batches by which the onset may be dated too early: what creeps up is dated back to where it may have begun, which is before anything is out of its range."""
+        return GUARD if self.kind in SLOW else 0
 
     def step_of(self, ordinal: int) -> int:
         """`global_step` at a batch; that of the onset where the batch is not held any more."""

@@ -1,15 +1,23 @@
 """What the lab measured in the re-run of an episode, as causes ask for it."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.records import EpisodeKind, Finding
 
-__all__ = ["GREW", "all_measured", "grown_module", "measured", "steps_too_long"]
+__all__ = ["GREW", "all_measured", "blown_up", "grown_module", "measured", "steps_too_long", "wild_scatter"]
 
 GREW: Final = 30.0
 """Factor on a module's outputs in an ordinary batch from which an operation in or before it has lost its hold (x / ~0, exp); what a few updates change is far less."""
+
+GREW_COMPUTED: Final = 10.0
+"""… where what is computed is known to have changed: dropout and flat units make outputs two to six times as large (`python benchmarks/diagnosis.py`, the finding `measured`)."""
+COMPUTED: Final = 0.25
+"""Share of the jump from which what is computed has changed (`lab.split`)."""
+WILD: Final = math.log(1e4)
+"""Scatter of the losses of ordinary batches, or of their logarithms, from which values blow up in some and not in others: training's own is below 1."""
 
 
 def all_measured(case: Case) -> Iterator[Mapping[str, Any]]:
@@ -37,6 +45,24 @@ def grown_module(case: Case) -> tuple[str, float] | None:
             now, usual = (_rms(module.get(key)) for key in ("now", "usual"))
             return (first, now / usual) if now is not None and usual is not None and usual > 0.0 else None
     return None
+
+
+def blown_up(case: Case) -> tuple[str, float] | None:
+    """The module whose outputs are many times as large with the weights and batches of before, and how many; `None` where what is computed has not changed, or not so."""
+    share = number((case.lab("split") or {}).get("computation"))
+    grown = grown_module(case) if share is not None and share >= COMPUTED else None
+    return grown if grown is not None and grown[1] >= GREW_COMPUTED else None
+
+
+def wild_scatter(case: Case) -> float | None:
+    """How far apart the losses of ordinary batches are with the weights of before, or their logarithms where none is 0 or negative; `None` where they are in training's own range.
+
+    That some of them lie orders of magnitude above the others, which had ordinary losses in the training, no single batch can bring about.
+    """
+    scatter, before = number((case.lab("split") or {}).get("noise")), number(case.episode.loss_before)
+    if scatter is None or before is None or scatter < max(WILD, GREW * before):
+        return None
+    return scatter
 
 
 def _rms(activity: object) -> float | None:

@@ -10,7 +10,7 @@ from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, NEAR, REACH, STRONG
 from lightning_spike.diagnosis.quiet import Shown, rise_after
 from lightning_spike.diagnosis.step_length import lengthened
-from lightning_spike.records import EpisodeKind, Finding, Moment
+from lightning_spike.records import Finding, Moment
 from lightning_spike.store import TrainerStateStore
 
 __all__ = [
@@ -48,8 +48,6 @@ SAME: Final = 0.8
 """Share of a rate from which another is about the same."""
 WELL_AFTER: Final = 64
 """Batches after the trouble that show whether a rate is borne."""
-LATE: Final = {EpisodeKind.DIVERGENCE: GUARD, EpisodeKind.OSCILLATION: GUARD}
-"""Batches by which the onset of a slow episode may be dated too early."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +193,7 @@ def nearness(case: Case, event: RateEvent) -> float:
     """
     if event.lag <= NEAR:
         return DECISIVE
-    return STRONG if event.lag <= REACH or case.kind in LATE else FAIR
+    return STRONG if event.lag <= REACH or case.dated_early else FAIR
 
 
 def borne_later(case: Case, signal: str) -> tuple[str, bool] | None:
@@ -221,8 +219,8 @@ def steady_rate(case: Case) -> bool:
 
 def _dating_error(case: Case) -> int:
     """Batches after the onset in which an event may still have come first: -1 where the very first loss has jumped, for it is computed before its update."""
-    if case.kind in LATE:
-        return LATE[case.kind]
+    if case.dated_early:
+        return case.dated_early
     return 1 if case.sudden is False else -1
 
 
@@ -253,4 +251,4 @@ def _bears_on(case: Case, event: RateEvent) -> bool:
         return event.lag >= 0
     rate = case.rate(event.signal)
     up = rate is not None and rate >= STAYED_UP * event.after
-    return up or -GUARD <= event.lag <= (2 * REACH if case.kind in LATE else REACH)
+    return up or -GUARD <= event.lag <= (2 * REACH if case.dated_early else REACH)

@@ -1,6 +1,7 @@
 """How far updates move the weights, against the weights' own size."""
 
 import dataclasses
+import sys
 from typing import Final
 
 import numpy as np
@@ -9,7 +10,16 @@ import numpy.typing as npt
 from lightning_spike.records import Moment
 from lightning_spike.store import TrainerStateStore
 
-__all__ = ["LongSteps", "WildStart", "goes_on_falling", "lengthened", "long_steps", "update_shares", "wild_start"]
+__all__ = [
+    "LongSteps",
+    "WildStart",
+    "goes_on_falling",
+    "lengthened",
+    "long_steps",
+    "passed_early_peak",
+    "update_shares",
+    "wild_start",
+]
 
 LONG: Final = 0.01
 """Median share of their size by which updates change the weights, from which steps are long: ten times what is usual in a training that goes well (1e-3; science.md 2.2), a tenth of
@@ -22,6 +32,10 @@ WILD: Final = 0.1
 """Share of their size by which a single update changes the weights, from which it throws them away rather than improves them (TheDeepChecker: between 1e-4 and 1e-1)."""
 START: Final = 64
 """First batches of a run in which such an update spoils the initialisation."""
+RAMP: Final = 2
+"""Updates that a warm-up takes at least: the rate of the very first may be anything."""
+SOON: Final = 8
+"""Lengths of the warm-up within which a decay from its peak has halved the rate: with the inverse square root it takes four (Vaswani et al. 2017)."""
 FALLS: Final = 0.9
 """Level of the last quarter over that of the second, below which the loss goes on falling."""
 
@@ -79,12 +93,12 @@ def long_steps(store: TrainerStateStore) -> LongSteps | None:
     In the first updates of a run a larger share is usual. Weights that the steps have blown up hide it, for it is a share of their size.
     """
     history, (rows, shares) = store.history, update_shares(store)
-    newer = rows >= len(history) // 2
-    if newer.sum() < FEWEST:
+    newer = shares[rows >= len(history) // 2]
+    if newer.size < FEWEST:
         return None
-    share = float(np.median(shares[newer]))
+    share, now = float(np.median(newer)), float(np.median(newer[-newer.size // 2 :]))
     last = history.moment(int(history.ordinals[rows[-1]]))
-    return LongSteps(share=share, last=last) if share >= LONG and last is not None else None
+    return LongSteps(share=share, last=last) if min(share, now) >= LONG and last is not None else None
 
 
 def lengthened(store: TrainerStateStore, ordinal: int) -> bool:
@@ -109,6 +123,20 @@ def wild_start(store: TrainerStateStore) -> WildStart | None:
         return None
     sizes = history.series("weight_norm")[rows]
     return WildStart(share=float(shares.max()), after=after, before=float(sizes[0]), grown=float(sizes.max()))
+
+
+def passed_early_peak(store: TrainerStateStore) -> bool:
+    """Whether a learning rate rose to the highest of the run in its first updates and was down to half of that soon after, as by a warm-up and a decay from its peak; pure."""
+    return any(_passed_early_peak(store, name) for name in store.history.signals if name.startswith("lr-"))
+
+
+def _passed_early_peak(store: TrainerStateStore, signal: str) -> bool:
+    rates = store.history.before(signal, sys.maxsize, len(store.history))
+    if rates.size == 0 or store.facts.first_step > 0:
+        return False
+    peak = int(np.argmax(rates))
+    rose = RAMP <= peak < START and rates[peak] >= 2.0 * rates[0]
+    return rose and float(rates[peak : SOON * (peak + 1)].min()) <= 0.5 * float(rates[peak])
 
 
 def goes_on_falling(store: TrainerStateStore, signal: str = "loss") -> bool:

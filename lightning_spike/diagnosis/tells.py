@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from lightning_spike.diagnosis.case import Case, Excess
 from lightning_spike.diagnosis.constants import DECISIVE, GUARD, NEAR
+from lightning_spike.diagnosis.measured import wild_scatter
 from lightning_spike.diagnosis.rates import RateEvent, steady_rate
 from lightning_spike.records import Evidence
 
@@ -18,6 +19,7 @@ __all__ = [
     "jump_without_cause_in_update",
     "lone_batch",
     "rate_text",
+    "scattered_batches",
     "split_verdict",
     "tell",
     "without_none",
@@ -71,6 +73,15 @@ def split_verdict(case: Case, weights: Mapping[str, float]) -> Evidence | None:
     text = told.get("text")
     words = text if isinstance(text, str) and text else f"The replay gives the jump to: {verdict}."
     return tell("lab/split", words, weights[verdict], step=case.step, observed=observed)
+
+
+def scattered_batches(case: Case, weight: float) -> Evidence | None:
+    """With the weights of before, ordinary batches too have losses orders of magnitude apart, which they had not in the training: it is not in one batch."""
+    scatter = wild_scatter(case)
+    if scatter is None:
+        return None
+    text = f"With the weights of before, the losses of ordinary batches too scatter by {scatter:.3g}: it is not in one batch."
+    return tell("lab/split", text, weight, step=case.step, observed=scatter, expected=case.episode.loss_before)
 
 
 def batch_value(case: Case, *, ordinary: float, odd: float) -> Evidence | None:

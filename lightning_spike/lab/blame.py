@@ -8,7 +8,7 @@ from typing import Final
 from lightning_spike.lab.calm import Calmed
 from lightning_spike.lab.consistency import Consistency
 from lightning_spike.lab.intervene import Attribution
-from lightning_spike.lab.split import Split
+from lightning_spike.lab.split import SUBSTANTIAL, Split
 
 __all__ = ["GROUPS", "Blame", "blame", "blame_outside", "blame_steps"]
 
@@ -52,6 +52,8 @@ def blame(
     a step too long all along. The weights' part is shared out as the damage of the located update is, but for two things that are no fault of theirs: an ordinary batch
     whose step did damage, and a momentum or a batch's pull that steps have swung up that are too long all the time. Both count as such steps.
 
+    Where what is computed has changed, a step that is too long with everything as usual is the change's doing: its gradient was of what is computed now.
+
     Args:
         split: The batch against the weights.
         steps: Whether the updates before did what their gradients promised.
@@ -63,10 +65,11 @@ def blame(
         return Blame(shares={})
     data, weights = max(split.batch_part, 0.0), max(split.weights_part, 0.0)
     kept = 1.0 - doubt if calm is None else calm.left
+    changed = damage is not None and split.computation >= SUBSTANTIAL
     shares = dict.fromkeys(GROUPS, 0.0)
     shares |= {"data": data * kept, "intrinsic": data * (1.0 - kept), "computation": split.computation}
     for group, part in _parts(damage, UNKNOWN if steps is None else steps.agitated).items():
-        shares[group] += weights * part
+        shares["computation" if group == "intrinsic" and changed else group] += weights * part
     total = sum(shares.values())
     return Blame(shares={g: s / total for g, s in shares.items()} if total > 0 else {})
 

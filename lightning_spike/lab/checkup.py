@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_spike.actions.batch_ring import RingEntry
@@ -15,9 +13,8 @@ from lightning_spike.lab.ranks import ALONE, Ranks
 from lightning_spike.lab.reproduce import Leg
 from lightning_spike.lab.state import TrainState
 from lightning_spike.lab.update import Settings, make_update, updates_of
-from lightning_spike.rolling import median, median_error
 
-__all__ = ["CHECKUP_STEPS", "UPDATES", "are_too_long", "break_their_promise", "checkup", "stagnates"]
+__all__ = ["CHECKUP_STEPS", "UPDATES", "are_too_long", "break_their_promise", "checkup"]
 
 UPDATES: Final = 24
 """Updates that are looked at; twice as many as the re-run of a moment keeps, for there is nothing else to go by."""
@@ -30,27 +27,6 @@ NOTHING: Final = 1e-5
 """Share of the loss that a gradient must promise for what became of it to be more than rounding."""
 OVERSHOT: Final = 0.2
 """Share of overshooting updates that is too many: ten times that of worsened ones in a healthy run (`consistency.HEALTHY`)."""
-PARTS: Final = 8
-"""Parts of a run so far whose levels are compared."""
-LEAST_PART: Final = 16
-"""Losses that a level needs."""
-CLEARLY: Final = 2.0
-"""Standard errors by which the loss must have come down to be falling."""
-
-
-def stagnates(losses: npt.NDArray[np.float64]) -> bool:
-    """Whether the loss has stopped falling: its newest level is not below the lowest of the first half of the run; false for a run too young to tell. Pure.
-
-    Args:
-        losses: All so far, oldest first, shape `(n,)`; what is not finite is left out.
-    """
-    finite = losses[np.isfinite(losses)]
-    if finite.size < PARTS * LEAST_PART:
-        return False
-    parts = [part.tolist() for part in np.array_split(finite, PARTS)]
-    lowest = min(parts[: PARTS // 2], key=median)
-    error = max(median_error(lowest), median_error(parts[-1]))
-    return median(parts[-1]) > median(lowest) - CLEARLY * error
 
 
 def are_too_long(steps: Consistency) -> bool:

@@ -34,7 +34,7 @@ from lightning_spike.lab.outside import came_from_outside, outside_findings
 from lightning_spike.lab.remedies import Remedy, try_remedies
 from lightning_spike.lab.reproduce import Reproduction, go_on, reproduce
 from lightning_spike.lab.scene import Scene
-from lightning_spike.lab.split import Split, batch_noise, split
+from lightning_spike.lab.split import SUBSTANTIAL, Split, batch_noise, split
 from lightning_spike.lab.state import TrainState
 from lightning_spike.lab.wording import (
     calm_text,
@@ -183,7 +183,7 @@ def _origin(bench: Bench, weights: Mapping[str, Tensor], entry: RingEntry) -> Or
 
 def _split(scene: Scene, bench: Bench, again: Reproduction | None) -> Split:
     parts = _parts(scene, bench, again, scene.losses)
-    if parts.verdict != "computation" or not _computes_as_before(scene, bench, parts):
+    if parts.computation < SUBSTANTIAL or not _computes_as_before(scene, bench, parts):
         return parts
     return _parts(scene, bench, again, {scene.struck: scene.recorded})
 

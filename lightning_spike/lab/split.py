@@ -12,7 +12,7 @@ from lightning_spike.actions.batch_ring import RingEntry
 from lightning_spike.lab.evaluate import Numbers, log_scale, losses_under
 from lightning_spike.lab.isolation import Bench
 
-__all__ = ["Split", "batch_noise", "judge", "not_reproduced", "split"]
+__all__ = ["SUBSTANTIAL", "Split", "batch_noise", "judge", "not_reproduced", "split"]
 
 SELECTION: Final = 2.0
 """Standard deviations of the batches' noise that are taken off the batch's share: it was picked *because* its loss was high (winner's curse)."""

@@ -7,7 +7,7 @@ from synthetic import Run, moment
 from lightning_spike.diagnosis.quiet import rise_after
 from lightning_spike.diagnosis.rank import diagnose
 from lightning_spike.diagnosis.rates import begins_to_climb
-from lightning_spike.diagnosis.step_length import goes_on_falling, lengthened, long_steps, wild_start
+from lightning_spike.diagnosis.step_length import goes_on_falling, lengthened, long_steps, passed_early_peak, wild_start
 from lightning_spike.records import Finding
 
 STEPS = np.arange(400)
@@ -129,6 +129,40 @@ def test_long_steps_at_the_start_alone_are_not():
     run = measured(quiet(), np.where(STEPS < 150, 0.05, 0.003))
     assert long_steps(run.store()) is None
     assert named(run) == {}
+
+
+def test_long_steps_that_have_become_short_are_over():
+    run = measured(quiet(), np.where(STEPS < 350, 0.02, 0.004))
+    assert long_steps(run.store()) is not None
+    assert long_steps(measured(quiet(), np.where(STEPS < 270, 0.02, 0.004)).store()) is None
+    fading = measured(quiet(), 0.02 * np.sqrt(60 / (STEPS + 1)))
+    assert long_steps(fading.store()) is None
+
+
+@pytest.mark.parametrize("ramp", [10, 20])
+def test_a_wild_start_at_an_early_peak_is_a_short_warm_up_though_the_loss_never_fell(ramp):
+    run = measured(quiet(), np.where(STEPS < 30, 0.2, 0.004))
+    run.rate = np.minimum((STEPS + 1) / ramp, np.sqrt(ramp / (STEPS + 1)))
+    assert passed_early_peak(run.store())
+    ranked = named(run)
+    assert max(ranked, key=ranked.get) == "warmup_too_short"
+    assert ranked["lr_too_high"] > 0.02
+
+
+@pytest.mark.parametrize(
+    "rate",
+    [
+        np.ones(400),
+        np.minimum((STEPS + 1) / 40, 1.0),
+        0.6 + 0.4 * np.cos(np.pi * STEPS / 400),
+        np.where(STEPS < 200, 0.1, 1.0),
+    ],
+    ids=["steady", "a warm-up that stays up", "cosine", "a jump"],
+)
+def test_other_courses_have_no_early_peak(rate):
+    run = quiet()
+    run.rate = rate
+    assert not passed_early_peak(run.store())
 
 
 def test_a_wild_start_is_a_short_warm_up_if_the_loss_falls_on_and_else_a_rate_too_high():

@@ -120,3 +120,12 @@ def test_a_batch_that_may_stand_out_for_long_steps_only_is_believed_as_far_as_it
     assert shares["intrinsic"] == pytest.approx(0.8)
     calm = Calmed(before=1.0, after=1.0, steps=12)
     assert blame(split(1.0, 0.0, verdict="data"), WILD, calm, None, doubt=0.8).shares["data"] == 1.0
+
+
+def test_a_step_made_with_a_changed_computation_is_the_changes_doing():
+    found = blame(split(0.0, 0.6, computation=0.4), CALM, None, damage(intrinsic=1.0))
+    assert found.shares["computation"] == 1.0
+    kept = blame(split(0.0, 0.9, computation=0.1), CALM, None, damage(intrinsic=1.0))
+    assert kept.first == "intrinsic"
+    rate = blame(split(0.0, 0.6, computation=0.4), CALM, None, damage(learning_rate=1.0))
+    assert rate.shares["learning_rate"] == pytest.approx(0.6)

@@ -9,7 +9,7 @@ from lab.bench import attached
 from lab.made import entry, settings
 from lightning.pytorch import LightningModule
 
-from lightning_spike.lab.checkup import UPDATES, are_too_long, break_their_promise, checkup, stagnates
+from lightning_spike.lab.checkup import UPDATES, are_too_long, break_their_promise, checkup
 from lightning_spike.lab.consistency import Consistency
 from lightning_spike.lab.errors import CannotReplay
 
@@ -110,13 +110,3 @@ def test_a_batch_that_was_changed_in_place_is_refused():
 def test_momentum_alone_is_no_step_too_long(rho, worsened, against, overshot, too_long):
     steps = Consistency(rho=rho, worsened=worsened, against=against, overshot=overshot, updates=24)
     assert are_too_long(steps) is too_long
-
-
-def test_a_loss_stagnates_once_it_is_no_lower_than_in_the_first_half():
-    noise = np.random.default_rng(3).normal(0.0, 0.05, 512)
-    falling = np.exp(-np.arange(512) / 400) + 0.02 * noise
-    assert not stagnates(falling)
-    assert stagnates(1.0 + noise)
-    assert stagnates(np.concatenate([falling[:128], falling[128] + 0.02 * noise[:384]]))
-    assert not stagnates(1.0 + noise[:100])
-    assert not stagnates(np.full(300, np.nan))

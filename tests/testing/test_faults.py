@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, Trainer
 from testing.runs import AT, BATCHES, Items, Net, different, optimizer_for, same, shape_for, train
 
 from lightning_spike.errors import ConfigurationError
-from lightning_spike.testing import DECOYS, FAULTS, UNCOVERED, Needs
+from lightning_spike.testing import DECOYS, FAULTS, UNCOVERED, Needs, WarmRestarts
 
 ALL = (*FAULTS, *DECOYS, *UNCOVERED)
 ELSEWHERE = {Needs.RANKS, Needs.RESUME}
@@ -257,6 +257,29 @@ def test_mild_and_strong_differ_and_describe_themselves(kind):
     assert strong.seed == 3
     with pytest.raises(AttributeError):
         mild.at = 1
+
+
+class WarmsUp(Net):
+    """Its schedule begins at a fiftieth of the rate that it trains at."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 50, 1.0))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def test_a_restart_is_a_factor_on_the_rate_that_the_module_trains_at_and_not_on_its_first_step():
+    rates = []
+
+    class Rates(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    run = Trainer(max_steps=BATCHES, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                  enable_model_summary=False, callbacks=[WarmRestarts(at=AT, strength=10.0), Rates()])  # fmt: skip
+    run.fit(WarmsUp(), torch.utils.data.DataLoader(Items("tuple"), 4))
+    assert rates[0] == pytest.approx(0.05, rel=0.4)
+    assert rates[AT] == pytest.approx(0.5)
 
 
 class ByHand(Net):

@@ -16,6 +16,7 @@ from lightning_spike.diagnosis.tells import (
     gradient_in_range,
     jump_without_cause_in_update,
     lone_batch,
+    scattered_batches,
     split_verdict,
     tell,
     without_none,
@@ -69,6 +70,7 @@ class BadBatch(Cause):
             _lasting(case),
             _led_by_gradient(case),
             _in_the_batch(case, odd),
+            scattered_batches(case, -STRONG),
             split_verdict(
                 case,
                 {"data": REPLAYED, "both": SLIGHT, "weights": -STRONG, "noise": -STRONG, "not_reproduced": -SLIGHT},

@@ -1,18 +1,22 @@
 """`data_drift`: the input distribution moves: augmentation gone extreme, a new source, a changed normalisation."""
 
+import sys
 from typing import ClassVar, Final
 
 import numpy as np
 from typing_extensions import override
 
+from lightning_spike.detectors.stagnation import stagnates
 from lightning_spike.diagnosis.batch_parts import input_known
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, NEAR, SLIGHT, STRONG
 from lightning_spike.diagnosis.course import GAP, Course, Stretch, course, longest, parts
 from lightning_spike.diagnosis.order import one_sided
+from lightning_spike.diagnosis.quiet import Shown, rise_after
 from lightning_spike.diagnosis.tells import batches, lone_batch, tell, without_none
-from lightning_spike.records import Change, Evidence, Family
+from lightning_spike.records import Change, Evidence, Family, Moment
+from lightning_spike.store import TrainerStateStore
 
 __all__ = ["DataDrift"]
 
@@ -27,6 +31,8 @@ SURELY: Final = 12.0
 TWICE: Final = 2.0
 """… and times as far as ever before."""
 STATISTICS: Final = ("mean", "std", "max_abs")
+DRIFT: Final = "/drift"
+"""What the name of an input's moving average ends with."""
 
 
 class DataDrift(Cause):
@@ -46,7 +52,22 @@ class DataDrift(Cause):
     family: ClassVar = Family.DATA
     tested_by: ClassVar = frozenset({"data"})
     title: ClassVar = "The data have moved"
-    explains: ClassVar = frozenset({"bad_batch", "label_noise", "gradient_explosion", "numerical_instability"})
+    explains: ClassVar = frozenset(
+        {"bad_batch", "label_noise", "gradient_explosion", "numerical_instability", "lr_too_high"}
+    )
+
+    @override
+    def shown(self, store: TrainerStateStore) -> Shown | None:
+        began = _left(store)
+        if began is None:
+            return None
+        rise = rise_after(store, began.ordinal)
+        if rise is not None:
+            return Shown(at=rise.begun, rise=rise)
+        # Larger inputs make a steeper loss surface: steps that have become too long are the drift's trace.
+        long = any((f.detector, f.kind) == ("lab", "steps_too_long") for f in store.findings)
+        since = store.history.between("loss", began.ordinal, sys.maxsize)
+        return Shown(at=began) if long or stagnates(since) else None
 
     @override
     def examine(self, case: Case) -> Examination:
@@ -70,6 +91,27 @@ class DataDrift(Cause):
             fixes=_fixes(case, began, moved),
             change=_change(moved),
         )
+
+
+def _left(store: TrainerStateStore) -> Moment | None:
+    """The first batch at which the moving average of an input had left its range, of those that surely have moved by now; `None` where none has."""
+    history = store.history
+    found = [
+        moment for signal in history.signals if _is_drift(signal) if (moment := _left_range(store, signal)) is not None
+    ]
+    return min(found, key=lambda moment: moment.ordinal, default=None)
+
+
+def _left_range(store: TrainerStateStore, signal: str) -> Moment | None:
+    """Nothing where the average has come back by the end: a stretch is over then, and the net has seen both."""
+    history = store.history
+    known = np.flatnonzero(np.isfinite(history.series(signal)))
+    values = history.series(signal)[known]
+    if values.size < AHEAD or not float(np.median(values[-IN_A_ROW:])) > SURELY:
+        return None
+    inside = np.flatnonzero(values <= FAR)
+    first = int(inside[-1]) + 1 if inside.size else 0
+    return history.moment(int(history.ordinals[known[first]]))
 
 
 def _as_ever(case: Case) -> Evidence:
@@ -141,9 +183,12 @@ def _goes_on(case: Case) -> Evidence | None:
 
 
 def _drifting(case: Case) -> tuple[str, ...]:
-    tail = "/drift"
-    names = [s for s in case.store.history.signals if s.startswith("batch/input") and s.endswith(tail)]
-    return tuple(name.removeprefix("batch/").removesuffix(tail) for name in names)
+    names = [s for s in case.store.history.signals if _is_drift(s)]
+    return tuple(name.removeprefix("batch/").removesuffix(DRIFT) for name in names)
+
+
+def _is_drift(signal: str) -> bool:
+    return signal.startswith("batch/input") and signal.endswith(DRIFT)
 
 
 def _still(case: Case) -> Evidence | None:

@@ -12,7 +12,14 @@ from lightning_spike.diagnosis.constants import DECISIVE, FAIR, REFERENCE, SLIGH
 from lightning_spike.diagnosis.fixes import dataset_fix, sample_words
 from lightning_spike.diagnosis.measured import GREW, all_measured, grown_module
 from lightning_spike.diagnosis.order import one_sided
-from lightning_spike.diagnosis.tells import batches, jump_without_cause_in_update, split_verdict, tell, without_none
+from lightning_spike.diagnosis.tells import (
+    batches,
+    jump_without_cause_in_update,
+    scattered_batches,
+    split_verdict,
+    tell,
+    without_none,
+)
 from lightning_spike.records import Change, Evidence, Family
 
 __all__ = ["LabelNoise"]
@@ -64,6 +71,7 @@ class LabelNoise(Cause):
             _in_the_batch(case) if odd is None else None,
             _finite(case),
             _sorted(case),
+            scattered_batches(case, -STRONG),
             split_verdict(
                 case,
                 {"data": STRONG, "both": SLIGHT, "weights": -STRONG, "noise": -STRONG, "not_reproduced": -FAIR},

@@ -11,9 +11,9 @@ from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, NEAR, REACH, REFERENCE, REPLAYED, SLIGHT, STRONG
 from lightning_spike.diagnosis.held import held_gradient
 from lightning_spike.diagnosis.measured import all_measured
-from lightning_spike.diagnosis.rates import steady_rate
 from lightning_spike.diagnosis.settings import SettingChange, changed_setting, setting_evidence
 from lightning_spike.diagnosis.tells import batch_value, lone_batch, split_verdict, tell, without_none
+from lightning_spike.diagnosis.upstream import rate_to_blame
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family
 
 __all__ = ["MomentumReversal"]
@@ -177,10 +177,8 @@ def _items(case: Case, key: str) -> list[Mapping[str, Any]]:
 
 
 def _rate(case: Case, raised: SettingChange | None) -> Evidence | None:
-    """A rate that has jumped swings the momentum up: then it is the rate's doing."""
-    if raised is not None or not case.rate_signals or steady_rate(case):
-        return None
-    return tell("lr", "The learning rate had an event just before.", -FAIR, step=case.step)
+    """A rate that has jumped or climbed swings the momentum up: then it is the rate's doing."""
+    return None if raised is not None else rate_to_blame(case, event=-FAIR, climb=-FAIR)
 
 
 def _summary(case: Case, raised: SettingChange | None, turned: Evidence | None) -> str:

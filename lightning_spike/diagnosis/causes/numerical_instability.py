@@ -6,10 +6,10 @@ from typing import Any, ClassVar, Final
 
 from typing_extensions import override
 
-from lightning_spike.diagnosis.case import Case, number
+from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, NEAR, SLIGHT, STRONG
-from lightning_spike.diagnosis.measured import GREW, grown_module
+from lightning_spike.diagnosis.measured import blown_up, wild_scatter
 from lightning_spike.diagnosis.tells import (
     batch_value,
     gradient_in_range,
@@ -23,8 +23,6 @@ __all__ = ["NumericalInstability"]
 
 HUGE: Final = 1e4
 """Factor over the loss before from which a finite loss in an ordinary batch may be the work of an operation (x / ~0, exp), not of training."""
-WILD: Final = math.log(HUGE)
-"""Scatter of the losses of ordinary batches, or of their logarithms, from which values blow up in some and not in others: training's own is below 1."""
 BIRTHPLACE: Final = frozenset({"forward", "loss", "backward"})
 REMEDIES: Final[Mapping[str, str]] = {
     "log": "replace torch.log(x) by torch.log(x.clamp_min({eps:g})), or use log_softmax / logsigmoid",
@@ -64,7 +62,7 @@ class NumericalInstability(Cause):
 
     @override
     def examine(self, case: Case) -> Examination:
-        born = _birth(case) or _blown_up(case) or _wild(case)
+        born = _blown_up(case) or _birth(case) or _wild(case)
         if born is None:
             return Examination(
                 evidence=(
@@ -139,8 +137,8 @@ def _birth(case: Case) -> Evidence | None:
 
 def _blown_up(case: Case) -> Evidence | None:
     """The same weights and ordinary batches give a far higher loss than before, and the outputs of a module with it."""
-    grown = grown_module(case) if case.split == "computation" else None
-    if grown is None or grown[1] < GREW:
+    grown = blown_up(case)
+    if grown is None:
         return None
     text = f"With the weights and batches of before, the outputs of '{grown[0]}' are now {grown[1]:.3g} times their usual size: an operation there divides by nearly 0, or grows like exp."
     return tell("lab/measured", text, DECISIVE, step=case.step, observed=grown[1], expected=1.0)
@@ -148,10 +146,10 @@ def _blown_up(case: Case) -> Evidence | None:
 
 def _wild(case: Case) -> Evidence | None:
     """With the weights of before, ordinary batches have losses that are thousands of times apart: some in the range of before or 0, others far above."""
-    told, before = case.lab("split") or {}, number(case.episode.loss_before)
-    scatter = number(told.get("noise"))
-    if scatter is None or before is None or scatter < max(WILD, GREW * before):
+    scatter = wild_scatter(case)
+    if scatter is None:
         return None
+    before = case.episode.loss_before
     text = f"With the weights of before, ordinary batches that had a loss of about {before:.3g} scatter by {scatter:.3g}: in some of them values blow up, as by a division by nearly 0."
     return tell("lab/split", text, DECISIVE, step=case.step, observed=scatter, expected=before)
 
@@ -222,7 +220,7 @@ def _precision(case: Case) -> Evidence | None:
 
 
 def _place(case: Case, told: Mapping[str, Any] | None) -> str:
-    grown = grown_module(case) if told is None else None
+    grown = blown_up(case) if told is None else None
     return f"in {grown[0]}" if grown is not None else _where(told)
 
 

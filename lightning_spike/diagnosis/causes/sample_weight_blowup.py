@@ -75,7 +75,7 @@ def _largest(case: Case) -> tuple[str, Course] | None:
     found = [
         (leaf, told)
         for leaf in parts(case, "weight", "max_abs")
-        if (told := course(case, f"batch/{leaf}/max_abs", case.onset - GAP, case.onset + GUARD)) is not None
+        if (told := course(case, f"batch/{leaf}/max_abs", case.onset - GAP, _last_start(case) + GUARD)) is not None
     ]
     return max(found, key=lambda pair: pair[1].times(_worst(case, pair[1])), default=None)
 
@@ -91,8 +91,13 @@ def _worst(case: Case, told: Course) -> float:
 
 def _grown(case: Case, told: Course) -> Stretch | None:
     """The batches in a row, from the onset or before on, whose weights lay above all of long before; they may have gone on growing since."""
-    out = longest(s for s in told.stretches(above=True) if s.first <= max(case.questioned))
+    out = longest(s for s in told.stretches(above=True) if s.first <= _last_start(case))
     return out if out is not None and out.count >= SEVERAL else None
+
+
+def _last_start(case: Case) -> int:
+    """The last batch from which on weights may have brought the episode about."""
+    return max(case.questioned) + case.dated_early
 
 
 def _none(case: Case) -> Evidence:

@@ -12,7 +12,7 @@ from lightning_spike.diagnosis.constants import DECISIVE, FAIR, NEAR, SLIGHT, ST
 from lightning_spike.diagnosis.fixes import clip_fix, longest_bearable, warmup_steps
 from lightning_spike.diagnosis.quiet import Shown
 from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, borne_later, rate_event
-from lightning_spike.diagnosis.step_length import goes_on_falling, long_steps, wild_start
+from lightning_spike.diagnosis.step_length import goes_on_falling, long_steps, passed_early_peak, wild_start
 from lightning_spike.diagnosis.tells import (
     batch_value,
     jump_without_cause_in_update,
@@ -61,9 +61,9 @@ class WarmupTooShort(Cause):
     def shown(self, store: TrainerStateStore) -> Shown | None:
         wild = wild_start(store)
         later = any((f.detector, f.kind) == ("lab", "steps_too_long") for f in store.findings)
-        if wild is None or later or long_steps(store) is not None or not goes_on_falling(store):
+        if wild is None or later or long_steps(store) is not None:
             return None
-        return Shown(at=wild.after)
+        return Shown(at=wild.after) if goes_on_falling(store) or passed_early_peak(store) else None
 
     @override
     def examine(self, case: Case) -> Examination:
@@ -126,10 +126,15 @@ def _early(case: Case) -> Evidence | None:
 def _wild(case: Case) -> Evidence | None:
     """Whether the first updates threw the initial weights away: what a warm-up is there to prevent."""
     wild = wild_start(case.store)
-    if wild is None or wild.after.ordinal > case.onset + NEAR or not goes_on_falling(case.store):
+    if wild is None or wild.after.ordinal > case.onset + NEAR:
         return None
-    text = f"{wild.text} Later the loss went on falling."
-    return tell("update_norm", text, STRONG, step=wild.after.step, observed=wild.share)
+    if goes_on_falling(case.store):
+        text, weight = f"{wild.text} Later the loss went on falling.", STRONG
+    elif passed_early_peak(case.store):
+        text, weight = f"{wild.text} It was at the peak that the rate came to early, and soon came down from.", FAIR
+    else:
+        return None
+    return tell("update_norm", text, weight, step=wild.after.step, observed=wild.share)
 
 
 def _ramp(case: Case, signal: str) -> Evidence | None:

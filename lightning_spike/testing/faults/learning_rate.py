@@ -135,7 +135,8 @@ class WarmRestarts(LastingFault):
     """Cosine warm restarts whose peak is more than the training bears (Loshchilov and Hutter 2017, "SGDR").
 
     A real scheduler, `CosineAnnealingWarmRestarts`, takes the place of the module's own for the whole run. The run begins in the tail of its first cycle, where
-    the rate is the module's own, which then decays to a fiftieth; at the batch `at` the rate comes back up, to `strength` times the module's own.
+    the rate is the module's own, which then decays to a fiftieth; at the batch `at` the rate comes back up, to `strength` times the module's own. Where the module has a schedule its own
+    rate is that which it was set up with, before the schedule's factor: the first steps of a warm-up are not what it trains at.
 
     Args:
         at: The first batch after the restart: batches begun in the whole run before it, at least 2; a multiple of
@@ -187,9 +188,9 @@ class WarmRestarts(LastingFault):
         low = 1 / 50
         skipped = math.acos(2 * (1 - low) / (self.strength - low) - 1) / math.pi
         period = max(round(steps / (1 - skipped)), steps + 1)
-        lowest = min(float(group["lr"]) for group in optimizer.param_groups) * low
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] = group["lr"] * self.strength
-        scheduler = CosineAnnealingWarmRestarts(optimizer, T_0=period, eta_min=lowest)
+        own = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+        for group, rate in zip(optimizer.param_groups, own, strict=True):
+            group["lr"] = group["initial_lr"] = rate * self.strength
+        scheduler = CosineAnnealingWarmRestarts(optimizer, T_0=period, eta_min=min(own) * low)
         scheduler.step(period - steps)
         return scheduler

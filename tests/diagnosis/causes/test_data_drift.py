@@ -78,3 +78,30 @@ def test_signals_that_are_missing_or_not_finite_are_borne(bad):
         series[:] = bad
     assert not said(run).speaks
     assert not said(drift(), without=("batch/",)).speaks
+
+
+def without_episode(*, fall=0.0, rise=1.0, back=None):
+    """Inputs move from batch 200 on; the loss falls at `fall` a batch throughout and is multiplied by `rise` from batch 230 on."""
+    run = drift(length=back)
+    steps = np.arange(run.length)
+    run.loss = 0.4 * np.exp(0.2 * np.random.default_rng(1).standard_normal(run.length) - fall * steps)
+    run.loss[230:] *= rise
+    run.episodes = []
+    return run
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"rise": 1.6}, {"rise": 1.6, "fall": 0.001}, {}],
+    ids=["it rose", "it rose and fell on", "it stopped falling"],
+)
+def test_a_run_without_an_episode_is_told_of_where_the_loss_shows_something(options):
+    first = diagnose(without_episode(**options).store()).overall[0]
+    assert first.cause == "data_drift"
+
+
+@pytest.mark.parametrize(
+    "options", [{"fall": 0.004}, {"rise": 1.6, "back": 30}], ids=["a loss that falls on", "inputs that came back"]
+)
+def test_and_not_of_where_it_shows_nothing(options):
+    assert DataDrift().shown(without_episode(**options).store()) is None

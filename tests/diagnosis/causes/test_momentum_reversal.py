@@ -112,3 +112,9 @@ def test_a_state_at_fault_in_the_update_itself_is_not_refuted_by_steps_that_look
     both = spiked(blamed("intrinsic")[0], factors)
     assert examined(both).total > examined(alone).total + 3.0
     assert ID not in {v.cause for v in diagnose(both.store()).overall if v.probability > 0.2}
+
+
+def test_a_rate_that_has_climbed_speaks_against_it():
+    steady, climbing = spiked(cosine=-0.9), spiked(cosine=-0.9)
+    climbing.rate = 0.01 * 1.04 ** np.clip(np.arange(climbing.length) - 150, 0, 60)
+    assert examined(climbing).total < examined(steady).total - 1.0

@@ -6,6 +6,8 @@ import pytest
 from synthetic import Run, an_episode, moment
 
 from lightning_spike.diagnosis.case import Case
+from lightning_spike.diagnosis.causes.bad_batch import BadBatch
+from lightning_spike.diagnosis.causes.label_noise import LabelNoise
 from lightning_spike.diagnosis.causes.numerical_instability import NumericalInstability
 from lightning_spike.diagnosis.rank import diagnose
 from lightning_spike.records import Finding
@@ -45,3 +47,33 @@ def test_an_ordinary_scatter_shows_nothing(options):
 def test_a_loss_of_another_order_with_the_weights_of_before_is_the_work_of_an_operation():
     same, other = (examined(a_run(height=1e5, verdict=v, noise=0.2)).total for v in ("computation", "both"))
     assert same > other + 3.0
+
+
+def outputs_grown(times, *, computation, verdict="weights"):
+    run = a_run(noise=0.2, verdict=verdict, height=400.0)
+    activity = [{"module": "head", "now": {"rms": times}, "usual": {"rms": 1.0}}]
+    split = {"episode": 1, "verdict": verdict, "computation": computation, "noise": 0.2, "text": ""}
+    modules = {"episode": 1, "what": "modules", "first": "head", "modules": activity, "text": ""}
+    run.note(
+        *(
+            Finding(detector="lab", kind=k, at=moment(200), detail=d)
+            for k, d in (("split", split), ("measured", modules))
+        )
+    )
+    return examined(run).total
+
+
+def test_outputs_that_grew_count_wherever_what_is_computed_has_a_part_in_the_jump():
+    assert outputs_grown(20.0, computation=0.4) > 4.0
+    assert outputs_grown(20.0, computation=0.1) < 0.0
+    assert outputs_grown(4.0, computation=0.4) < 0.0
+
+
+@pytest.mark.parametrize("cause", [BadBatch, LabelNoise])
+def test_what_scatters_all_batches_is_not_in_one_of_them(cause):
+    totals = []
+    for noise in (0.2, 30.0):
+        run = a_run(noise=noise, verdict="data")
+        store = run.store()
+        totals.append(cause().examine(Case(store, store.episodes[0])).total)
+    assert totals[1] <= totals[0] - 3.0

@@ -8,6 +8,7 @@ from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.causes.sample_weight_blowup import SampleWeightBlowup
 from lightning_spike.diagnosis.constants import STRONG
 from lightning_spike.diagnosis.rank import diagnose
+from lightning_spike.records import EpisodeKind
 
 
 def pile_up(seed=0, onset=210, factor=1.25):
@@ -71,3 +72,11 @@ def test_one_odd_batch_leaves_the_weights_out_of_it():
     ranked = diagnose(run.store()).overall
     assert ranked[0].cause == "bad_batch"
     assert "sample_weight_blowup" not in {v.cause for v in ranked}
+
+
+def test_a_slow_rise_that_is_dated_back_to_the_first_larger_weight_is_its_doing():
+    run = pile_up(factor=1.14)
+    run.episodes = [an_episode(198, 260, None, kind=EpisodeKind.DIVERGENCE, height=9.0, before=0.35)]
+    assert said(run).total > STRONG
+    run.episodes = [an_episode(180, 260, None, kind=EpisodeKind.DIVERGENCE, height=9.0, before=0.35)]
+    assert said(run).total < -STRONG
