@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from testing.runs import AT, BATCHES, Items, Net, different, optimizer_for, same, shape_for, train
+from testing.runs import AT, BATCHES, Items, Net, collate, different, optimizer_for, same, shape_for, train
 
 from lightning_spike.errors import ConfigurationError
 from lightning_spike.testing import DECOYS, FAULTS, UNCOVERED, Needs, WarmRestarts
@@ -277,7 +277,8 @@ def test_a_restart_is_a_factor_on_the_rate_that_the_module_trains_at_and_not_on_
 
     run = Trainer(max_steps=BATCHES, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
                   enable_model_summary=False, callbacks=[WarmRestarts(at=AT, strength=10.0), Rates()])  # fmt: skip
-    run.fit(WarmsUp(), torch.utils.data.DataLoader(Items("tuple"), 4))
+    items = Items("tuple")
+    run.fit(WarmsUp(), torch.utils.data.DataLoader(items, 4, collate_fn=collate(items)))
     assert rates[0] == pytest.approx(0.05, rel=0.4)
     assert rates[AT] == pytest.approx(0.5)
 
