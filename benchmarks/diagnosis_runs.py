@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import torch
-from diagnosis_tasks import ADAPTIVE, TOKENS, WEIGHTED, Module, loaders
+from diagnosis_tasks import ADAPTIVE, TASKS, TOKENS, WEIGHTED, Module, loaders
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.plugins.precision import MixedPrecision
 from typing_extensions import override
@@ -305,7 +305,8 @@ def train(  # noqa: PLR0913 - what a run is made of
     """
     watched = _suite if watch is None else watch
     needed = frozenset[Needs]().union(*(fault.NEEDS for fault in needs))
-    trainer = functools.partial(_trainer, scratch=scratch, needs=needed, options=options)
+    usual = {"gradient_clip_val": TASKS[cell.task].clip}
+    trainer = functools.partial(_trainer, scratch=scratch, needs=needed, options=usual | dict(options))
     resume: str | None = None
     if Needs.RESUME in needed:
         first = trainer(steps=cell.at, callbacks=[*watched(scratch)])

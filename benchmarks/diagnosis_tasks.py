@@ -1,11 +1,18 @@
-"""The trainings of the diagnosis benchmark: images, text, a table, sequences, batches that nest, patches of photographs, and the origins of source text; real data that other packages bundle.
+"""The trainings of the diagnosis benchmark: images, text, a table, sequences, batches that nest, patches of photographs, the origins of source text, colours, and tags; real data that other packages bundle.
 
-The causes were written with the first six before their authors' eyes; "origins" was added when they stood, so that there is one task that nobody had looked at.
+The causes were written with the first seven before their authors' eyes; "colours" and "tags" were added when they stood, so that there are two tasks that nobody had looked at.
 """
 
+import argparse
+import ast
 import dataclasses
 import functools
+import inspect
+import io
+import keyword
 import math
+import tokenize
+import typing
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +37,18 @@ PIXELS: Final = 24
 PACKAGES: Final = ("asyncio", "email", "json", "logging", "multiprocessing", "unittest", "urllib", "xml")
 STRETCH: Final = 64
 """Bytes of a stretch of a package's source text."""
+LINE: Final = 40
+"""Characters of a stretch of source text that is tagged."""
+SORTS: Final[Mapping[int, int]] = {
+    tokenize.NAME: 1,
+    tokenize.NUMBER: 3,
+    tokenize.STRING: 4,
+    tokenize.COMMENT: 5,
+    tokenize.OP: 6,
+}
+"""What a character of source text belongs to, by the kind of its token; 2 is a keyword, 0 all else."""
+SIDE: Final = 12
+"""Pixels of the side of a square that is coloured."""
 HELD: Final = 128
 """Samples kept for the validation."""
 
@@ -79,6 +98,40 @@ class Origin(nn.Module):
         """Logits, shape `(batch, packages)`, of int64 tokens of shape `(batch, time)`."""
         scores: Tensor = self.head(self.body(self.bytes(tokens).transpose(1, 2)).amax(2))
         return scores
+
+
+class Colouring(nn.Module):
+    """Tells the colours of a square from its brightness and from where it was in the photograph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.SiLU())
+        self.second = nn.Sequential(nn.Conv2d(12, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.SiLU())
+        self.head = nn.Conv2d(12, 3, 1)
+
+    @override
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Float32 of shape `(batch, 3, side, side)`."""
+        grey, where = inputs["grey"], inputs["where"]
+        places = where[:, :, None, None].expand(-1, -1, *grey.shape[2:])
+        hidden = self.first(torch.cat([grey, places], dim=1))
+        out: Tensor = self.head(hidden + self.second(hidden))
+        return out
+
+
+class Tagger(nn.Module):
+    """Tells of every character of source text what it belongs to: a name, a string, a comment and so on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self.head = nn.Embedding(128, 24), nn.Linear(64, 7)
+        self.body = nn.LSTM(24, 32, batch_first=True, bidirectional=True)
+
+    @override
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits, shape `(batch, 7, time)`, of int64 tokens of shape `(batch, time)`."""
+        scores: Tensor = self.head(self.body(self.bytes(tokens))[0])
+        return scores.transpose(1, 2)
 
 
 def patch_net() -> nn.Module:
@@ -208,6 +261,46 @@ def nested() -> Dataset[Any]:
     return Rows(len(x), sample)
 
 
+@functools.cache
+def colours() -> Dataset[Any]:
+    """Squares of two photographs: brightness and place, and the colours, all about 0; the photograph's number as a name."""
+    photographs = [torch.tensor(image, dtype=torch.float32) / 255 - 0.5 for image in load_sample_images().images]
+    generator = torch.Generator().manual_seed(7)
+    squares = []
+    for number, photograph in enumerate(photographs):
+        height, width, _ = photograph.shape
+        places = torch.rand(3072, 2, generator=generator)
+        for y, x in (places * torch.tensor([height - SIDE, width - SIDE])).long().tolist():
+            colour = photograph[y : y + SIDE, x : x + SIDE].permute(2, 0, 1).contiguous()
+            squares.append((colour, torch.tensor([y / height - 0.5, x / width - 0.5]), f"photograph {number}"))
+    order = torch.randperm(len(squares), generator=generator).tolist()
+
+    def sample(k: int) -> dict[str, Any]:
+        colour, where, name = squares[order[k]]
+        return {"inputs": {"grey": colour.mean(0, keepdim=True), "where": where}, "target": colour, "name": name}
+
+    return Rows(len(squares), sample)
+
+
+@functools.cache
+def tags() -> Dataset[Any]:
+    """Stretches of 40 characters of the standard library's source, int64, and what each belongs to."""
+    text, sorts = "", []
+    for module in (argparse, ast, inspect, typing):
+        source = inspect.getsource(module)
+        starts = [0, *(k + 1 for k, char in enumerate(source) if char == "\n")]
+        mine = [0] * len(source)
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            first, last = (starts[row - 1] + column for row, column in (token.start, token.end))
+            kind = 2 if keyword.iskeyword(token.string) else SORTS.get(token.type, 0)
+            mine[first:last] = [kind] * (min(last, len(source)) - first)
+        text, sorts = text + source, sorts + mine
+    letters, kinds = torch.tensor([ord(char) for char in text]).clamp(max=127), torch.tensor(sorts)
+    places = torch.randint(len(letters) - LINE, (12288, 1), generator=torch.Generator().manual_seed(7))
+    x, y = (values[places + torch.arange(LINE)] for values in (letters, kinds))
+    return Rows(len(x), lambda k: (x[k], y[k]))
+
+
 # -- tasks ---------------------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +315,8 @@ class Kind:
     batch_size: int
     rate: Callable[[int], float] | None = None
     """Factor on the rate by step, as the task's own schedule has it."""
+    clip: float | None = None
+    """The norm that gradients are clipped to."""
 
 
 def _pair(net: nn.Module, batch: Batch) -> Tensor:
@@ -230,6 +325,10 @@ def _pair(net: nn.Module, batch: Batch) -> Tensor:
 
 def _next(net: nn.Module, batch: Batch) -> Tensor:
     return functional.mse_loss(net(batch[0]), batch[1])
+
+
+def _coloured(net: nn.Module, batch: Batch) -> Tensor:
+    return functional.mse_loss(net(batch["inputs"]), batch["target"])
 
 
 def _weighted(inputs: str, target: str, weight: str, smoothing: float = 0.0) -> Callable[[nn.Module, Any], Tensor]:
@@ -289,10 +388,21 @@ TASKS: Final[Mapping[str, Kind]] = {
         batch_size=48,
         rate=lambda step: min((step + 1) / 50, 1.0),
     ),
+    "colours": Kind(
+        net=Colouring,
+        data=colours,
+        loss=_coloured,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-4),
+        batch_size=24,
+        rate=_warm_cosine,
+    ),
+    "tags": Kind(
+        net=Tagger, data=tags, loss=_pair, optimizer=lambda p: torch.optim.Adam(p, lr=2e-3), batch_size=32, clip=1.0
+    ),
 }
-TOKENS: Final = frozenset({"text", "origins"})
+TOKENS: Final = frozenset({"text", "origins", "tags"})
 """Tasks whose inputs are whole numbers …"""
-ADAPTIVE: Final = frozenset({"images", "text", "nested", "patches"})
+ADAPTIVE: Final = frozenset({"images", "text", "nested", "patches", "tags"})
 """… that are trained by a kind of Adam …"""
 WEIGHTED: Final = frozenset({"table", "nested"})
 """… and whose samples have weights."""
