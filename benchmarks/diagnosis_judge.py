@@ -53,7 +53,7 @@ class Judged:
 
     cell: Cell
     harmed: bool
-    """Its loss is clearly worse than that of its clean twin: a judgement by the losses alone, none of ours."""
+    """Its loss is clearly worse than that of its clean twin, of overfitting its validation loss than its own best: a judgement by the losses alone, none of ours."""
     ranked: tuple[tuple[str, float], ...]
     """Causes with their probabilities, first first; "unexplained" among them with what is left."""
     confirmed: bool | None
@@ -134,10 +134,12 @@ def _losses(store: TrainerStateStore) -> npt.NDArray[np.float64]:
 def harmed(cell: Cell, store: TrainerStateStore, twin: TrainerStateStore | None, *, steps: int | None = None) -> bool:
     """Whether the loss of a run is clearly worse than that of its clean twin; `steps` where it was stopped before its time.
 
-    A resumed run counts its batches from the resume on; its data go on as those of the twin.
+    Of overfitting the validation loss tells: that few batches have another training loss than many is no harm. A resumed run counts its batches from the resume on; its data go on as those of the twin.
     """
     if cell.sort == "clean" or twin is None:
         return False
+    if cell.causes == ("overfitting",):
+        return overfits(store)
     until = cell.steps if steps is None else steps
     own, clean = _losses(store), _losses(twin)
     resumed_at = store.facts.first_step

@@ -28,7 +28,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from typing_extensions import override
 
-__all__ = ["ADAPTIVE", "TASKS", "TOKENS", "WEIGHTED", "Kind", "Module", "loaders"]
+__all__ = ["ADAPTIVE", "REGRESSION", "TASKS", "TOKENS", "WEIGHTED", "Kind", "Module", "loaders"]
 
 Batch: TypeAlias = Any
 """A batch or a sample of any structure."""
@@ -405,7 +405,9 @@ TOKENS: Final = frozenset({"text", "origins", "tags"})
 ADAPTIVE: Final = frozenset({"images", "text", "nested", "patches", "tags"})
 """… that are trained by a kind of Adam …"""
 WEIGHTED: Final = frozenset({"table", "nested"})
-"""… and whose samples have weights."""
+"""… whose samples have weights …"""
+REGRESSION: Final = frozenset({"sequences", "patches", "colours"})
+"""… and that predict numbers."""
 
 
 class Module(LightningModule):

@@ -57,6 +57,7 @@ MENDS: Final[Mapping[str, frozenset[str]]] = {
     "hardware_fault": frozenset({"hardware"}),
     "distributed_desync": frozenset({"code:all_reduce", "code:weights"}),
     "loss_scaling": frozenset({"loss_scale", "precision"}),
+    "GradientsTurnRound": frozenset({"code:gradient"}),
     "GradientsNotZeroed": frozenset({"code:zero_grad"}),
     "EvalModeLeftOn": frozenset({"code:train_mode"}),
     "ParametersNotOptimized": frozenset({"code:parameters"}),

@@ -58,7 +58,7 @@ class Cause(abc.ABC):
     explains: ClassVar[frozenset[str]] = frozenset()
     """Ids of the causes that this one brings about as its symptoms: what speaks for it is taken off what speaks for them."""
     tested_by: ClassVar[frozenset[str]] = frozenset()
-    """Whose share of the jump the lab's experiments must find for this to be the cause: of `"data"`, `"learning_rate"`, `"optimizer"`, `"clipping"`, `"numerics"`, `"computation"`, `"intrinsic"` (a
+    """Whose share of the jump the lab's experiments must find for this to be the cause: of `"data"`, `"learning_rate"`, `"optimizer"`, `"clipping"`, `"numerics"`, `"computation"`, `"gradient"`, `"intrinsic"` (a
     step too long with everything as usual) and `"outside"`; the shares of several are added. Empty where no experiment tells."""
     standing: ClassVar[frozenset[tuple[str, str]]] = frozenset()
     """Findings, as (detector, kind), that show the cause by themselves, also in a run whose loss has shown nothing (yet): invariants with nearly no false alarms."""

@@ -7,7 +7,16 @@ from typing import Any, Final
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.records import EpisodeKind, Finding
 
-__all__ = ["GREW", "all_measured", "blown_up", "grown_module", "measured", "steps_too_long", "wild_scatter"]
+__all__ = [
+    "GREW",
+    "all_measured",
+    "blown_up",
+    "falls_off",
+    "grown_module",
+    "measured",
+    "steps_too_long",
+    "wild_scatter",
+]
 
 GREW: Final = 30.0
 """Factor on a module's outputs in an ordinary batch from which an operation in or before it has lost its hold (x / ~0, exp); what a few updates change is far less."""
@@ -52,6 +61,24 @@ def blown_up(case: Case) -> tuple[str, float] | None:
     share = number((case.lab("split") or {}).get("computation"))
     grown = grown_module(case) if share is not None and share >= COMPUTED else None
     return grown if grown is not None and grown[1] >= GREW_COMPUTED else None
+
+
+def falls_off(case: Case) -> tuple[str, str, float] | None:
+    """How much more the gradient falls off on its way back than it did, where what is computed has changed: the module that gets least of it, a later one, and the factor; `None` without two that get any."""
+    share = number((case.lab("split") or {}).get("computation"))
+    modules = (measured(case, "modules") or {}).get("modules")
+    if share is None or share < COMPUTED or not isinstance(modules, list | tuple):
+        return None
+    known = [(str(m.get("module")), _of(m, "now"), _of(m, "usual")) for m in modules if isinstance(m, Mapping)]
+    kept = [(name, now / usual) for name, now, usual in known if now and usual]
+    pairs = ((early, late) for k, early in enumerate(kept) for late in kept[k + 1 :])
+    falls = [(early[0], late[0], late[1] / early[1]) for early, late in pairs]
+    return max(falls, key=lambda fall: fall[2], default=None)
+
+
+def _of(module: Mapping[str, Any], key: str) -> float | None:
+    activity = module.get(key)
+    return number(activity.get("gradient")) if isinstance(activity, Mapping) else None
 
 
 def wild_scatter(case: Case) -> float | None:

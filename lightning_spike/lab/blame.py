@@ -19,6 +19,7 @@ GROUPS: Mapping[str, str] = MappingProxyType(
         "optimizer": "the optimizer's state",
         "clipping": "the clipping of that update",
         "numerics": "low precision",
+        "gradient": "a gradient that points up the loss that it was made from",
         "intrinsic": "a step that is too long for this loss surface with everything as usual",
         "outside": "a change from outside the training step",
         "computation": "what is computed, with the same batches and weights",
@@ -44,7 +45,13 @@ class Blame:
 
 
 def blame(
-    split: Split, steps: Consistency | None, calm: Calmed | None, damage: Attribution | None, *, doubt: float = 0.0
+    split: Split,
+    steps: Consistency | None,
+    calm: Calmed | None,
+    damage: Attribution | None,
+    *,
+    doubt: float = 0.0,
+    turned: bool = False,
 ) -> Blame:
     """Put the parts together; pure.
 
@@ -59,17 +66,22 @@ def blame(
         steps: Whether the updates before did what their gradients promised.
         calm: The batch under calmed weights, where that was tried.
         damage: The factors of the update that did the damage, where there is one.
+        turned: The gradient of the update that did the damage points up its own loss: then neither its length nor the momentum that it went into is to blame.
         doubt: Probability that the batch stands out for such steps only, where `calm` would tell and was not tried.
     """
     if split.verdict in ("noise", "not_reproduced"):
         return Blame(shares={})
     data, weights = max(split.batch_part, 0.0), max(split.weights_part, 0.0)
     kept = 1.0 - doubt if calm is None else calm.left
-    changed = damage is not None and split.computation >= SUBSTANTIAL
+    instead: Mapping[str, str] = {}
+    if turned:
+        instead = {"intrinsic": "gradient", "optimizer": "gradient"}
+    elif damage is not None and split.computation >= SUBSTANTIAL:
+        instead = {"intrinsic": "computation"}
     shares = dict.fromkeys(GROUPS, 0.0)
     shares |= {"data": data * kept, "intrinsic": data * (1.0 - kept), "computation": split.computation}
     for group, part in _parts(damage, UNKNOWN if steps is None else steps.agitated).items():
-        shares["computation" if group == "intrinsic" and changed else group] += weights * part
+        shares[instead.get(group, group)] += weights * part
     total = sum(shares.values())
     return Blame(shares={g: s / total for g, s in shares.items()} if total > 0 else {})
 

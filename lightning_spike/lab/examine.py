@@ -236,7 +236,8 @@ def _whose(scene: Scene, bench: Bench, again: Reproduction, parts: Split) -> lis
     findings = _told(scene, steps, calm)
     if damage is not None:
         findings.append(finding(scene, "factors", dataclasses.asdict(damage) | {"text": factors_text(damage)}))
-    findings += _measured(scene, bench, again, parts, None if damage is None else damage.ordinal)
+    measured = _measured(scene, bench, again, parts, None if damage is None else damage.ordinal)
+    findings += measured
     findings += about_the_samples(scene, bench, again, parts)
     findings += order if entwined else about_the_order(scene, bench, again, parts)
     if parts.batch_part >= WORTH:
@@ -245,7 +246,8 @@ def _whose(scene: Scene, bench: Bench, again: Reproduction, parts: Split) -> lis
         detail = {"tried": [dataclasses.asdict(remedy) for remedy in remedies], "text": remedies_text(remedies)}
         findings.append(finding(scene, "remedies", detail))
     doubt = steps.agitated if doubtful and not asked and steps is not None else 0.0
-    return [*findings, blame_finding(scene, blame(parts, steps, calm, damage, doubt=doubt))]
+    turned = any(told.detail.get("direction") == "turned" for told in measured)
+    return [*findings, blame_finding(scene, blame(parts, steps, calm, damage, doubt=doubt, turned=turned))]
 
 
 def _asks(parts: Split, damage: Attribution | None) -> bool:

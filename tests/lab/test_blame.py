@@ -129,3 +129,9 @@ def test_a_step_made_with_a_changed_computation_is_the_changes_doing():
     assert kept.first == "intrinsic"
     rate = blame(split(0.0, 0.6, computation=0.4), CALM, None, damage(learning_rate=1.0))
     assert rate.shares["learning_rate"] == pytest.approx(0.6)
+
+
+def test_a_gradient_that_was_turned_has_what_its_step_and_its_momentum_did():
+    found = blame(split(0.0, 1.0), CALM, None, damage(intrinsic=0.6, optimizer=0.3, learning_rate=0.1), turned=True)
+    assert found.shares["gradient"] == pytest.approx(0.9)
+    assert found.shares["intrinsic"] == found.shares["optimizer"] == 0.0

@@ -14,6 +14,7 @@ from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, NEAR, SLI
 from lightning_spike.diagnosis.course import GAP, Course, Stretch, course, longest, parts
 from lightning_spike.diagnosis.order import one_sided
 from lightning_spike.diagnosis.quiet import Shown, rise_after
+from lightning_spike.diagnosis.repeats import repeats
 from lightning_spike.diagnosis.tells import batches, lone_batch, tell, without_none
 from lightning_spike.records import Change, Evidence, Family, Moment
 from lightning_spike.store import TrainerStateStore
@@ -71,6 +72,9 @@ class DataDrift(Cause):
 
     @override
     def examine(self, case: Case) -> Examination:
+        if (again := repeats(case)) is not None:
+            text = f"{again.came} of the {again.window} batches before were the same {again.kinds} again and again: what a few batches look like is no distribution."
+            return Examination(evidence=(tell("batch/input", text, -DECISIVE, step=case.step),))
         moved, drift = _moved(case), _drift(case)
         if moved is None and drift is None:
             return Examination(evidence=(_as_ever(case),))

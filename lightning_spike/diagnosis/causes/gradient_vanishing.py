@@ -8,6 +8,7 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, SLIGHT, STRONG
+from lightning_spike.diagnosis.measured import falls_off
 from lightning_spike.diagnosis.tells import tell, without_none
 from lightning_spike.diagnosis.upstream import from_elsewhere
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Finding
@@ -16,6 +17,8 @@ __all__ = ["GradientVanishing"]
 
 AHEAD: Final = 96
 """Batches after the onset in which it is looked for: the finding takes twice 16 rows, and up to 16 more to begin."""
+STEEP: Final = 100.0
+"""Times as much as before that the gradient falls off between two modules by experiment, from which layers in between swallow it; penalties and dropout make some twenty (`python benchmarks/diagnosis.py`, the finding `measured`)."""
 FAR: Final = 1000.0
 """Times that the norm has fallen from which a layer learns nothing any more (AUTOTRAINER's ratio of the first layer and the last)."""
 
@@ -23,7 +26,8 @@ FAR: Final = 1000.0
 class GradientVanishing(Cause):
     """Gradients die out on their way back: too many sigmoids one after the other, without normalisation or residuals.
 
-    Seen by: the finding `vanished`: gradient norms of some layers have fallen to a fraction of their own past, far more than those of others, while the loss is no lower.
+    Seen by: the finding `vanished`: gradient norms of some layers have fallen to a fraction of their own past, far more than those of others, while the loss is no lower;
+    by experiment, that with the weights and batches of before the gradient now falls off a hundred times as much from one module to an earlier one.
 
     Against it: gradients as they were; damage that came with a long step, an odd batch or writes by others. Units that went flat first are its cause.
 
@@ -42,8 +46,14 @@ class GradientVanishing(Cause):
     def examine(self, case: Case) -> Examination:
         last = max(case.last, case.onset + AHEAD)
         found = next(iter(case.findings("gradients", "vanished", first=case.onset - AHEAD, last=last)), None)
-        evidence = without_none(_fallen(case, found), _stands(case, found), *(from_elsewhere(case) if found else ()))
-        worst = _worst(found)
+        fall = falls_off(case)
+        steep = fall if found is None and fall is not None and fall[2] >= STEEP else None
+        evidence = without_none(
+            _fallen(case, found) if steep is None else _falls_off(case, *steep),
+            _stands(case, found),
+            *(from_elsewhere(case) if found or steep else ()),
+        )
+        worst = _worst(found) if steep is None else steep[0]
         return Examination(
             evidence=evidence,
             summary=_summary(case, found, worst),
@@ -84,6 +94,11 @@ def _fallen(case: Case, found: Finding | None) -> Evidence | None:
     )
 
 
+def _falls_off(case: Case, early: str, late: str, factor: float) -> Evidence:
+    text = f"With the weights and batches of before, the gradient falls off {factor:.3g} times as much as it did on its way from '{late}' back to '{early}'."
+    return tell("lab/measured", text, STRONG, step=case.step, observed=factor, expected=1.0)
+
+
 def _stands(case: Case, found: Finding | None) -> Evidence | None:
     if found is None or case.kind is not EpisodeKind.STALL or case.episode.loss_before is None:
         return None
@@ -92,7 +107,8 @@ def _stands(case: Case, found: Finding | None) -> Evidence | None:
 
 def _summary(case: Case, found: Finding | None, worst: str) -> str:
     if found is None:
-        return f"Gradients have vanished, and {case.loss_text}."
+        where = f" on their way back to {worst}" if worst else ""
+        return f"Gradients have vanished{where}, and {case.loss_text}."
     factor, count, of = _factor(found), number(found.detail.get("count")), number(found.detail.get("of"))
     times = "to nothing" if factor is None or not math.isfinite(factor) else f"{factor:.3g} times"
     many = f"{count:.0f} of {of:.0f} parameters" if count is not None and of is not None else "some parameters"

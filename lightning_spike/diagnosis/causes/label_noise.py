@@ -10,7 +10,7 @@ from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, REFERENCE, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import dataset_fix, sample_words
-from lightning_spike.diagnosis.measured import GREW, all_measured, grown_module
+from lightning_spike.diagnosis.measured import all_measured, grown_module
 from lightning_spike.diagnosis.order import one_sided
 from lightning_spike.diagnosis.tells import (
     batches,
@@ -32,6 +32,8 @@ FEWEST: Final = 4
 """Samples without which such a share says nothing."""
 SOME: Final = 0.25
 """Share of the jump that the lab must give to the batch for its labels to come into question, as in `experiment`."""
+LOUD: Final = 5.0
+"""Times their usual size from which a module's outputs in that batch are not those of ordinary inputs; those of ordinary batches differ by less than 1.5."""
 SURE: Final = 1.25
 """Times the loss of who guesses by the frequencies of the classes from which the net is sure of another class than the label; 1 is what a net gives that knows nothing."""
 
@@ -177,7 +179,7 @@ def _measured(case: Case) -> tuple[list[float], list[float]] | None:
 def _activations(case: Case) -> Evidence | None:
     """Whether the net itself found the inputs ordinary: no module's outputs changed, or one's blew up, which labels cannot bring about."""
     grown = grown_module(case)
-    if grown is not None and grown[1] >= GREW:
+    if grown is not None and grown[1] >= LOUD:
         text = f"The outputs of '{grown[0]}' were {grown[1]:.3g} times their usual size in that batch: labels do not enter the forward pass."
         return tell("lab/measured", text, -DECISIVE, step=case.step, observed=grown[1], expected=1.0)
     told = next((d for d in all_measured(case) if "modules" in d and "first" in d), None)

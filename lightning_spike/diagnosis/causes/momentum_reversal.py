@@ -10,7 +10,7 @@ from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, NEAR, REACH, REFERENCE, REPLAYED, SLIGHT, STRONG
 from lightning_spike.diagnosis.held import held_gradient
-from lightning_spike.diagnosis.measured import all_measured
+from lightning_spike.diagnosis.measured import all_measured, measured
 from lightning_spike.diagnosis.settings import SettingChange, changed_setting, setting_evidence
 from lightning_spike.diagnosis.tells import batch_value, lone_batch, split_verdict, tell, without_none
 from lightning_spike.diagnosis.upstream import rate_to_blame
@@ -67,9 +67,10 @@ class MomentumReversal(Cause):
             return Examination(evidence=(none,) if case.facts.optimizers else ())
         raised = changed_setting(case, _raised, "momentum", "betas")
         turned = _turned(case)
+        by_gradient = case.blame.get("gradient", 0.0) >= SHARE
         evidence = without_none(
             setting_evidence(case, raised, soon=SWING) if raised is not None else _value(momentum),
-            turned if raised is None or (turned is not None and turned.weight > 0.0) else None,
+            turned if (raised is None and not by_gradient) or (turned is not None and turned.weight > 0.0) else None,
             _direction(case),
             _experiment(case, raised),
             lone_batch(case, -STRONG),
@@ -77,6 +78,14 @@ class MomentumReversal(Cause):
             _rate(case, raised),
             split_verdict(case, {"data": -STRONG, "noise": -FAIR, "weights": 0.0 if raised is None else SLIGHT}),
         )
+        if by_gradient:
+            return Examination(
+                evidence=evidence,
+                summary=f"The gradients turned round, against the momentum of the updates before: those of the update before step {case.step} point up the loss that they were made from, and {case.loss_text}.",
+                fixes=_fixes_of_gradient(case),
+                change=Change(setting="code:gradient", value=None),
+                confirmed=True,
+            )
         now = momentum if raised is None else raised.after
         back = raised.before if raised is not None else min(USUAL, momentum * momentum)
         name = "betas" if case.beta2 is not None else "momentum"
@@ -131,7 +140,9 @@ def _direction(case: Case) -> Evidence | None:
     if not mine:
         return None
     direction, against, text = mine[-1]["direction"], number(mine[-1].get("against")), mine[-1].get("text")
-    weight = {"wrong_direction": STRONG, "too_long": -FAIR, "ordinary": -SLIGHT}.get(str(direction), 0.0)
+    weight = {"turned": DECISIVE, "wrong_direction": STRONG, "too_long": -FAIR, "ordinary": -SLIGHT}.get(
+        str(direction), 0.0
+    )
     words = text if isinstance(text, str) else f"The direction of the step was: {direction}."
     return tell("lab/measured", words, weight, step=case.step, observed=against)
 
@@ -145,12 +156,12 @@ def _experiment(case: Case, raised: SettingChange | None) -> Evidence | None:
     shares = case.blame
     if not shares:
         return None
-    share = shares.get("optimizer", 0.0)
+    share = shares.get("optimizer", 0.0) + shares.get("gradient", 0.0)
     text = str((case.lab("factors") or case.lab("blame") or {}).get("text") or "The moment was run again.")
     if raised is None and held_gradient(case) is not None:
         text, weight = f"{text} What the state held was one exploded gradient.", -FAIR
     elif share >= SHARE:
-        weight = REPLAYED if _of_momentum(case) else FAIR
+        weight = REPLAYED if shares.get("gradient", 0.0) >= SHARE or _of_momentum(case) else FAIR
     elif _of_state(case) >= SHARE and raised is None:
         weight = SLIGHT
     else:
@@ -198,3 +209,13 @@ def _fixes(name: str, now: float, back: float, raised: SettingChange | None) -> 
         return use, f"Find what set it at step {raised.step}, and go on from a checkpoint from before."
     empty = f"Empty the momentum where gradients turn: within {NEAR} batches it is as old as the turn, and only carries the weights on."
     return use, empty
+
+
+def _fixes_of_gradient(case: Case) -> tuple[str, ...]:
+    told = measured(case, "updates") or {}
+    at = told.get("step")
+    where = f"step {at}" if isinstance(at, int) else f"the steps just before step {case.step}"
+    return (
+        f"Find what turns the gradients round at {where}: a term with the wrong sign (an adversarial or reversed one), a hook on parameters or modules, a loss that is maximised.",
+        f"Go on from a checkpoint from before {where} with an empty momentum, for what it holds points up the loss.",
+    )

@@ -68,7 +68,7 @@ class PostOverfitOscillation(Cause):
             _by_heart(case, again),
             _altered(case, again),
             _swings(case),
-            rate_to_blame(case, event=-DECISIVE, climb=-STRONG),
+            rate_to_blame(case, event=-DECISIVE, climb=-DECISIVE),
         )
         stop = best.at.step if best is not None else None
         return Examination(

@@ -147,6 +147,9 @@ def _ramp(case: Case, signal: str) -> Evidence | None:
         text = f"{signal} was {rate:.3g}, far below its later peak of {peak:.3g}."
         return tell(signal, text, -FAIR, step=case.step, observed=rate, expected=peak)
     up = int(np.argmax(rates >= MOST_OF_PEAK * peak))
+    if passed_early_peak(case.store) and rates.size - up <= AFTER_PEAK:
+        text = f"A warm-up took {signal} from {rates[0]:.3g} to its peak of {peak:.3g} in the first updates, and soon after it was down to half of that."
+        return tell(signal, text, STRONG, step=case.step, observed=rate, expected=peak)
     if up <= NEAR:
         text = f"There is no warm-up: {signal} was {rates[0]:.3g} from the first update on."
         return tell(signal, text, FAIR, step=case.step, observed=float(rates[0]), expected=None)
@@ -170,6 +173,8 @@ def _bearable_later(case: Case, signal: str) -> Evidence | None:
     if told is None:
         return None
     text, borne = told
+    if not borne and passed_early_peak(case.store):
+        return None  # the rate did not stay: that the loss was lost for good says nothing of it
     return tell(signal, text, STRONG if borne else -FAIR, step=case.step, expected=case.episode.loss_before)
 
 

@@ -112,7 +112,7 @@ class WeightBlowup(Cause):
         growth = _growth(case)
         changed = _decay_changed(case)
         evidence = without_none(
-            _size(case, growth),
+            _size(case, growth, uneven=-STRONG if changed is None else SLIGHT),
             _along(case, growth),
             _first(case, growth),
             _by_then(case, growth),
@@ -209,7 +209,8 @@ def _share_along(
     return abs(-math.expm1(-rate)) / float(np.median(relative)) if relative else None
 
 
-def _size(case: Case, growth: Growth | None) -> Evidence | None:
+def _size(case: Case, growth: Growth | None, *, uneven: float) -> Evidence | None:
+    """Growth at one rate is what a factor on the weights makes; one that is uneven weighs `uneven`: with a decay that was changed, steps may add to it."""
     if growth is None:
         return None
     what = "grew" if growth.rate >= 0.0 else "shrank"
@@ -221,7 +222,7 @@ def _size(case: Case, growth: Growth | None) -> Evidence | None:
         f"The norm of all weights {what} from {growth.before:.3g} at step {case.step_of(growth.first)} to {growth.after:.3g} at step {case.step_of(growth.last)}"
         f", {each:.3g} times with every update{'' if growth.steady else ' on average, though unevenly'}."
     )
-    weight = (STRONG if growth.factor >= DOUBLED else FAIR) if growth.steady else -STRONG
+    weight = (STRONG if growth.factor >= DOUBLED else FAIR) if growth.steady else uneven
     return tell("weight_norm", text, weight, step=case.step, observed=growth.after, expected=growth.before)
 
 

@@ -24,10 +24,14 @@ LONG: Final = 3.0
 """Times the usual length from which an update is called long; an engineering choice."""
 KEPT_PROMISE: Final = 0.5
 """Share of the promised change from which a step is ordinary; healthy ones have 0.83 to 0.96, steps that are too long less than 0 (science.md 2.3)."""
+TURNED: Final = -0.01
+"""Slope below which a gradient points up the loss that it was made from; rounding in float32 makes a hundredth of that."""
+SHORT: Final = 1e-3
+"""Share of the loss that the step promises by which the slope is measured: so short that nothing bends, and far above rounding."""
 RECENT: Final = 4
 """Updates just before: what is usual is taken from them, and the step's direction is held against their gradients."""
 
-Direction = Literal["ordinary", "too_long", "wrong_direction", "unclear"]
+Direction = Literal["ordinary", "too_long", "wrong_direction", "turned", "unclear"]
 Tensors = Mapping[str, Tensor]
 
 
@@ -55,6 +59,11 @@ class UpdateMeasures:
     """The median length of the updates before."""
     rho: float | None
     """Change of the loss of the update's own batches over `g . u`, what the gradient promised; 1 for a step short against the curvature, below 0 for one that overshot."""
+    slope: float | None
+    """What a step down the update's own gradient really takes off the loss of its batches, over what it promises, for a step too short to overshoot: 1 for the gradient of that loss, below 0 for one that
+    points the other way. Asked where `rho` is no ordinary one, in float32."""
+    slope_usual: float | None
+    """The same of the earliest update of the re-run, where this one's is below 0: a module may reverse gradients by design."""
     against: float | None
     """Mean cosine of the step with the gradients of the updates just before; above 0 it goes up where other batches want down …"""
     against_error: float | None
@@ -80,11 +89,13 @@ def measure_update(bench: Bench, again: Reproduction, leg: int) -> UpdateMeasure
     cosines = [_momentum_cosine(moments, one) for moments, one in zip(known, legs, strict=True)]
     steps = [_step(bench, states[k], states[k + 1]) for k in range(len(legs))]
     lengths = [_norm(step) for step in steps]
-    change = _change(bench, here, states[len(legs)])
+    change = _change(bench, here, states[len(legs)].weights)
     promise = _dot(_dense(here.made.gradients), steps[-1])
     against = [_cosine(_dense(one.made.gradients), steps[-1]) for one in legs[:-1]]
     mean, error = _mean(against)
     rho = change / promise if promise != 0.0 and math.isfinite(change / promise) else None
+    slope = _slope(bench, here) if rho is not None and rho < KEPT_PROMISE else None
+    usual = _slope(bench, again.legs[0]) if slope is not None and slope < TURNED and leg > 0 else None
     weights = _norm({name: here.before.weights[name] for name in steps[-1]})
     found = UpdateMeasures(
         ordinal=here.update.ordinal,
@@ -98,15 +109,19 @@ def measure_update(bench: Bench, again: Reproduction, leg: int) -> UpdateMeasure
         relative_length=lengths[-1] / weights if weights > 0 else math.inf,
         length_usual=_median(lengths[:-1]),
         rho=rho,
+        slope=slope,
+        slope_usual=usual,
         against=mean,
         against_error=error,
-        direction=direction_of(rho, promise, mean, error),
+        direction=direction_of(rho, promise, mean, error, turned=usual is not None and usual > KEPT_PROMISE),
         text="",
     )
     return dataclasses.replace(found, text=_text(found))
 
 
-def direction_of(rho: float | None, promise: float, against: float | None, error: float | None) -> Direction:
+def direction_of(
+    rho: float | None, promise: float, against: float | None, error: float | None, *, turned: bool = False
+) -> Direction:
     """Whether a step was too long or in a wrong direction (science.md 2.3); pure.
 
     Args:
@@ -114,7 +129,10 @@ def direction_of(rho: float | None, promise: float, against: float | None, error
         promise: `g . u`; negative for a step down its own gradient.
         against: Mean cosine of the step with the gradients of other batches.
         error: Its standard error.
+        turned: The gradient points up its own loss, and that of an earlier update does not.
     """
+    if turned:
+        return "turned"
     if against is not None and against > (error or 0.0):
         return "wrong_direction"
     if rho is None or promise >= 0.0:
@@ -145,12 +163,19 @@ def _step(bench: Bench, before: TrainState, after: TrainState) -> dict[str, Tens
     return {name: after.weights[name] - before.weights[name] for name in names if name in before.weights}
 
 
-def _change(bench: Bench, leg: Leg, after: TrainState) -> float:
+def _change(bench: Bench, leg: Leg, weights: Tensors) -> float:
     """Of the mean loss of its own batches."""
-    later = [
-        float(losses_under(bench, after.weights, [entry], like=entry, held=True)[0]) for entry in leg.update.entries
-    ]
+    later = [float(losses_under(bench, weights, [entry], like=entry, held=True)[0]) for entry in leg.update.entries]
     return float(np.mean(later) - np.mean(leg.made.losses))
+
+
+def _slope(bench: Bench, leg: Leg) -> float | None:
+    gradients, weights = _dense(leg.made.gradients), leg.before.weights
+    steepness, promise = _dot(gradients, gradients), SHORT * abs(float(np.mean(leg.made.losses)))
+    if not 0.0 < steepness < math.inf or not 0.0 < promise < math.inf or "16" in str(bench.trainer.precision):
+        return None
+    moved = {name: weights[name] - promise / steepness * gradient for name, gradient in gradients.items()}
+    return -_change(bench, leg, {**weights, **moved}) / promise
 
 
 def _dense(gradients: Tensors) -> dict[str, Tensor]:
@@ -190,6 +215,7 @@ DIRECTIONS: Final[Mapping[Direction, str]] = {
     "ordinary": "It changed the loss of its own batch about as its gradient promised.",
     "too_long": "It went down the gradient and overshot: the loss of its own batch rose, so the step was too long.",
     "wrong_direction": "It went up the gradients of the batches just before: the step had a wrong direction.",
+    "turned": "A step down its gradient, however short, makes the loss of its own batch rise, which it did not before: the gradient points the other way.",
     "unclear": "Whether it was too long or in a wrong direction is not clear.",
 }
 

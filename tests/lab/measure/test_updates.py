@@ -30,8 +30,8 @@ class BySgd(Plain):
         return torch.optim.SGD(self.parameters(), lr=RATE, momentum=0.9)
 
 
-def legs_of(bench, *, last_rate=RATE, flip=False):
-    """Updates made here and not by the lab; the last one with another rate, or with its momentum turned round."""
+def legs_of(bench, *, last_rate=RATE, flip=False, turned=0):
+    """Updates made here and not by the lab; the last one with another rate, or with its momentum turned round; the last `turned` with their gradients turned round."""
     module, optimizer = bench.module, bench.trainer.optimizers[0]
     x, y = torch.randn(16, FEATURES), torch.arange(16) % CLASSES
     legs = []
@@ -46,6 +46,9 @@ def legs_of(bench, *, last_rate=RATE, flip=False):
         optimizer.zero_grad()
         loss = functional.cross_entropy(module.net(batch[0]), batch[1])
         loss.backward()
+        if k >= UPDATES - turned:
+            for parameter in module.parameters():
+                parameter.grad.mul_(-3.0)
         gradients = {name: p.grad.clone() for name, p in module.named_parameters()}
         made = Made(losses=(loss.item(),), gradients=gradients, spoilt_at=None)
         legs.append(Leg(before=before, update=Update(entries=(entry(batch, k),), settings=()), made=made))
@@ -53,20 +56,21 @@ def legs_of(bench, *, last_rate=RATE, flip=False):
     return legs, TrainState.take(bench, moment(UPDATES))
 
 
-def measured(module, **how):
+def measured(kind, passes=1, **how):
     torch.manual_seed(1)
+    module = kind()
     trainer = attached(module)
     with isolated(trainer, module, with_optimizers=True) as bench:
         legs, end = legs_of(bench, **how)
         again = Reproduction(legs=tuple(legs), end=end, reached=UPDATES, steps=UPDATES, differs_at=None, replayed=1.0)
         steps = bench.steps
         found = measure_update(bench, again, UPDATES - 1)
-        assert bench.steps - steps == 1
-    return found, legs, end
+        assert bench.steps - steps == passes
+    return found, legs, end, module
 
 
 def test_second_moments_momentum_and_length_as_numpy_has_them():
-    found, legs, end = measured(ByAdam(), last_rate=30 * RATE)
+    found, legs, end, _ = measured(ByAdam, last_rate=30 * RATE)
     gradients = [{name: g.double().numpy() for name, g in leg.made.gradients.items()} for leg in legs]
 
     def rms(k, name):
@@ -96,8 +100,7 @@ def test_second_moments_momentum_and_length_as_numpy_has_them():
 
 
 def test_rho_is_the_change_over_what_the_gradient_promised():
-    module = BySgd()
-    found, legs, end = measured(module)
+    found, legs, end, module = measured(BySgd)
     x, y = legs[-1].update.entries[0].batch
     after = torch.func.functional_call(module.net, {n.removeprefix("net."): w for n, w in end.weights.items()}, (x,))
     change = functional.cross_entropy(after, y).item() - legs[-1].made.losses[0]
@@ -110,8 +113,25 @@ def test_rho_is_the_change_over_what_the_gradient_promised():
 
 
 def test_a_step_that_is_too_long_and_one_in_a_wrong_direction():
-    assert measured(BySgd(), last_rate=3000 * RATE)[0].direction == "too_long"
-    assert measured(BySgd(), flip=True)[0].direction == "wrong_direction"
+    assert measured(BySgd, 2, last_rate=3000 * RATE)[0].direction == "too_long"
+    assert measured(BySgd, flip=True)[0].direction == "wrong_direction"
+
+
+@pytest.mark.parametrize("module", [BySgd, ByAdam])
+@pytest.mark.parametrize("stretch", [1, 2, 4])
+def test_a_gradient_that_points_up_its_own_loss_is_told_from_a_step_that_is_too_long(module, stretch):
+    found = measured(module, 3, turned=stretch)[0]
+    assert found.direction == "turned"
+    assert found.slope == pytest.approx(-1 / 3, rel=0.05)
+    assert found.slope_usual == pytest.approx(1.0, rel=0.05)
+
+
+def test_one_that_always_does_is_by_design():
+    assert measured(BySgd, 3, turned=UPDATES)[0].direction != "turned"
+
+
+def test_the_slope_of_a_step_that_is_far_too_long_is_that_of_its_loss():
+    assert measured(BySgd, 2, last_rate=3000 * RATE)[0].slope == pytest.approx(1.0, rel=0.05)
 
 
 @pytest.mark.parametrize(
