@@ -8,6 +8,7 @@ from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.records import EpisodeKind, Finding
 
 __all__ = [
+    "COMPUTED",
     "GREW",
     "all_measured",
     "blown_up",

@@ -61,7 +61,7 @@ class WildStart:
             if self.grown > self.before
             else ""
         )
-        return f"In the first updates a single one changed the weights by {self.share:.0%} of their size (at most {WILD:.0%} is sound).{moved}"
+        return f"In the first updates a single one changed the weights, or those of half of the layers, by {self.share:.0%} of their size (at most {WILD:.0%} is sound).{moved}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,10 +112,15 @@ def lengthened(store: TrainerStateStore, ordinal: int) -> bool:
 
 
 def wild_start(store: TrainerStateStore) -> WildStart | None:
-    """Whether the first updates of a run changed the weights by a tenth of their size and more; pure. `None` where not, where the run was resumed, or where they were not measured."""
+    """Whether the first updates of a run changed the weights by a tenth of their size and more, as a whole or half of the layers; pure. `None` where not, where the run was resumed, or where they were not measured.
+
+    The weights of a large embedding, few of which an update concerns, make up most of the whole and hide what becomes of the rest.
+    """
     history, (rows, shares) = store.history, update_shares(store)
     early = history.ordinals[rows] < START
     rows, shares = rows[early], shares[early]
+    layers = _middle_layer(store)
+    shares = np.maximum(shares, [layers.get(int(ordinal), 0.0) for ordinal in history.ordinals[rows]])
     if store.facts.first_step > 0 or not (shares >= WILD).any():
         return None
     after = history.moment(int(history.ordinals[rows[np.flatnonzero(shares >= WILD)[-1]]]) + 1)
@@ -123,6 +128,28 @@ def wild_start(store: TrainerStateStore) -> WildStart | None:
         return None
     sizes = history.series("weight_norm")[rows]
     return WildStart(share=float(shares.max()), after=after, before=float(sizes[0]), grown=float(sizes.max()))
+
+
+def _middle_layer(store: TrainerStateStore) -> dict[int, float]:
+    """By ordinal the median share by which an early update changed the weights of a layer of torch; without biases, which begin at 0. Of what is still held."""
+    changes, sizes = (
+        {
+            row.at.ordinal: dict(zip(store.layer_names.get(signal, ()), row.values.tolist(), strict=False))
+            for row in store.layer_rows(signal, 0, START)
+        }
+        for signal in ("update_norm", "weight_norm")
+    )
+    weights = store.layer_names.get("initial_scale", ())
+    shares = {
+        ordinal: [
+            change[n] / sizes[ordinal][n]
+            for n in weights
+            if change.get(n, -1.0) >= 0.0 and sizes[ordinal].get(n, 0.0) > 0.0
+        ]
+        for ordinal, change in changes.items()
+        if ordinal in sizes
+    }
+    return {ordinal: float(np.median(of)) for ordinal, of in shares.items() if of and np.isfinite(of).all()}
 
 
 def passed_early_peak(store: TrainerStateStore) -> bool:

@@ -14,6 +14,7 @@ __all__ = [
     "batches",
     "early_gradient",
     "finite",
+    "gradient_all_but_gone",
     "gradient_in_range",
     "gradient_norms",
     "jump_without_cause_in_update",
@@ -25,6 +26,10 @@ __all__ = [
     "without_none",
 ]
 
+GONE = 30.0
+"""Times below its usual norm from which a gradient has all but gone: batches of one run differ by far less."""
+FAR_GONE = 1000.0
+"""… and from which it has in a run whose norms are not steady enough to tell by their range (AUTOTRAINER's ratio)."""
 CLEARLY_ODD = 2.0
 """Factor between a batch's value and its expectation below which it may well be chance or harmless."""
 
@@ -165,10 +170,26 @@ def early_gradient(case: Case) -> Excess | None:
     return max(found, key=lambda e: e.ratio, default=None)
 
 
+def gradient_all_but_gone(case: Case, weight: float) -> Evidence | None:
+    """The gradient norms of the updates just before the onset were a small fraction of the usual: steps like that can do no harm by their own length."""
+    recent = list(gradient_norms(case, case.onset - NEAR // 2, case.onset - 1))
+    if not recent or not all(e.z < 0.0 and e.ratio >= (GONE if e.odd else FAR_GONE) for e in recent):
+        return None
+    least = min(recent, key=lambda e: e.z)
+    return tell(
+        "grad_norm",
+        f"Just before, the gradient norm was down to {least.observed:.3g}, usually {least.expected:.3g}.",
+        weight,
+        step=case.step,
+        observed=least.observed,
+        expected=least.expected,
+    )
+
+
 def gradient_in_range(case: Case, weight: float) -> Evidence | None:
     """The gradient norms of the updates just before the onset were ordinary."""
     recent = list(gradient_norms(case, case.onset - NEAR, case.onset - 1))
-    if not recent or any(e.above for e in recent):
+    if not recent or any(e.above for e in recent) or gradient_all_but_gone(case, weight) is not None:
         return None
     highest = max(recent, key=lambda e: e.z)
     return tell(

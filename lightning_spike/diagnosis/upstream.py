@@ -8,6 +8,7 @@ from lightning_spike.diagnosis.step_length import wild_start
 from lightning_spike.diagnosis.tells import (
     batch_value,
     early_gradient,
+    gradient_all_but_gone,
     jump_without_cause_in_update,
     lone_batch,
     tell,
@@ -21,7 +22,7 @@ WRITES = ("weights", "optimizer_state")
 
 
 def from_elsewhere(case: Case) -> tuple[Evidence, ...]:
-    """Whether something upstream has damaged the layers: an event of the rate, gradients that exploded, long updates, an odd batch, writes by others, a slow growth of the loss.
+    """Whether something upstream has damaged the layers: an event of the rate, gradients that exploded, long updates, an odd batch, writes by others, a setting that was changed, a slow growth of the loss.
 
     A jump of the loss after ordinary updates with an ordinary batch speaks for the layers themselves.
     """
@@ -30,6 +31,7 @@ def from_elsewhere(case: Case) -> tuple[Evidence, ...]:
         _gradient(case),
         _update(case) or _start(case) or _steps(case),
         _written(case),
+        _setting(case),
         batch_value(case, ordinary=0.0, odd=-STRONG),
         lone_batch(case, -STRONG),
         jump_without_cause_in_update(case, sign=1.0, most=FAIR) or _gradual(case),
@@ -93,8 +95,17 @@ def _written(case: Case) -> Evidence | None:
     )
 
 
+def _setting(case: Case) -> Evidence | None:
+    """A momentum, decay or epsilon that was changed while training ran does damage of its own."""
+    found = case.findings("optimizer", "settings_changed", first=0, last=case.last)
+    if not found:
+        return None
+    text = f"It may come of a setting of the optimizer: {found[-1].detail.get('text')}"
+    return tell("optimizer/settings", text, -STRONG, step=found[-1].at.step)
+
+
 def _gradual(case: Case) -> Evidence | None:
-    if case.sudden is not False:
+    if case.sudden is not False or gradient_all_but_gone(case, 0.0) is not None:
         return None
     return tell(
         case.episode.signal,

@@ -1,15 +1,17 @@
 """`activation_saturation`: units that are dead or saturated, so that they compute nothing and learn nothing."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar, Final
 
 import numpy as np
 from typing_extensions import override
 
-from lightning_spike.diagnosis.case import Case
+from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, STRONG
 from lightning_spike.diagnosis.layers import layer_table, usual_of
+from lightning_spike.diagnosis.measured import COMPUTED, grown_module, measured
 from lightning_spike.diagnosis.tells import tell
 from lightning_spike.diagnosis.upstream import from_elsewhere
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Finding
@@ -23,6 +25,8 @@ BACK: Final = 100
 """… and before it."""
 FLAT: Final = 0.8
 """Share of a layer's outputs in the flat parts from which it hardly computes anything (TheDeepChecker: 0.85)."""
+LOUD: Final = 2.0
+"""Factor on the root mean square of a layer's outputs from which it is clearly louder than it was."""
 LEFT: Final = 0.25
 """Share of what was not flat before that is left of it, at the most, for that to be new: half of a healthy ReLU's outputs are 0."""
 NONE: Final = 0.02
@@ -31,6 +35,29 @@ MORE: Final = 0.2
 """Growth of the flat share from which a layer has changed at all."""
 UNTOUCHED: Final = 0.1
 """Part of the growth of the flat share up to which none of it was there yet."""
+SILENT: Final = 1 / 3
+"""Factor on an activation's outputs in an ordinary batch from which its units have as good as stopped."""
+ACTIVATIONS: Final = frozenset(
+    {
+        "ReLU",
+        "ReLU6",
+        "LeakyReLU",
+        "PReLU",
+        "ELU",
+        "SELU",
+        "CELU",
+        "GELU",
+        "SiLU",
+        "Mish",
+        "Softplus",
+        "Hardswish",
+        "Hardsigmoid",
+        "Hardtanh",
+        "Sigmoid",
+        "Tanh",
+    }
+)
+"""Classes of torch whose outputs are flat somewhere."""
 LOUDER: Final = 1.25
 """Factor on the root mean square of a layer's outputs, and of those behind it, from which what is left of them is larger than before: units that die take their share with them, dropout scales up
 the rest by 1 / (1 - p)."""
@@ -76,12 +103,12 @@ class ActivationSaturation(Cause):
     @override
     def examine(self, case: Case) -> Examination:
         found = _finding(case)
-        flat = _flattest(case)
-        dropped = _dropped(case, flat)
-        units = _units(case, found, flat) if dropped is None else dropped
+        flat, silent = _flattest(case), _silent(case)
+        dropped = _dropped(case, flat) if silent is None else None
+        units = silent or (_units(case, found, flat) if dropped is None else dropped)
         against = from_elsewhere(case) if units is not None and units.weight > 0.0 else ()
         lasting = _lasting(found) if flat is not None and dropped is None else None
-        alive = _alive_after(case, flat)
+        alive = _alive_after(case, flat) if silent is None else None
         if alive is not None and alive.weight <= -DECISIVE:
             against = tuple(e for e in against if e.weight <= 0.0)  # a jump that came before is not of its making
         evidence = tuple(e for e in (units, lasting, alive, *against) if e is not None)
@@ -171,6 +198,26 @@ def _first_flat(case: Case, flat: _Flat) -> int:
     return int(table.ordinals[flat_then[0]]) if flat_then.size else flat.ordinal
 
 
+def _silent(case: Case) -> Evidence | None:
+    """By experiment: with the weights and batches of before an activation gives next to nothing of what it gave, and it is the first module that is out of the ordinary."""
+    share, grown = number((case.lab("split") or {}).get("computation")), grown_module(case)
+    kinds = {
+        m.get("module"): m.get("kind")
+        for m in (measured(case, "modules") or {}).get("modules", ())
+        if isinstance(m, Mapping)
+    }
+    if (
+        share is None
+        or share < COMPUTED
+        or grown is None
+        or grown[1] > SILENT
+        or kinds.get(grown[0]) not in ACTIVATIONS
+    ):
+        return None
+    text = f"With the weights and batches of before, the outputs of '{grown[0]}' ({kinds[grown[0]]}) are {grown[1]:.2g} times their usual size, and what goes into it is as always."
+    return tell("lab/measured", text, DECISIVE, step=case.step, observed=grown[1], expected=1.0)
+
+
 def _lasting(found: Finding | None) -> Evidence | None:
     if found is None:
         return None
@@ -186,13 +233,24 @@ def _alive_after(case: Case, flat: _Flat | None) -> Evidence | None:
     table = layer_table(case, flat.signal, case.onset + 1, flat.ordinal - 1)
     if len(table.values) == 0 or flat.name not in table.names:
         return None
-    share = float(table.values[0, table.names.index(flat.name)])
-    if not share - flat.before < 0.5 * (flat.share - flat.before):
+    at, share = int(table.ordinals[0]), float(table.values[0, table.names.index(flat.name)])
+    louder = _is_louder(case, flat.name, at)
+    if not louder and not share - flat.before < 0.5 * (flat.share - flat.before):
         return None
-    text = f"At step {case.step_of(int(table.ordinals[0]))}, after the loss had risen, {flat.name} was alive still ({100.0 * share:.3g} %)."
-    untouched = share - flat.before < UNTOUCHED * (flat.share - flat.before)
+    how = "as a whole louder than ever" if louder else f"alive still ({100.0 * share:.3g} %)"
+    text = f"At step {case.step_of(at)}, after the loss had risen, {flat.name} was {how}."
+    untouched = louder or share - flat.before < UNTOUCHED * (flat.share - flat.before)
     weight = -DECISIVE if untouched and case.sudden else -STRONG
     return tell(flat.signal, text, weight, step=case.step, observed=share, expected=flat.before)
+
+
+def _is_louder(case: Case, name: str, at: int) -> bool:
+    """Whether a layer's outputs at a look are larger as a whole than at the healthy ones before."""
+    usual, table = usual_of(case, "activation_rms", at), layer_table(case, "activation_rms", at, at)
+    if usual is None or len(table.values) == 0 or name not in table.names:
+        return False
+    place = table.names.index(name)
+    return bool(table.values[0, place] >= LOUD * usual[place] > 0.0)
 
 
 def _summary(case: Case, flat: _Flat | None) -> str:

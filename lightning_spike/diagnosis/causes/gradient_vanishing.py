@@ -9,7 +9,7 @@ from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, SLIGHT, STRONG
 from lightning_spike.diagnosis.measured import falls_off
-from lightning_spike.diagnosis.tells import tell, without_none
+from lightning_spike.diagnosis.tells import gradient_all_but_gone, tell, without_none
 from lightning_spike.diagnosis.upstream import from_elsewhere
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Finding
 
@@ -17,6 +17,8 @@ __all__ = ["GradientVanishing"]
 
 AHEAD: Final = 96
 """Batches after the onset in which it is looked for: the finding takes twice 16 rows, and up to 16 more to begin."""
+HALF: Final = 0.5
+"""Of its usual norm: down to that a gradient has not vanished."""
 STEEP: Final = 100.0
 """Times as much as before that the gradient falls off between two modules by experiment, from which layers in between swallow it; penalties and dropout make some twenty (`python benchmarks/diagnosis.py`, the finding `measured`)."""
 FAR: Final = 1000.0
@@ -51,6 +53,8 @@ class GradientVanishing(Cause):
         evidence = without_none(
             _fallen(case, found) if steep is None else _falls_off(case, *steep),
             _stands(case, found),
+            gradient_all_but_gone(case, STRONG) if found else None,
+            _came_after(case, found),
             *(from_elsewhere(case) if found or steep else ()),
         )
         worst = _worst(found) if steep is None else steep[0]
@@ -97,6 +101,29 @@ def _fallen(case: Case, found: Finding | None) -> Evidence | None:
 def _falls_off(case: Case, early: str, late: str, factor: float) -> Evidence:
     text = f"With the weights and batches of before, the gradient falls off {factor:.3g} times as much as it did on its way from '{late}' back to '{early}'."
     return tell("lab/measured", text, STRONG, step=case.step, observed=factor, expected=1.0)
+
+
+def _came_after(case: Case, found: Finding | None) -> Evidence | None:
+    """The gradients that vanished were as large as ever when the loss had jumped: they went with what the jump did to the weights."""
+    names, before = (
+        (found.detail.get("names"), number(found.detail.get("before"))) if found is not None else (None, None)
+    )
+    layers = case.store.layer_names.get("grad_norm", ())
+    if (
+        not isinstance(names, list | tuple)
+        or not names
+        or names[0] not in layers
+        or before is None
+        or case.sudden is not True
+    ):
+        return None
+    place = layers.index(names[0])
+    rows = case.store.layer_rows("grad_norm", case.onset, case.onset + 1)
+    norms = [float(row.values[place]) for row in rows if len(row.values) == len(layers)]
+    if not norms or not min(norms) >= HALF * before > 0.0:
+        return None
+    text = f"When the loss had jumped, the gradient of {names[0]} was as large as ever ({min(norms):.3g}): it vanished later."
+    return tell("grad_norm", text, -STRONG, step=case.step, observed=min(norms), expected=before)
 
 
 def _stands(case: Case, found: Finding | None) -> Evidence | None:

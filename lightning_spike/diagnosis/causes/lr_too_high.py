@@ -26,6 +26,7 @@ from lightning_spike.diagnosis.step_length import goes_on_falling, long_steps, w
 from lightning_spike.diagnosis.tells import (
     batch_value,
     finite,
+    gradient_all_but_gone,
     gradient_in_range,
     gradient_norms,
     jump_without_cause_in_update,
@@ -107,7 +108,7 @@ class LrTooHigh(Cause):
             _steps(case),
             _later(case, signal, borne=True),
             lone_batch(case, -STRONG),
-            _gradient(case),
+            gradient_all_but_gone(case, -DECISIVE) or _gradient(case),
             batch_value(case, ordinary=0.0, odd=-FAIR),
             split_verdict(case, {"data": -STRONG, "weights": FAIR, "noise": -FAIR}),
         )
