@@ -27,6 +27,8 @@ LEAST: Final = 3
 """Batches of a kind without which their losses are not compared."""
 DIGITS: Final = 5
 """Digits to which statistics of the same values agree, in whatever order a device adds them up."""
+TELLING: Final = frozenset({"mean", "std", "entropy"})
+"""Statistics of which one must be there: the rest may be the same for all batches."""
 STATISTICS: Final = frozenset({"mean", "std", "max_abs", "zeros", "entropy", "largest", "distinct"})
 
 
@@ -73,7 +75,7 @@ def _prints(case: Case) -> npt.NDArray[np.float64]:
     """A row for every batch that tells it from others: statistics of its values, to some digits; a few columns, none where nothing was recorded."""
     history = case.store.history
     names = [s for s in history.signals if s.startswith("batch/") and s.rsplit("/", 1)[-1] in STATISTICS]
-    if not names:
+    if not any(name.rsplit("/", 1)[-1] in TELLING for name in names):
         return np.zeros((history.ordinals.size, 0))
     values = np.stack([history.series(name) for name in names], axis=1)
     parts, exponents = np.frexp(values)

@@ -178,6 +178,18 @@ def test_a_wild_start_is_a_short_warm_up_if_the_loss_falls_on_and_else_a_rate_to
     assert max(named(run), key=named(run).get) == "warmup_too_short"
 
 
+def test_a_large_embedding_does_not_hide_what_becomes_of_the_other_layers():
+    run = measured(quiet(), np.full(400, 0.01))
+    names, weights = ("embedding.weight", "head.weight", "head.bias"), ("embedding.weight", "head.weight")
+    run.layers["weight_norm"] = (names, {t: [40.0, 2.0, 0.0] for t in range(0, 64, 10)})
+    run.layers["update_norm"] = (names, {t: [0.4, 0.5 if t < 30 else 0.02, 0.1] for t in range(0, 64, 10)})
+    assert wild_start(run.store()) is None
+    run.layers["initial_scale"] = (weights, {0: [1.0, 1.0]})
+    wild = wild_start(run.store())
+    assert wild is not None
+    assert (wild.share, wild.after.ordinal) == (pytest.approx((0.01 + 0.25) / 2), 21)
+
+
 def test_runs_whose_updates_were_not_measured_say_nothing():
     run = quiet()
     assert long_steps(run.store()) is None

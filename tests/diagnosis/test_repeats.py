@@ -64,3 +64,8 @@ def test_without_values_nothing_is_said():
     run.loss[ONSET:] = np.nan
     again = told(run)
     assert again is None or again.known is None
+
+
+def test_batches_of_which_nothing_telling_is_known_are_not_taken_for_the_same():
+    run = a_run(kinds=200)
+    assert told(run, without=tuple(f"batch/input/{name}" for name in ("mean", "std", "max_abs"))) is None

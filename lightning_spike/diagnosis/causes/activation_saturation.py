@@ -234,7 +234,7 @@ def _alive_after(case: Case, flat: _Flat | None) -> Evidence | None:
     if len(table.values) == 0 or flat.name not in table.names:
         return None
     at, share = int(table.ordinals[0]), float(table.values[0, table.names.index(flat.name)])
-    louder = _is_louder(case, flat.name, at)
+    louder = SIGNALS[flat.signal] == "dead" and _is_louder(case, flat.name, at)  # saturated ones are at their bounds
     if not louder and not share - flat.before < 0.5 * (flat.share - flat.before):
         return None
     how = "as a whole louder than ever" if louder else f"alive still ({100.0 * share:.3g} %)"

@@ -189,7 +189,7 @@ def _items(case: Case, key: str) -> list[Mapping[str, Any]]:
 
 def _rate(case: Case, raised: SettingChange | None) -> Evidence | None:
     """A rate that has jumped or climbed swings the momentum up: then it is the rate's doing."""
-    return None if raised is not None else rate_to_blame(case, event=-FAIR, climb=-FAIR)
+    return None if raised is not None else rate_to_blame(case, event=-FAIR, climb=-STRONG)
 
 
 def _summary(case: Case, raised: SettingChange | None, turned: Evidence | None) -> str:

@@ -112,3 +112,41 @@ def test_nothing_is_said_where_activations_were_not_measured():
     run.layers = {}
     assert not examined(run).speaks
     assert np.isfinite(examined(run).total)
+
+
+def silenced(kind, times):
+    """The lab has found the outputs of `net.1` changed by a factor, with the weights and batches of before; the looks of the training show nothing."""
+    run = a_run(share=0.52)
+    split = {"episode": 1, "verdict": "computation", "computation": 1.0, "noise": 0.2, "text": "It has changed."}
+    activity = {"module": "net.1", "kind": kind, "now": {"rms": times}, "usual": {"rms": 1.0}}
+    modules = {"episode": 1, "what": "modules", "first": "net.1", "modules": [activity], "text": "It has changed."}
+    for name, detail in (("split", split), ("measured", modules)):
+        run.note(Finding(detector="lab", kind=name, at=moment(200), detail=detail))
+    return examined(run).total
+
+
+def test_an_activation_that_fell_silent_by_experiment_is_proof():
+    assert silenced("GELU", 0.15) > 4.0
+    assert silenced("GELU", 0.6) < 0.0
+    assert silenced("Linear", 0.15) < 0.0
+
+
+def test_a_layer_that_is_louder_than_ever_when_the_loss_has_jumped_died_later():
+    run = a_run(flat_from=250)
+    quiet, loud = (
+        {o: [1.0, 3.0 if o == 203 and louder else 1.0] for o in (0, 50, 100, 150, 203)} for louder in (False, True)
+    )
+    totals = []
+    for rows in (quiet, loud):
+        run.layers["activation_zeros"] = (NAMES, {**run.layers["activation_zeros"][1], 203: [0.5, 0.8]})
+        run.layers["activation_rms"] = (NAMES, rows)
+        totals.append(examined(run).total)
+    assert totals[1] < totals[0] - 2.0
+
+
+def test_a_setting_of_the_optimizer_that_was_changed_lies_upstream():
+    run = a_run()
+    before = examined(run).total
+    detail = {"name": "momentum", "before": 0.9, "after": 0.999, "text": "momentum went from 0.9 to 0.999."}
+    run.note(Finding(detector="optimizer", kind="settings_changed", at=moment(180), detail=detail))
+    assert examined(run).total == pytest.approx(before - 3.0)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from synthetic import SGD, Run, an_episode, moment
 
@@ -69,3 +70,48 @@ def test_any_detail_is_borne(value):
     run = a_run(now=value)
     assert math.isfinite(examined(run).total)
     assert math.isfinite(examined(run, without=("loss", "grad_norm", "lr-", "batch/")).total)
+
+
+def norms_at_the_jump(norm):
+    run = a_run()
+    run.layers["grad_norm"] = (
+        ("net.0.weight", "net.2.weight"),
+        {t: [norm if 200 <= t < 204 else 0.5, 0.5] for t in range(400)},
+    )
+    return examined(run).total
+
+
+def test_gradients_that_were_there_when_the_loss_had_jumped_vanished_with_what_it_did():
+    assert norms_at_the_jump(50.0) < norms_at_the_jump(1e-6) - 2.5
+
+
+def test_a_gradient_that_had_gone_before_a_slow_rise_speaks_for_it_and_against_the_rate():
+    run = a_run()
+    run.loss[200:] = 0.35 * np.exp(np.minimum(np.arange(200) / 40, 2.0))
+    there = {v.cause: v.probability for v in diagnose(run.store()).overall}
+    run.grad[190:] *= 1e-4
+    gone = {v.cause: v.probability for v in diagnose(run.store()).overall}
+    assert max(gone, key=gone.get) == "gradient_vanishing"
+    assert gone["gradient_vanishing"] > there.get("gradient_vanishing", 0.0)
+    assert gone.get("lr_too_high", 0.0) < there.get("lr_too_high", 1.0)
+
+
+@pytest.mark.parametrize(("first", "computation", "speaks"), [(1e-3, 1.0, True), (0.2, 1.0, False), (1e-3, 0.0, False)])
+def test_a_gradient_that_falls_off_by_experiment_shows_it(first, computation, speaks):
+    run = a_run(found=False)
+    split = {
+        "episode": 1,
+        "verdict": "computation",
+        "computation": computation,
+        "noise": 0.2,
+        "text": "It has changed.",
+    }
+    modules = [
+        {"module": name, "kind": "Linear", "now": {"rms": 1.0, "gradient": now}, "usual": {"rms": 1.0, "gradient": 1.0}}
+        for name, now in (("net.0", first), ("net.2", 1.0))
+    ]
+    detail = {"episode": 1, "what": "modules", "first": None, "modules": modules, "text": "It has changed."}
+    for name, told in (("split", split), ("measured", detail)):
+        run.note(Finding(detector="lab", kind=name, at=moment(200), detail=told))
+    assert (examined(run).total > 2.0) is speaks
+    assert ("net.0" in examined(run).fixes[0]) is speaks

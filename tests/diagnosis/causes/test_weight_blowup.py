@@ -125,3 +125,14 @@ def test_any_value_is_borne(value):
     run.more["update_norm"][100:] = value
     assert math.isfinite(examined(run).total)
     assert math.isfinite(examined(run, without=("weight_norm", "loss")).total)
+
+
+def test_uneven_growth_is_no_word_against_a_decay_that_was_changed():
+    run = a_run()
+    steps = np.arange(run.length)
+    looks = np.isfinite(run.more["weight_norm"])
+    uneven = 6.0 * np.exp(0.2 * np.maximum((steps - BEGIN) // 10, 0) * np.where(steps // 10 % 3 == 0, 0.3, 1.7))
+    run.more["weight_norm"] = np.where(looks, np.maximum.accumulate(uneven), np.nan)
+    alone = examined(run).total
+    run.note(changed())
+    assert examined(run).total > max(alone, 0.0) + 4.0
