@@ -53,9 +53,7 @@ class DataDrift(Cause):
     family: ClassVar = Family.DATA
     tested_by: ClassVar = frozenset({"data"})
     title: ClassVar = "The data have moved"
-    explains: ClassVar = frozenset(
-        {"bad_batch", "label_noise", "gradient_explosion", "numerical_instability", "lr_too_high"}
-    )
+    explains: ClassVar = frozenset({"bad_batch", "label_noise", "gradient_explosion", "numerical_instability"})
 
     @override
     def shown(self, store: TrainerStateStore) -> Shown | None:

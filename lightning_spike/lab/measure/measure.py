@@ -51,15 +51,16 @@ def measure(
         says why, and there are no numbers.
     """
     ordinary, old, new = scene.ordinary()[0], scene.snapshot.model, again.weights
-    ways = [
+    place = _place(again, located) if blames_weights else None
+    ways = []
+    if place is not None:  # it takes least and tells most
+        ways.append(_Way("updates", "how long the update was", 1, lambda: measure_update(bench, again, place)))
+    ways += [
         _Way("modules", "activations and gradients by module", 2, lambda: measure_modules(bench, scene.spike, ordinary, old=old, new=new)),
         _Way("precision", "the loss in float32", 2 if "mixed" in str(scene.trainer.precision) else 0, lambda: measure_precision(bench, new, scene.spike)),
         _Way("loss_scale", "the loss scale", 0, lambda: _loss_scale(scene, bench)),
     ]  # fmt: skip
     if blames_weights:
-        place = _place(again, located)
-        if place is not None:
-            ways.append(_Way("updates", "how long the update was", 1, lambda: measure_update(bench, again, place)))
         ways.append(_Way("modes", "train mode against eval mode", 2, lambda: measure_modes(bench, ordinary, old=old, new=new)))  # fmt: skip
     return list(_told(bench, ways))
 
