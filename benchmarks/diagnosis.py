@@ -2,7 +2,7 @@
 
     python benchmarks/diagnosis.py [--seed 0] [--seeds 3] [--jobs 2] [--task TASK ...] [--cause CAUSE ...] [--runs runs/] [--out diagnosis.json] [--picture confusion.png] [--fit FILE] [--wrong]
 
-Seven tasks (images, text, a table, sequences, nested batches, patches, origins) x every cause of the catalogue x two strengths x seeds, beside them clean twins of 2,000 steps, harmless decoys, faults that no cause covers,
+Nine tasks (images, text, a table, sequences, nested batches, patches, origins, colours, tags) x every cause of the catalogue x two strengths x seeds, beside them clean twins of 2,000 steps, harmless decoys, faults that no cause covers,
 scenes that look like another cause, and runs with two faults. Every run is kept under `--runs`, so a run that was stopped goes on where it was, and judging again (with other weights) takes
 no training; `--wrong` lists what was misread.
 

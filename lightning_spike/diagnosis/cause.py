@@ -5,7 +5,7 @@ import dataclasses
 from typing import ClassVar
 
 from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.quiet import Shown
+from lightning_spike.diagnosis.observations.quiet import Shown
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family
 from lightning_spike.store import TrainerStateStore
 

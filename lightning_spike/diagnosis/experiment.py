@@ -7,7 +7,7 @@ from typing import Final
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import FAIR, REPLAYED, STRONG
-from lightning_spike.diagnosis.tells import tell
+from lightning_spike.diagnosis.observations.tells import tell
 from lightning_spike.records import Evidence
 
 __all__ = ["with_experiment"]

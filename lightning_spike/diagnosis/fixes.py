@@ -7,8 +7,8 @@ import numpy as np
 
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.constants import GUARD, REFERENCE
-from lightning_spike.diagnosis.rates import CLIMB, climbed
-from lightning_spike.diagnosis.step_length import update_shares
+from lightning_spike.diagnosis.observations.rates import CLIMB, climbed
+from lightning_spike.diagnosis.observations.step_length import update_shares
 from lightning_spike.records import Change, Recovery
 
 __all__ = [

@@ -12,7 +12,7 @@ from lightning_spike.diagnosis.catalogue import catalogue
 from lightning_spike.diagnosis.cause import Cause
 from lightning_spike.diagnosis.constants import AFTERSHOCK, LEAST_PROBABILITY
 from lightning_spike.diagnosis.experiment import with_experiment
-from lightning_spike.diagnosis.quiet import Rise, Shown
+from lightning_spike.diagnosis.observations.quiet import Rise, Shown
 from lightning_spike.diagnosis.weigh import Examined, probabilities
 from lightning_spike.records import Episode, EpisodeKind, Family, Moment, Recovery, Verdict
 from lightning_spike.store import TrainerStateStore

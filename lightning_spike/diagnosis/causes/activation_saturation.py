@@ -10,10 +10,10 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, STRONG
-from lightning_spike.diagnosis.layers import layer_table, usual_of
-from lightning_spike.diagnosis.measured import COMPUTED, grown_module, measured
-from lightning_spike.diagnosis.tells import tell
-from lightning_spike.diagnosis.upstream import from_elsewhere
+from lightning_spike.diagnosis.observations.layers import layer_table, usual_of
+from lightning_spike.diagnosis.observations.measured import COMPUTED, grown_module, measured
+from lightning_spike.diagnosis.observations.tells import tell
+from lightning_spike.diagnosis.observations.upstream import from_elsewhere
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Finding
 
 __all__ = ["ActivationSaturation"]

@@ -8,8 +8,8 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case, Excess
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, REACH, SLIGHT, STRONG
-from lightning_spike.diagnosis.settings import SettingChange, changed_setting, setting_evidence
-from lightning_spike.diagnosis.tells import batch_value, lone_batch, split_verdict, tell, without_none
+from lightning_spike.diagnosis.observations.settings import SettingChange, changed_setting, setting_evidence
+from lightning_spike.diagnosis.observations.tells import batch_value, lone_batch, split_verdict, tell, without_none
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family
 
 __all__ = ["AdamEpsilonTooSmall"]

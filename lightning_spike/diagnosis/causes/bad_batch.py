@@ -6,12 +6,12 @@ from typing import Any, ClassVar, Final
 
 from typing_extensions import override
 
-from lightning_spike.diagnosis.batch_parts import unusual_input
 from lightning_spike.diagnosis.case import Case, Oddity, number
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, REPLAYED, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import clip_fix, dataset_fix, drop_samples, sample_words
-from lightning_spike.diagnosis.tells import (
+from lightning_spike.diagnosis.observations.batch_parts import unusual_input
+from lightning_spike.diagnosis.observations.tells import (
     early_gradient,
     gradient_in_range,
     jump_without_cause_in_update,

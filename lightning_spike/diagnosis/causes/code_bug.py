@@ -10,8 +10,8 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, REACH, REPLAYED, SLIGHT, STRONG
-from lightning_spike.diagnosis.outside import OutsideChange, earlier, last_write, outside_change
-from lightning_spike.diagnosis.tells import batches, split_verdict, tell, without_none
+from lightning_spike.diagnosis.observations.outside import OutsideChange, earlier, last_write, outside_change
+from lightning_spike.diagnosis.observations.tells import batches, split_verdict, tell, without_none
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Finding
 
 __all__ = ["CodeBug"]

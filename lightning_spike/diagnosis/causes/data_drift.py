@@ -7,15 +7,15 @@ import numpy as np
 from typing_extensions import override
 
 from lightning_spike.detectors.stagnation import stagnates
-from lightning_spike.diagnosis.batch_parts import input_known
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, NEAR, SLIGHT, STRONG
-from lightning_spike.diagnosis.course import GAP, Course, Stretch, course, longest, parts
-from lightning_spike.diagnosis.order import one_sided
-from lightning_spike.diagnosis.quiet import Shown, rise_after
-from lightning_spike.diagnosis.repeats import repeats
-from lightning_spike.diagnosis.tells import batches, lone_batch, tell, without_none
+from lightning_spike.diagnosis.observations.batch_parts import input_known
+from lightning_spike.diagnosis.observations.course import GAP, Course, Stretch, course, longest, parts
+from lightning_spike.diagnosis.observations.order import one_sided
+from lightning_spike.diagnosis.observations.quiet import Shown, rise_after
+from lightning_spike.diagnosis.observations.repeats import repeats
+from lightning_spike.diagnosis.observations.tells import batches, lone_batch, tell, without_none
 from lightning_spike.records import Change, Evidence, Family, Moment
 from lightning_spike.store import TrainerStateStore
 

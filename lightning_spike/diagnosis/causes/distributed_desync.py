@@ -9,8 +9,8 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, SLIGHT, STRONG
-from lightning_spike.diagnosis.outside import last_that_matters
-from lightning_spike.diagnosis.tells import tell
+from lightning_spike.diagnosis.observations.outside import last_that_matters
+from lightning_spike.diagnosis.observations.tells import tell
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Finding
 
 __all__ = ["DistributedDesync"]

@@ -10,9 +10,9 @@ from lightning_spike.diagnosis.case import Case, Excess
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, REPLAYED, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import clip_fix, clip_value
-from lightning_spike.diagnosis.held import EXPLODED, held_gradient
-from lightning_spike.diagnosis.rates import steady_rate
-from lightning_spike.diagnosis.tells import (
+from lightning_spike.diagnosis.observations.held import EXPLODED, held_gradient
+from lightning_spike.diagnosis.observations.rates import steady_rate
+from lightning_spike.diagnosis.observations.tells import (
     batch_value,
     batches,
     early_gradient,

@@ -8,9 +8,9 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, SLIGHT, STRONG
-from lightning_spike.diagnosis.measured import falls_off
-from lightning_spike.diagnosis.tells import gradient_all_but_gone, tell, without_none
-from lightning_spike.diagnosis.upstream import from_elsewhere
+from lightning_spike.diagnosis.observations.measured import falls_off
+from lightning_spike.diagnosis.observations.tells import gradient_all_but_gone, tell, without_none
+from lightning_spike.diagnosis.observations.upstream import from_elsewhere
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Finding
 
 __all__ = ["GradientVanishing"]

@@ -4,13 +4,13 @@ from typing import ClassVar, Final
 
 from typing_extensions import override
 
-from lightning_spike.diagnosis.batch_parts import class_leaves
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, STRONG
-from lightning_spike.diagnosis.course import Stretch, course
-from lightning_spike.diagnosis.order import one_sided, targets_known
-from lightning_spike.diagnosis.tells import batches, tell, without_none
+from lightning_spike.diagnosis.observations.batch_parts import class_leaves
+from lightning_spike.diagnosis.observations.course import Stretch, course
+from lightning_spike.diagnosis.observations.order import one_sided, targets_known
+from lightning_spike.diagnosis.observations.tells import batches, tell, without_none
 from lightning_spike.records import Change, Evidence, Family
 
 __all__ = ["HardSampleStreak"]

@@ -8,8 +8,8 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, NEAR, REPLAYED, SLIGHT, STRONG
-from lightning_spike.diagnosis.outside import OutsideChange, earlier, last_write, outside_change
-from lightning_spike.diagnosis.tells import tell, without_none
+from lightning_spike.diagnosis.observations.outside import OutsideChange, earlier, last_write, outside_change
+from lightning_spike.diagnosis.observations.tells import tell, without_none
 from lightning_spike.records import Change, Evidence, Family
 
 __all__ = ["HardwareFault"]

@@ -5,14 +5,20 @@ from typing import ClassVar, Final
 
 from typing_extensions import override
 
-from lightning_spike.diagnosis.batch_parts import Unusual, class_leaves, input_known, unusual_input, unusual_target
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, REFERENCE, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import dataset_fix, sample_words
-from lightning_spike.diagnosis.measured import all_measured, grown_module
-from lightning_spike.diagnosis.order import one_sided
-from lightning_spike.diagnosis.tells import (
+from lightning_spike.diagnosis.observations.batch_parts import (
+    Unusual,
+    class_leaves,
+    input_known,
+    unusual_input,
+    unusual_target,
+)
+from lightning_spike.diagnosis.observations.measured import all_measured, grown_module
+from lightning_spike.diagnosis.observations.order import one_sided
+from lightning_spike.diagnosis.observations.tells import (
     batches,
     jump_without_cause_in_update,
     scattered_batches,

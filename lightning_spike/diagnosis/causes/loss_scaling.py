@@ -9,8 +9,8 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, NEAR, REACH, REFERENCE, SLIGHT, STRONG
-from lightning_spike.diagnosis.outside import earlier
-from lightning_spike.diagnosis.tells import split_verdict, tell, without_none
+from lightning_spike.diagnosis.observations.outside import earlier
+from lightning_spike.diagnosis.observations.tells import split_verdict, tell, without_none
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Finding
 
 __all__ = ["LossScaling"]

@@ -8,9 +8,23 @@ from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import FAIR, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import clip_fix, lower_peak
-from lightning_spike.diagnosis.quiet import Shown
-from lightning_spike.diagnosis.rates import PERIODIC, SCHEDULED, RateEvent, nearness, rate_event, shown_after_event
-from lightning_spike.diagnosis.tells import batch_value, lone_batch, rate_text, split_verdict, tell, without_none
+from lightning_spike.diagnosis.observations.quiet import Shown
+from lightning_spike.diagnosis.observations.rates import (
+    PERIODIC,
+    SCHEDULED,
+    RateEvent,
+    nearness,
+    rate_event,
+    shown_after_event,
+)
+from lightning_spike.diagnosis.observations.tells import (
+    batch_value,
+    lone_batch,
+    rate_text,
+    split_verdict,
+    tell,
+    without_none,
+)
 from lightning_spike.records import Change, Evidence, Family
 from lightning_spike.store import TrainerStateStore
 

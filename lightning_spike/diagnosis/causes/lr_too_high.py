@@ -10,10 +10,10 @@ from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, REACH, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import clip_fix, lower_peak
-from lightning_spike.diagnosis.held import EXPLODED
-from lightning_spike.diagnosis.measured import steps_too_long
-from lightning_spike.diagnosis.quiet import Shown, rise_after
-from lightning_spike.diagnosis.rates import (
+from lightning_spike.diagnosis.observations.held import EXPLODED
+from lightning_spike.diagnosis.observations.measured import steps_too_long
+from lightning_spike.diagnosis.observations.quiet import Shown, rise_after
+from lightning_spike.diagnosis.observations.rates import (
     JUMPS,
     SCHEDULED,
     begins_to_climb,
@@ -22,8 +22,8 @@ from lightning_spike.diagnosis.rates import (
     rate_event,
     steady_rate,
 )
-from lightning_spike.diagnosis.step_length import goes_on_falling, long_steps, wild_start
-from lightning_spike.diagnosis.tells import (
+from lightning_spike.diagnosis.observations.step_length import goes_on_falling, long_steps, wild_start
+from lightning_spike.diagnosis.observations.tells import (
     batch_value,
     finite,
     gradient_all_but_gone,

@@ -9,11 +9,11 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, NEAR, REACH, REFERENCE, REPLAYED, SLIGHT, STRONG
-from lightning_spike.diagnosis.held import held_gradient
-from lightning_spike.diagnosis.measured import all_measured, measured
-from lightning_spike.diagnosis.settings import SettingChange, changed_setting, setting_evidence
-from lightning_spike.diagnosis.tells import batch_value, lone_batch, split_verdict, tell, without_none
-from lightning_spike.diagnosis.upstream import rate_to_blame
+from lightning_spike.diagnosis.observations.held import held_gradient
+from lightning_spike.diagnosis.observations.measured import all_measured, measured
+from lightning_spike.diagnosis.observations.settings import SettingChange, changed_setting, setting_evidence
+from lightning_spike.diagnosis.observations.tells import batch_value, lone_batch, split_verdict, tell, without_none
+from lightning_spike.diagnosis.observations.upstream import rate_to_blame
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family
 
 __all__ = ["MomentumReversal"]

@@ -9,7 +9,7 @@ from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import dataset_fix, drop_samples
-from lightning_spike.diagnosis.tells import split_verdict, tell, without_none
+from lightning_spike.diagnosis.observations.tells import split_verdict, tell, without_none
 from lightning_spike.records import Evidence, Family
 
 __all__ = ["NonfiniteInput"]

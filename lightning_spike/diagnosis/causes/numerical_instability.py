@@ -9,8 +9,8 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, NEAR, SLIGHT, STRONG
-from lightning_spike.diagnosis.measured import blown_up, wild_scatter
-from lightning_spike.diagnosis.tells import (
+from lightning_spike.diagnosis.observations.measured import blown_up, wild_scatter
+from lightning_spike.diagnosis.observations.tells import (
     batch_value,
     gradient_in_range,
     split_verdict,

@@ -7,7 +7,7 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, SLIGHT, STRONG
-from lightning_spike.diagnosis.tells import tell, without_none
+from lightning_spike.diagnosis.observations.tells import tell, without_none
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Finding, ValidationPoint
 
 __all__ = ["Overfitting"]

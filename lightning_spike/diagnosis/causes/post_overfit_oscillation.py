@@ -9,9 +9,9 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, STRONG
-from lightning_spike.diagnosis.repeats import Repeats, repeats
-from lightning_spike.diagnosis.tells import tell, without_none
-from lightning_spike.diagnosis.upstream import rate_to_blame
+from lightning_spike.diagnosis.observations.repeats import Repeats, repeats
+from lightning_spike.diagnosis.observations.tells import tell, without_none
+from lightning_spike.diagnosis.observations.upstream import rate_to_blame
 from lightning_spike.records import Change, Evidence, Family, ValidationPoint
 
 __all__ = ["PostOverfitOscillation"]

@@ -8,9 +8,9 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, SLIGHT, STRONG
-from lightning_spike.diagnosis.course import GAP, Course, Stretch, course, longest, parts
 from lightning_spike.diagnosis.fixes import clip_fix
-from lightning_spike.diagnosis.tells import batches, tell, without_none
+from lightning_spike.diagnosis.observations.course import GAP, Course, Stretch, course, longest, parts
+from lightning_spike.diagnosis.observations.tells import batches, tell, without_none
 from lightning_spike.records import Change, Evidence, Family
 
 __all__ = ["SampleWeightBlowup"]

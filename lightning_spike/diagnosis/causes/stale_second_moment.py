@@ -10,9 +10,16 @@ from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, REACH, REFERENCE, REPLAYED, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import clip_fix
-from lightning_spike.diagnosis.outside import earlier
-from lightning_spike.diagnosis.rates import steady_rate
-from lightning_spike.diagnosis.tells import batch_value, early_gradient, lone_batch, split_verdict, tell, without_none
+from lightning_spike.diagnosis.observations.outside import earlier
+from lightning_spike.diagnosis.observations.rates import steady_rate
+from lightning_spike.diagnosis.observations.tells import (
+    batch_value,
+    early_gradient,
+    lone_batch,
+    split_verdict,
+    tell,
+    without_none,
+)
 from lightning_spike.records import Change, Evidence, Family, Finding
 
 __all__ = ["StaleSecondMoment"]

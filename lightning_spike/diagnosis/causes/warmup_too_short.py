@@ -10,10 +10,15 @@ from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, NEAR, SLIGHT, STRONG
 from lightning_spike.diagnosis.fixes import clip_fix, longest_bearable, warmup_steps
-from lightning_spike.diagnosis.quiet import Shown
-from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, borne_later, rate_event
-from lightning_spike.diagnosis.step_length import goes_on_falling, long_steps, passed_early_peak, wild_start
-from lightning_spike.diagnosis.tells import (
+from lightning_spike.diagnosis.observations.quiet import Shown
+from lightning_spike.diagnosis.observations.rates import JUMPS, SCHEDULED, borne_later, rate_event
+from lightning_spike.diagnosis.observations.step_length import (
+    goes_on_falling,
+    long_steps,
+    passed_early_peak,
+    wild_start,
+)
+from lightning_spike.diagnosis.observations.tells import (
     batch_value,
     jump_without_cause_in_update,
     lone_batch,

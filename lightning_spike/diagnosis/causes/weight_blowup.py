@@ -11,9 +11,9 @@ from typing_extensions import override
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, SLIGHT, STRONG
-from lightning_spike.diagnosis.layers import shifted_most
-from lightning_spike.diagnosis.rates import climbed
-from lightning_spike.diagnosis.tells import tell, without_none
+from lightning_spike.diagnosis.observations.layers import shifted_most
+from lightning_spike.diagnosis.observations.rates import climbed
+from lightning_spike.diagnosis.observations.tells import tell, without_none
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Finding
 
 __all__ = ["WeightBlowup"]

@@ -2,10 +2,10 @@
 
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.constants import FAIR, NEAR, STRONG
-from lightning_spike.diagnosis.measured import steps_too_long
-from lightning_spike.diagnosis.rates import JUMPS, SCHEDULED, climbed, rate_event
-from lightning_spike.diagnosis.step_length import wild_start
-from lightning_spike.diagnosis.tells import (
+from lightning_spike.diagnosis.observations.measured import steps_too_long
+from lightning_spike.diagnosis.observations.rates import JUMPS, SCHEDULED, climbed, rate_event
+from lightning_spike.diagnosis.observations.step_length import wild_start
+from lightning_spike.diagnosis.observations.tells import (
     batch_value,
     early_gradient,
     gradient_all_but_gone,

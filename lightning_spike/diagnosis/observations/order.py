@@ -2,10 +2,10 @@
 
 from typing import Final
 
-from lightning_spike.diagnosis.batch_parts import class_leaves
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.constants import GUARD
-from lightning_spike.diagnosis.course import GAP, Stretch, course, longest, parts
+from lightning_spike.diagnosis.observations.batch_parts import class_leaves
+from lightning_spike.diagnosis.observations.course import GAP, Stretch, course, longest, parts
 
 __all__ = ["one_sided", "targets_known"]
 

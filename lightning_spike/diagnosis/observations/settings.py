@@ -6,8 +6,8 @@ from typing import Final
 
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, NEAR, REACH, STRONG
-from lightning_spike.diagnosis.outside import SUDDEN
-from lightning_spike.diagnosis.tells import batches, tell
+from lightning_spike.diagnosis.observations.outside import SUDDEN
+from lightning_spike.diagnosis.observations.tells import batches, tell
 from lightning_spike.records import Evidence, Finding
 
 __all__ = ["SettingChange", "changed_setting", "setting_evidence"]

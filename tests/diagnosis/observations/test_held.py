@@ -4,7 +4,7 @@ import pytest
 from synthetic import Run, an_episode, moment
 
 from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.held import held_gradient
+from lightning_spike.diagnosis.observations.held import held_gradient
 from lightning_spike.records import Finding
 
 

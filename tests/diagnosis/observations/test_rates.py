@@ -5,8 +5,8 @@ import pytest
 from synthetic import Run, an_episode
 
 from lightning_spike.diagnosis.case import Case
+from lightning_spike.diagnosis.observations.rates import climbed
 from lightning_spike.diagnosis.rank import diagnose
-from lightning_spike.diagnosis.rates import climbed
 
 
 def case_of(rate, onset=250):

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 
 from lightning_spike.diagnosis.case import Case, Excess
 from lightning_spike.diagnosis.constants import DECISIVE, GUARD, NEAR
-from lightning_spike.diagnosis.measured import wild_scatter
-from lightning_spike.diagnosis.rates import RateEvent, steady_rate
+from lightning_spike.diagnosis.observations.measured import wild_scatter
+from lightning_spike.diagnosis.observations.rates import RateEvent, steady_rate
 from lightning_spike.records import Evidence
 
 __all__ = [

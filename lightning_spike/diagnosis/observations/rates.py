@@ -8,8 +8,8 @@ import numpy as np
 
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, NEAR, REACH, STRONG
-from lightning_spike.diagnosis.quiet import Shown, rise_after
-from lightning_spike.diagnosis.step_length import lengthened
+from lightning_spike.diagnosis.observations.quiet import Shown, rise_after
+from lightning_spike.diagnosis.observations.step_length import lengthened
 from lightning_spike.records import Finding, Moment
 from lightning_spike.store import TrainerStateStore
 

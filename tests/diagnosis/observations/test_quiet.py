@@ -4,10 +4,16 @@ import numpy as np
 import pytest
 from synthetic import Run, moment
 
-from lightning_spike.diagnosis.quiet import rise_after
+from lightning_spike.diagnosis.observations.quiet import rise_after
+from lightning_spike.diagnosis.observations.rates import begins_to_climb
+from lightning_spike.diagnosis.observations.step_length import (
+    goes_on_falling,
+    lengthened,
+    long_steps,
+    passed_early_peak,
+    wild_start,
+)
 from lightning_spike.diagnosis.rank import diagnose
-from lightning_spike.diagnosis.rates import begins_to_climb
-from lightning_spike.diagnosis.step_length import goes_on_falling, lengthened, long_steps, passed_early_peak, wild_start
 from lightning_spike.records import Finding
 
 STEPS = np.arange(400)

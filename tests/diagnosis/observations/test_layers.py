@@ -5,7 +5,7 @@ import pytest
 from synthetic import Run, an_episode
 
 from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.layers import layer_table, shifted_most, usual_of
+from lightning_spike.diagnosis.observations.layers import layer_table, shifted_most, usual_of
 
 
 def a_case(rows, names=("a", "b", "c")):

@@ -5,7 +5,7 @@ import pytest
 from synthetic import Run, an_episode
 
 from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.repeats import repeats
+from lightning_spike.diagnosis.observations.repeats import repeats
 from lightning_spike.records import EpisodeKind, Recovery
 
 ONSET = 200

@@ -5,7 +5,7 @@ import math
 from typing import Final
 
 from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.course import Course, course
+from lightning_spike.diagnosis.observations.course import Course, course
 
 __all__ = ["Unusual", "class_leaves", "input_known", "unusual_input", "unusual_target"]
 

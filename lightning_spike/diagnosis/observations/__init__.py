@@ -1,0 +1,1 @@
+"""What is asked about an episode beside its own numbers: one question a file, each answered from the store alone and put into words once, for every cause that asks."""
