@@ -10,8 +10,10 @@ from training_tasks import TASKS, Digits, train
 
 from lightning_spike.callbacks import counterfactual_replay
 from lightning_spike.callbacks.counterfactual_replay import CounterfactualReplay
+from lightning_spike.diagnosis.rank import diagnose
 from lightning_spike.errors import ConfigurationError
 from lightning_spike.store import TrainerStateStore
+from lightning_spike.testing import GradientsTurnRound
 
 SIZE = 16
 LATE, EARLY = 284, 84
@@ -98,6 +100,18 @@ def test_the_verdict_names_what_was_done(fault, verdict, first, tmp_path):
     assert blamed["shares"][first] > 0.7
     assert sum(blamed["shares"].values()) == pytest.approx(1.0)
     assert next(a.detail["episode"] for a in TrainerStateStore.of(trainer).actions if a.action == "replay") == 1
+
+
+def test_gradients_that_the_code_turns_round_are_not_taken_for_a_step_that_is_too_long(tmp_path):
+    trainer = run(tmp_path, GradientsTurnRound(LATE - 6, 40.0, length=6))
+    updates = [detail for detail in told(trainer, "measured") if detail["what"] == "updates"]
+    assert [detail["direction"] for detail in updates[:1]] == ["turned"], told(trainer, "not_run")
+    assert updates[0]["slope"] == pytest.approx(-1 / 40, rel=0.2)
+    assert updates[0]["slope_usual"] == pytest.approx(1.0, rel=0.2)
+    blamed = told(trainer, "blame")[0]
+    assert blamed["first"] == "gradient"
+    first = diagnose(TrainerStateStore.of(trainer)).overall[0]
+    assert (first.cause, first.confirmed) == ("momentum_reversal", True)
 
 
 def test_the_update_that_did_it_is_found_and_what_would_have_helped(tmp_path):
