@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import torch
-from diagnosis_tasks import ADAPTIVE, REGRESSION, TASKS, TOKENS, WEIGHTED, Module, loaders
+from diagnosis_tasks import ADAPTIVE, NO_HALF, REGRESSION, TASKS, TOKENS, WEIGHTED, Module, loaders
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.plugins.precision import MixedPrecision
 from typing_extensions import override
@@ -127,6 +127,7 @@ def _fits(kind: type[Fault], task: str) -> bool:
         Needs.INTEGER_INPUT: task not in TOKENS,
         Needs.ADAM: task not in ADAPTIVE,
         Needs.WEIGHT: task not in WEIGHTED,
+        Needs.LOSS_SCALER: task in NO_HALF,
     }
     if kind is LogOfZero and task in REGRESSION:  # on paper it leaves a cross-entropy as it is, and nothing else
         return False

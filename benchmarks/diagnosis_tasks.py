@@ -28,7 +28,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from typing_extensions import override
 
-__all__ = ["ADAPTIVE", "REGRESSION", "TASKS", "TOKENS", "WEIGHTED", "Kind", "Module", "loaders"]
+__all__ = ["ADAPTIVE", "NO_HALF", "REGRESSION", "TASKS", "TOKENS", "WEIGHTED", "Kind", "Module", "loaders"]
 
 Batch: TypeAlias = Any
 """A batch or a sample of any structure."""
@@ -407,7 +407,9 @@ ADAPTIVE: Final = frozenset({"images", "text", "nested", "patches", "tags"})
 WEIGHTED: Final = frozenset({"table", "nested"})
 """… whose samples have weights …"""
 REGRESSION: Final = frozenset({"sequences", "patches", "colours"})
-"""… and that predict numbers."""
+"""… that predict numbers …"""
+NO_HALF: Final = frozenset({"tags"})
+"""… and whose nets torch has no float16 for on the CPU (LSTM)."""
 
 
 class Module(LightningModule):

@@ -35,8 +35,11 @@ MORE: Final = 0.2
 """Growth of the flat share from which a layer has changed at all."""
 UNTOUCHED: Final = 0.1
 """Part of the growth of the flat share up to which none of it was there yet."""
-SILENT: Final = 1 / 3
-"""Factor on an activation's outputs in an ordinary batch from which its units have as good as stopped."""
+SILENT: Final = 0.5
+"""Factor on an activation's outputs in an ordinary batch from which its units have as good as stopped, where it is the first module of which a size has changed threefold."""
+GATED: Final = 0.1
+"""Share of a recurrent layer's outputs at their bounds, where there were none before, from which its gates are too: an output is a product with one."""
+RECURRENT: Final = frozenset({"RNN", "GRU", "LSTM"})
 ACTIVATIONS: Final = frozenset(
     {
         "ReLU",
@@ -158,7 +161,7 @@ def _units(case: Case, found: Finding | None, flat: _Flat | None) -> Evidence | 
         text = found.detail.get("text")
         words = text if isinstance(text, str) and text else "Units have gone flat."
         return tell("activations", words, STRONG, step=found.at.step)
-    grew = flat.share - flat.before >= MORE
+    grew = flat.share - flat.before >= (GATED if _kinds(case).get(flat.name) in RECURRENT else MORE)
     text = (
         f"{100.0 * flat.share:.3g} % of the outputs of {flat.name} are {SIGNALS[flat.signal]} at step {case.step_of(flat.ordinal)}"
         f", usually {100.0 * flat.before:.3g} %."
@@ -201,11 +204,7 @@ def _first_flat(case: Case, flat: _Flat) -> int:
 def _silent(case: Case) -> Evidence | None:
     """By experiment: with the weights and batches of before an activation gives next to nothing of what it gave, and it is the first module that is out of the ordinary."""
     share, grown = number((case.lab("split") or {}).get("computation")), grown_module(case)
-    kinds = {
-        m.get("module"): m.get("kind")
-        for m in (measured(case, "modules") or {}).get("modules", ())
-        if isinstance(m, Mapping)
-    }
+    kinds = _kinds(case)
     if (
         share is None
         or share < COMPUTED
@@ -216,6 +215,13 @@ def _silent(case: Case) -> Evidence | None:
         return None
     text = f"With the weights and batches of before, the outputs of '{grown[0]}' ({kinds[grown[0]]}) are {grown[1]:.2g} times their usual size, and what goes into it is as always."
     return tell("lab/measured", text, DECISIVE, step=case.step, observed=grown[1], expected=1.0)
+
+
+def _kinds(case: Case) -> dict[str, str]:
+    """The classes of the modules that the lab has measured, by name."""
+    modules = (measured(case, "modules") or {}).get("modules")
+    named = [m for m in modules if isinstance(m, Mapping)] if isinstance(modules, list | tuple) else []
+    return {str(m.get("module")): str(m.get("kind")) for m in named}
 
 
 def _lasting(found: Finding | None) -> Evidence | None:

@@ -8,11 +8,11 @@ from typing_extensions import override
 
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
-from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, STRONG
+from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, SLIGHT, STRONG
 from lightning_spike.diagnosis.observations.repeats import Repeats, repeats
 from lightning_spike.diagnosis.observations.tells import tell, without_none
 from lightning_spike.diagnosis.observations.upstream import rate_to_blame
-from lightning_spike.records import Change, Evidence, Family, ValidationPoint
+from lightning_spike.records import Change, EpisodeKind, Evidence, Family, ValidationPoint
 
 __all__ = ["PostOverfitOscillation"]
 
@@ -20,6 +20,8 @@ LEAST_VALIDATIONS: Final = 3
 """Validations below which a curve says nothing."""
 CLEAR_RISE: Final = 0.05
 """Share by which the validation loss must be above its best: Prechelt's GL of 5, as in `overfitting`."""
+AGAIN: Final = 2
+"""Validations that must lie so far above it: a single one may do so by chance."""
 GAP: Final = 1.5
 """Validation loss over training loss just before the onset from which the training set is known by heart (SMD's rule is 1.1, which healthy nets with dropout reach)."""
 SWING: Final = 2.0
@@ -46,7 +48,7 @@ class PostOverfitOscillation(Cause):
     that are known by heart (then the weights are at fault); a single rise.
 
     Thresholds: 5 % above the best validation is a clear rise (Prechelt 1998, GL of 5); a swing is a loss that went up 60 % of the way to the highest one, on the log scale, and came 60 % of it back;
-    what counts as the same few batches is said in `diagnosis/repeats.py`.
+    what counts as the same few batches is said in `diagnosis/observations/repeats.py`.
 
     To do: stop at the best validation and take its weights; odd batches are not the trouble but what shows it.
     """
@@ -54,7 +56,7 @@ class PostOverfitOscillation(Cause):
     id: ClassVar = "post_overfit_oscillation"
     family: ClassVar = Family.GENERALIZATION
     title: ClassVar = "Swings after overfitting"
-    applies_to: ClassVar = LOSS_ROSE
+    applies_to: ClassVar = LOSS_ROSE - {EpisodeKind.NONFINITE}
     explains: ClassVar = frozenset({"overfitting", "bad_batch", "data_drift", "label_noise"})
 
     @override
@@ -96,7 +98,8 @@ def _risen(
     now = points[-1]
     share = now.value / best.value - 1.0
     text = f"Before the loss rose {now.metric} was {now.value:.3g} at step {now.at.step}; its best was {best.value:.3g} at step {best.at.step}."
-    weight = STRONG if share >= CLEAR_RISE else -DECISIVE if again is None else 0.0
+    above = [p for p in points[points.index(best) + 1 :] if p.value >= (1.0 + CLEAR_RISE) * best.value]
+    weight = (STRONG if len(above) >= AGAIN else SLIGHT) if share >= CLEAR_RISE else -DECISIVE if again is None else 0.0
     return tell(now.metric, text, weight, step=now.at.step, observed=now.value, expected=best.value)
 
 

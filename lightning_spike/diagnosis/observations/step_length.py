@@ -90,15 +90,15 @@ def update_shares(store: TrainerStateStore) -> tuple[npt.NDArray[np.intp], npt.N
 def long_steps(store: TrainerStateStore) -> LongSteps | None:
     """Whether updates were long through the second half of the run, with weights that they have long since grown used to; pure. `None` where not, or where they were not measured.
 
-    In the first updates of a run a larger share is usual. Weights that the steps have blown up hide it, for it is a share of their size.
+    In the first updates of a run a larger share is usual; and a rate that soon came down from an early peak is still on its way. Weights that the steps have blown up hide it, for it is a share of their size.
     """
     history, (rows, shares) = store.history, update_shares(store)
     newer = shares[rows >= len(history) // 2]
-    if newer.size < FEWEST:
+    if newer.size < FEWEST or passed_early_peak(store):
         return None
-    share, now = float(np.median(newer)), float(np.median(newer[-newer.size // 2 :]))
+    share = float(np.median(newer))
     last = history.moment(int(history.ordinals[rows[-1]]))
-    return LongSteps(share=share, last=last) if min(share, now) >= LONG and last is not None else None
+    return LongSteps(share=share, last=last) if share >= LONG and last is not None else None
 
 
 def lengthened(store: TrainerStateStore, ordinal: int) -> bool:
