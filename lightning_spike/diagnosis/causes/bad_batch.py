@@ -12,6 +12,7 @@ from lightning_spike.diagnosis.constants import DECISIVE, FAIR, REPLAYED, SLIGHT
 from lightning_spike.diagnosis.fixes import clip_fix, dataset_fix, drop_samples, sample_words
 from lightning_spike.diagnosis.observations.batch_parts import unusual_input
 from lightning_spike.diagnosis.observations.tells import (
+    by_chance,
     early_gradient,
     gradient_in_range,
     jump_without_cause_in_update,
@@ -63,6 +64,9 @@ class BadBatch(Cause):
     @override
     def examine(self, case: Case) -> Examination:
         odd = _oddest(case)
+        plain = odd is None and case.suspects is None and unusual_input(case) is None
+        if plain and (chance := by_chance(case)) is not None:
+            return Examination(evidence=(chance,))
         evidence = without_none(
             _values(case, odd),
             _samples(case),

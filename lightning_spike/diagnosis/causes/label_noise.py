@@ -20,6 +20,7 @@ from lightning_spike.diagnosis.observations.measured import all_measured, grown_
 from lightning_spike.diagnosis.observations.order import one_sided
 from lightning_spike.diagnosis.observations.tells import (
     batches,
+    by_chance,
     jump_without_cause_in_update,
     scattered_batches,
     split_verdict,
@@ -38,10 +39,6 @@ FEWEST: Final = 4
 """Samples without which such a share says nothing."""
 SOME: Final = 0.25
 """Share of the jump that the lab must give to the batch for its labels to come into question, as in `experiment`."""
-TAKEN_OFF: Final = 2.0
-"""Standard deviations that the lab's split takes off a batch's share, for it was picked as the highest of some."""
-SLACK: Final = 0.3
-"""By which the highest of so many may lie further out still."""
 LOUD: Final = 5.0
 """Times their usual size from which a module's outputs in that batch are not those of ordinary inputs; those of ordinary batches differ by less than 1.5."""
 SURE: Final = 1.25
@@ -74,7 +71,7 @@ class LabelNoise(Cause):
             text = "Nothing shows that the samples of that batch have high losses by themselves."
             return Examination(evidence=(tell("batch/sample_loss", text, -STRONG, step=case.step),))
         odd = unusual_input(case)
-        if odd is None and (chance := _by_chance(case)) is not None:
+        if odd is None and (chance := by_chance(case)) is not None:
             return Examination(evidence=(chance,))
         evidence = without_none(
             _inputs(case, odd),
@@ -114,19 +111,6 @@ def _in_its_samples(case: Case) -> bool:
     told = case.suspects or {}
     count, size = number(told.get("count")), number(told.get("batch_size"))
     return count is not None and size is not None and size >= FEWEST and count >= MANY * size
-
-
-def _by_chance(case: Case) -> Evidence | None:
-    """A single batch that lies no further out than the highest of so many does in any run: of n normal values about sqrt(2 ln n) standard deviations. All that is odd about it is its loss."""
-    told = case.lab("split") or {}
-    data, jump, noise = (number(told.get(key)) for key in ("data", "jump", "noise"))
-    if case.split != "data" or not case.lone or data is None or jump is None or noise is None or not noise > 0.0:
-        return None
-    far, highest = data * jump / noise + TAKEN_OFF, math.sqrt(2.0 * math.log(max(case.onset, 2)))
-    if far >= highest + SLACK:
-        return None
-    text = f"Under healthy weights the batch lies {far:.2g} standard deviations above the others; the highest of {case.onset} ordinary batches lies {highest:.2g} above by chance."
-    return tell("lab/split", text, -DECISIVE, step=case.step, observed=far, expected=highest)
 
 
 def _finite(case: Case) -> Evidence | None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 
-from lightning_spike.diagnosis.case import Case, Excess
+from lightning_spike.diagnosis.case import Case, Excess, number
 from lightning_spike.diagnosis.constants import DECISIVE, GUARD, NEAR
 from lightning_spike.diagnosis.observations.measured import wild_scatter
 from lightning_spike.diagnosis.observations.rates import RateEvent, steady_rate
@@ -12,6 +12,7 @@ from lightning_spike.records import Evidence
 __all__ = [
     "batch_value",
     "batches",
+    "by_chance",
     "early_gradient",
     "finite",
     "gradient_all_but_gone",
@@ -26,6 +27,10 @@ __all__ = [
     "without_none",
 ]
 
+TAKEN_OFF = 2.0
+"""Standard deviations that the lab's split takes off a batch's share, for it was picked as the highest of some."""
+SLACK = 0.3
+"""By which the highest of so many batches may lie further out still."""
 GONE = 30.0
 """Times below its usual norm from which a gradient has all but gone: batches of one run differ by far less."""
 FAR_GONE = 1000.0
@@ -87,6 +92,19 @@ def scattered_batches(case: Case, weight: float) -> Evidence | None:
         return None
     text = f"With the weights of before, the losses of ordinary batches too scatter by {scatter:.3g}: it is not in one batch."
     return tell("lab/split", text, weight, step=case.step, observed=scatter, expected=case.episode.loss_before)
+
+
+def by_chance(case: Case) -> Evidence | None:
+    """A single batch that lies no further out than the highest of so many does in any run: of n normal values about sqrt(2 ln n) standard deviations. All that is odd about it is its loss."""
+    told = case.lab("split") or {}
+    data, jump, noise = (number(told.get(key)) for key in ("data", "jump", "noise"))
+    if case.split != "data" or not case.lone or data is None or jump is None or noise is None or not noise > 0.0:
+        return None
+    far, highest = data * jump / noise + TAKEN_OFF, math.sqrt(2.0 * math.log(max(case.onset, 2)))
+    if far >= highest + SLACK:
+        return None
+    text = f"Under healthy weights the batch lies {far:.2g} standard deviations above the others; the highest of {case.onset} ordinary batches lies {highest:.2g} above by chance."
+    return tell("lab/split", text, -DECISIVE, step=case.step, observed=far, expected=highest)
 
 
 def batch_value(case: Case, *, ordinary: float, odd: float) -> Evidence | None:

@@ -5,6 +5,7 @@ import pytest
 from synthetic import Run, an_episode, moment
 
 from lightning_spike.diagnosis.case import Case
+from lightning_spike.diagnosis.causes.bad_batch import BadBatch
 from lightning_spike.diagnosis.causes.label_noise import LabelNoise
 from lightning_spike.diagnosis.constants import STRONG
 from lightning_spike.diagnosis.rank import diagnose
@@ -117,3 +118,23 @@ def test_signals_that_are_missing_or_not_finite_are_borne(bad):
     run.more["batch/target/entropy"][:] = bad
     assert np.isfinite(said(run).total)
     assert np.isfinite(said(wrong_labels(), without=("batch/", "grad_norm", "lr-")).total)
+
+
+@pytest.mark.parametrize("cause", [LabelNoise, BadBatch])
+@pytest.mark.parametrize(("far", "speaks"), [(3.4, False), (6.0, True)])
+def test_a_lone_batch_no_higher_than_the_highest_of_so_many_is_chance(cause, far, speaks):
+    """With 300 batches before it, of which the highest lies sqrt(2 ln 300) = 3.4 standard deviations above the others."""
+    run = Run(0)
+    run.loss[300] *= 3.0
+    run.episodes = [an_episode(300, 300, 300, height=run.loss[300], before=0.35)]
+    detail = {
+        "episode": 1,
+        "verdict": "data",
+        "jump": 1.0,
+        "noise": 0.2,
+        "data": 0.2 * (far - 2.0),
+        "text": "So it is.",
+    }
+    run.note(Finding(detector="lab", kind="split", at=moment(300), detail=detail))
+    store = run.store()
+    assert cause().examine(Case(store, store.episodes[0])).speaks is speaks
