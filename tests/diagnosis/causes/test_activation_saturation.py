@@ -150,3 +150,12 @@ def test_a_setting_of_the_optimizer_that_was_changed_lies_upstream():
     detail = {"name": "momentum", "before": 0.9, "after": 0.999, "text": "momentum went from 0.9 to 0.999."}
     run.note(Finding(detector="optimizer", kind="settings_changed", at=moment(180), detail=detail))
     assert examined(run).total == pytest.approx(before - 3.0)
+
+
+@pytest.mark.parametrize(("kind", "speaks"), [("LSTM", True), ("Linear", False)])
+def test_a_tenth_of_a_recurrent_layers_outputs_at_their_bounds_shows_that_its_gates_are_flat(kind, speaks):
+    run = a_run(signal="activation_saturated", usual=0.0, share=0.12)
+    activity = {"module": "net.3", "kind": kind, "now": {"rms": 1.0}, "usual": {"rms": 1.0}}
+    detail = {"episode": 1, "what": "modules", "first": None, "modules": [activity], "text": "Nothing has changed."}
+    run.note(Finding(detector="lab", kind="measured", at=moment(200), detail=detail))
+    assert (examined(run).total > 2.0) is speaks

@@ -98,3 +98,14 @@ def test_any_value_is_borne(value):
     run.loss[240:250] = value
     assert math.isfinite(examined(run).total)
     assert math.isfinite(examined(run, without=("loss",)).total)
+
+
+def test_a_single_validation_above_the_best_is_no_turn():
+    once, twice = (
+        examined(a_run(validations=v)).total for v in ((0.7, 0.6, 0.55, 0.5, 0.55), (0.7, 0.6, 0.5, 0.55, 0.55))
+    )
+    assert once < twice - 2.0
+
+
+def test_a_loss_that_is_not_finite_is_no_swing():
+    assert EpisodeKind.NONFINITE not in PostOverfitOscillation.applies_to

@@ -141,7 +141,9 @@ def test_long_steps_that_have_become_short_are_over():
     run = measured(quiet(), np.where(STEPS < 350, 0.02, 0.004))
     assert long_steps(run.store()) is not None
     assert long_steps(measured(quiet(), np.where(STEPS < 270, 0.02, 0.004)).store()) is None
-    fading = measured(quiet(), 0.02 * np.sqrt(60 / (STEPS + 1)))
+    fading = measured(quiet(), 0.02 * np.sqrt(200 / (STEPS + 1)))
+    assert long_steps(fading.store()) is not None
+    fading.rate = np.minimum((STEPS + 1) / 20, np.sqrt(20 / (STEPS + 1)))
     assert long_steps(fading.store()) is None
 
 
