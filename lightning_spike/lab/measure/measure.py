@@ -36,7 +36,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Measure in the re-run what training could not bear to; 2 to 9 passes, as far as they fit into the bench's allowance.
 
-    The module measurements cost two forward and backward passes, those of the update one or two forward passes a batch of it, the modes four forward passes, the
+    The module measurements cost two forward and backward passes, those of the update one to three forward passes a batch of it, the modes four forward passes, the
     precision two (under autocast only).
 
     Args:
