@@ -68,7 +68,9 @@ class WarmupTooShort(Cause):
         later = any((f.detector, f.kind) == ("lab", "steps_too_long") for f in store.findings)
         if wild is None or later or long_steps(store) is not None:
             return None
-        return Shown(at=wild.after) if goes_on_falling(store) or passed_early_peak(store) else None
+        if goes_on_falling(store):  # it was borne: worth a word only where there is no other trouble
+            return None if store.episodes else Shown(at=wild.after)
+        return Shown(at=wild.after) if passed_early_peak(store) else None
 
     @override
     def examine(self, case: Case) -> Examination:

@@ -114,12 +114,12 @@ def lengthened(store: TrainerStateStore, ordinal: int) -> bool:
 def wild_start(store: TrainerStateStore) -> WildStart | None:
     """Whether the first updates of a run changed the weights by a tenth of their size and more, as a whole or half of the layers; pure. `None` where not, where the run was resumed, or where they were not measured.
 
-    The weights of a large embedding, few of which an update concerns, make up most of the whole and hide what becomes of the rest.
+    The weights of a large embedding, few of which an update concerns, make up most of the whole and hide what becomes of the rest. Layers are asked only where the loss has not come down since.
     """
     history, (rows, shares) = store.history, update_shares(store)
     early = history.ordinals[rows] < START
     rows, shares = rows[early], shares[early]
-    layers = _middle_layer(store)
+    layers = {} if goes_on_falling(store) else _middle_layer(store)  # Adam's first steps are long against small weights
     shares = np.maximum(shares, [layers.get(int(ordinal), 0.0) for ordinal in history.ordinals[rows]])
     if store.facts.first_step > 0 or not (shares >= WILD).any():
         return None

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from synthetic import Run, moment
+from synthetic import Run, an_episode, moment
 
 from lightning_spike.diagnosis.observations.quiet import rise_after
 from lightning_spike.diagnosis.observations.rates import begins_to_climb
@@ -14,7 +14,7 @@ from lightning_spike.diagnosis.observations.step_length import (
     wild_start,
 )
 from lightning_spike.diagnosis.rank import diagnose
-from lightning_spike.records import Finding
+from lightning_spike.records import EpisodeKind, Finding
 
 STEPS = np.arange(400)
 
@@ -228,3 +228,12 @@ def test_a_restart_that_comes_back_to_its_old_peak_may_lift_the_loss_for_a_while
     assert named(run) == {}
     run.rate[200:] *= 5.0
     assert max(named(run), key=named(run).get) in {"lr_restart", "lr_scheduler_fault"}
+
+
+def test_a_wild_start_that_was_borne_is_not_told_beside_other_trouble():
+    share, norm = np.where(STEPS < 30, 0.2, 0.004), np.where(STEPS < 30, 10.0, 40.0)
+    run = measured(quiet(), share, norm)
+    run.loss *= np.exp(-STEPS / 100)
+    assert "warmup_too_short" in named(run)
+    run.episodes = [an_episode(300, 310, None, kind=EpisodeKind.OVERFIT, severity=2.0)]
+    assert "warmup_too_short" not in named(run)
