@@ -7,11 +7,11 @@ from typing import ClassVar, Final
 import numpy as np
 from typing_extensions import override
 
-from lightning_spike.diagnosis.case import Case, number
+from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
 from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, STRONG
 from lightning_spike.diagnosis.observations.layers import layer_table, usual_of
-from lightning_spike.diagnosis.observations.measured import COMPUTED, grown_module, measured
+from lightning_spike.diagnosis.observations.measured import computes_otherwise, grown_module, measured
 from lightning_spike.diagnosis.observations.tells import tell
 from lightning_spike.diagnosis.observations.upstream import from_elsewhere
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Finding
@@ -203,15 +203,8 @@ def _first_flat(case: Case, flat: _Flat) -> int:
 
 def _silent(case: Case) -> Evidence | None:
     """By experiment: with the weights and batches of before an activation gives next to nothing of what it gave, and it is the first module that is out of the ordinary."""
-    share, grown = number((case.lab("split") or {}).get("computation")), grown_module(case)
-    kinds = _kinds(case)
-    if (
-        share is None
-        or share < COMPUTED
-        or grown is None
-        or grown[1] > SILENT
-        or kinds.get(grown[0]) not in ACTIVATIONS
-    ):
+    grown, kinds = grown_module(case) if computes_otherwise(case) else None, _kinds(case)
+    if grown is None or grown[1] > SILENT or kinds.get(grown[0]) not in ACTIVATIONS:
         return None
     text = f"With the weights and batches of before, the outputs of '{grown[0]}' ({kinds[grown[0]]}) are {grown[1]:.2g} times their usual size, and what goes into it is as always."
     return tell("lab/measured", text, DECISIVE, step=case.step, observed=grown[1], expected=1.0)

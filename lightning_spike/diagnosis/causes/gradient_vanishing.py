@@ -20,7 +20,7 @@ AHEAD: Final = 96
 HALF: Final = 0.5
 """Of its usual norm: down to that a gradient has not vanished."""
 STEEP: Final = 100.0
-"""Times as much as before that the gradient falls off between two modules by experiment, from which layers in between swallow it; penalties and dropout make some twenty (`python benchmarks/diagnosis.py`, the finding `measured`)."""
+"""Times as much as before that the gradient falls off between two modules by experiment, from which layers in between swallow it; an engineering choice."""
 FAR: Final = 1000.0
 """Times that the norm has fallen from which a layer learns nothing any more (AUTOTRAINER's ratio of the first layer and the last)."""
 

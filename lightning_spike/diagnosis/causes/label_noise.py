@@ -40,7 +40,7 @@ FEWEST: Final = 4
 SOME: Final = 0.25
 """Share of the jump that the lab must give to the batch for its labels to come into question, as in `experiment`."""
 LOUD: Final = 5.0
-"""Times their usual size from which a module's outputs in that batch are not those of ordinary inputs; those of ordinary batches differ by less than 1.5."""
+"""Times their usual size from which a module's outputs in that batch are not those of ordinary inputs; an engineering choice."""
 SURE: Final = 1.25
 """Times the loss of who guesses by the frequencies of the classes from which the net is sure of another class than the label; 1 is what a net gives that knows nothing."""
 

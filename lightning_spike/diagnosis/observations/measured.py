@@ -8,10 +8,10 @@ from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.records import EpisodeKind, Finding
 
 __all__ = [
-    "COMPUTED",
     "GREW",
     "all_measured",
     "blown_up",
+    "computes_otherwise",
     "falls_off",
     "grown_module",
     "measured",
@@ -23,7 +23,7 @@ GREW: Final = 30.0
 """Factor on a module's outputs in an ordinary batch from which an operation in or before it has lost its hold (x / ~0, exp); what a few updates change is far less."""
 
 GREW_COMPUTED: Final = 10.0
-"""… where what is computed is known to have changed: dropout and flat units make outputs two to six times as large (`python benchmarks/diagnosis.py`, the finding `measured`)."""
+"""… where what is computed is known to have changed: dropout and flat units make outputs larger as well, but by single factors; an engineering choice."""
 COMPUTED: Final = 0.25
 """Share of the jump from which what is computed has changed (`lab.split`)."""
 WILD: Final = math.log(1e4)
@@ -57,18 +57,22 @@ def grown_module(case: Case) -> tuple[str, float] | None:
     return None
 
 
+def computes_otherwise(case: Case) -> bool:
+    """Whether the lab has found that what is computed has changed: the weights and batches of before have another loss than they had in the training."""
+    share = number((case.lab("split") or {}).get("computation"))
+    return share is not None and share >= COMPUTED
+
+
 def blown_up(case: Case) -> tuple[str, float] | None:
     """The module whose outputs are many times as large with the weights and batches of before, and how many; `None` where what is computed has not changed, or not so."""
-    share = number((case.lab("split") or {}).get("computation"))
-    grown = grown_module(case) if share is not None and share >= COMPUTED else None
+    grown = grown_module(case) if computes_otherwise(case) else None
     return grown if grown is not None and grown[1] >= GREW_COMPUTED else None
 
 
 def falls_off(case: Case) -> tuple[str, str, float] | None:
     """How much more the gradient falls off on its way back than it did, where what is computed has changed: the module that gets least of it, a later one, and the factor; `None` without two that get any."""
-    share = number((case.lab("split") or {}).get("computation"))
     modules = (measured(case, "modules") or {}).get("modules")
-    if share is None or share < COMPUTED or not isinstance(modules, list | tuple):
+    if not computes_otherwise(case) or not isinstance(modules, list | tuple):
         return None
     known = [(str(m.get("module")), _of(m, "now"), _of(m, "usual")) for m in modules if isinstance(m, Mapping)]
     kept = [(name, now / usual) for name, now, usual in known if now and usual]
