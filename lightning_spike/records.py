@@ -5,6 +5,7 @@ rows into `Episode`s and `Finding`s; actions leave an `Action`; the diagnosis ra
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from enum import StrEnum
 from types import MappingProxyType
@@ -72,6 +73,19 @@ class RunStatus(StrEnum):
     STOPPED_EARLY = "stopped_early"
     EXCEPTION = "exception"
     INTERRUPTED = "interrupted"
+
+
+def number(value: object) -> float | None:
+    """A finite number, `None` for anything else: plug-ins and old files may hold what is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def whole_numbers(value: object) -> tuple[int, ...]:
+    """The whole numbers of a list; empty for anything that is none."""
+    listed = value if isinstance(value, list | tuple) else ()
+    return tuple(i for i in listed if isinstance(i, int) and not isinstance(i, bool))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +179,24 @@ class Finding:
     detail: Mapping[str, Any] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
     """JSON-able facts; each detector's docstring lists its keys."""
 
+    @property
+    def text(self) -> str:
+        """The detector's sentence; empty where it gave none."""
+        return str(self.detail.get("text", ""))
+
+    def number(self, key: str) -> float | None:
+        """A finite number of the detail; `None` for anything else."""
+        return number(self.detail.get(key))
+
+    def whole_numbers(self, key: str) -> tuple[int, ...]:
+        """The whole numbers of a list in the detail; empty for anything else."""
+        return whole_numbers(self.detail.get(key))
+
+    def names(self, key: str = "names") -> tuple[str, ...]:
+        """The strings of a list in the detail; empty for anything else."""
+        listed = self.detail.get(key)
+        return tuple(n for n in listed if isinstance(n, str)) if isinstance(listed, list | tuple) else ()
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Action:
@@ -174,6 +206,10 @@ class Action:
     """`"rollback"`, `"dump"`, `"early_stop"`, `"skip"`, `"restore_best"`, `"replay"` or `"scene"`."""
     at: Moment
     detail: Mapping[str, Any] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+
+    def whole_numbers(self, key: str) -> tuple[int, ...]:
+        """The whole numbers of a list in the detail; empty for anything else."""
+        return whole_numbers(self.detail.get(key))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,6 +285,10 @@ class Evidence:
     """One sentence with the numbers in it, for a person."""
     weight: float = 0.0
     """Natural log of the likelihood ratio that this observation gives the cause: > 0 speaks for it, < 0 against it."""
+    observation: str = ""
+    """Name of the observer that made it; its weight stands under it in `diagnosis/weights.json`."""
+    level: str = ""
+    """What the observer gave."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

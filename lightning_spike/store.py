@@ -12,6 +12,7 @@ from typing import Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from lightning_spike.experiments import Experiments, StepSizeTest
 from lightning_spike.records import (
     Action,
     Disabled,
@@ -191,6 +192,10 @@ class TrainerStateStore:
         """What the entries of a vector-valued series are called, by signal."""
         self.validations: list[ValidationPoint] = []
         self.findings: list[Finding] = []
+        self.experiments: dict[int, Experiments] = {}
+        """What the lab measured, by episode id."""
+        self.step_size_tests: list[StepSizeTest] = []
+        """Step-size tests that were made without an episode, oldest first."""
         self.actions: list[Action] = []
         self.disabled: list[Disabled] = []
         self.remarks: list[str] = []
@@ -222,7 +227,9 @@ class TrainerStateStore:
         for layer_row in layers:
             self.layers.setdefault(layer_row.signal, deque(maxlen=LAYER_ROWS)).append(layer_row)
 
-    def note(self, *items: ValidationPoint | Finding | Action | Disabled | str) -> None:
+    def note(
+        self, *items: ValidationPoint | Finding | Action | Disabled | Experiments | StepSizeTest | str
+    ) -> None:
         """Take in anything else that happened; a string is a remark for the report and is kept once."""
         for item in items:
             match item:
@@ -234,6 +241,10 @@ class TrainerStateStore:
                     self._bounded(self.actions, item)
                 case Disabled():
                     self.disabled.append(item)
+                case Experiments():
+                    self.experiments[item.episode] = item
+                case StepSizeTest():
+                    self._bounded(self.step_size_tests, item)
                 case str() if item not in self.remarks:
                     self.remarks.append(item)
 

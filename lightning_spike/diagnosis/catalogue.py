@@ -1,7 +1,6 @@
 """Finds the causes: every file of `causes/`, and what other packages offer under an entry point."""
 
 import importlib
-import inspect
 import pkgutil
 import types
 import warnings
@@ -12,30 +11,25 @@ from typing import Final
 from lightning_spike.diagnosis import causes
 from lightning_spike.diagnosis.cause import Cause
 
-__all__ = ["ENTRY_POINTS", "catalogue"]
-
 ENTRY_POINTS: Final = "lightning_spike.causes"
-"""The group under which other packages offer causes: a module with `Cause` classes in it, or a class."""
+"""The group under which other packages offer causes: a module with `Cause` records in it, or one record."""
 
 
 def catalogue() -> tuple[Cause, ...]:
-    """One instance of every cause that is known, ours first, each by name; a cause of another package with one of our ids takes its place.
+    """Every cause that is known, ours first, each by name; a cause of another package with one of our ids takes its place.
 
-    An entry point that cannot be loaded is passed over with a warning: somebody else's package must not cost the user the report. Imports modules;
-    otherwise does not block.
+    An entry point that cannot be loaded is passed over with a warning: another package must not cost the user the report. Imports modules; otherwise does not block.
     """
-    found: dict[str, Cause] = {}
-    for kind in (*_own(), *_offered()):
-        found[kind.id] = kind()
+    found = {cause.id: cause for cause in (*_own(), *_offered())}
     return tuple(found.values())
 
 
-def _own() -> Iterator[type[Cause]]:
+def _own() -> Iterator[Cause]:
     for name in sorted(module.name for module in pkgutil.iter_modules(causes.__path__)):
-        yield from _classes(importlib.import_module(f"{causes.__name__}.{name}"))
+        yield from _records(importlib.import_module(f"{causes.__name__}.{name}"))
 
 
-def _offered() -> Iterator[type[Cause]]:
+def _offered() -> Iterator[Cause]:
     for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda e: e.name):
         try:
             yield from _usable(entry)
@@ -44,35 +38,19 @@ def _offered() -> Iterator[type[Cause]]:
             warnings.warn(message, stacklevel=2)
 
 
-def _usable(entry: EntryPoint) -> list[type[Cause]]:
-    """The classes that an entry point offers.
+def _usable(entry: EntryPoint) -> list[Cause]:
+    """The causes that an entry point offers.
 
     Raises:
-        TypeError: There are none, or one lacks what a cause must have.
+        TypeError: There are none.
     """
     loaded = entry.load()
-    classes = list(_classes(loaded)) if isinstance(loaded, types.ModuleType) else [loaded]
-    if not classes:
-        msg = "there is no subclass of lightning_spike.diagnosis.cause.Cause in it"
+    found = _records(loaded) if isinstance(loaded, types.ModuleType) else [loaded]
+    if not found or not all(isinstance(cause, Cause) for cause in found):
+        msg = f"expected a lightning_spike.diagnosis.cause.Cause or a module with some, got {loaded!r}"
         raise TypeError(msg)
-    for kind in classes:
-        if not (inspect.isclass(kind) and issubclass(kind, Cause)) or inspect.isabstract(kind):
-            msg = f"{kind!r} is no complete subclass of lightning_spike.diagnosis.cause.Cause"
-            raise TypeError(msg)
-        missing = [name for name in ("id", "family", "title") if not hasattr(kind, name)]
-        if missing:
-            msg = f"{kind.__name__} has no {', '.join(missing)}"
-            raise TypeError(msg)
-    return classes
+    return found
 
 
-def _classes(module: types.ModuleType) -> Iterator[type[Cause]]:
-    """The causes that a module itself defines."""
-    for kind in vars(module).values():
-        if (
-            inspect.isclass(kind)
-            and issubclass(kind, Cause)
-            and kind.__module__ == module.__name__
-            and not inspect.isabstract(kind)
-        ):
-            yield kind
+def _records(module: types.ModuleType) -> list[Cause]:
+    return [value for value in vars(module).values() if isinstance(value, Cause)]

@@ -1,78 +1,63 @@
-"""What a cause is: the base of everything in `causes/`, and what its examination of a case gives."""
+"""What a cause is: a record of what is observed, what it requires, how it is summed up and what fixes it.
 
-import abc
+A cause is one file in `causes/`: a docstring, its observers, and `CAUSE = Cause(...)`. Another package offers one under an entry point of the group
+`lightning_spike.causes`. Catalogue, ranking, report, tables, tests and benchmark find it by themselves.
+"""
+
 import dataclasses
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.observations.quiet import Shown
-from lightning_spike.records import Change, EpisodeKind, Evidence, Family
+from lightning_spike.diagnosis.judgement import Group
+from lightning_spike.diagnosis.observation import Observer
+from lightning_spike.diagnosis.observations.loss_rise import Shown
+from lightning_spike.diagnosis.view import EpisodeView
+from lightning_spike.records import Change, EpisodeKind, Family
 from lightning_spike.store import TrainerStateStore
-
-__all__ = ["LOSS_ROSE", "Cause", "Examination"]
 
 LOSS_ROSE = frozenset({EpisodeKind.SPIKE, EpisodeKind.DIVERGENCE, EpisodeKind.NONFINITE, EpisodeKind.OSCILLATION})
 """The kinds of episode in which the training loss went up."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Examination:
-    """What one cause has to say about one case."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fix:
+    """One thing to change."""
 
-    evidence: tuple[Evidence, ...] = ()
-    """For and against, each with its weight; a cause without a word in its favour is not listed."""
-    summary: str = ""
-    """One sentence with the numbers in it, for the case that this is the cause."""
-    fixes: tuple[str, ...] = ()
-    """What to change, most effective first, with values from this run."""
+    text: str
+    """For a person, with a value worked out from the run."""
     change: Change | None = None
-    """The first of them, as a program can apply it."""
-    confirmed: bool | None = None
-    """What the lab's replay says; `None` where it said nothing."""
-
-    @property
-    def total(self) -> float:
-        """Sum of the log likelihood ratios."""
-        return sum(item.weight for item in self.evidence)
-
-    @property
-    def speaks(self) -> bool:
-        """Whether anything at all speaks for the cause."""
-        return any(item.weight > 0.0 for item in self.evidence)
+    """For a program, where it is one setting."""
 
 
-class Cause(abc.ABC):
-    """One cause of trouble in a training run.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Cause:
+    """One cause of trouble in a training run. It keeps no state; every function of it takes an `EpisodeView` and must bear any signal to be missing or not finite."""
 
-    To add one, write one file: a subclass of this in a module of its own, in `lightning_spike/diagnosis/causes/`, or in your own package under an entry
-    point of the group `lightning_spike.causes`. Its docstring is what a reader gets to see of it: what it is, how it is seen, what speaks
-    against it, why these thresholds, what to do. Everything that it needs to know it asks the `Case`; it keeps no state.
-    """
-
-    id: ClassVar[str]
+    id: str
     """As in report.json."""
-    family: ClassVar[Family]
-    title: ClassVar[str]
+    family: Family
+    title: str
     """A few words for a heading."""
-    applies_to: ClassVar[frozenset[EpisodeKind]] = LOSS_ROSE
-    explains: ClassVar[frozenset[str]] = frozenset()
-    """Ids of the causes that this one brings about as its symptoms: what speaks for it is taken off what speaks for them."""
-    tested_by: ClassVar[frozenset[str]] = frozenset()
-    """Whose share of the jump the lab's experiments must find for this to be the cause: of `"data"`, `"learning_rate"`, `"optimizer"`, `"clipping"`, `"numerics"`, `"computation"`, `"gradient"`, `"intrinsic"` (a
-    step too long with everything as usual) and `"outside"`; the shares of several are added. Empty where no experiment tells."""
-    standing: ClassVar[frozenset[tuple[str, str]]] = frozenset()
-    """Findings, as (detector, kind), that show the cause by themselves, also in a run whose loss has shown nothing (yet): invariants with nearly no false alarms."""
-    prior: ClassVar[float] = 1.0
+    meaning: str
+    """One line for the table of causes."""
+    observations: tuple[Observer, ...]
+    """What is looked at, in the order of telling; each level weighs what `weights.json` says."""
+    summary: Callable[[EpisodeView], str]
+    """One sentence with the numbers in it, for the case that this is the cause."""
+    fixes: Callable[[EpisodeView], tuple[Fix, ...]]
+    """What to change, most effective first; the first fix's `change` is the verdict's."""
+    requires: tuple[Observer, ...] = ()
+    """Premises: each gives an observation where its premise does not hold, and then that is all that is said of the cause."""
+    applies_to: frozenset[EpisodeKind] = LOSS_ROSE
+    explains: frozenset[str] = frozenset()
+    """Ids of the causes that this one brings about as symptoms, beside those of its family (`families`): its evidence is subtracted from theirs (explaining away)."""
+    tested_by: frozenset[Group] = frozenset()
+    """The groups whose shares of the jump, added up, test this cause in replay (`judgement.jump_shares`); empty where no replay tests it."""
+    sufficient_findings: frozenset[tuple[str, str]] = frozenset()
+    """Findings, as (detector, kind), that show the cause without an episode: invariants with nearly no false alarms."""
+    shown: Callable[[TrainerStateStore], Shown | None] | None = None
+    """Where the cause shows itself in a run without a severe episode; by default the first of its `sufficient_findings`."""
+    prior: float = 1.0
     """How common it is beside the others, before anything is known."""
-
-    @abc.abstractmethod
-    def examine(self, case: Case) -> Examination:
-        """Weigh up one episode; must bear any signal to be missing or not finite, and changes nothing."""
-
-    def shown(self, store: TrainerStateStore) -> Shown | None:
-        """Where the cause shows itself in a run without an episode of any weight; by default the first of its `standing` findings.
-
-        Pure. Must have nearly no false alarms: nothing else speaks for trouble there.
-        """
-        found = [f.at for f in store.findings if (f.detector, f.kind) in self.standing]
-        return Shown(at=min(found, key=lambda at: at.ordinal)) if found else None
+    weights: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+    """Weights by observer and level, for a cause that `weights.json` does not list, as one of another package."""

@@ -1,27 +1,16 @@
 """Remedies whose values are worked out from the run, in words."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from lightning_spike.diagnosis.case import Case, number
+from lightning_spike.diagnosis.view import EpisodeView
+from lightning_spike.diagnosis.cause import Fix
 from lightning_spike.diagnosis.constants import GUARD, REFERENCE
 from lightning_spike.diagnosis.observations.rates import CLIMB, climbed
 from lightning_spike.diagnosis.observations.step_length import update_shares
 from lightning_spike.records import Change, Recovery
-
-__all__ = [
-    "clip_fix",
-    "clip_value",
-    "dataset_fix",
-    "drop_samples",
-    "gentle_rate",
-    "longest_bearable",
-    "lower_peak",
-    "sample_words",
-    "warmup_steps",
-]
 
 HEADROOM = 1.5
 """Clip this far above the 95th percentile of the healthy norms: ordinary steps stay as they are."""
@@ -49,42 +38,46 @@ WARMUP_SHARE = 0.05
 """… and this share of the run."""
 
 
-def clip_value(case: Case) -> float | None:
+def clip_value(view: EpisodeView) -> float | None:
     """1.5 times the 95th percentile of the healthy gradient norms before the episode; `None` where they are not known."""
-    norms = case.before("grad_norm", REFERENCE)
+    norms = view.before("grad_norm", REFERENCE)
     norms = norms[norms > 0.0]
-    return _two_digits(HEADROOM * float(np.quantile(norms, 0.95))) if norms.size >= 4 else None  # noqa: PLR2004 - as Case.excess asks
+    return _two_digits(HEADROOM * float(np.quantile(norms, 0.95))) if norms.size >= 4 else None  # noqa: PLR2004 - as EpisodeView.excess asks
 
 
-def clip_fix(case: Case) -> str | None:
-    """Clip by norm at `clip_value`; `None` where the run clips as low already or has shown no norms."""
-    value, now = clip_value(case), case.facts.gradient_clip_val
-    if value is None or (now is not None and case.facts.gradient_clip_algorithm == "norm" and now <= value):
-        return None
-    return f"Clip the gradient norm: Trainer(gradient_clip_val={value:g}), which is {HEADROOM:g} times the 95th percentile of this run's healthy norms."
+def clip_fix(view: EpisodeView) -> tuple[Fix, ...]:
+    """Clip by norm at `clip_value`; empty where the run clips as low already or has shown no norms."""
+    value, now = clip_value(view), view.facts.gradient_clip_val
+    if value is None or (now is not None and view.facts.gradient_clip_algorithm == "norm" and now <= value):
+        return ()
+    text = (
+        f"Clip the gradient norm: Trainer(gradient_clip_val={value:g}), "
+        f"which is {HEADROOM:g} times the 95th percentile of this run's healthy norms."
+    )
+    return (Fix(text, Change(setting="gradient_clip_val", value=value)),)
 
 
-def lower_peak(case: Case, signal: str, culprit: float, since: int | None = None) -> tuple[float, str]:
+def lower_peak(view: EpisodeView, signal: str, culprit: float, since: int | None = None) -> tuple[float, str]:
     """A rate to use in place of `culprit`, and why that one.
 
     The run's usual rate where it has climbed from there; else the highest that it has borne, if updates were of a healthy length there; else a third where an earlier cycle of the schedule went as high, the loss has come
     down since, and came back from this one too; else the one that makes updates of a healthy length (`gentle_rate`); else a third, or a tenth where the loss was lost for good or the lab's replay has shown that it helps.
 
     Args:
-        case: The episode.
+        view: The episode.
         signal: The series of the rate.
         culprit: The rate that was too high.
         since: Ordinal of the event that brought it, if one did: what was borne before counts whatever the level of the loss, if the event went well above it.
     """
-    climb = climbed(case)
+    climb = climbed(view)
     if climb is not None and climb.signal == signal and climb.usual < culprit:
         return _two_digits(climb.usual), "that was the run's usual rate before it climbed"
-    earlier = None if since is None else _highest_before(case, signal, since)
+    earlier = None if since is None else _highest_before(view, signal, since)
     new = earlier is not None and CLIMB * earlier <= culprit
-    bearable, gentle = earlier if new else case.bearable(signal, culprit), gentle_rate(case, signal)
+    bearable, gentle = earlier if new else view.bearable(signal, culprit), gentle_rate(view, signal)
     if bearable is not None and (gentle is None or bearable <= MOST_STEP / GENTLE_STEP * gentle):
         return _two_digits(bearable), "the loss stayed in its range up to that rate in this run"
-    if case.episode.recovery is not Recovery.NEVER and _bore_in_earlier_cycle(case, signal, culprit):
+    if view.episode.recovery is not Recovery.NEVER and _bore_in_earlier_cycle(view, signal, culprit):
         why = "for an earlier cycle bore that height, though at a higher loss, and this run does not show where the limit lies now"
         return _two_digits(culprit / CAUTIOUS_CUT), f"{CAUTIOUS_CUT:g} times lower, {why}"
     if gentle is not None and CAUTIOUS_CUT * gentle <= culprit:
@@ -93,73 +86,68 @@ def lower_peak(case: Case, signal: str, culprit: float, since: int | None = None
             f"an update should change the weights by {GENTLE_STEP:.0%} of their size at most, and measured at this run's longest, "
             f"{culprit:.3g} makes that {longest:.2g} times their size"
         )
-    cut, why = _cut(case)
+    cut, why = _cut(view)
     return _two_digits(culprit / cut), f"{cut:g} times lower, {why}"
 
 
-def _highest_before(case: Case, signal: str, ordinal: int) -> float | None:
+def _highest_before(view: EpisodeView, signal: str, ordinal: int) -> float | None:
     """The highest rate that some updates before a batch were made with, in no episode; `None` where there were too few."""
-    history = case.store.history
+    history = view.store.history
     rates = history.series(signal)
-    used = np.sort(rates[case.healthy & np.isfinite(rates) & (history.ordinals < ordinal)])
+    used = np.sort(rates[view.healthy & np.isfinite(rates) & (history.ordinals < ordinal)])
     return float(used[-GUARD]) if used.size >= 2 * GUARD and used[-GUARD] > 0.0 else None
 
 
-def _bore_in_earlier_cycle(case: Case, signal: str, culprit: float) -> bool:
+def _bore_in_earlier_cycle(view: EpisodeView, signal: str, culprit: float) -> bool:
     """Whether the rate was about as high before, then low, and the loss is lower now than it was there."""
-    history = case.store.history
-    rates, losses = history.series(signal), history.series(case.episode.signal)
-    known = np.isfinite(rates) & np.isfinite(losses) & case.healthy & (history.ordinals < case.onset)
+    history = view.store.history
+    rates, losses = history.series(signal), history.series(view.episode.signal)
+    known = np.isfinite(rates) & np.isfinite(losses) & view.healthy & (history.ordinals < view.onset)
     high = known & (rates >= AS_HIGH * culprit)
     first = np.flatnonzero(high)
     low = np.flatnonzero(known & (rates <= MUCH_LOWER * culprit))
     if first.size == 0 or low.size == 0 or low[-1] < first[0]:
         return False
     cycle = high & (np.arange(rates.size) < low[-1])
-    level = case.episode.loss_before
+    level = view.episode.loss_before
     return cycle.sum() >= FEW_IN_CYCLE and level is not None and level < float(np.median(losses[cycle]))
 
 
-def gentle_rate(case: Case, signal: str) -> float | None:
+def gentle_rate(view: EpisodeView, signal: str) -> float | None:
     """The rate at which the longest update before the onset, for its rate, would have changed the weights by 1 % of their size; `None` where updates were not measured."""
-    history = case.store.history
-    rows, shares = update_shares(case.store)
+    history = view.store.history
+    rows, shares = update_shares(view.store)
     rates = history.series(signal)[rows]
-    known = np.isfinite(rates) & (rates > 0.0) & case.healthy[rows] & (history.ordinals[rows] < max(case.onset, 1))
+    known = np.isfinite(rates) & (rates > 0.0) & view.healthy[rows] & (history.ordinals[rows] < max(view.onset, 1))
     if not known.any():
         return None
     return GENTLE_STEP / float((shares[known] / rates[known]).max())
 
 
-def longest_bearable(case: Case, signal: str) -> float | None:
+def longest_bearable(view: EpisodeView, signal: str) -> float | None:
     """The rate at which that longest update would have changed the weights by a tenth of their size, which is the most; `None` as above."""
-    gentle = gentle_rate(case, signal)
+    gentle = gentle_rate(view, signal)
     return None if gentle is None else _two_digits(MOST_STEP / GENTLE_STEP * gentle)
 
 
-def _cut(case: Case) -> tuple[float, str]:
+def _cut(view: EpisodeView) -> tuple[float, str]:
     """How far to lower a rate whose limit the run does not show, and why."""
-    tried = (case.lab("remedies") or {}).get("tried")
-    lower = (
-        [t for t in tried if isinstance(t, Mapping) and t.get("remedy") == "lower_rate"]
-        if isinstance(tried, list | tuple)
-        else []
-    )
-    repaired = max((number(t.get("repaired")) or 0.0 for t in lower), default=0.0)
+    tried = () if view.experiments is None else view.experiments.remedies
+    repaired = max((remedy.repaired for remedy in tried if remedy.remedy == "lower_rate"), default=0.0)
     if repaired >= HELPED:
         return DEEP_CUT, "which took most of the damage away when that update was made again"
-    if case.episode.end is None and case.episode.recovery is not Recovery.PART:
+    if view.episode.end is None and view.episode.recovery is not Recovery.PART:
         return DEEP_CUT, "as the loss was lost for good and this run does not show where the limit lies"
     return CAUTIOUS_CUT, "as this run does not show where its limit lies"
 
 
-def warmup_steps(case: Case) -> tuple[int, str]:
+def warmup_steps(view: EpisodeView) -> tuple[int, str]:
     """Updates over which the rate should rise, and why so many: 2 / (1 - beta2) for Adam (Ma & Yarats), but at most a fifth of the run."""
-    longest = case.facts.max_steps
-    if longest is None and case.facts.max_epochs is not None and case.facts.batches_per_epoch is not None:
-        longest = case.facts.max_epochs * case.facts.batches_per_epoch // max(case.facts.accumulate_grad_batches, 1)
+    longest = view.facts.max_steps
+    if longest is None and view.facts.max_epochs is not None and view.facts.batches_per_epoch is not None:
+        longest = view.facts.max_epochs * view.facts.batches_per_epoch // max(view.facts.accumulate_grad_batches, 1)
     share = WARMUP_SHARE * longest if longest is not None else 0.0
-    beta2 = case.beta2
+    beta2 = view.beta2
     if beta2 is not None and beta2 < 1.0:
         steps, why = (
             math.ceil(2.0 / (1.0 - beta2) - 1e-6),
@@ -174,37 +162,37 @@ def warmup_steps(case: Case) -> tuple[int, str]:
     return steps, why
 
 
-def dataset_fix(case: Case) -> str:
+def dataset_fix(view: EpisodeView) -> str:
     """Which samples to look at or leave out."""
-    samples = sample_words(case)
+    samples = sample_words(view)
     if not samples:
-        at = case.episode.onset
+        at = view.episode.onset
         where = (
-            "its dump lists the dataset indices" if case.suspect_indices else "BadBatchDumper would write it to disk"
+            "its dump lists the dataset indices" if view.suspect_indices else "BadBatchDumper would write it to disk"
         )
         return f"Look at batch {at.batch_idx} of epoch {at.epoch} (step {at.step}) and drop or mend what is wrong in it; {where}."
-    return f"Drop or mend {samples}{_of_stretch(case)}."
+    return f"Drop or mend {samples}{_of_stretch(view)}."
 
 
-def _of_stretch(case: Case) -> str:
+def _of_stretch(view: EpisodeView) -> str:
     """`", those of the 8 bad batches from step 218 to 225"`; empty where one batch alone is bad."""
-    ordinals = (case.stretch or {}).get("ordinals")
-    last = number((case.stretch or {}).get("last_step"))
-    if not isinstance(ordinals, list | tuple) or len(ordinals) <= 1 or last is None:
+    ordinals = () if view.bad_run is None else view.bad_run.whole_numbers("ordinals")
+    last = None if view.bad_run is None else view.bad_run.number("last_step")
+    if len(ordinals) <= 1 or last is None:
         return ""
-    first = case.step_of(ordinals[0])
+    first = view.step_of(ordinals[0])
     return f", those of the {len(ordinals)} bad batches from step {first} to {last:.0f} (finding suspect_batches lists them all)"
 
 
-def drop_samples(case: Case) -> Change:
+def drop_samples(view: EpisodeView) -> Change:
     """`dataset_fix` for a program."""
-    return Change(setting="drop_samples", value=case.suspect_indices or None)
+    return Change(setting="drop_samples", value=view.suspect_indices or None)
 
 
-def sample_words(case: Case) -> str:
+def sample_words(view: EpisodeView) -> str:
     """`"samples 11456-11471 of the dataset"`: those that stand out, or the whole batch of the onset; empty where indices are not known or are a shuffled batch's."""
-    spans = _spans(case.suspect_indices)
-    if not spans or (len(spans) > MOST_SPANS and case.suspects is None and case.stretch is None):
+    spans = _spans(view.suspect_indices)
+    if not spans or (len(spans) > MOST_SPANS and view.suspects is None and view.bad_run is None):
         return ""
     words = [str(a) if a == b else f"{a}-{b}" for a, b in spans[:MOST_SPANS]]
     more = sum(b - a + 1 for a, b in spans[MOST_SPANS:])

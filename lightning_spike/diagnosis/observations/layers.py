@@ -7,10 +7,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from lightning_spike.diagnosis.case import Case
+from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.diagnosis.constants import GUARD
-
-__all__ = ["LayerShift", "LayerTable", "layer_table", "shifted_most", "usual_of"]
 
 ABSENT: Final = -1.0
 """What stands in these series for an entry that a row does not concern; sizes and shares are never negative."""
@@ -46,30 +44,30 @@ class LayerShift:
         return self.observed / self.expected if self.expected > 0.0 else math.inf
 
 
-def layer_table(case: Case, signal: str, first: int, last: int) -> LayerTable:
+def layer_table(view: EpisodeView, signal: str, first: int, last: int) -> LayerTable:
     """The rows with ordinals in `[first, last]` that are still held; empty where there are none. Rows of another length than the names are passed over."""
-    names = case.store.layer_names.get(signal, ())
-    rows = [row for row in case.store.layer_rows(signal, first, last) if len(row.values) == len(names)]
+    names = view.store.layer_names.get(signal, ())
+    rows = [row for row in view.store.layer_rows(signal, first, last) if len(row.values) == len(names)]
     values = np.array([row.values for row in rows], dtype=np.float64).reshape(len(rows), len(names))
     ordinals = np.array([row.at.ordinal for row in rows], dtype=np.int64)
     return LayerTable(signal=signal, names=names, ordinals=ordinals, values=np.where(values == ABSENT, np.nan, values))
 
 
-def usual_of(case: Case, signal: str, before: int | None = None) -> npt.NDArray[np.float64] | None:
+def usual_of(view: EpisodeView, signal: str, before: int | None = None) -> npt.NDArray[np.float64] | None:
     """The median of every entry over the last healthy rows.
 
     Args:
-        case: The episode.
+        view: The episode.
         signal: The series.
         before: Only rows before this ordinal, by default all up to some batches before the onset.
 
     Returns:
         Shape `(names,)`, NaN for entries without a finite value; `None` where fewer than two rows are held.
     """
-    until = case.onset - GUARD if before is None else before
-    table = layer_table(case, signal, 0, until - 1)
-    ordinals = case.store.history.ordinals
-    healthy = ordinals[case.healthy]
+    until = view.onset - GUARD if before is None else before
+    table = layer_table(view, signal, 0, until - 1)
+    ordinals = view.store.history.ordinals
+    healthy = ordinals[view.healthy]
     fine = np.isin(table.ordinals, healthy)
     values = table.values[fine][-ROWS:]
     if len(values) < FEW:
@@ -81,10 +79,10 @@ def usual_of(case: Case, signal: str, before: int | None = None) -> npt.NDArray[
     return out
 
 
-def shifted_most(case: Case, signal: str, first: int, last: int, *, down: bool = False) -> LayerShift | None:
+def shifted_most(view: EpisodeView, signal: str, first: int, last: int, *, down: bool = False) -> LayerShift | None:
     """The entry whose factor against its usual value is highest (`down`: lowest) among some rows; `None` where nothing can be compared."""
-    usual = usual_of(case, signal)
-    table = layer_table(case, signal, first, last)
+    usual = usual_of(view, signal)
+    table = layer_table(view, signal, first, last)
     if usual is None or table.values.size == 0:
         return None
     known = np.isfinite(table.values) & (usual > 0.0)[None, :]

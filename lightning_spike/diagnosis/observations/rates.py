@@ -6,27 +6,12 @@ from typing import Final
 
 import numpy as np
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, NEAR, REACH, STRONG
-from lightning_spike.diagnosis.observations.quiet import Shown, rise_after
+from lightning_spike.diagnosis.view import EpisodeView
+from lightning_spike.diagnosis.constants import GUARD, NEAR, REACH
+from lightning_spike.diagnosis.observations.loss_rise import Shown, rise_after
 from lightning_spike.diagnosis.observations.step_length import lengthened
 from lightning_spike.records import Finding, Moment
 from lightning_spike.store import TrainerStateStore
-
-__all__ = [
-    "JUMPS",
-    "PERIODIC",
-    "SCHEDULED",
-    "Climb",
-    "RateEvent",
-    "begins_to_climb",
-    "borne_later",
-    "climbed",
-    "nearness",
-    "rate_event",
-    "shown_after_event",
-    "steady_rate",
-]
 
 SCHEDULED: Final = ("restart", "cyclic_peak")
 """Kinds of finding of a rate that comes back up because its schedule says so."""
@@ -95,18 +80,18 @@ class Climb:
         return f"{self.signal} had climbed from {self.usual:.3g} to {self.now:.3g}"
 
 
-def climbed(case: Case) -> Climb | None:
+def climbed(view: EpisodeView) -> Climb | None:
     """The rate that has climbed most, without an event and not as a warm-up does from the run's beginning; `None` where none has."""
-    if not case.rate_signals or rate_event(case, SCHEDULED + JUMPS) is not None:
+    if not view.rate_signals or rate_event(view, SCHEDULED + JUMPS) is not None:
         return None
-    found = [climb for signal in case.rate_signals if (climb := _climb(case, signal)) is not None]
+    found = [climb for signal in view.rate_signals if (climb := _climb(view, signal)) is not None]
     return max(found, key=lambda climb: climb.now / climb.usual, default=None)
 
 
-def _climb(case: Case, signal: str) -> Climb | None:
-    history = case.store.history
-    early = history.before(signal, case.onset - LONG_REACH, case.onset)
-    recent = history.between(signal, max(case.onset - LONG_REACH, 0), case.onset)
+def _climb(view: EpisodeView, signal: str) -> Climb | None:
+    history = view.store.history
+    early = history.before(signal, view.onset - LONG_REACH, view.onset)
+    recent = history.between(signal, max(view.onset - LONG_REACH, 0), view.onset)
     recent = recent[np.isfinite(recent)]
     if early.size < LONG_REACH or recent.size == 0 or not float(np.median(early)) > 0.0:
         return None
@@ -162,49 +147,53 @@ def _is_new_height(store: TrainerStateStore, ordinal: int) -> bool:
     return False
 
 
-def rate_event(case: Case, kinds: tuple[str, ...]) -> RateEvent | None:
+def rate_event(view: EpisodeView, kinds: tuple[str, ...]) -> RateEvent | None:
     """The event of these kinds that is nearest to the onset, `None` where none is near enough to have begun the trouble."""
-    first, last = case.onset - LONG_REACH, case.onset + _dating_error(case)
-    peaks = case.findings("learning_rate", "cyclic_peak", first=first, last=case.onset + LONG_REACH)
-    found = [f for f in case.findings("learning_rate", *kinds, first=first, last=last) if f.kind != "cyclic_peak"]
-    found += [f for f in peaks if "cyclic_peak" in kinds and _comes_back(case, f)]
-    events = [_event(case, f.kind, f.detail.get("name"), f.at.ordinal, f.at.step) for f in found]
-    near = [e for e in events if e is not None and _bears_on(case, e)]
+    first, last = view.onset - LONG_REACH, view.onset + _dating_error(view)
+    peaks = view.findings("learning_rate", "cyclic_peak", first=first, last=view.onset + LONG_REACH)
+    found = [f for f in view.findings("learning_rate", *kinds, first=first, last=last) if f.kind != "cyclic_peak"]
+    found += [f for f in peaks if "cyclic_peak" in kinds and _comes_back(view, f)]
+    events = [_event(view, f.kind, str(f.detail.get("name")), f.at.ordinal, f.at.step) for f in found]
+    near = [e for e in events if e is not None and _bears_on(view, e)]
     return min(near, key=lambda e: (abs(e.lag), -e.after if math.isfinite(e.after) else -math.inf), default=None)
 
 
-def _comes_back(case: Case, peak: Finding) -> bool:
+def _comes_back(view: EpisodeView, peak: Finding) -> bool:
     """A single rise and fall is no cycle: there is a schedule that comes back by design, or the run has another peak of about that height."""
-    if any(s.class_name in PERIODIC for s in case.facts.schedulers):
+    if any(s.class_name in PERIODIC for s in view.facts.schedulers):
         return True
-    others = case.findings("learning_rate", *SCHEDULED, first=0, last=case.onset + len(case.store.history))
-    return any(ALIKE * _height(case, f) >= _height(case, peak) for f in others if f.at.ordinal != peak.at.ordinal)
+    others = view.findings("learning_rate", *SCHEDULED, first=0, last=view.onset + len(view.store.history))
+    return any(ALIKE * _height(view, f) >= _height(view, peak) for f in others if f.at.ordinal != peak.at.ordinal)
 
 
-def _height(case: Case, finding: Finding) -> float:
-    rates = (case.at(signal, finding.at.ordinal) for signal in case.rate_signals)
+def _height(view: EpisodeView, finding: Finding) -> float:
+    rates = (view.at(signal, finding.at.ordinal) for signal in view.rate_signals)
     return max((rate for rate in rates if rate is not None and math.isfinite(rate)), default=0.0)
 
 
-def nearness(case: Case, event: RateEvent) -> float:
-    """The weight of an event by its distance: within 4 batches it was the cause itself, later the trouble had other chances to come about.
+NEARNESS: Final = ("at once", "soon", "later")
+"""Levels of `nearness`."""
 
-    A slow episode takes its time to be seen, so there a late one weighs more.
+
+def nearness(view: EpisodeView, event: RateEvent) -> str:
+    """How near to the onset an event was: within 4 batches it was the cause itself, later the trouble had other chances to come about.
+
+    A slow episode takes its time to be seen, so there a late event counts as soon.
     """
     if event.lag <= NEAR:
-        return DECISIVE
-    return STRONG if event.lag <= REACH or case.dated_early else FAIR
+        return "at once"
+    return "soon" if event.lag <= REACH or view.dated_early else "later"
 
 
-def borne_later(case: Case, signal: str) -> tuple[str, bool] | None:
+def tolerated_later(view: EpisodeView, signal: str) -> tuple[str, bool] | None:
     """Whether the loss came down again later at about the same rate, in words; `None` where the run does not show it."""
-    rate, before, history = case.rate(signal), case.episode.loss_before, case.store.history
+    rate, before, history = view.rate(signal), view.episode.loss_before, view.store.history
     if rate is None or before is None or not before > 0.0:
         return None
-    losses = history.series(case.episode.signal)
-    later = losses[(history.ordinals > case.last) & (history.series(signal) >= SAME * rate) & np.isfinite(losses)]
-    if case.episode.end is None or later.size < WELL_AFTER:
-        gone = case.episode.end is None and case.last - case.onset >= WELL_AFTER
+    losses = history.series(view.episode.signal)
+    later = losses[(history.ordinals > view.last) & (history.series(signal) >= SAME * rate) & np.isfinite(losses)]
+    if view.episode.end is None or later.size < WELL_AFTER:
+        gone = view.episode.end is None and view.last - view.onset >= WELL_AFTER
         return ("The loss never came back under this rate.", False) if gone else None
     level = float(np.median(later[-WELL_AFTER:]))
     if level >= before:
@@ -212,27 +201,27 @@ def borne_later(case: Case, signal: str) -> tuple[str, bool] | None:
     return f"Later the loss came down to {level:.3g} at about the same rate, so the rate itself can be borne.", True
 
 
-def steady_rate(case: Case) -> bool:
+def steady_rate(view: EpisodeView) -> bool:
     """Whether rates are known, and no event of any kind stands near the onset."""
-    return bool(case.rate_signals) and rate_event(case, SCHEDULED + JUMPS) is None
+    return bool(view.rate_signals) and rate_event(view, SCHEDULED + JUMPS) is None
 
 
-def _dating_error(case: Case) -> int:
+def _dating_error(view: EpisodeView) -> int:
     """Batches after the onset in which an event may still have come first: -1 where the very first loss has jumped, for it is computed before its update."""
-    if case.dated_early:
-        return case.dated_early
-    return 1 if case.sudden is False else -1
+    if view.dated_early:
+        return view.dated_early
+    return 1 if view.sudden is False else -1
 
 
-def _event(case: Case, kind: str, named: object, ordinal: int, step: int) -> RateEvent | None:
-    signals = [s for s in case.rate_signals if s == f"lr-{named}"] or list(case.rate_signals)
-    moved = [e for s in signals if (e := _of_series(case, kind, s, ordinal, step)) is not None]
+def _event(view: EpisodeView, kind: str, named: str, ordinal: int, step: int) -> RateEvent | None:
+    signals = [s for s in view.rate_signals if s == f"lr-{named}"] or list(view.rate_signals)
+    moved = [e for s in signals if (e := _of_series(view, kind, s, ordinal, step)) is not None]
     return max(moved, key=lambda e: e.factor or 0.0, default=None)
 
 
-def _of_series(case: Case, kind: str, signal: str, ordinal: int, step: int) -> RateEvent | None:
-    history = case.store.history
-    until = max(case.onset - 1, ordinal)
+def _of_series(view: EpisodeView, kind: str, signal: str, ordinal: int, step: int) -> RateEvent | None:
+    history = view.store.history
+    until = max(view.onset - 1, ordinal)
     since = history.between(signal, ordinal, until)
     since = since[~np.isnan(since)] if kind != "nonfinite" else since
     if since.size == 0:
@@ -241,14 +230,14 @@ def _of_series(case: Case, kind: str, signal: str, ordinal: int, step: int) -> R
     earlier = history.before(signal, ordinal, LONG_REACH if kind == "cyclic_peak" else 1)
     before = float(earlier.min()) if earlier.size else None
     return RateEvent(
-        kind=kind, signal=signal, ordinal=ordinal, step=step, before=before, after=after, lag=case.onset - ordinal
+        kind=kind, signal=signal, ordinal=ordinal, step=step, before=before, after=after, lag=view.onset - ordinal
     )
 
 
-def _bears_on(case: Case, event: RateEvent) -> bool:
+def _bears_on(view: EpisodeView, event: RateEvent) -> bool:
     """The rate was up in the last update before the onset, or had been shortly before; a rate that is not finite needs no height."""
     if not math.isfinite(event.after):
         return event.lag >= 0
-    rate = case.rate(event.signal)
+    rate = view.rate(event.signal)
     up = rate is not None and rate >= STAYED_UP * event.after
-    return up or -GUARD <= event.lag <= (2 * REACH if case.dated_early else REACH)
+    return up or -GUARD <= event.lag <= (2 * REACH if view.dated_early else REACH)

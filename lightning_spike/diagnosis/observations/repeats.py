@@ -7,10 +7,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from lightning_spike.diagnosis.case import Case, number
+from lightning_spike.records import number
+from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.rolling import median
-
-__all__ = ["Repeats", "repeats"]
 
 WINDOW: Final = 64
 """Batches before the onset that are compared with each other."""
@@ -47,11 +46,11 @@ class Repeats:
     """The same of batches that had not come before."""
 
 
-def repeats(case: Case) -> Repeats | None:
+def repeats(view: EpisodeView) -> Repeats | None:
     """How often the batches before the onset had come before; `None` where they were new, where few are held, and where their values were not recorded."""
-    ordinals = case.store.history.ordinals
-    prints = _prints(case)
-    before = prints[(ordinals >= case.onset - WINDOW) & (ordinals < case.onset)]
+    ordinals = view.store.history.ordinals
+    prints = _prints(view)
+    before = prints[(ordinals >= view.onset - WINDOW) & (ordinals < view.onset)]
     if prints.shape[1] == 0 or len(before) < FEWEST:
         return None
     counts = Counter(row.tobytes() for row in before)
@@ -59,21 +58,21 @@ def repeats(case: Case) -> Repeats | None:
     came = sum(often.values())
     if len(before) - came > FRESH * len(before):
         return None
-    after = (ordinals >= case.onset) & (ordinals < case.onset + AHEAD)
+    after = (ordinals >= view.onset) & (ordinals < view.onset + AHEAD)
     old = np.array([row.tobytes() in often for row in prints[after]], dtype=bool)
-    losses = case.store.history.series(case.episode.signal)[after]
+    losses = view.store.history.series(view.episode.signal)[after]
     return Repeats(
         kinds=len(often),
         came=came,
         window=len(before),
-        known=_level(case, losses[old]),
-        altered=_level(case, losses[~old]),
+        known=_level(view, losses[old]),
+        altered=_level(view, losses[~old]),
     )
 
 
-def _prints(case: Case) -> npt.NDArray[np.float64]:
+def _prints(view: EpisodeView) -> npt.NDArray[np.float64]:
     """A row for every batch that tells it from others: statistics of its values, to some digits; a few columns, none where nothing was recorded."""
-    history = case.store.history
+    history = view.store.history
     names = [s for s in history.signals if s.startswith("batch/") and s.rsplit("/", 1)[-1] in STATISTICS]
     if not any(name.rsplit("/", 1)[-1] in TELLING for name in names):
         return np.zeros((history.ordinals.size, 0))
@@ -82,8 +81,8 @@ def _prints(case: Case) -> npt.NDArray[np.float64]:
     return np.concatenate([np.round(parts, DIGITS) + 0.0, exponents.astype(np.float64)], axis=1)
 
 
-def _level(case: Case, losses: npt.NDArray[np.float64]) -> float | None:
-    before = number(case.episode.loss_before)
+def _level(view: EpisodeView, losses: npt.NDArray[np.float64]) -> float | None:
+    before = number(view.episode.loss_before)
     known = losses[np.isfinite(losses)]
     if before is None or not before > 0.0 or known.size < LEAST:
         return None

@@ -1,115 +1,113 @@
 """What speaks for trouble that lies in the model's own layers, and against it: steps, batches and writes that may have brought it about."""
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.constants import FAIR, NEAR, STRONG
-from lightning_spike.diagnosis.observations.measured import steps_too_long
+from typing import Final
+
+from lightning_spike.diagnosis import sentences
+from lightning_spike.diagnosis.constants import NEAR
+from lightning_spike.diagnosis.observation import Observation, Observer, first_of, observer
+from lightning_spike.diagnosis.observations.experiments import step_size_test
 from lightning_spike.diagnosis.observations.rates import JUMPS, SCHEDULED, climbed, rate_event
-from lightning_spike.diagnosis.observations.step_length import wild_start
-from lightning_spike.diagnosis.observations.tells import (
-    batch_value,
+from lightning_spike.diagnosis.observations.shared_evidence import (
+    batch_values,
     early_gradient,
-    gradient_all_but_gone,
-    jump_without_cause_in_update,
-    lone_batch,
-    tell,
-    without_none,
+    gradient_vanished_before,
+    jump_after_ordinary_updates,
+    transient_loss,
 )
-from lightning_spike.records import Evidence
+from lightning_spike.diagnosis.observations.step_length import wild_start
+from lightning_spike.diagnosis.view import EpisodeView
 
-__all__ = ["from_elsewhere", "rate_to_blame"]
-
-WRITES = ("weights", "optimizer_state")
-
-
-def from_elsewhere(case: Case) -> tuple[Evidence, ...]:
-    """Whether something upstream has damaged the layers: an event of the rate, gradients that exploded, long updates, an odd batch, writes by others, a setting that was changed, a slow growth of the loss.
-
-    A jump of the loss after ordinary updates with an ordinary batch speaks for the layers themselves.
-    """
-    return without_none(
-        rate_to_blame(case, event=-STRONG, climb=-STRONG),
-        _gradient(case),
-        _update(case) or _start(case) or _steps(case),
-        _written(case),
-        _setting(case),
-        batch_value(case, ordinary=0.0, odd=-STRONG),
-        lone_batch(case, -STRONG),
-        jump_without_cause_in_update(case, sign=1.0, most=FAIR) or _gradual(case),
-    )
+WRITES: Final = ("weights", "optimizer_state")
 
 
-def rate_to_blame(case: Case, *, event: float, climb: float) -> Evidence | None:
-    """That a learning rate which came back up, jumped or has climbed may have brought it about; the weights of an event and of a climb."""
-    moved = rate_event(case, SCHEDULED + JUMPS)
+@observer("event", "climb")
+def rate_upstream(view: EpisodeView) -> Observation | None:
+    """A learning rate that came back up, jumped or has climbed may have brought it about."""
+    moved = rate_event(view, SCHEDULED + JUMPS)
     if moved is not None:
-        return tell(moved.signal, f"It may come of the learning rate: {moved.text}.", event, step=moved.step)
-    rose = climbed(case)
+        text = f"Possibly caused by the learning rate: {moved.text}."
+        return Observation(level="event", text=text, signal=moved.signal, step=moved.step)
+    rose = climbed(view)
     if rose is None:
         return None
-    text = f"It may come of the learning rate: {rose.text}."
-    return tell(rose.signal, text, climb, step=case.step, observed=rose.now, expected=rose.usual)
+    text = f"Possibly caused by the learning rate: {rose.text}."
+    return Observation(
+        level="climb", text=text, signal=rose.signal, step=view.step, observed=rose.now, expected=rose.usual
+    )
 
 
-def _gradient(case: Case) -> Evidence | None:
-    lead = early_gradient(case)
+@observer("exploded")
+def gradient_upstream(view: EpisodeView) -> Observation | None:
+    """A gradient that exploded before leaves damage of any kind."""
+    lead = early_gradient(view)
     if lead is None:
         return None
-    text = f"The gradient norm was {lead.ratio:.3g} times its usual {lead.expected:.3g} before; a step like that leaves damage of any kind."
-    return tell("grad_norm", text, -STRONG, step=case.step, expected=lead.expected)
+    text = f"The gradient norm was ×{lead.ratio:.3g} its usual {lead.expected:.3g} before; such a step leaves damage of any kind."
+    return Observation(level="exploded", text=text, signal="grad_norm", step=view.step, expected=lead.expected)
 
 
-def _update(case: Case) -> Evidence | None:
-    size = case.worst("update_norm", case.onset - 2 * NEAR, case.onset - 1)
+@observer("long update")
+def _long_update(view: EpisodeView) -> Observation | None:
+    size = view.worst("update_norm", view.onset - 2 * NEAR, view.onset - 1)
     if size is None or not size.above:
         return None
-    return tell(
-        "update_norm",
-        f"An update before was {size.ratio:.3g} times as long as usual.",
-        -FAIR,
-        step=case.step,
-        expected=size.expected,
-    )
+    text = f"An update before was ×{size.ratio:.3g} as long as usual."
+    return Observation(level="long update", text=text, signal="update_norm", step=view.step, expected=size.expected)
 
 
-def _start(case: Case) -> Evidence | None:
-    wild = wild_start(case.store)
-    if wild is None or wild.after.ordinal > case.onset:
+@observer("oversized first updates")
+def _oversized_first_updates(view: EpisodeView) -> Observation | None:
+    wild = wild_start(view.store)
+    if wild is None or wild.after.ordinal > view.onset:
         return None
-    return tell("update_norm", f"{wild.text} Steps like that leave damage of any kind.", -STRONG, step=wild.after.step)
+    text = f"{wild.text} Such steps leave damage of any kind."
+    return Observation(level="oversized first updates", text=text, signal="update_norm", step=wild.after.step)
 
 
-def _steps(case: Case) -> Evidence | None:
-    found = steps_too_long(case)
-    if found is None:
+@observer("steps too long")
+def _steps_too_long(view: EpisodeView) -> Observation | None:
+    test = step_size_test(view)
+    if test is None:
         return None
-    text = f"By experiment steps are too long: {found.detail.get('text')}"
-    return tell("lab/steps", text, -STRONG, step=found.at.step)
+    return Observation(level="steps too long", text=sentences.step_size(test.result), signal="lab/steps", step=test.at.step)
 
 
-def _written(case: Case) -> Evidence | None:
-    found = case.findings("outside_writes", *WRITES, first=case.onset - 2 * NEAR, last=case.onset)
+@observer("written")
+def write_upstream(view: EpisodeView) -> Observation | None:
+    """Code outside the training step wrote into weights or optimizer state just before."""
+    found = view.findings("outside_writes", *WRITES, first=view.onset - 2 * NEAR, last=view.onset)
     if not found:
         return None
-    return tell(
-        "outside_writes", "Somebody wrote into weights or optimizer state just before.", -STRONG, step=found[-1].at.step
-    )
+    text = "Code outside the training step wrote into weights or optimizer state just before."
+    return Observation(level="written", text=text, signal="outside_writes", step=found[-1].at.step)
 
 
-def _setting(case: Case) -> Evidence | None:
+@observer("changed")
+def setting_upstream(view: EpisodeView) -> Observation | None:
     """A momentum, decay or epsilon that was changed while training ran does damage of its own."""
-    found = case.findings("optimizer", "settings_changed", first=0, last=case.last)
+    found = view.findings("optimizer", "settings_changed", first=0, last=view.last)
     if not found:
         return None
-    text = f"It may come of a setting of the optimizer: {found[-1].detail.get('text')}"
-    return tell("optimizer/settings", text, -STRONG, step=found[-1].at.step)
+    text = f"Possibly caused by a changed optimizer setting: {found[-1].text}"
+    return Observation(level="changed", text=text, signal="optimizer/settings", step=found[-1].at.step)
 
 
-def _gradual(case: Case) -> Evidence | None:
-    if case.sudden is not False or gradient_all_but_gone(case, 0.0) is not None:
+@observer("gradual")
+def _gradual_rise(view: EpisodeView) -> Observation | None:
+    if view.sudden is not False or gradient_vanished_before(view) is not None:
         return None
-    return tell(
-        case.episode.signal,
-        "The loss rose over several batches, as by steps that do damage bit by bit.",
-        -FAIR,
-        step=case.step,
-    )
+    text = "The loss rose over several batches, as with steps that do damage bit by bit."
+    return Observation(level="gradual", text=text, signal=view.episode.signal, step=view.step)
+
+
+UPSTREAM: Final[tuple[Observer, ...]] = (
+    rate_upstream,
+    gradient_upstream,
+    first_of("step_upstream", _long_update, _oversized_first_updates, _steps_too_long),
+    write_upstream,
+    setting_upstream,
+    batch_values,
+    transient_loss,
+    first_of("rise_after_ordinary_updates", jump_after_ordinary_updates, _gradual_rise),
+)
+"""Whether something upstream has damaged the layers. A jump of the loss after ordinary updates with an ordinary batch speaks for the layers themselves."""

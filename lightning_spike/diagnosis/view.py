@@ -3,41 +3,38 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from lightning_spike.detectors.baseline import Baseline
-from lightning_spike.diagnosis.constants import AFTERSHOCK, GUARD, LEAST_RATIO, NEAR, REFERENCE
-from lightning_spike.records import Episode, EpisodeKind, Finding, Recovery, RunFacts
+from lightning_spike.diagnosis import judgement
+from lightning_spike.diagnosis.constants import AFTERSHOCK, GUARD, MIN_ODD_RATIO, NEAR, REFERENCE
+from lightning_spike.diagnosis.judgement import Group, SplitVerdict
+from lightning_spike.experiments import Experiments
+from lightning_spike.records import Action, Episode, EpisodeKind, Finding, Recovery, RunFacts, number
 from lightning_spike.rolling import median
 from lightning_spike.store import TrainerStateStore
 
-__all__ = ["Case", "Excess", "Oddity", "number"]
-
-FEW = 4
+MIN_HEALTHY_VALUES = 4
 """Healthy values without which no expectation is stated."""
 ASSUMED_SPREAD = 0.5
 """Spread on the log scale that is assumed while a baseline has too few values to know its own."""
 ASSUMED_LIMIT = 4.3
 """… with the limit of normal noise; together a factor of 8.6 is needed in the first batches of a run."""
-MOST_LIMIT = 12.0
+MAX_LIMIT = 12.0
 """Cap of the limit: a short history makes a baseline allow for tails of any weight, which is right for raising an alarm but here one has been raised."""
-LONE = 2
+MAX_TRANSIENT_BATCHES = 2
 """Batches that an episode may last to be called lone, however it ended."""
 SLOW = frozenset({EpisodeKind.DIVERGENCE, EpisodeKind.OSCILLATION})
 """Kinds of episode whose onset may be dated some batches too early."""
-ONE_BLOW = 0.5
+BACK_IN_ONE_BATCH_SHARE = 0.5
 """Share of the whole rise (log scale) that the last abnormal batch must still be up by, and lose with the next, for the loss to have come back at one blow."""
 
 
-def number(value: object) -> float | None:
-    """A finite number from a finding's detail, `None` for anything else: plug-ins and old checkpoints may have written it."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +54,12 @@ class Excess:
     @property
     def above(self) -> bool:
         """Too high to be noise."""
-        return self.z > self.limit and self.ratio >= LEAST_RATIO
+        return self.z > self.limit and self.ratio >= MIN_ODD_RATIO
 
     @property
     def odd(self) -> bool:
         """Too high or too low to be noise."""
-        return abs(self.z) > self.limit and self.ratio >= LEAST_RATIO
+        return abs(self.z) > self.limit and self.ratio >= MIN_ODD_RATIO
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +76,7 @@ class Oddity:
         return f"batch/{self.leaf}/{self.statistic}"
 
 
-class Case:
+class EpisodeView:
     """One episode of a run, and everything in the store that bears on it.
 
     About time: the loss of batch t is computed before update t. So a bad batch shows in its own loss, at the onset or one before; a bad update (learning
@@ -94,6 +91,14 @@ class Case:
         self.store = store
         self.episode = episode
         self._baselines: dict[str, Baseline | None] = {}
+        self._once: dict[object, object] = {}
+
+    def once(self, look: "Callable[[EpisodeView], T]") -> "T":
+        """What a function makes of this view, worked out at the first call only."""
+        if look not in self._once:
+            self._once[look] = look(self)
+        found: T = self._once[look]  # type: ignore[assignment] - kept under the function that made it
+        return found
 
     # -- the episode -------------------------------------------------------------------------------------------------
 
@@ -122,7 +127,7 @@ class Case:
         return max(newest, self.onset)
 
     @property
-    def questioned(self) -> tuple[int, ...]:
+    def suspect_batches(self) -> tuple[int, ...]:
         """Batches that may be the one that went wrong: the onset, and the peak where it is the very next, for a high but ordinary loss just before it may have been dated the onset."""
         peak = self.episode.peak.ordinal
         return (self.onset, peak) if peak == self.onset + 1 else (self.onset,)
@@ -167,7 +172,7 @@ class Case:
         return f"the loss went to {peak:.3g}" if before is None else f"the loss went from {before:.3g} to {peak:.3g}"
 
     @property
-    def lone(self) -> bool:
+    def transient(self) -> bool:
         """The loss was out and then wholly back at once, after one or two batches or at one blow after several: the weights bore no lasting damage.
 
         Weights that a step has damaged are trained back, so their loss falls over several batches; a stretch of bad batches ends with the last of them.
@@ -176,10 +181,10 @@ class Case:
             return False
         if self.kind not in {EpisodeKind.SPIKE, EpisodeKind.NONFINITE}:
             return False
-        return self.last - self.onset < LONE or (self.sudden is True and self._back_at_one_blow)
+        return self.last - self.onset < MAX_TRANSIENT_BATCHES or (self.sudden is True and self._back_in_one_batch)
 
     @property
-    def _back_at_one_blow(self) -> bool:
+    def _back_in_one_batch(self) -> bool:
         before, peak, last = self.episode.loss_before, self.episode.loss_peak, self.at(self.episode.signal, self.last)
         after = self.store.history.between(self.episode.signal, self.last + 1, self.last + NEAR)
         after = after[np.isfinite(after)]
@@ -192,7 +197,7 @@ class Case:
             math.log(before),
             math.log(last),
         )  # logs apart: the ratio of two losses of any size may be 0 or infinite
-        least = ONE_BLOW * (math.log(peak) - start)
+        least = BACK_IN_ONE_BATCH_SHARE * (math.log(peak) - start)
         return end - start >= least and end - math.log(level) >= least
 
     @property
@@ -263,7 +268,7 @@ class Case:
         if observed is None:
             return None
         reference = self.before(signal, REFERENCE)
-        if reference.size < FEW:
+        if reference.size < MIN_HEALTHY_VALUES:
             return None
         expected = median(reference[-2 * NEAR * GUARD :].tolist())
         if not math.isfinite(observed):
@@ -282,7 +287,7 @@ class Case:
             self._baselines[signal] = self._make_baseline(signal)
         baseline = self._baselines[signal]
         if baseline is not None and math.isfinite(baseline.limit):
-            return baseline.score(observed, self._noise(ordinal)), min(baseline.limit, MOST_LIMIT)
+            return baseline.score(observed, self._noise(ordinal)), min(baseline.limit, MAX_LIMIT)
         factor = math.log(_factor(observed, expected))
         return math.copysign(factor / ASSUMED_SPREAD, observed - expected), ASSUMED_LIMIT
 
@@ -399,68 +404,56 @@ class Case:
             if f.detector == detector and f.kind in kinds and first <= f.at.ordinal <= last
         )
 
-    def lab(self, kind: str) -> Mapping[str, Any] | None:
-        """The lab's newest answer of this kind about this episode, as its detail."""
-        return self._about("lab", kind)
+    @functools.cached_property
+    def experiments(self) -> Experiments | None:
+        """What the lab measured about this episode; `None` where it was not examined."""
+        found = self.store.experiments.get(self.episode.id)
+        return None if found is None or found.not_run is not None else found
 
-    def _about(self, detector: str, kind: str) -> Mapping[str, Any] | None:
-        """The newest finding of this kind about this episode, as its detail."""
-        told = [
-            f.detail
-            for f in self.store.findings
-            if f.detector == detector and f.kind == kind and f.detail.get("episode") == self.episode.id
-        ]
-        return told[-1] if told else None
+    @functools.cached_property
+    def shares(self) -> Mapping[Group, float]:
+        """Shares of the jump by group, as the experiments have them; empty where they do not tell."""
+        return judgement.jump_shares(self.experiments)
 
-    @property
-    def blame(self) -> Mapping[str, float]:
-        """Shares of the jump by who is to blame, as the lab's experiments have them; empty where they say nothing."""
-        shares = (self.lab("blame") or {}).get("shares")
-        if not isinstance(shares, Mapping):
-            return {}
-        return {str(group): share for group, told in shares.items() if (share := number(told)) is not None}
-
-    @property
-    def split(self) -> str | None:
-        """The lab's verdict on whether the batch or the weights made the loss jump: `"data"`, `"weights"`, `"both"`, `"noise"`, `"not_reproduced"`.
+    @functools.cached_property
+    def split(self) -> SplitVerdict | None:
+        """What the split gives the jump to.
 
         That the onset is within the ordinary scatter is no answer where the jump may have come with the batch after it: `None` then.
         """
-        told = self.lab("split")
-        verdict = told.get("verdict") if told is not None else None
-        if verdict == "noise" and len(self.questioned) > 1:
-            return None
-        return verdict if isinstance(verdict, str) else None
+        verdict = judgement.split_verdict(self.experiments)
+        return None if verdict is SplitVerdict.NOISE and len(self.suspect_batches) > 1 else verdict
 
     @functools.cached_property
-    def suspects(self) -> Mapping[str, Any] | None:
-        """The samples that stand out in the batch of the onset, as the finding `suspect_samples` has them."""
-        return self._about("batch", "suspect_samples")
+    def suspects(self) -> Finding | None:
+        """The finding `suspect_samples` of this episode: the samples that stand out in the batch of the onset."""
+        return self._newest("suspect_samples")
 
     @functools.cached_property
-    def stretch(self) -> Mapping[str, Any] | None:
-        """The batches that are bad from the onset on, with their samples, as the finding `suspect_batches` has them."""
-        return self._about("batch", "suspect_batches")
+    def bad_run(self) -> Finding | None:
+        """The finding `suspect_batches` of this episode: the batches that are bad from the onset on, with their samples."""
+        return self._newest("suspect_batches")
+
+    def _newest(self, kind: str) -> Finding | None:
+        found = self.store.findings
+        mine = [f for f in found if f.detector == "batch" and f.kind == kind and f.detail.get("episode") == self.episode.id]
+        return mine[-1] if mine else None
 
     @functools.cached_property
     def suspect_indices(self) -> tuple[int, ...]:
-        """Dataset indices of the samples that stand out, in all batches of a bad stretch; of the whole batch where no sample does."""
-        lists = [of.get("dataset_indices") for of in (self.stretch, self.suspects) if of is not None]
-        for action in self.store.actions:
-            if action.action == "dump" and action.detail.get("episode") == self.episode.id:
-                listed = action.detail.get("suspects")
-                of_suspects = (
-                    [s.get("dataset_index") for s in listed if isinstance(s, Mapping)]
-                    if isinstance(listed, list | tuple)
-                    else []
-                )
-                lists += [of_suspects, action.detail.get("dataset_indices")]
-        for indices in lists:
-            if isinstance(indices, list | tuple):
-                known = tuple(i for i in indices if isinstance(i, int) and not isinstance(i, bool))
-                if known:
-                    return known
-        return ()
+        """Dataset indices of the samples that stand out, in all batches of a bad run; of the whole batch where no sample does."""
+        lists = [found.whole_numbers("dataset_indices") for found in (self.bad_run, self.suspects) if found is not None]
+        dumps = (a for a in self.store.actions if a.action == "dump" and a.detail.get("episode") == self.episode.id)
+        for dump in dumps:
+            lists += [_indices_of_suspects(dump), dump.whole_numbers("dataset_indices")]
+        return next((indices for indices in lists if indices), ())
+
+
+def _indices_of_suspects(dump: Action) -> tuple[int, ...]:
+    suspects = dump.detail.get("suspects")
+    listed = suspects if isinstance(suspects, list | tuple) else ()
+    indices = (s.get("dataset_index") for s in listed if isinstance(s, Mapping))
+    return tuple(i for i in indices if isinstance(i, int) and not isinstance(i, bool))
 
 
 def _factor(observed: float, expected: float) -> float:

@@ -3,25 +3,22 @@
 import math
 from typing import Final
 
-from lightning_spike.diagnosis.case import Case, Excess, number
 from lightning_spike.diagnosis.constants import GUARD
-
-__all__ = ["EXPLODED", "held_gradient"]
+from lightning_spike.diagnosis.judgement import CONFIRMING_SHARE, Group
+from lightning_spike.diagnosis.view import EpisodeView, Excess
 
 EXPLODED: Final = 10.0
-"""Factor over its usual norm from which a gradient has exploded and is not merely large."""
-SHARE: Final = 0.5
-"""Share of the jump that the lab must give to the optimizer's state, as elsewhere to confirm a cause."""
+"""Factor over its usual norm from which a gradient has exploded and is not merely large; engineering choice."""
 
 
-def held_gradient(case: Case) -> Excess | None:
+def exploded_gradient_in_state(view: EpisodeView) -> Excess | None:
     """The exploded gradient of an update before the first one that the lab examined, where it gives the damage of the later ones to the optimizer's state.
 
     A state holds what gradients have put into it: with one of ten and more times the usual norm among the last few, momenta are made of that one.
     """
-    first = number((case.lab("factors") or {}).get("ordinal"))
-    if first is None or case.blame.get("optimizer", 0.0) < SHARE:
+    attribution = None if view.experiments is None else view.experiments.attribution
+    if attribution is None or view.shares.get(Group.OPTIMIZER, 0.0) < CONFIRMING_SHARE:
         return None
-    found = case.worst("grad_norm", case.onset - GUARD, int(first) - 1)
+    found = view.worst("grad_norm", view.onset - GUARD, attribution.ordinal - 1)
     exploded = found is not None and found.above and EXPLODED <= found.ratio < math.inf
     return found if exploded else None

@@ -2,35 +2,33 @@
 
 from typing import Final
 
-from lightning_spike.diagnosis.case import Case
+from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.diagnosis.constants import GUARD
 from lightning_spike.diagnosis.observations.batch_parts import class_leaves
-from lightning_spike.diagnosis.observations.course import GAP, Stretch, course, longest, parts
-
-__all__ = ["one_sided", "targets_known"]
+from lightning_spike.diagnosis.observations.reference_range import GAP, Stretch, reference_range, longest, parts
 
 SEVERAL: Final = 3
 """Batches in a row whose targets are less mixed than those of any batch of long before: of 128, that many in a row come by chance once in two million."""
 
 
-def targets_known(case: Case) -> bool:
+def targets_known(view: EpisodeView) -> bool:
     """Whether it was recorded how mixed the targets are."""
-    return any(course(case, signal, case.onset - GAP, case.onset) is not None for signal in _signals(case))
+    return any(reference_range(view, signal, view.onset - GAP, view.onset) is not None for signal in _signals(view))
 
 
-def _signals(case: Case) -> tuple[str, ...]:
+def _signals(view: EpisodeView) -> tuple[str, ...]:
     """How mixed the targets of a batch are: by class, or by number."""
-    classes = [f"batch/{leaf}/entropy" for leaf in class_leaves(case, "target")]
-    return (*classes, *(f"batch/{leaf}/std" for leaf in parts(case, "target", "std")))
+    classes = [f"batch/{leaf}/entropy" for leaf in class_leaves(view, "target")]
+    return (*classes, *(f"batch/{leaf}/std" for leaf in parts(view, "target", "std")))
 
 
-def one_sided(case: Case) -> tuple[str, Stretch] | None:
+def one_sided(view: EpisodeView) -> tuple[str, Stretch] | None:
     """The longest stretch of batches that are less mixed than ever before, which the onset is in, or at most a few batches behind."""
     found = [
         (signal, stretch)
-        for signal in _signals(case)
-        if (told := course(case, signal, case.onset - GAP, max(case.onset, case.episode.peak.ordinal))) is not None
-        and (stretch := longest(s for s in told.stretches(above=False) if s.first <= case.onset + GUARD)) is not None
+        for signal in _signals(view)
+        if (told := reference_range(view, signal, view.onset - GAP, max(view.onset, view.episode.peak.ordinal))) is not None
+        and (stretch := longest(s for s in told.stretches(above=False) if s.first <= view.onset + GUARD)) is not None
     ]
     best = max(found, key=lambda pair: pair[1].count, default=None)
     return best if best is not None and best[1].count >= SEVERAL else None

@@ -9,10 +9,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from lightning_spike.diagnosis.case import Case
+from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.diagnosis.constants import GUARD, REFERENCE
-
-__all__ = ["GAP", "Course", "Stretch", "course", "longest", "parts"]
 
 GAP: Final = 48
 """Batches before the onset that are taken as recent: what moves over some tens of batches has begun by then."""
@@ -39,7 +37,7 @@ class Stretch:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Course:
+class SeriesRange:
     """One series over some batches, and the range that it had long before.
 
     The range is that of all values of long before, so that nothing is assumed of their law: of n of them, a further one lies above all with probability
@@ -75,18 +73,18 @@ class Course:
         return observed / self.middle if self.middle > 0.0 else math.inf
 
 
-def course(case: Case, signal: str, first: int, last: int) -> Course | None:
+def reference_range(view: EpisodeView, signal: str, first: int, last: int) -> SeriesRange | None:
     """A series over the batches `first` to `last` against what it was long before the onset; `None` where either is missing."""
-    history = case.store.history
+    history = view.store.history
     series, ordinals = history.series(signal), history.ordinals
     finite = np.isfinite(series)
     asked = finite & (ordinals >= first) & (ordinals <= last)
-    known = series[finite & case.healthy & (ordinals < case.onset - GUARD)]
+    known = series[finite & view.healthy & (ordinals < view.onset - GUARD)]
     old = known[:-GAP] if known.size >= GAP + FEWEST else known[: max(known.size // 2, FEWEST)]
     if old.size < FEWEST or not asked.any():
         return None
     old = old[-REFERENCE:]
-    return Course(
+    return SeriesRange(
         signal=signal,
         low=float(old.min()),
         middle=float(np.median(old)),
@@ -96,9 +94,9 @@ def course(case: Case, signal: str, first: int, last: int) -> Course | None:
     )
 
 
-def parts(case: Case, part: str, statistic: str) -> tuple[str, ...]:
+def parts(view: EpisodeView, part: str, statistic: str) -> tuple[str, ...]:
     """The leaves of one part of the batch (`"input"`, `"target"`, `"weight"`) that have this statistic recorded."""
-    return tuple(leaf for leaf in case.leaves(statistic) if leaf.split(".")[0] == part)
+    return tuple(leaf for leaf in view.leaves(statistic) if leaf.split(".")[0] == part)
 
 
 def longest(stretches: Iterable[Stretch]) -> Stretch | None:

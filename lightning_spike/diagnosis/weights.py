@@ -1,0 +1,91 @@
+"""What each level of an observation weighs for each cause, and the numbers between weights and probabilities; read from `weights.json` beside this module.
+
+`weights.json` is written by `python benchmarks/diagnosis.py --fit FILE`: every weight twice, as set by hand and as fitted (shrunk towards the hand-set value), then the
+temper, the share of "unexplained" and an offset for each cause. Hand-set weights are natural logs of likelihood ratios: 0.7 twice as common under the cause as
+without it, 1.6 five times, 3.0 twenty times (the lower end of what a replay is worth, science.md 3.3), 3.9 fifty times (the upper end), 4.6 a hundred times: the cause itself was seen.
+"""
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+FILE: Final = "weights.json"
+EVERY_CAUSE: Final = "every cause"
+"""Key of the observers that weigh the same for all causes."""
+
+Table = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Weights by cause, observer and level."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """The fitted model: the logit of a cause is `log(prior share) + offset + temper * (sum of its weights)`, that of "unexplained" `log(unexplained)`.
+
+    Raises:
+        ValueError: A number is not finite, or out of its range.
+    """
+
+    temper: float
+    """Factor on the sums: observations of one moment depend on one another, so they count less than if each stood alone (science.md 3.2)."""
+    unexplained: float
+    """Share of episodes, before anything is known of them, that no cause of the catalogue explains."""
+    offsets: Mapping[str, float] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+    """By cause, in logits; 0 for one that is not listed."""
+    table: Table = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        cells = (w for cause in self.table.values() for levels in cause.values() for w in levels.values())
+        numbers = (self.temper, self.unexplained, *self.offsets.values(), *cells)
+        if not all(math.isfinite(number) for number in numbers) or not self.temper > 0 or not 0 < self.unexplained < 1:
+            msg = (
+                "Weights: expected finite numbers, a temper above 0 and unexplained between 0 and 1, "
+                f"got temper={self.temper}, unexplained={self.unexplained}. Make {FILE} anew: its docstring names the command."
+            )
+            raise ValueError(msg)
+
+    def of(self, cause: str, observer: str, level: str, own: Mapping[str, Mapping[str, float]]) -> float | None:
+        """The weight of one level for a cause; `None` where it is no evidence for or against it.
+
+        Args:
+            cause: Its id.
+            observer: The observer's name.
+            level: What it gave.
+            own: The weights that the cause brings itself, used where the table does not list the cause.
+        """
+        levels = self.table.get(cause, own).get(observer)
+        if levels is None:
+            levels = self.table.get(EVERY_CAUSE, {}).get(observer, {})
+        return levels.get(level)
+
+
+def parse(content: Mapping[str, Any], *, by_hand: bool = False) -> Weights:
+    """The model from the content of a data file; `by_hand` takes the hand-set weights in place of the fitted ones."""
+    place = 0 if by_hand else 1
+    table = {
+        cause: {observer: {level: pair[place] for level, pair in levels.items()} for observer, levels in of.items()}
+        for cause, of in content["weights"].items()
+    }
+    return Weights(
+        temper=content["temper"],
+        unexplained=content["unexplained"],
+        offsets=MappingProxyType(dict(content["offsets"])),
+        table=MappingProxyType(table),
+    )
+
+
+def content() -> dict[str, Any]:
+    """The data file that came with the package. Reads a file."""
+    text = importlib.resources.files(__package__).joinpath(FILE).read_text("utf-8")
+    whole: dict[str, Any] = json.loads(text)
+    return whole
+
+
+@functools.cache
+def fitted() -> Weights:
+    """The fitted model that came with the package; reads the file at the first call."""
+    return parse(content())
