@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
-__all__ = ["Calibration", "fitted"]
-
 FILE: Final = "calibration.json"
 
 

@@ -15,8 +15,6 @@ from lightning_spike.records import Episode, EpisodeKind, Finding, Recovery, Run
 from lightning_spike.rolling import median
 from lightning_spike.store import TrainerStateStore
 
-__all__ = ["Case", "Excess", "Oddity", "number"]
-
 FEW = 4
 """Healthy values without which no expectation is stated."""
 ASSUMED_SPREAD = 0.5

@@ -12,8 +12,6 @@ from typing import Final
 from lightning_spike.diagnosis import causes
 from lightning_spike.diagnosis.cause import Cause
 
-__all__ = ["ENTRY_POINTS", "catalogue"]
-
 ENTRY_POINTS: Final = "lightning_spike.causes"
 """The group under which other packages offer causes: a module with `Cause` classes in it, or a class."""
 

@@ -9,8 +9,6 @@ from lightning_spike.diagnosis.observations.quiet import Shown
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family
 from lightning_spike.store import TrainerStateStore
 
-__all__ = ["LOSS_ROSE", "Cause", "Examination"]
-
 LOSS_ROSE = frozenset({EpisodeKind.SPIKE, EpisodeKind.DIVERGENCE, EpisodeKind.NONFINITE, EpisodeKind.OSCILLATION})
 """The kinds of episode in which the training loss went up."""
 

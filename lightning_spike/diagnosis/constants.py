@@ -7,22 +7,6 @@ on the diagnosis benchmark and stands in `calibration.json`.
 
 from typing import Final
 
-__all__ = [
-    "AFTERSHOCK",
-    "DECISIVE",
-    "FAIR",
-    "GUARD",
-    "LEAST_PROBABILITY",
-    "LEAST_RATIO",
-    "NEAR",
-    "REACH",
-    "REFERENCE",
-    "REPLAYED",
-    "SLIGHT",
-    "STRONG",
-    "UPSTREAM",
-]
-
 SLIGHT: Final = 0.7
 """Log likelihood ratio of an observation that is twice as common under the cause as without it."""
 FAIR: Final = 1.6

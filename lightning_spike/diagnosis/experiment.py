@@ -10,8 +10,6 @@ from lightning_spike.diagnosis.constants import FAIR, REPLAYED, STRONG
 from lightning_spike.diagnosis.observations.tells import tell
 from lightning_spike.records import Evidence
 
-__all__ = ["with_experiment"]
-
 MOST: Final = 0.5
 """Share of the jump from which the experiments confirm a cause (a repair fraction of one half, science.md 3.3)."""
 SOME: Final = 0.25

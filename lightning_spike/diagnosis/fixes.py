@@ -11,18 +11,6 @@ from lightning_spike.diagnosis.observations.rates import CLIMB, climbed
 from lightning_spike.diagnosis.observations.step_length import update_shares
 from lightning_spike.records import Change, Recovery
 
-__all__ = [
-    "clip_fix",
-    "clip_value",
-    "dataset_fix",
-    "drop_samples",
-    "gentle_rate",
-    "longest_bearable",
-    "lower_peak",
-    "sample_words",
-    "warmup_steps",
-]
-
 HEADROOM = 1.5
 """Clip this far above the 95th percentile of the healthy norms: ordinary steps stay as they are."""
 CAUTIOUS_CUT = 3.0

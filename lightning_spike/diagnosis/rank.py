@@ -17,8 +17,6 @@ from lightning_spike.diagnosis.weigh import Examined, probabilities
 from lightning_spike.records import Episode, EpisodeKind, Family, Moment, Recovery, Verdict
 from lightning_spike.store import TrainerStateStore
 
-__all__ = ["Diagnosis", "diagnose", "examined", "not_run_again"]
-
 MOST_FIXES = 4
 """Episodes whose data are named in the verdict over the run."""
 QUIET = 0

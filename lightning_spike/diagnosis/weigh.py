@@ -13,8 +13,6 @@ from lightning_spike.diagnosis.calibration import Calibration
 from lightning_spike.diagnosis.cause import Cause, Examination
 from lightning_spike.diagnosis.constants import UPSTREAM
 
-__all__ = ["Examined", "probabilities", "totals", "upstream"]
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Examined:

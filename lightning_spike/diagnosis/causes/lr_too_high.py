@@ -38,8 +38,6 @@ from lightning_spike.diagnosis.observations.tells import (
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Recovery
 from lightning_spike.store import TrainerStateStore
 
-__all__ = ["LrTooHigh"]
-
 BORNE: Final = 2.0
 """A rate so many times higher that the run has borne before, at this level of the loss, clears the present one."""
 ROUGH: Final = 2.0

@@ -7,8 +7,6 @@ from typing import Final
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.observations.course import Course, course
 
-__all__ = ["Unusual", "class_leaves", "input_known", "unusual_input", "unusual_target"]
-
 FAR: Final = 0.25
 """Part of the range's width by which a statistic of classes must lie beyond it: of 128 values the next one that lies above all lies further with a probability of under a per cent."""
 MIXED: Final = ("entropy", "distinct")

@@ -12,8 +12,6 @@ import numpy.typing as npt
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.constants import GUARD, REFERENCE
 
-__all__ = ["GAP", "Course", "Stretch", "course", "longest", "parts"]
-
 GAP: Final = 48
 """Batches before the onset that are taken as recent: what moves over some tens of batches has begun by then."""
 FEWEST: Final = 24

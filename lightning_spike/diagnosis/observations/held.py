@@ -6,8 +6,6 @@ from typing import Final
 from lightning_spike.diagnosis.case import Case, Excess, number
 from lightning_spike.diagnosis.constants import GUARD
 
-__all__ = ["EXPLODED", "held_gradient"]
-
 EXPLODED: Final = 10.0
 """Factor over its usual norm from which a gradient has exploded and is not merely large."""
 SHARE: Final = 0.5

@@ -10,8 +10,6 @@ import numpy.typing as npt
 from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.constants import GUARD
 
-__all__ = ["LayerShift", "LayerTable", "layer_table", "shifted_most", "usual_of"]
-
 ABSENT: Final = -1.0
 """What stands in these series for an entry that a row does not concern; sizes and shares are never negative."""
 ROWS: Final = 32

@@ -7,18 +7,6 @@ from typing import Any, Final
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.records import EpisodeKind, Finding
 
-__all__ = [
-    "GREW",
-    "all_measured",
-    "blown_up",
-    "computes_otherwise",
-    "falls_off",
-    "grown_module",
-    "measured",
-    "steps_too_long",
-    "wild_scatter",
-]
-
 GREW: Final = 30.0
 """Factor on a module's outputs in an ordinary batch from which an operation in or before it has lost its hold (x / ~0, exp); what a few updates change is far less."""
 

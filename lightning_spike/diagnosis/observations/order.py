@@ -7,8 +7,6 @@ from lightning_spike.diagnosis.constants import GUARD
 from lightning_spike.diagnosis.observations.batch_parts import class_leaves
 from lightning_spike.diagnosis.observations.course import GAP, Stretch, course, longest, parts
 
-__all__ = ["one_sided", "targets_known"]
-
 SEVERAL: Final = 3
 """Batches in a row whose targets are less mixed than those of any batch of long before: of 128, that many in a row come by chance once in two million."""
 

@@ -8,8 +8,6 @@ from typing import Any, Final
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.records import EpisodeKind, Finding
 
-__all__ = ["OutsideChange", "earlier", "last_that_matters", "last_write", "outside_change"]
-
 SUDDEN: Final = frozenset({EpisodeKind.SPIKE, EpisodeKind.NONFINITE})
 """Kinds of episode of which nothing after the peak can be the cause; the onset of the others is known less well, and they last."""
 

@@ -11,8 +11,6 @@ from lightning_spike.records import Moment
 from lightning_spike.rolling import median, median_error
 from lightning_spike.store import TrainerStateStore
 
-__all__ = ["Rise", "Shown", "rise_after"]
-
 BEFORE: Final = 64
 """Losses that make the level before."""
 BLOCKS: Final = (24, 48)

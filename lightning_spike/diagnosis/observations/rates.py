@@ -13,21 +13,6 @@ from lightning_spike.diagnosis.observations.step_length import lengthened
 from lightning_spike.records import Finding, Moment
 from lightning_spike.store import TrainerStateStore
 
-__all__ = [
-    "JUMPS",
-    "PERIODIC",
-    "SCHEDULED",
-    "Climb",
-    "RateEvent",
-    "begins_to_climb",
-    "borne_later",
-    "climbed",
-    "nearness",
-    "rate_event",
-    "shown_after_event",
-    "steady_rate",
-]
-
 SCHEDULED: Final = ("restart", "cyclic_peak")
 """Kinds of finding of a rate that comes back up because its schedule says so."""
 PERIODIC: Final = frozenset({"CosineAnnealingWarmRestarts", "CyclicLR", "OneCycleLR"})

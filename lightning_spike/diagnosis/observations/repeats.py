@@ -10,8 +10,6 @@ import numpy.typing as npt
 from lightning_spike.diagnosis.case import Case, number
 from lightning_spike.rolling import median
 
-__all__ = ["Repeats", "repeats"]
-
 WINDOW: Final = 64
 """Batches before the onset that are compared with each other."""
 FEWEST: Final = 32

@@ -10,8 +10,6 @@ from lightning_spike.diagnosis.observations.outside import SUDDEN
 from lightning_spike.diagnosis.observations.tells import batches, tell
 from lightning_spike.records import Evidence, Finding
 
-__all__ = ["SettingChange", "changed_setting", "setting_evidence"]
-
 FIRST: Final = 0
 """Of two betas the one of the momentum."""
 

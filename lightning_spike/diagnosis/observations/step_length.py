@@ -10,17 +10,6 @@ import numpy.typing as npt
 from lightning_spike.records import Moment
 from lightning_spike.store import TrainerStateStore
 
-__all__ = [
-    "LongSteps",
-    "WildStart",
-    "goes_on_falling",
-    "lengthened",
-    "long_steps",
-    "passed_early_peak",
-    "update_shares",
-    "wild_start",
-]
-
 LONG: Final = 0.01
 """Median share of their size by which updates change the weights, from which steps are long: ten times what is usual in a training that goes well (1e-3; science.md 2.2), a tenth of
 where TheDeepChecker draws its line for any single one."""

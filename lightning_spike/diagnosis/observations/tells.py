@@ -9,24 +9,6 @@ from lightning_spike.diagnosis.observations.measured import wild_scatter
 from lightning_spike.diagnosis.observations.rates import RateEvent, steady_rate
 from lightning_spike.records import Evidence
 
-__all__ = [
-    "batch_value",
-    "batches",
-    "by_chance",
-    "early_gradient",
-    "finite",
-    "gradient_all_but_gone",
-    "gradient_in_range",
-    "gradient_norms",
-    "jump_without_cause_in_update",
-    "lone_batch",
-    "rate_text",
-    "scattered_batches",
-    "split_verdict",
-    "tell",
-    "without_none",
-]
-
 TAKEN_OFF = 2.0
 """Standard deviations that the lab's split takes off a batch's share, for it was picked as the highest of some."""
 SLACK = 0.3

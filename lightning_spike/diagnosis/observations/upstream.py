@@ -16,8 +16,6 @@ from lightning_spike.diagnosis.observations.tells import (
 )
 from lightning_spike.records import Evidence
 
-__all__ = ["from_elsewhere", "rate_to_blame"]
-
 WRITES = ("weights", "optimizer_state")
 
 
