@@ -40,9 +40,9 @@ from lightning_spike import RootCauseReport, TrainerStateStore, suite
 from lightning_spike.callbacks.counterfactual_replay import CounterfactualReplay
 from lightning_spike.callbacks.scene_recorder import SceneRecorder
 from lightning_spike.diagnosis.rank import diagnose
-from lightning_spike.flight.participant import TrainingBatch
-from lightning_spike.lab.budget import Extent
+from lightning_spike.record.participant import TrainingBatch
 from lightning_spike.records import Episode, EpisodeKind, Finding
+from lightning_spike.sandbox.budget import Extent
 from lightning_spike.testing.faults.bad_batch import CorruptTokens, ExtremeValues
 from lightning_spike.testing.faults.code_bug import WeightsOverwritten
 from lightning_spike.testing.faults.decoys import HarmlessNoise, HarmlessRate, HarmlessScale, HarmlessTokens

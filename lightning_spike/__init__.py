@@ -5,7 +5,7 @@ One training step, as the suite sees it; every step of the way is a file of that
 ```
 on_train_batch_start      the batch: sample ids, random state, a reference into the ring        signals/batch
 on_before_optimizer_step  gradients as they are (synced, unscaled, unclipped), the LR in use     signals/gradients, learning_rate
-on_train_batch_end        the loss; the row starts its way to the host, and the rows that        signals/loss, recorder
+on_train_batch_end        the loss; the row starts its way to the host, and the rows that        signals/loss, record/recorder
                           have arrived are stored and judged; whoever acts, acts here            store, detectors, actions, lab
 on_validation_end         the validation loss                                                    detectors/overfit
 on_fit_end, on_exception  rank the causes, render, write                                         diagnosis, report
@@ -15,10 +15,7 @@ on_fit_end, on_exception  rank the causes, render, write                        
 """
 
 import importlib
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-from lightning.pytorch import Callback
 
 from lightning_spike.callbacks.activation_monitor import ActivationMonitor
 from lightning_spike.callbacks.anomaly_rollback import AnomalyRollback
@@ -33,6 +30,7 @@ from lightning_spike.callbacks.precision_monitor import PrecisionMonitor
 from lightning_spike.callbacks.rank_sync_monitor import RankSyncMonitor
 from lightning_spike.callbacks.root_cause_report import RootCauseReport
 from lightning_spike.callbacks.scene_recorder import SceneRecorder
+from lightning_spike.callbacks.suite import suite
 from lightning_spike.callbacks.weight_monitor import WeightMonitor
 from lightning_spike.store import TrainerStateStore
 
@@ -60,48 +58,6 @@ __all__ = [
     "WeightMonitor",
     "suite",
 ]
-
-
-def suite(
-    *own: Callback,
-    dirpath: str | Path | None = None,
-    rollback: bool = False,
-    early_stop: bool = False,
-    replay: bool = True,
-) -> list[Callback]:
-    """All callbacks, with defaults that fit together: `Trainer(callbacks=[*suite()])`.
-
-    By default the suite observes and reports and changes nothing: losses and weights are bit-identical with and without it.
-
-    Args:
-        own: Callbacks of your own choice; one of the suite's classes takes the place of the suite's own instance, any other is added.
-        dirpath: Where reports, batches and signals go; by default `<logger.log_dir, else trainer.default_root_dir>/spike`.
-        rollback: Heal the run: `AnomalyRollback` goes back to the last healthy snapshot when the loss does not come back.
-        early_stop: Let `OverfitWatcher` stop the run and restore the best weights once it overfits.
-        replay: Confirm by experiment: after an episode, run the moment again with one thing changed (`CounterfactualReplay`), and write
-            down what that takes, so that it can be done when the run is over too (`SceneRecorder`).
-
-    Returns:
-        The callbacks, in no order that matters.
-    """
-    defaults: list[Callback] = [
-        GradNormMonitor(),
-        LRPeakDetector(),
-        DataMonitor(),
-        ActivationMonitor(),
-        WeightMonitor(),
-        OptimizerMonitor(),
-        PrecisionMonitor(),
-        RankSyncMonitor(),
-        BadBatchDumper(dirpath=dirpath),
-        OverfitWatcher(stop=early_stop, restore_best=early_stop),
-        RootCauseReport(dirpath=dirpath),
-    ]
-    if rollback:
-        defaults.append(AnomalyRollback())
-    if replay:
-        defaults += [CounterfactualReplay(), SceneRecorder(dirpath=dirpath)]
-    return [*(d for d in defaults if not any(isinstance(o, type(d)) for o in own)), *own]
 
 
 def __getattr__(name: str) -> object:

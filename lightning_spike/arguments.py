@@ -5,8 +5,6 @@ from pathlib import Path
 
 from lightning_spike.errors import ConfigurationError
 
-__all__ = ["batch_path", "directory", "number", "switch", "whole_number"]
-
 
 def whole_number(name: str, value: object, *, at_least: int, do: str) -> int:
     """A whole number of at least `at_least`; a float, a string or a boolean is refused.

@@ -24,7 +24,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
-from lightning_spike import suite
+from lightning_spike.callbacks.suite import suite
 from lightning_spike.demo.catalogue import DEMOS
 from lightning_spike.demo.show import show
 from lightning_spike.errors import MissingExtraError, SpikeError, UnreadableReportError
@@ -32,8 +32,6 @@ from lightning_spike.lab.encoding import find_class
 from lightning_spike.replay import DEFAULTS, Examiner, Makers, ReplayingCLI, cannot_make, find_config, scenes_of
 from lightning_spike.report.read_back import read_back
 from lightning_spike.report.replayed import ReplayReport, write_replay
-
-__all__ = ["SpikeCLI", "main"]
 
 _DESCRIPTION: Final = "Lightning callbacks that catch a loss spike and say what caused it."
 

@@ -10,8 +10,6 @@ SpikeError
 Nothing here is raised from inside a running training: there an error of ours switches the part off and is named in the report.
 """
 
-__all__ = ["ConfigurationError", "MissingExtraError", "SpikeError", "UnreadableReportError"]
-
 
 class SpikeError(Exception):
     """Base of everything that `lightning_spike` raises on purpose."""
@@ -47,3 +45,14 @@ class MissingExtraError(SpikeError, ImportError):
 
 class UnreadableReportError(SpikeError):
     """A file that should hold a report does not, or holds one of a schema this version cannot read."""
+
+
+class CannotReplay(SpikeError):  # noqa: N818 - it is an answer more than an error: who asks turns it into a finding
+    """The moment cannot be run again in a way that leaves no trace, or not with the same numbers; the message says why, for a person.
+
+    Raised inside the lab only. Callers turn it into a finding of kind "not_run"; it never reaches the training.
+    """
+
+
+class OnsetGone(CannotReplay):
+    """The beginning of the trouble is out of reach, while the present can still be looked into."""

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["whole_file", "whole_folder", "write_whole"]
-
 
 def write_whole(path: Path, content: str | bytes) -> Path:
     """Write one file whole or not at all, and wait until it is on the disk.

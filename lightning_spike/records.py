@@ -11,26 +11,6 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
 
-__all__ = [
-    "Action",
-    "Disabled",
-    "Episode",
-    "EpisodeKind",
-    "Evidence",
-    "Family",
-    "Finding",
-    "LayerRow",
-    "Moment",
-    "OptimizerFacts",
-    "Recovery",
-    "RunFacts",
-    "RunStatus",
-    "SchedulerFacts",
-    "StepRow",
-    "ValidationPoint",
-    "Verdict",
-]
-
 
 class EpisodeKind(StrEnum):
     """The shapes of trouble that are told apart; the values are those of report.json."""

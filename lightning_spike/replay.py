@@ -17,16 +17,13 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from typing_extensions import override
 
 from lightning_spike.actions.dump_facts import package_versions
-from lightning_spike.errors import ConfigurationError
+from lightning_spike.errors import CannotReplay, ConfigurationError
 from lightning_spike.lab.encoding import find_class
-from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.examine import examine
-from lightning_spike.lab.findings import not_run
+from lightning_spike.lab.experiments.findings import not_run
 from lightning_spike.lab.scene_files import find_scenes, read_manifest, read_scene
 from lightning_spike.records import Finding
 from lightning_spike.report.replayed import Replayed, ReplayReport
-
-__all__ = ["Examiner", "Makers", "ReplayingCLI", "cannot_make", "find_config", "scenes_of"]
 
 PLACES: Final = ("scenes", "spike/scenes")
 """Where the scenes are in the recorder's `dirpath`, and in the folder above the default one."""

@@ -11,18 +11,6 @@ from typing import Final
 
 import numpy as np
 
-__all__ = [
-    "MAD_TO_SIGMA",
-    "Cusum",
-    "LazyWindow",
-    "SortedWindow",
-    "mad",
-    "median",
-    "median_error",
-    "quantile",
-    "theil_sen",
-]
-
 MAD_TO_SIGMA: Final = 1.4826022185056018
 """1 / Phi^-1(3/4): makes the median absolute deviation an estimate of the standard deviation of normal noise."""
 

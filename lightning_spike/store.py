@@ -25,8 +25,6 @@ from lightning_spike.records import (
     ValidationPoint,
 )
 
-__all__ = ["ATTRIBUTE", "History", "TrainerStateStore"]
-
 ATTRIBUTE: Final = "_lightning_spike"
 """The attribute of the trainer under which the run's `Flight` hangs, which holds the store."""
 

@@ -1,4 +1,4 @@
-"""Every code block of the README is run, in order, in one folder, as a reader would run them."""
+"""Every code block of the README, then of docs/, is run, in order, in one folder, as a reader would run them."""
 
 import re
 import shlex
@@ -14,7 +14,8 @@ from lightning_spike import cli
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-BLOCKS = BLOCK.findall((ROOT / "README.md").read_text())
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [block for page in PAGES for block in BLOCK.findall(page.read_text())]
 SHORT = {
     "max_epochs": 1,
     "limit_train_batches": 3,
@@ -26,6 +27,12 @@ SHORT = {
 
 def blocks(language):
     return [text for kind, text in BLOCKS if kind == language]
+
+
+def test_the_readme_fits_on_few_screens_and_no_line_of_the_documentation_is_too_long():
+    lines = {page.name: page.read_text().splitlines() for page in PAGES}
+    assert len(lines["README.md"]) <= 160
+    assert not [line for page in lines.values() for line in page if len(line) > 120]
 
 
 def test_only_languages_that_are_run_or_are_output():
@@ -69,7 +76,7 @@ def commands():
 
 @pytest.mark.parametrize("command", commands())
 def test_the_commands_exist(command, tmp_path):
-    """`make` targets by a dry run (this test is run by one of them), pip's by their extras, ours by their own help."""
+    """`make` targets by a dry run (this test is run by one of them), pip's by their extras, ours by their own help, benchmarks by their options."""
     words = shlex.split(command)
     if words[0] == "make":
         done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603, S607
@@ -81,6 +88,9 @@ def test_the_commands_exist(command, tmp_path):
         with pytest.raises(SystemExit) as left:
             cli.main([words[1], "--help"])
         assert left.value.code == 0
+    elif words[0] == "python" and words[1].startswith("benchmarks/"):
+        source = (ROOT / words[1]).read_text()
+        assert all(f'"{word}"' in source for word in words[2:] if word.startswith("--"))
     elif words[0] == "python":
         script = tmp_path / words[1]
         script.write_text("from lightning_spike import SpikeCLI\n\nSpikeCLI()\n")
@@ -89,7 +99,7 @@ def test_the_commands_exist(command, tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
     else:
-        pytest.fail(f"the README has a command that no test runs: {command}")
+        pytest.fail(f"the documentation has a command that no test runs: {command}")
 
 
 def short_options():

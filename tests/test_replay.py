@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from lightning_spike.cli import main
-from lightning_spike.lab.errors import CannotReplay
+from lightning_spike.errors import CannotReplay
 
 ROOT = Path(__file__).parents[1]
 

@@ -27,8 +27,6 @@ from lightning_spike.files import whole_folder
 from lightning_spike.signals.batch import children
 from lightning_spike.signals.random_state import RandomState
 
-__all__ = ["FORMAT", "LoadedDump", "Unreadable", "content_hash", "load_dump", "tensor_bytes", "write_dump"]
-
 FORMAT: Final = "lightning_spike.batch"
 FORMAT_VERSION: Final = 1
 MANIFEST: Final = "manifest.json"

@@ -3,50 +3,20 @@
 import dataclasses
 import functools
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 import torch
 
 from lightning_spike.actions.batch_dump import content_hash
-from lightning_spike.actions.batch_ring import RingEntry
-from lightning_spike.actions.suspect_samples import SampleValues, Suspect
+from lightning_spike.record.batch_ring import RingEntry
 from lightning_spike.records import Moment
+from lightning_spike.samples.examined_batch import LISTED_SAMPLES, ExaminedBatch
 from lightning_spike.signals.batch import BatchLeaf, value_statistics
 from lightning_spike.store import TrainerStateStore
 
-__all__ = ["LISTED_SAMPLES", "ExaminedBatch", "dump_facts", "package_versions"]
-
-LISTED_SAMPLES: Final = 4096
-"""Samples of a batch that are listed one by one; more are nodes or points rather than samples."""
-
 PACKAGES: Final = ("lightning-spike", "lightning", "torch", "torchmetrics", "numpy", "safetensors")
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ExaminedBatch:
-    """A batch of the ring, looked at sample by sample."""
-
-    entry: RingEntry
-    leaves: tuple[BatchLeaf, ...]
-    size: int | None
-    """Samples in the batch, `None` where it cannot be told."""
-    values: Mapping[str, SampleValues]
-    suspects: tuple[Suspect, ...] = ()
-    losses: tuple[float, ...] | None = None
-    """One a sample, `None` where they were not computed or could not be."""
-    weights: str | None = None
-    """Under which weights the losses were computed, in words."""
-
-    @property
-    def indices(self) -> tuple[Any, ...]:
-        """Dataset indices by position, empty where they are not known."""
-        return () if self.entry.ids is None else self.entry.ids.indices
-
-    def index_of(self, position: int) -> Any:  # noqa: ANN401 - what the sampler drew
-        """Dataset index of a sample; `None` unless there is one index for every sample (a collate function may have dropped some)."""
-        return self.indices[position] if len(self.indices) == self.size else None
 
 
 def dump_facts(

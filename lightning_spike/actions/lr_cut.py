@@ -6,8 +6,6 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["LearningRateCut"]
-
 
 class LearningRateCut:
     """Multiplies the learning rate of every parameter group by `factor` for the duration of `optimizer.step()`.

@@ -10,8 +10,6 @@ import numpy as np
 from lightning_spike.records import Episode, EpisodeKind, Recovery, StepRow
 from lightning_spike.store import TrainerStateStore
 
-__all__ = ["RollbackPolicy", "Wish"]
-
 WAITS_FOR: Final = frozenset({EpisodeKind.SPIKE, EpisodeKind.NONFINITE})
 """Kinds that are seen to go on batch by batch; a non-finite loss itself is not waited for."""
 SETTLED: Final = 16

@@ -5,8 +5,6 @@ import math
 import torch
 from lightning.pytorch import Trainer
 
-__all__ = ["decide_together", "mean_over_ranks", "stop_training"]
-
 
 def decide_together(trainer: Trainer, *, wanted: bool) -> bool:
     """True on every rank as soon as one of them wants it.

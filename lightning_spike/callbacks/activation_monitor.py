@@ -17,8 +17,8 @@ from typing_extensions import override
 from lightning_spike.arguments import whole_number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.detectors.layer_falls import Fall, FlatUnits
-from lightning_spike.flight.participant import TrainingBatch
-from lightning_spike.recorder import Arrival
+from lightning_spike.record.participant import TrainingBatch
+from lightning_spike.record.recorder import Arrival
 from lightning_spike.records import Episode, Finding, LayerRow, Moment
 from lightning_spike.signals.activations import (
     Shape,
@@ -28,8 +28,6 @@ from lightning_spike.signals.activations import (
     saturated_share,
     shape_of,
 )
-
-__all__ = ["ActivationMonitor"]
 
 NOT_RUN: Final = -1.0
 """Stands in the vectors for a module that this batch did not pass through."""

@@ -10,18 +10,16 @@ from typing_extensions import override
 
 from lightning_spike.actions.lr_cut import LearningRateCut
 from lightning_spike.actions.rollback_policy import RollbackPolicy, Wish
-from lightning_spike.actions.running_means import clean_running_means, reset_poisoned_metrics
-from lightning_spike.actions.snapshot import NEAR_SLOTS, Snapshot, Snapshots, refuses_snapshots
 from lightning_spike.actions.stop import decide_together
 from lightning_spike.arguments import number, switch, whole_number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.errors import ConfigurationError
-from lightning_spike.flight.participant import TrainingBatch
 from lightning_spike.flight.warn import warn
-from lightning_spike.recorder import Arrival
+from lightning_spike.record.participant import TrainingBatch
+from lightning_spike.record.recorder import Arrival
+from lightning_spike.record.running_means import clean_running_means, reset_poisoned_metrics
+from lightning_spike.record.snapshot import NEAR_SLOTS, Snapshot, Snapshots, refuses_snapshots
 from lightning_spike.records import Action, Episode
-
-__all__ = ["AnomalyRollback"]
 
 MARKER: Final = "spike/rollback"
 """Metric that the loggers get at a rollback: how many there have been."""

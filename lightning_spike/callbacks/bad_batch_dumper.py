@@ -9,23 +9,22 @@ from typing import Any, Final
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_spike.actions.bad_stretch import BadStretch
 from lightning_spike.actions.batch_dump import tensor_bytes, write_dump
-from lightning_spike.actions.batch_ring import BatchRing, RingEntry
-from lightning_spike.actions.batch_statistics import BatchStatistics
-from lightning_spike.actions.dump_facts import ExaminedBatch, dump_facts
-from lightning_spike.actions.sample_losses import SampleLosses, losses_of_samples
-from lightning_spike.actions.snapshot import Snapshot, Snapshots
-from lightning_spike.actions.suspect_samples import SampleValues, find_suspects, sample_values
+from lightning_spike.actions.dump_facts import dump_facts
 from lightning_spike.arguments import batch_path, directory, number, whole_number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.flight.loop import batch_size
-from lightning_spike.flight.participant import TrainingBatch
-from lightning_spike.recorder import Arrival
+from lightning_spike.record.batch_ring import BatchRing, RingEntry
+from lightning_spike.record.batch_statistics import BatchStatistics
+from lightning_spike.record.participant import TrainingBatch
+from lightning_spike.record.recorder import Arrival
+from lightning_spike.record.snapshot import Snapshot, Snapshots
 from lightning_spike.records import Action, Episode, EpisodeKind, Finding, Moment, RunStatus
+from lightning_spike.samples.bad_batch_run import BadBatchRun
+from lightning_spike.samples.examined_batch import ExaminedBatch
+from lightning_spike.samples.sample_losses import SampleLosses, losses_of_samples
+from lightning_spike.samples.suspect_samples import SampleValues, find_suspects, sample_values
 from lightning_spike.signals.batch import BatchRoles, batch_leaves
-
-__all__ = ["BadBatchDumper"]
 
 DUMPED: Final = frozenset({EpisodeKind.SPIKE, EpisodeKind.DIVERGENCE, EpisodeKind.NONFINITE, EpisodeKind.OSCILLATION})
 """Kinds of episodes that begin at a batch; of oscillations only the first, for they return by their nature."""
@@ -134,7 +133,7 @@ class BadBatchDumper(SpikeCallback):
         self._seen: set[int] = set()
         self._oscillation_seen = False
         self._due: list[_Due] = []
-        self._followed: list[tuple[BadStretch, _Yardstick]] = []
+        self._followed: list[tuple[BadBatchRun, _Yardstick]] = []
         self._written: set[int] = set()
         self._bytes = 0
         self._dumps = 0
@@ -159,7 +158,7 @@ class BadBatchDumper(SpikeCallback):
         worst = max(entries, key=self._badness)
         examined, yardstick = self._examine(worst, entries[0].at.ordinal, trainer, module)
         self._tell(examined, episode)
-        self._followed.append((BadStretch(episode.id, examined), yardstick))
+        self._followed.append((BadBatchRun(episode.id, examined), yardstick))
         if self._dumps >= self.max_dumps:
             self.flight.store.note(f"BadBatchDumper wrote {self.max_dumps} episodes, its limit (max_dumps).")
             return
@@ -243,7 +242,7 @@ class BadBatchDumper(SpikeCallback):
         comparable = dataclasses.replace(losses, control=first.control, control_pulls=first.control_pulls)
         return _with_suspects(seen, comparable, yardstick)
 
-    def _close(self, stretch: BadStretch) -> None:
+    def _close(self, stretch: BadBatchRun) -> None:
         finding = stretch.finding()
         if finding is not None:
             self.flight.store.note(finding)

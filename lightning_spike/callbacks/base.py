@@ -10,11 +10,9 @@ from typing_extensions import override
 
 from lightning_spike.errors import ConfigurationError
 from lightning_spike.flight.loop import Flight
-from lightning_spike.flight.participant import Participant
 from lightning_spike.flight.warn import warn
+from lightning_spike.record.participant import Participant
 from lightning_spike.records import Disabled, RunStatus
-
-__all__ = ["SpikeCallback"]
 
 A = ParamSpec("A")
 
@@ -26,6 +24,7 @@ class SpikeCallback(Participant, Callback):
     that each phase runs once, for everybody, whatever the order of the list.
     """
 
+    flight: Flight
     _leads: bool = False
 
     @override

@@ -8,25 +8,34 @@ from typing import Final
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_spike.actions.control_group import ControlGroup, why_no_control_group
 from lightning_spike.arguments import number, whole_number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.detectors.stagnation import stagnates
-from lightning_spike.flight.participant import TrainingBatch
-from lightning_spike.lab.budget import FULL_STEPS, LEAST_STEPS, TRIAGE_STEPS, Budget, Extent
-from lightning_spike.lab.checkup import CHECKUP_STEPS, UPDATES, are_too_long, break_their_promise, checkup
-from lightning_spike.lab.consistency import Consistency
-from lightning_spike.lab.errors import CannotReplay, OnsetGone
+from lightning_spike.errors import CannotReplay, OnsetGone
 from lightning_spike.lab.examine import examine, triage
-from lightning_spike.lab.examined import Examined, merged
-from lightning_spike.lab.findings import not_run
+from lightning_spike.lab.experiments.fallback_attribution import (
+    blamed_on_steps,
+    steps_too_long,
+    told_before,
+    unexplained,
+)
+from lightning_spike.lab.experiments.findings import not_run
+from lightning_spike.lab.experiments.step_size import Consistency
+from lightning_spike.lab.experiments.step_size_test import (
+    STEP_SIZE_TEST_STEPS,
+    UPDATES,
+    are_too_long,
+    break_their_promise,
+    step_size_test,
+)
 from lightning_spike.lab.live_scene import EXAMINED, Witnesses, live_scene
-from lightning_spike.lab.present import blamed_on_steps, steps_too_long, told_before, unexplained
-from lightning_spike.lab.ranks import ALONE, OutOfReach, Ranks
-from lightning_spike.lab.wishes import EVERY, PATIENCE, Wishes
+from lightning_spike.ranks.control_group import ControlGroup, why_no_control_group
+from lightning_spike.ranks.merge_ranks import Examined, merged
+from lightning_spike.ranks.rank_agreement import EVERY, PATIENCE, ExaminationRequests
+from lightning_spike.ranks.rank_coordination import ALONE, OutOfReach, Ranks
+from lightning_spike.record.participant import TrainingBatch
 from lightning_spike.records import Action, Episode, EpisodeKind, Finding, RunStatus
-
-__all__ = ["CounterfactualReplay"]
+from lightning_spike.sandbox.budget import FULL_STEPS, LEAST_STEPS, TRIAGE_STEPS, Budget, Extent
 
 OUTGROWN: Final = 2.0
 """How many times as severe an episode must have become since its examination for it to be examined again, at its peak."""
@@ -48,7 +57,7 @@ class CounterfactualReplay(SpikeCallback):
     the newest updates are made once more from the present weights on: whether steps of this size keep what their gradients promise tells a learning rate that is too high all along.
 
     Afterwards everything is as before, to the bit, and so is the rest of the training; where a moment cannot be run again, the report says why.
-    What leaks all the same is what `training_step` itself writes to files, globals or writers of its own (`lab.isolation`).
+    What leaks all the same is what `training_step` itself writes to files, globals or writers of its own (`sandbox.isolation`).
 
     With several ranks under DDP all examine the same episode at the same batch: the most severe that one of them has seen. Every loss is then the mean over the ranks, that of the
     global batch, so all decide alike; a fault in one rank's batch counts as far as it shows in that mean. Each rank notes the findings about its own episode, if its onset is within 8 batches;
@@ -75,7 +84,7 @@ class CounterfactualReplay(SpikeCallback):
     _refusal: str | None
     """Why the ranks cannot examine anything together."""
     _ranks: Ranks
-    _wishes: Wishes | None
+    _wishes: ExaminationRequests | None
 
     def __init__(self, budget: float = 0.02, max_episodes: int = 20, controls: int = 8) -> None:
         self.budget = number(
@@ -103,7 +112,7 @@ class CounterfactualReplay(SpikeCallback):
         self._first = self.flight.last_moment(trainer).ordinal
         self._refusal = why_no_control_group(trainer)
         if (group := ControlGroup.of(trainer)) is not None:
-            self._ranks, self._wishes = Ranks(group), Wishes(group)
+            self._ranks, self._wishes = Ranks(group), ExaminationRequests(group)
 
     @override
     def act(self, batch: TrainingBatch, changed: Sequence[Episode]) -> None:
@@ -149,7 +158,11 @@ class CounterfactualReplay(SpikeCallback):
     # -- several ranks -----------------------------------------------------------------------------------------------
 
     def _act_together(
-        self, batch: TrainingBatch, wishes: Wishes, changed: Sequence[Episode], outgrown: Mapping[int, Episode]
+        self,
+        batch: TrainingBatch,
+        wishes: ExaminationRequests,
+        changed: Sequence[Episode],
+        outgrown: Mapping[int, Episode],
     ) -> None:
         """The same exchanges on every rank, whatever it has seen itself."""
         self._outgrown |= outgrown
@@ -167,12 +180,12 @@ class CounterfactualReplay(SpikeCallback):
             self._refusal, self._wishes, self._ranks = str(gone), None, ALONE
             self.flight.store.note(f"No more moments are run again: {gone}.")
 
-    def _wish(self, wishes: Wishes) -> None:
+    def _wish(self, wishes: ExaminationRequests) -> None:
         due = [*self._waiting.values(), *self._outgrown.values()]
         self._wished = max(due, key=lambda e: e.severity, default=None)
         wishes.send(self._wished)
 
-    def _examine_strongest(self, batch: TrainingBatch, wishes: Wishes) -> bool:
+    def _examine_strongest(self, batch: TrainingBatch, wishes: ExaminationRequests) -> bool:
         """Whether one of the ranks wished for something."""
         wish = wishes.strongest()
         if wish is None:
@@ -288,7 +301,7 @@ class CounterfactualReplay(SpikeCallback):
             return False
         elapsed = time.monotonic() - self._began - self._budget.spent
         return stagnates(self.flight.store.history.series("loss")) and self._budget.bears(
-            elapsed / count * CHECKUP_STEPS, elapsed=elapsed
+            elapsed / count * STEP_SIZE_TEST_STEPS, elapsed=elapsed
         )
 
     def _checked_up(self, batch: TrainingBatch) -> list[Finding | str]:
@@ -309,7 +322,7 @@ class CounterfactualReplay(SpikeCallback):
             (k for k, entry in enumerate(held) if entry.at.batch_idx % batch.trainer.accumulate_grad_batches == 0), 0
         )
         settings = self._witnesses.settings.by_ordinal
-        return checkup(batch.trainer, batch.module, held[opening:], settings, ranks=self._ranks)
+        return step_size_test(batch.trainer, batch.module, held[opening:], settings, ranks=self._ranks)
 
     # -- the budget --------------------------------------------------------------------------------------------------
 

@@ -9,14 +9,12 @@ import numpy.typing as npt
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_spike.actions.batch_statistics import BatchStatistics
 from lightning_spike.arguments import batch_path
 from lightning_spike.callbacks.base import SpikeCallback
-from lightning_spike.flight.participant import TrainingBatch
-from lightning_spike.recorder import Arrival
+from lightning_spike.record.batch_statistics import BatchStatistics
+from lightning_spike.record.participant import TrainingBatch
+from lightning_spike.record.recorder import Arrival
 from lightning_spike.signals.batch import BatchRoles
-
-__all__ = ["DataMonitor"]
 
 REFERENCE: Final = 64
 """Batches at the beginning of the run (or of its resumed part) that later ones are compared with."""

@@ -10,12 +10,10 @@ from typing_extensions import override
 from lightning_spike.arguments import number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.detectors.learning_rate import LearningRateDetector
-from lightning_spike.flight.participant import TrainingBatch
-from lightning_spike.recorder import Arrival
+from lightning_spike.record.participant import TrainingBatch
+from lightning_spike.record.recorder import Arrival
 from lightning_spike.records import Finding
 from lightning_spike.signals.learning_rate import learning_rates, optimizer_names
-
-__all__ = ["LRPeakDetector"]
 
 PREFIX: Final = "lr-"
 LEAST_JUMP: Final = 1.5

@@ -11,21 +11,19 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_spike.actions.gradient_checks import GradientChecks
-from lightning_spike.actions.resume_check import Lost, lost, summary
-from lightning_spike.actions.setting_changes import SettingChange, SettingChanges
-from lightning_spike.actions.update_meter import NO_UPDATE, NOT_MEASURED, UpdateMeter
 from lightning_spike.arguments import whole_number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.detectors.second_moment import SecondMomentDetector
-from lightning_spike.flight.participant import TrainingBatch
-from lightning_spike.lab.outside_writes import OutsideWrite, OutsideWrites
-from lightning_spike.recorder import Arrival
+from lightning_spike.record.gradient_checks import GradientChecks
+from lightning_spike.record.outside_writes import OutsideWrite, OutsideWrites
+from lightning_spike.record.participant import TrainingBatch
+from lightning_spike.record.recorder import Arrival
+from lightning_spike.record.resume_check import Lost, lost, summary
+from lightning_spike.record.setting_changes import SettingChange, SettingChanges
+from lightning_spike.record.update_meter import NO_UPDATE, NOT_MEASURED, UpdateMeter
 from lightning_spike.records import Finding, Moment
 from lightning_spike.signals.learning_rate import optimizer_names
 from lightning_spike.signals.optimizer import Memory, corrected_roots, eps_shares, memories, momentum_cosine, update_rms
-
-__all__ = ["OptimizerMonitor"]
 
 RMS: Final = "update_rms"
 EPS: Final = "eps_share"
@@ -56,7 +54,7 @@ class OptimizerMonitor(SpikeCallback):
       again. `at` is the batch between whose beginning and the next one's it was.
 
     - detector `"resume"`, kinds `"optimizer_state"` and `"schedule"`, at the first batch of a run that goes on from a checkpoint: state, learning rates or the scheduler's place are not what
-      they were when it was written (`actions.resume_check`); `optimizer`, `what`, `saved`, `restored`, `text`. A checkpoint that was written without this callback says nothing.
+      they were when it was written (`record.resume_check`); `optimizer`, `what`, `saved`, `restored`, `text`. A checkpoint that was written without this callback says nothing.
 
     Args:
         every: Updates between two looks at the optimizer's state; 1 for each. What must hold is checked at every step.

@@ -8,15 +8,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_spike.actions.state_copy import copy_module, load_module
 from lightning_spike.actions.stop import mean_over_ranks, stop_training
 from lightning_spike.arguments import switch, whole_number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.errors import ConfigurationError
 from lightning_spike.flight.warn import warn
+from lightning_spike.record.state_copy import copy_module, load_module
 from lightning_spike.records import Action, Disabled, EpisodeKind, Moment, ValidationPoint
-
-__all__ = ["OverfitWatcher"]
 
 
 class OverfitWatcher(SpikeCallback):

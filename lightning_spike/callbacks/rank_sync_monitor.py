@@ -14,15 +14,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_spike.actions.control_group import ControlGroup, Exchange, why_no_control_group
 from lightning_spike.arguments import whole_number
 from lightning_spike.callbacks.base import SpikeCallback
-from lightning_spike.flight.participant import TrainingBatch
-from lightning_spike.recorder import Arrival
+from lightning_spike.ranks.control_group import ControlGroup, Exchange, why_no_control_group
+from lightning_spike.record.participant import TrainingBatch
+from lightning_spike.record.recorder import Arrival
 from lightning_spike.records import Finding, Moment
 from lightning_spike.signals.ranks import checksums
-
-__all__ = ["RankSyncMonitor"]
 
 WEIGHTS: Final = "ranks/weights"
 GRADIENTS: Final = "ranks/gradients"

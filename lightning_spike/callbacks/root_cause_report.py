@@ -21,8 +21,6 @@ from lightning_spike.report.model import Report, build_report
 from lightning_spike.report.signals_file import write_signals
 from lightning_spike.report.terminal import TerminalReport
 
-__all__ = ["RootCauseReport"]
-
 Format = Literal["terminal", "json", "html", "signals"]
 
 BESIDE: Final[Mapping[Format, str]] = MappingProxyType({"signals": "signals", "html": "report.html"})

@@ -12,14 +12,12 @@ from typing_extensions import override
 from lightning_spike.arguments import directory, number, whole_number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.callbacks.counterfactual_replay import CounterfactualReplay
-from lightning_spike.flight.participant import TrainingBatch
+from lightning_spike.errors import CannotReplay
 from lightning_spike.lab.encoding import TooLarge
-from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.live_scene import EXAMINED, Witnesses, live_scene
 from lightning_spike.lab.scene_files import write_scene
+from lightning_spike.record.participant import TrainingBatch
 from lightning_spike.records import Action, Episode, Moment, RunStatus
-
-__all__ = ["SceneRecorder"]
 
 MB: Final = 1_000_000
 CONTROLS: Final = 8

@@ -9,16 +9,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_spike.actions.update_meter import UpdateMeter
 from lightning_spike.arguments import whole_number
 from lightning_spike.callbacks.base import SpikeCallback
-from lightning_spike.flight.participant import TrainingBatch
-from lightning_spike.recorder import Arrival
+from lightning_spike.record.participant import TrainingBatch
+from lightning_spike.record.recorder import Arrival
+from lightning_spike.record.update_meter import UpdateMeter
 from lightning_spike.records import Finding
 from lightning_spike.signals.subset import is_readable
 from lightning_spike.signals.weights import fan_scale, initial_scales, weight_sizes
-
-__all__ = ["WeightMonitor"]
 
 TOO_LARGE: Final = 4.0
 """Initial scale over 1 / sqrt(fan-in) above which it is no usual initialisation any more: the largest that `torch.nn.init` gives is 2.4 (He with the gain of tanh)."""

@@ -7,8 +7,6 @@ from torch.nn import functional
 from torch.optim import AdamW
 from typing_extensions import override
 
-__all__ = ["ByteTransformer"]
-
 _BYTES = 256
 
 

@@ -7,8 +7,6 @@ from typing_extensions import override
 
 from lightning_spike.errors import MissingExtraError
 
-__all__ = ["DigitsData"]
-
 _IMAGES = 1797
 _BRIGHTEST = 16.0
 

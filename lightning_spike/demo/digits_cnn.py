@@ -10,8 +10,6 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from typing_extensions import override
 
-__all__ = ["DigitsCNN"]
-
 
 class DigitsCNN(LightningModule):
     """Two convolutions and two linear layers; cross-entropy on ten digits.

@@ -13,8 +13,6 @@ from rich.text import Text
 from lightning_spike.demo.catalogue import Demo
 from lightning_spike.report.json_file import read_report
 
-__all__ = ["Outcome", "show"]
-
 _NOT_HERE: Final = (
     "LightningCLI's args parameter is intended",  # the demo is the one that fills it in
     ".*does not have many workers",  # the data are in memory

@@ -12,8 +12,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-__all__ = ["ByteWindows", "SourceCodeData"]
-
 _LEFT_OUT = frozenset({"dist-packages", "encodings", "pydoc_data", "site-packages", "test", "tests"})
 """Folders that are not the library's own program text: installed packages, tables, generated help, tests."""
 

@@ -13,8 +13,6 @@ from typing import Any, Final
 
 from lightning_spike.rolling import LazyWindow, SortedWindow, quantile
 
-__all__ = ["RUN", "RUN_CLIP", "Baseline"]
-
 CENTRE: Final = 32
 """Accepted values that make the present level: its median then adds 2.4 % to the noise, and follows a trend within 16 steps."""
 SIDE: Final = 8

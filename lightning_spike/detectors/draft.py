@@ -6,8 +6,6 @@ from typing import Any
 
 from lightning_spike.records import Episode, EpisodeKind, Moment, Recovery
 
-__all__ = ["Draft", "moment_state", "restored_moment"]
-
 
 def moment_state(at: Moment) -> list[int]:
     """A moment as JSON-able numbers."""

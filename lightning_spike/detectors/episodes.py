@@ -9,8 +9,6 @@ from lightning_spike.detectors.periodicity import period_of
 from lightning_spike.detectors.series import MOST_SEVERE, SeriesTracker
 from lightning_spike.records import Episode, EpisodeKind, Finding, Recovery, StepRow, ValidationPoint
 
-__all__ = ["EpisodeDetector"]
-
 MOST_EPISODES: Final = 200
 """Episodes that are kept; of more, the least severe are let go and counted."""
 MOST_SERIES: Final = 8

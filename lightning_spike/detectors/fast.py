@@ -6,8 +6,6 @@ from typing import Any, Final
 
 from lightning_spike.detectors.baseline import RUN, RUN_CLIP, Baseline
 
-__all__ = ["LEAST_RUN", "FastDetector"]
-
 LEAST_RISE: Final = 0.05
 """A loss has to be this share above the level to matter, however small the noise (the prototype of peers.md 0a: ratio > 1.05)."""
 LEAST_PAIR_RISE: Final = 0.10

@@ -8,8 +8,6 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Fall", "FlatUnits", "GradientFalls"]
-
 Array = npt.NDArray[np.float64]
 
 BLOCK: Final = 16

@@ -13,8 +13,6 @@ from lightning_spike.detectors.draft import moment_state, restored_moment
 from lightning_spike.records import Finding, Moment, SchedulerFacts
 from lightning_spike.rolling import median
 
-__all__ = ["LearningRateDetector"]
-
 JUMP: Final = 1.5
 """Ratio of two successive rates from which the move is a jump, not a slope."""
 STEEPER: Final = 3.0

@@ -5,8 +5,6 @@ from typing import Final
 
 from lightning_spike.records import Finding, StepRow
 
-__all__ = ["LossScaleDetector"]
-
 LEAP: Final = 16.0
 """Factor between the scales of two updates from which the scaler did not make it: it grows by 2 and backs off by 0.5 (torch.amp.GradScaler)."""
 SETTLES: Final = 32

@@ -6,8 +6,6 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ramp_onset"]
-
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
 

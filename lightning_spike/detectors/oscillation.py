@@ -10,8 +10,6 @@ from typing import Any, Final
 
 from lightning_spike.rolling import median, quantile
 
-__all__ = ["SwingDetector"]
-
 BLOCK: Final = 16
 WINDOW: Final = 64
 """Losses that are judged together: swings of up to 25 batches cross the middle five times in it."""

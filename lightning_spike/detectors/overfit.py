@@ -13,8 +13,6 @@ from lightning_spike.detectors.draft import moment_state, restored_moment
 from lightning_spike.records import Finding, Moment, ValidationPoint
 from lightning_spike.rolling import MAD_TO_SIGMA, median, theil_sen
 
-__all__ = ["OverfitDetector"]
-
 HISTORY: Final = 64
 """Validations kept."""
 SMOOTH: Final = 3

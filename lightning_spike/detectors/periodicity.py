@@ -4,8 +4,6 @@ import itertools
 from collections.abc import Sequence
 from typing import Final
 
-__all__ = ["period_of"]
-
 TOLERANCE: Final = 0.02
 """Share of the period by which a distance may differ from it."""
 LEAST_MEMBERS: Final = 3

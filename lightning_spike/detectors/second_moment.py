@@ -6,8 +6,6 @@ from typing import Final
 
 from lightning_spike.records import Finding, StepRow
 
-__all__ = ["SecondMomentDetector"]
-
 STALE: Final = 2.3
 """RMS_t from which an update is far longer than the second moment knows (Wortsman et al. 2023, arXiv 2304.13013)."""
 LOOKS: Final = 4

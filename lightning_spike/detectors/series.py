@@ -14,8 +14,6 @@ from lightning_spike.detectors.stall import StallDetector
 from lightning_spike.records import EpisodeKind, Moment, Recovery
 from lightning_spike.rolling import median, theil_sen
 
-__all__ = ["MOST_SEVERE", "SeriesTracker"]
-
 MOST_SEVERE: Final = 99.0
 """Cap of `Episode.severity`; a loss that is not finite has it."""
 LARGEST: Final = 1e100

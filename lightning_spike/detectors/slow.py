@@ -10,8 +10,6 @@ from typing import Any, Final
 
 from lightning_spike.rolling import MAD_TO_SIGMA, Cusum, median, median_error
 
-__all__ = ["SlowDetector"]
-
 HISTORY: Final = 32
 """Blocks of 16 losses that make the reference and the spread."""
 REFERENCE: Final = 16

@@ -7,8 +7,6 @@ import numpy.typing as npt
 
 from lightning_spike.rolling import median, median_error
 
-__all__ = ["stagnates"]
-
 PARTS: Final = 8
 """Parts of a run so far whose levels are compared."""
 LEAST_PART: Final = 16

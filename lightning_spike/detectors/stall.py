@@ -11,8 +11,6 @@ from typing import Any, Final
 
 from lightning_spike.rolling import MAD_TO_SIGMA, median
 
-__all__ = ["StallDetector"]
-
 BLOCK: Final = 16
 SCALES: Final = (1, 2, 4, 8)
 """Blocks per group."""

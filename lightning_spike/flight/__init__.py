@@ -1,4 +1,4 @@
-"""The shared flight of one fit: who takes part, and the loop that runs the phases of a training step for all of them.
+"""The shared flight of one fit: the loop that runs the phases of a training step for all who take part.
 
-`participant` has the phases, `loop` runs them, `facts` reads the run's settings.
+`loop` runs them, `facts` reads the run's settings; the phases themselves are in `record.participant`.
 """

@@ -7,8 +7,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_spike.records import RunFacts
 from lightning_spike.signals.learning_rate import optimizer_facts, scheduler_facts
 
-__all__ = ["first_facts", "run_facts"]
-
 
 def first_facts() -> RunFacts:
     """What is known before anything is set up: the time."""

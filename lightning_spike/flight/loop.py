@@ -11,14 +11,12 @@ from torch.utils import _pytree as pytree
 
 from lightning_spike.detectors.episodes import EpisodeDetector
 from lightning_spike.flight.facts import first_facts, run_facts
-from lightning_spike.flight.participant import Participant, TrainingBatch
 from lightning_spike.flight.warn import warn
-from lightning_spike.recorder import Arrival, Recorder
+from lightning_spike.record.participant import Participant, TrainingBatch
+from lightning_spike.record.recorder import Arrival, Recorder
 from lightning_spike.records import Disabled, Episode, Moment, RunStatus
 from lightning_spike.signals.loss import batch_losses
 from lightning_spike.store import ATTRIBUTE, TrainerStateStore
-
-__all__ = ["Flight"]
 
 P = TypeVar("P", bound=Participant)
 

@@ -4,8 +4,6 @@ import contextlib
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-__all__ = ["warn"]
-
 
 def warn(message: str) -> None:
     """Warn once, on rank 0, under our name. Under ``-W error`` the warning is lost: the report names everything that is warned of here too."""

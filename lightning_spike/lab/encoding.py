@@ -26,10 +26,8 @@ import torch
 from torch import Tensor
 
 from lightning_spike.actions.batch_dump import SAFETENSORS_DTYPES
-from lightning_spike.lab.errors import CannotReplay
+from lightning_spike.errors import CannotReplay
 from lightning_spike.signals.random_state import RandomState
-
-__all__ = ["Decoder", "Encoder", "TooLarge", "class_name", "find_class", "script_folder"]
 
 MANY: Final = 32
 """Whole numbers in a row from which a list or tuple of them is kept as an array: the states of random generators have 625."""

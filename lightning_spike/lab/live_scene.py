@@ -1,25 +1,23 @@
 """The scene of an episode, put together in the running training from what its callbacks share."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Self
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_spike.actions.batch_ring import BatchRing
-from lightning_spike.actions.snapshot import Snapshot, Snapshots
+from lightning_spike.errors import CannotReplay, OnsetGone
 from lightning_spike.flight.loop import Flight
-from lightning_spike.flight.participant import TrainingBatch
-from lightning_spike.lab.errors import CannotReplay, OnsetGone
-from lightning_spike.lab.outside_writes import OutsideWrite, OutsideWrites
-from lightning_spike.lab.ranks import ALONE, Ranks, mean_of
-from lightning_spike.lab.recorded_losses import recorded_losses
 from lightning_spike.lab.scene import WINDOW, Scene
-from lightning_spike.lab.update_settings import UpdateSettings
+from lightning_spike.ranks.rank_coordination import ALONE, Ranks, mean_of
+from lightning_spike.record.batch_ring import BatchRing
+from lightning_spike.record.outside_writes import OutsideWrite, OutsideWrites
+from lightning_spike.record.participant import TrainingBatch
+from lightning_spike.record.snapshot import Snapshot, Snapshots
+from lightning_spike.record.update_settings import UpdateSettings
 from lightning_spike.records import Episode, EpisodeKind, Moment
+from lightning_spike.signals.loss import total_loss
 from lightning_spike.store import History
-
-__all__ = ["EXAMINED", "REACH", "Witnesses", "live_scene"]
 
 EXAMINED: Final = frozenset({EpisodeKind.SPIKE, EpisodeKind.DIVERGENCE, EpisodeKind.NONFINITE})
 """Kinds of episodes that have a moment to go back to."""
@@ -152,3 +150,14 @@ def _common_snapshot(everybody: Sequence[_Held], witnesses: Witnesses, onset: in
     common = frozenset[int].intersection(*(held.snapshots for held in everybody))
     mine = {snapshot.at.ordinal: snapshot for snapshot in witnesses.snapshots.verified(before=onset)}
     return mine[max(common)] if common else None
+
+
+def recorded_losses(history: History, ordinals: Iterable[int]) -> dict[int, float]:
+    """The loss of each of these batches; the sum where a batch has several under manual optimisation. Batches without one are left out."""
+    signals = [name for name in history.signals if name == "loss" or name.startswith("loss/")]
+    losses: dict[int, float] = {}
+    for ordinal in ordinals:
+        named = {name: value for name in signals if (value := history.at(name, ordinal)) is not None}
+        if (total := total_loss(named)) is not None:
+            losses[ordinal] = total
+    return losses

@@ -8,16 +8,14 @@ import numpy as np
 import numpy.typing as npt
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_spike.actions.batch_ring import RingEntry
-from lightning_spike.actions.snapshot import Snapshot
-from lightning_spike.lab.errors import OnsetGone
-from lightning_spike.lab.evaluate import log_scale
-from lightning_spike.lab.outside_writes import OutsideWrite
-from lightning_spike.lab.ranks import ALONE, Ranks
-from lightning_spike.lab.update import Settings
+from lightning_spike.errors import OnsetGone
+from lightning_spike.lab.replay.evaluate import log_scale
+from lightning_spike.ranks.rank_coordination import ALONE, Ranks
+from lightning_spike.record.batch_ring import RingEntry
+from lightning_spike.record.outside_writes import OutsideWrite
+from lightning_spike.record.snapshot import Snapshot
+from lightning_spike.record.update_settings import Settings
 from lightning_spike.records import Episode
-
-__all__ = ["WINDOW", "Scene"]
 
 WINDOW = 64
 """Losses before the onset that the scatter of ordinary batches is taken from."""
@@ -60,7 +58,7 @@ class Scene:
         return self.episode.onset.ordinal
 
     @property
-    def struck(self) -> int:
+    def target_ordinal(self) -> int:
         """Ordinal of the batch whose loss is to be explained: the onset's, or the next where that one's rose by more than twice as much.
 
         A loss that was merely somewhat high just before a jump may have been taken for its onset.
@@ -77,8 +75,8 @@ class Scene:
 
     def elsewhere(self) -> "Scene | None":
         """The same episode, with the highest of the later losses to be explained; `None` where there is no later one."""
-        struck = self.struck
-        later = [e.at.ordinal for e in self.entries if e.at.ordinal > struck and e.at.ordinal in self.losses]
+        target_ordinal = self.target_ordinal
+        later = [e.at.ordinal for e in self.entries if e.at.ordinal > target_ordinal and e.at.ordinal in self.losses]
         if not later:
             return None
         return dataclasses.replace(self, looks_at=max(later, key=lambda ordinal: self.losses[ordinal]))
@@ -86,25 +84,25 @@ class Scene:
     @property
     def spike(self) -> RingEntry:
         """That batch."""
-        struck = self.struck
-        return next(entry for entry in self.entries if entry.at.ordinal == struck)
+        target_ordinal = self.target_ordinal
+        return next(entry for entry in self.entries if entry.at.ordinal == target_ordinal)
 
     @property
     def recorded(self) -> float:
         """The loss of that batch in the training."""
-        return self.losses[self.struck]
+        return self.losses[self.target_ordinal]
 
     @property
     def stretch(self) -> tuple[RingEntry, ...]:
         """The batches from the snapshot's to that one, both included."""
-        first, last = self.snapshot.at.ordinal, self.struck
+        first, last = self.snapshot.at.ordinal, self.target_ordinal
         return tuple(e for e in self.entries if first <= e.at.ordinal <= last)
 
     @property
     def after(self) -> tuple[RingEntry, ...]:
         """The batches from that one to the present one, both included."""
-        struck = self.struck
-        return tuple(e for e in self.entries if e.at.ordinal >= struck)
+        target_ordinal = self.target_ordinal
+        return tuple(e for e in self.entries if e.at.ordinal >= target_ordinal)
 
     def losses_before(self) -> npt.NDArray[np.float64]:
         """The last `WINDOW` losses before the onset, oldest first, as far as they are known; float64."""

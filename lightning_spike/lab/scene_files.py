@@ -22,20 +22,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_spike.actions.batch_ring import RingEntry
 from lightning_spike.actions.dump_facts import package_versions
-from lightning_spike.actions.own_state import OwnState, Untouched, copy_own, load_own
-from lightning_spike.actions.sample_ids import LoaderIds, SampleIds
-from lightning_spike.actions.snapshot import Snapshot
-from lightning_spike.actions.state_copy import copy_optimizer, copy_scaler, load_module, load_optimizer, load_scaler
-from lightning_spike.errors import ConfigurationError
+from lightning_spike.errors import CannotReplay, ConfigurationError
 from lightning_spike.files import whole_folder
 from lightning_spike.lab.encoding import Decoder, Encoder, class_name, script_folder
-from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.lab.scene import Scene
+from lightning_spike.record.attribute_state import OwnState, Untouched, copy_own, load_own
+from lightning_spike.record.batch_ring import RingEntry
+from lightning_spike.record.sample_ids import LoaderIds, SampleIds
+from lightning_spike.record.snapshot import Snapshot
+from lightning_spike.record.state_copy import copy_optimizer, copy_scaler, load_module, load_optimizer, load_scaler
 from lightning_spike.records import RunFacts
-
-__all__ = ["find_scenes", "read_manifest", "read_scene", "write_scene"]
 
 FORMAT: Final = "lightning_spike.scene"
 FORMAT_VERSION: Final = 1

@@ -7,8 +7,6 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Drawing", "draw"]
-
 LOG_FROM: Final = 20.0
 """A positive series that spans more than this factor is drawn on a log scale: on six rows, 24 dots high, a linear one would flatten its lower end to a dot."""
 

@@ -19,8 +19,6 @@ from lightning_spike.records import Episode
 from lightning_spike.report.model import Curve, Report
 from lightning_spike.report.wording import number
 
-__all__ = ["draw_svg"]
-
 INK, GRID, BAD = "#010101", "#020202", "#030303"
 LINES: Final = ("#040404", "#050505", "#060606", "#070707")
 """One colour a curve in a panel; more curves than colours begin again."""

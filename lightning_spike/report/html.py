@@ -13,8 +13,6 @@ from lightning_spike.records import OptimizerFacts, RunFacts, SchedulerFacts
 from lightning_spike.report import wording
 from lightning_spike.report.model import Report
 
-__all__ = ["render_page", "write_page"]
-
 TEMPLATE: Final = "page.html.jinja"
 WIDE, NARROW = (10.0, 1.9), (4.6, 1.5)
 """Inches: width of the figure and height of a panel, on a screen and on a phone (figure text cannot flow, so there are two)."""

@@ -33,8 +33,6 @@ from lightning_spike.files import write_whole
 from lightning_spike.records import Action, Disabled, Episode, Evidence, Moment, Verdict
 from lightning_spike.report.model import Report
 
-__all__ = ["SCHEMA_VERSION", "as_json", "read_report", "strict_json", "with_nonfinite", "write_report"]
-
 SCHEMA_VERSION: Final = 1
 
 

@@ -11,8 +11,6 @@ from lightning_spike.diagnosis.rank import Diagnosis, diagnose, not_run_again
 from lightning_spike.records import Action, Disabled, Episode, Moment, RunFacts, RunStatus, Verdict
 from lightning_spike.store import TrainerStateStore
 
-__all__ = ["LEAST_PROBABILITY", "Curve", "Report", "Suspect", "build_report", "suspects_of"]
-
 ERROR_CHARACTERS: Final = 300
 """An error's message is cut here: some carry a whole configuration, and the traceback has it anyway."""
 

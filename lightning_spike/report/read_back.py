@@ -29,8 +29,6 @@ from lightning_spike.report.model import Curve, Report, suspects_of
 from lightning_spike.report.signals_file import Signals, read_signals
 from lightning_spike.report.terminal import TerminalReport
 
-__all__ = ["find_report", "read_back", "report_from"]
-
 PLACES: Final = ("report.json", "spike/report.json")
 """Where a report is in its `dirpath`, and in the folder above the default one."""
 

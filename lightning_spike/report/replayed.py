@@ -25,8 +25,6 @@ from lightning_spike.report.json_file import strict_json
 from lightning_spike.report.terminal import WIDEST, hanging, print_lines, title_line
 from lightning_spike.report.wording import count, duration, loss_words
 
-__all__ = ["ReplayReport", "Replayed", "write_replay"]
-
 SCHEMA_VERSION: Final = 1
 VERDICTS: Final = {
     "data": "the batch",

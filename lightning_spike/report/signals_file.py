@@ -14,8 +14,6 @@ import numpy.typing as npt
 from lightning_spike.files import whole_folder
 from lightning_spike.store import TrainerStateStore
 
-__all__ = ["LayerTable", "Signals", "read_signals", "write_signals"]
-
 Array = npt.NDArray[np.generic]
 
 README: Final = """\

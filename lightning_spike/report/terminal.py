@@ -34,8 +34,6 @@ from lightning_spike.report.wording import (
     suspects_words,
 )
 
-__all__ = ["WIDEST", "TerminalReport", "hanging", "print_lines", "title_line"]
-
 WIDEST: Final = 120
 """Columns used at most: longer lines are hard to read, however wide the terminal."""
 CURVE_ROWS: Final = 6

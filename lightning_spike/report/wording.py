@@ -7,25 +7,6 @@ from typing import Any
 from lightning_spike.records import Action, Episode, Evidence, Family, Recovery, RunStatus, Verdict
 from lightning_spike.report.model import Report, Suspect
 
-__all__ = [
-    "actions_words",
-    "confirmed_words",
-    "count",
-    "duration",
-    "ending",
-    "episodes_words",
-    "evidence_words",
-    "family_words",
-    "headline",
-    "loss_words",
-    "number",
-    "percent",
-    "recovery_words",
-    "setting",
-    "steps_words",
-    "suspects_words",
-]
-
 ENDINGS = {
     RunStatus.RUNNING: "still running after",
     RunStatus.FINISHED: "finished after",

@@ -12,8 +12,6 @@ from torch.utils import _pytree as pytree
 
 from lightning_spike.signals.subset import is_readable, largest_value
 
-__all__ = ["ActivationSize", "Shape", "activation_size", "dead_units", "first_tensor", "saturated_share", "shape_of"]
-
 FLAT_SLOPE_TWO_SIDED: Final = 0.99
 """Sigmoid, tanh and their kin are flat within 1 % of their bounds: there the slope of a sigmoid is below 0.01, that of tanh below 0.02."""
 FLAT_ONE_SIDED: Final = 0.005

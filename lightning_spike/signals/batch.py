@@ -12,20 +12,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-__all__ = [
-    "DISTINCT_BINS",
-    "MAX_LEAVES",
-    "BatchLeaf",
-    "BatchPart",
-    "BatchRoles",
-    "batch_leaves",
-    "batch_signals",
-    "children",
-    "class_statistics",
-    "value_statistics",
-    "weight_statistics",
-]
-
 MAX_LEAVES: Final = 16
 """Tensors of a batch that are measured at every step; more are a list of single samples, whose statistics would cost more than they tell."""
 

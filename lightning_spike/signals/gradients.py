@@ -7,8 +7,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-__all__ = ["NO_GRADIENT", "GradientNorms", "gradient_norms", "tensor_norms"]
-
 NO_GRADIENT: Final = -1.0
 """Stands in the vector of norms for a parameter that has no gradient; NaN would be taken for a gradient that is NaN."""
 

@@ -8,8 +8,6 @@ from torch.optim import Optimizer
 
 from lightning_spike.records import OptimizerFacts, SchedulerFacts
 
-__all__ = ["learning_rates", "optimizer_facts", "optimizer_names", "scheduler_facts"]
-
 PLAIN = (bool, int, float, str)
 
 

@@ -5,8 +5,6 @@ from typing import Final
 
 from torch import Tensor
 
-__all__ = ["batch_losses", "total_loss", "training_losses"]
-
 BACKWARD: Final = "loss/backward"
 """Under manual optimisation, the losses of several backward passes of one batch: this and their place, from 0."""
 

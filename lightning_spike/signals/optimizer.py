@@ -12,8 +12,6 @@ from torch.optim import Optimizer
 from lightning_spike.signals.gradients import tensor_norms
 from lightning_spike.signals.subset import is_readable, subset
 
-__all__ = ["Memory", "corrected_roots", "eps_shares", "memories", "momentum_cosine", "update_rms"]
-
 SECOND_MOMENTS: Final[Mapping[str, str]] = {"exp_avg_sq": "betas", "square_avg": "alpha"}
 """State that holds an average of squared gradients, and the setting that holds its decay: Adam's kind and RMSprop's."""
 MOMENTA: Final = ("exp_avg", "momentum_buffer")

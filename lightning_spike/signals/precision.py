@@ -12,8 +12,6 @@ from torch.optim import Optimizer
 
 from lightning_spike.signals.subset import is_readable, subset
 
-__all__ = ["left_scale", "loss_scale", "low_precision", "scaler_of", "underflow"]
-
 DTYPES: Final = {"16": torch.float16, "bf16": torch.bfloat16}
 
 

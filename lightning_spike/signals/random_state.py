@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["RandomState"]
-
 ACCELERATORS: Final = ("cuda", "xpu")
 """Device types whose generators are one per device; their state is held on the host, so that reading it does not wait for the device."""
 

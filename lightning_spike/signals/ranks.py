@@ -8,8 +8,6 @@ from torch import Tensor
 
 from lightning_spike.signals.subset import is_readable
 
-__all__ = ["NO_TENSOR", "checksums"]
-
 BITS: Final = 24
 """Bits of a checksum: as many as float32 holds exactly, so that it travels with the other signals. Two different tensors agree in one of 1.7e7 cases."""
 NO_TENSOR: Final = -1.0

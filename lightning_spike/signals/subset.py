@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-__all__ = ["LIMIT", "is_readable", "largest_value", "subset"]
-
 LIMIT: Final = 1 << 14
 """Elements of one tensor that are looked at: of 16,384 a root mean square is known to 0.6 % where the elements are alike (1 / sqrt(2 n))."""
 

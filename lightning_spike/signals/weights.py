@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from lightning_spike.signals.gradients import tensor_norms
 from lightning_spike.signals.subset import largest_value, subset
 
-__all__ = ["Displacement", "WeightSizes", "displacement", "fan_scale", "initial_scales", "weight_sizes"]
-
 EMBEDDINGS: Final = (nn.Embedding, nn.EmbeddingBag)
 CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 

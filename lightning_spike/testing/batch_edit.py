@@ -10,8 +10,6 @@ from torch import Tensor
 
 from lightning_spike.signals.batch import BatchLeaf, BatchPart, Path, batch_leaves
 
-__all__ = ["edit_batch", "generator_for", "leaves_of", "number_of_samples", "replaced", "some_of"]
-
 
 def edit_batch(batch: object, edit: Callable[[BatchLeaf], Tensor]) -> object:
     """The batch with every tensor as `edit` returns it; a leaf returned as it came stays the very same object.

@@ -14,8 +14,6 @@ from lightning_spike.arguments import number, whole_number
 from lightning_spike.errors import ConfigurationError
 from lightning_spike.testing.wrapping import wrap
 
-__all__ = ["Description", "Fault", "LastingFault", "Needs", "OneOffFault", "Scale"]
-
 
 class Needs(StrEnum):
     """What a fault must find in a run; where it is missing, the run is refused with a `ConfigurationError`."""

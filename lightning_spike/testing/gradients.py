@@ -7,8 +7,6 @@ from torch import Tensor
 
 from lightning_spike.testing.fault import Fault
 
-__all__ = ["alter_gradients"]
-
 
 def alter_gradients(
     fault: Fault,

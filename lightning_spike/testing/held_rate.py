@@ -11,8 +11,6 @@ from typing_extensions import override
 
 from lightning_spike.testing.fault import LastingFault
 
-__all__ = ["RateFault"]
-
 _PLANNED: Final[WeakKeyDictionary[Optimizer, list[Any]]] = WeakKeyDictionary()
 """The planned rates of the optimizers that have another one now, shared by all faults of a run, so that several multiply and the first to end restores."""
 

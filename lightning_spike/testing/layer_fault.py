@@ -11,8 +11,6 @@ from typing_extensions import override
 from lightning_spike.testing.fault import LastingFault, Needs
 from lightning_spike.testing.layers import Layers, on_output
 
-__all__ = ["LayerFault"]
-
 
 class LayerFault(LastingFault):
     """Base of the faults that lie in the forward pass of some layers, as if the module's own code did it.

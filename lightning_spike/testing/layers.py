@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from lightning_spike.testing.fault import Fault
 
-__all__ = ["Layers", "on_output"]
-
 KINDS: Final = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.RNNBase)
 """What counts as a layer: what multiplies by a matrix of weights of its own."""
 

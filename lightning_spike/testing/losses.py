@@ -9,8 +9,6 @@ from torch import Tensor
 from lightning_spike.testing.fault import Fault, Needs
 from lightning_spike.testing.wrapping import wrap
 
-__all__ = ["alter_loss"]
-
 
 def alter_loss(fault: Fault, trainer: Trainer, module: LightningModule, change: Callable[[Tensor], Tensor]) -> None:
     """From now on `change(loss)` stands in for the loss that `training_step` returns, in the steps in which the fault is on.

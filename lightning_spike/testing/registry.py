@@ -9,8 +9,6 @@ from typing import Final
 from lightning_spike.testing import faults
 from lightning_spike.testing.fault import Fault
 
-__all__ = ["DECOYS", "FAULTS", "UNCOVERED", "faults_for"]
-
 
 def faults_for(cause: str) -> tuple[type[Fault], ...]:
     """The faults that should be diagnosed as this cause, by name; empty where the catalogue's cause has none."""

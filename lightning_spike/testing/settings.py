@@ -8,8 +8,6 @@ from typing_extensions import override
 
 from lightning_spike.testing.fault import LastingFault
 
-__all__ = ["SettingsFault"]
-
 
 class SettingsFault(LastingFault):
     """Base of the faults that change an optimizer's settings for some batches: epsilon, betas, momentum, weight decay.

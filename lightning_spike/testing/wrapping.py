@@ -4,15 +4,13 @@ import functools
 from collections.abc import Callable
 from typing import Any, Final
 
-__all__ = ["wrap"]
-
 Call = Callable[..., Any]
-Around = Callable[..., Any]
+Baselines = Callable[..., Any]
 
 _AROUNDS: Final = "_lightning_spike_arounds"
 
 
-def wrap(owner: object, name: str, around: Around) -> Callable[[], None]:
+def wrap(owner: object, name: str, around: Baselines) -> Callable[[], None]:
     """Let `around(call, *args, **kwargs)` stand in for `owner.<name>(*args, **kwargs)`; `call` is the method as it was.
 
     The stand-in lies on the instance, so that other instances of the class are left alone, and looks to `inspect.signature` (and to Lightning) like the
@@ -40,9 +38,9 @@ def wrap(owner: object, name: str, around: Around) -> Callable[[], None]:
     return undo
 
 
-def _install(owner: object, name: str) -> list[Around]:
+def _install(owner: object, name: str) -> list[Baselines]:
     original: Call = getattr(owner, name)
-    arounds: list[Around] = []
+    arounds: list[Baselines] = []
 
     @functools.wraps(original)
     def stand_in(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever the method takes and gives
@@ -57,7 +55,7 @@ def _install(owner: object, name: str) -> list[Around]:
     return arounds
 
 
-def _uninstall(owner: object, name: str, arounds: list[Around]) -> None:
+def _uninstall(owner: object, name: str, arounds: list[Baselines]) -> None:
     """Where somebody else's wrapper stands outside ours by now, ours stays under it and only passes on."""
     current = vars(owner).get(name)
     if getattr(current, _AROUNDS, None) is not arounds:

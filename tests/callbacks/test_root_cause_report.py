@@ -15,7 +15,7 @@ from training_tasks import Digits, train
 
 from lightning_spike.callbacks.root_cause_report import RootCauseReport
 from lightning_spike.errors import ConfigurationError
-from lightning_spike.recorder import Recorder
+from lightning_spike.record.recorder import Recorder
 from lightning_spike.records import RunStatus
 from lightning_spike.report import html, json_file, model
 from lightning_spike.report.json_file import read_report

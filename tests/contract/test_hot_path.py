@@ -23,7 +23,7 @@ BLOCKING = (
 )
 READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "nonzero")
 HOT = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
-ALLOWED = "lightning_spike/recorder.py"
+ALLOWED = "lightning_spike/record/recorder.py"
 """The one file that turns device values into numbers, once they are on the host."""
 
 

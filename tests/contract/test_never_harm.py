@@ -12,7 +12,7 @@ from training_tasks import build, digits, train
 from lightning_spike import GradNormMonitor, RootCauseReport, TrainerStateStore, suite
 from lightning_spike.errors import ConfigurationError
 from lightning_spike.flight.loop import Flight
-from lightning_spike.flight.participant import Participant
+from lightning_spike.record.participant import Participant
 
 PHASES = [
     "begin",

@@ -2,19 +2,19 @@
 
 import pytest
 import torch
+from lab.replay.test_reproduce import Gan
 from lab.shapes import SHAPES, Counters, Metrics, NormAndDropout
-from lab.test_isolation import Trace, generators, remains
-from lab.test_reproduce import Gan
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
+from sandbox.test_isolation import Trace, generators, remains
 from training_tasks import TwoByHand, digits
 
 from lightning_spike.callbacks.counterfactual_replay import CounterfactualReplay
-from lightning_spike.lab.errors import CannotReplay
-from lightning_spike.lab.isolation import isolated, loss_of
-from lightning_spike.lab.recorded_losses import recorded_losses
-from lightning_spike.lab.reproduce import reproduce
-from lightning_spike.lab.state import TrainState
+from lightning_spike.errors import CannotReplay
+from lightning_spike.lab.live_scene import recorded_losses
+from lightning_spike.lab.replay.reproduce import reproduce
+from lightning_spike.sandbox.isolation import isolated, loss_of
+from lightning_spike.sandbox.state import TrainState
 
 
 def by_hand(kind):
@@ -49,16 +49,19 @@ class Replays(Callback):
         entries = [e for e in witnesses.ring.entries() if e.at.ordinal >= snapshot.at.ordinal]
         recorded = recorded_losses(witnesses.history, range(now + 1))
         settings = witnesses.settings.by_ordinal
-        with isolated(trainer, pl_module, with_optimizers=True) as bench:
+        with isolated(trainer, pl_module, with_optimizers=True) as sandbox:
             try:
-                again = reproduce(bench, TrainState.of(snapshot), entries, settings, recorded)
+                again = reproduce(sandbox, TrainState.of(snapshot), entries, settings, recorded)
                 self.exact.append(again.differs_at is None and again.replayed == recorded[now])
             except CannotReplay as reason:
                 self.refused.append(str(reason))
-            bench.rewind()
-            loss_of(bench.step(batch, batch_idx)).backward()
-        with pytest.raises(RuntimeError, match="half way"), isolated(trainer, pl_module, with_optimizers=True) as bench:  # noqa: PT012
-            TrainState.of(snapshot).load(bench)
+            sandbox.rewind()
+            loss_of(sandbox.step(batch, batch_idx)).backward()
+        with (  # noqa: PT012 - leaving by an exception is the point
+            pytest.raises(RuntimeError, match="half way"),
+            isolated(trainer, pl_module, with_optimizers=True) as sandbox,
+        ):
+            TrainState.of(snapshot).load(sandbox)
             raise RuntimeError("half way")  # noqa: TRY003
 
 

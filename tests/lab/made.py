@@ -2,12 +2,13 @@
 
 import torch
 
-from lightning_spike.actions.batch_ring import RingEntry
-from lightning_spike.lab.factors.factor import Around
-from lightning_spike.lab.reproduce import Leg
-from lightning_spike.lab.state import TrainState
-from lightning_spike.lab.update import PLACE, Made, Update
+from lightning_spike.lab.experiments.factors import Baselines
+from lightning_spike.lab.replay.reproduce import ReplayedUpdate
+from lightning_spike.lab.replay.update import Update, UpdateOutcome
+from lightning_spike.record.batch_ring import RingEntry
+from lightning_spike.record.update_settings import PLACE
 from lightning_spike.records import Moment
+from lightning_spike.sandbox.state import TrainState
 from lightning_spike.signals.random_state import RandomState
 
 
@@ -35,13 +36,13 @@ def adam_state(ordinal, v=1.0, m=0.0, betas=(0.9, 0.999), eps=1e-8):
 
 def leg(ordinal, before=None, rate=0.1):
     update = Update(entries=(entry(ordinal),), settings=(settings(rate),))
-    made = Made(losses=(1.0,), gradients={}, spoilt_at=None)
-    return Leg(before=before or adam_state(ordinal), update=update, made=made)
+    made = UpdateOutcome(losses=(1.0,), gradients={}, spoilt_at=None)
+    return ReplayedUpdate(before=before or adam_state(ordinal), update=update, made=made)
 
 
-def around(legs, *, before=(), controls=(), defaults=None, is_mixed=False):
-    return Around(
-        legs=tuple(legs),
+def around(updates_replayed, *, before=(), controls=(), defaults=None, is_mixed=False):
+    return Baselines(
+        updates_replayed=tuple(updates_replayed),
         controls=tuple(controls),
         settings=tuple(before),
         defaults=defaults or {},

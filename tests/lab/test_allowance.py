@@ -1,13 +1,13 @@
 """What an examination may cost, and that it says what it left out."""
 
 import pytest
-from lab.bench import attached
+from lab.attached import attached
 from lab.episodes import LATE, At, examined, told
 from torch.utils.data import DataLoader
 from training_tasks import Digits, digits
 
-from lightning_spike.lab.allowance import Allowance, steps_worth
-from lightning_spike.lab.isolation import isolated
+from lightning_spike.sandbox.budget import Allowance, steps_worth
+from lightning_spike.sandbox.isolation import isolated
 
 
 class WithLoader(Digits):
@@ -21,17 +21,17 @@ def high_rate(trainer, module, optimizer):
 
 def test_what_fits_is_asked_and_what_does_not_is_named():
     module = WithLoader(0.1)
-    with isolated(attached(module), module) as bench:
-        assert bench.affords("anything, without a limit", updates=10**6)
-        bench.allowance = Allowance(bench.cost + steps_worth(updates=2, passes=1) + 0.01)
-        assert bench.affords("all that is left", updates=2, passes=1)
-        assert not bench.affords("one pass more", updates=2, passes=2)
-        assert not bench.affords("a gradient", updates=2, gradients=2)
-        bench.steps, bench.updates = 2, 2
-        assert bench.affords("the rest", passes=1)
-        assert not bench.affords("a gradient", gradients=1)
-        assert bench.allowance.text.count("a gradient") == 1
-        assert "one pass more, a gradient" in bench.allowance.text
+    with isolated(attached(module), module) as sandbox:
+        assert sandbox.affords("anything, without a limit", updates=10**6)
+        sandbox.allowance = Allowance(sandbox.cost + steps_worth(updates=2, passes=1) + 0.01)
+        assert sandbox.affords("all that is left", updates=2, passes=1)
+        assert not sandbox.affords("one pass more", updates=2, passes=2)
+        assert not sandbox.affords("a gradient", updates=2, gradients=2)
+        sandbox.steps, sandbox.updates = 2, 2
+        assert sandbox.affords("the rest", passes=1)
+        assert not sandbox.affords("a gradient", gradients=1)
+        assert sandbox.allowance.text.count("a gradient") == 1
+        assert "one pass more, a gradient" in sandbox.allowance.text
 
 
 @pytest.mark.parametrize("allowed", [16.0, 22.0])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lab.test_reproduce import Probe, is_exact
+from lab.replay.test_reproduce import Probe, is_exact
 from lightning.pytorch import seed_everything
 from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional as F  # noqa: N812 - the field's name for it

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pack_sequence
 
+from lightning_spike.errors import CannotReplay
 from lightning_spike.lab import encoding
 from lightning_spike.lab.encoding import Decoder, Encoder, TooLarge
-from lightning_spike.lab.errors import CannotReplay
 from lightning_spike.signals.random_state import RandomState
 
 

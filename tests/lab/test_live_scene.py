@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 from lab.made import entry, moment
 
-from lightning_spike.flight.participant import TrainingBatch
-from lightning_spike.lab.errors import CannotReplay
+from lightning_spike.errors import CannotReplay
 from lightning_spike.lab.live_scene import Witnesses, live_scene
-from lightning_spike.lab.outside_writes import OutsideWrite
-from lightning_spike.lab.ranks import Ranks
+from lightning_spike.ranks.rank_coordination import Ranks
+from lightning_spike.record.outside_writes import OutsideWrite
+from lightning_spike.record.participant import TrainingBatch
 from lightning_spike.records import Episode, EpisodeKind, StepRow
 from lightning_spike.store import History
 

@@ -12,7 +12,7 @@ import torch
 SCRIPT = """
 import json, sys
 import torch
-from lab.test_reproduce import LAST, Probe
+from lab.replay.test_reproduce import LAST, Probe
 from lightning.pytorch import Callback, seed_everything
 from training_tasks import Digits, digits, train
 from lightning_spike.callbacks.counterfactual_replay import CounterfactualReplay

@@ -8,8 +8,8 @@ from testing.runs import AT, BATCHES, Items, Net, Records, collate, different, s
 from torch.utils.data import DataLoader
 
 from lightning_spike import TrainerStateStore, suite
-from lightning_spike.lab.isolation import isolated, loss_of
 from lightning_spike.records import Moment
+from lightning_spike.sandbox.isolation import isolated, loss_of
 from lightning_spike.testing import (
     DECOYS,
     FAULTS,

@@ -16,8 +16,6 @@ from lightning_spike.diagnosis.observations.tells import tell
 from lightning_spike.diagnosis.observations.upstream import from_elsewhere
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Finding
 
-__all__ = ["ActivationSaturation"]
-
 SIGNALS: Final = {"activation_zeros": "dead", "activation_dead": "dead", "activation_saturated": "saturated"}
 AHEAD: Final = 128
 """Batches after the onset in which flat units are looked for: activations are measured every 50 batches."""

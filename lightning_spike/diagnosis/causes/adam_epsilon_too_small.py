@@ -12,8 +12,6 @@ from lightning_spike.diagnosis.observations.settings import SettingChange, chang
 from lightning_spike.diagnosis.observations.tells import batch_value, lone_batch, split_verdict, tell, without_none
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family
 
-__all__ = ["AdamEpsilonTooSmall"]
-
 USUAL: Final = 1e-8
 """Adam's own epsilon in every library."""
 ADVISED: Final = (1e-6, 1e-5)

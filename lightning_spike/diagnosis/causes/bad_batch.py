@@ -24,8 +24,6 @@ from lightning_spike.diagnosis.observations.tells import (
 )
 from lightning_spike.records import Evidence, Family
 
-__all__ = ["BadBatch"]
-
 CLEAR: Final = 3.0
 """Factor between a batch's value and its usual one from which the batch is clearly not like the others: harmless augmentation stays below 2 (science.md 2b.6)."""
 EXTREME: Final = 10.0

@@ -14,8 +14,6 @@ from lightning_spike.diagnosis.observations.layers import layer_table
 from lightning_spike.diagnosis.observations.tells import tell, without_none
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Finding
 
-__all__ = ["BadInitialization"]
-
 USUAL: Final = 0.58
 """Root mean square of torch's default weights over 1 / sqrt(fan-in): uniform in ±1 / sqrt(fan-in)."""
 FAR: Final = 8.0

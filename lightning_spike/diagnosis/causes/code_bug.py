@@ -14,8 +14,6 @@ from lightning_spike.diagnosis.observations.outside import OutsideChange, earlie
 from lightning_spike.diagnosis.observations.tells import batches, split_verdict, tell, without_none
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Finding
 
-__all__ = ["CodeBug"]
-
 AT_ONCE: Final = 2
 """Batches from a write into the weights to the first loss that shows it: one, and one more where it was small."""
 LEFTOVER: Final = "grad_norm/leftover"

@@ -19,8 +19,6 @@ from lightning_spike.diagnosis.observations.tells import batches, lone_batch, te
 from lightning_spike.records import Change, Evidence, Family, Moment
 from lightning_spike.store import TrainerStateStore
 
-__all__ = ["DataDrift"]
-
 IN_A_ROW: Final = 8
 """Batches on one side of all of long before from which it is the data that have moved, and no bad batch (science.md 2b.6: the same sign in at least eight)."""
 AHEAD: Final = 32

@@ -13,8 +13,6 @@ from lightning_spike.diagnosis.observations.outside import last_that_matters
 from lightning_spike.diagnosis.observations.tells import tell
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Finding
 
-__all__ = ["DistributedDesync"]
-
 WEIGHTS: Final = "weights_differ"
 GRADIENTS: Final = "gradient_differs"
 WORTH: Final[Mapping[str, float]] = {

@@ -24,8 +24,6 @@ from lightning_spike.diagnosis.observations.tells import (
 )
 from lightning_spike.records import Change, Evidence, Family
 
-__all__ = ["GradientExplosion"]
-
 LARGE: Final = 3.0
 """… from which it is large: what an outlier of a batch may well bring."""
 ADAPTIVE: Final = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad")

@@ -13,8 +13,6 @@ from lightning_spike.diagnosis.observations.tells import gradient_all_but_gone, 
 from lightning_spike.diagnosis.observations.upstream import from_elsewhere
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Finding
 
-__all__ = ["GradientVanishing"]
-
 AHEAD: Final = 96
 """Batches after the onset in which it is looked for: the finding takes twice 16 rows, and up to 16 more to begin."""
 HALF: Final = 0.5

@@ -13,8 +13,6 @@ from lightning_spike.diagnosis.observations.order import one_sided, targets_know
 from lightning_spike.diagnosis.observations.tells import batches, tell, without_none
 from lightning_spike.records import Change, Evidence, Family
 
-__all__ = ["HardSampleStreak"]
-
 LONG: Final = 6
 """Batches from which it is a stretch that came sorted and no accident of a short reference."""
 MIXED: Final = 0.5

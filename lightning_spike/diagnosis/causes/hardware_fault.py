@@ -12,8 +12,6 @@ from lightning_spike.diagnosis.observations.outside import OutsideChange, earlie
 from lightning_spike.diagnosis.observations.tells import tell, without_none
 from lightning_spike.records import Change, Evidence, Family
 
-__all__ = ["HardwareFault"]
-
 MOST: Final = 0.5
 """Share of the jump that must be gone in the re-run for it to be the change's."""
 SINGLE: Final = 0.25

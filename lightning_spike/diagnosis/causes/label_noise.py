@@ -29,8 +29,6 @@ from lightning_spike.diagnosis.observations.tells import (
 )
 from lightning_spike.records import Change, Evidence, Family
 
-__all__ = ["LabelNoise"]
-
 CLEAR: Final = 2.0
 """Factor between a statistic of the input and its usual value from which the input is to blame: harmless augmentation stays below (science.md 2b.6)."""
 MANY: Final = 0.25

@@ -13,8 +13,6 @@ from lightning_spike.diagnosis.observations.outside import earlier
 from lightning_spike.diagnosis.observations.tells import split_verdict, tell, without_none
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Finding
 
-__all__ = ["LossScaling"]
-
 KINDS: Final = ("scale_leapt", "scale_too_low", "often_skipped")
 """Findings of the detector "precision", the most telling first."""
 WEIGHTS: Final[Mapping[str, float]] = {"scale_leapt": DECISIVE, "scale_too_low": STRONG, "often_skipped": FAIR}

@@ -28,8 +28,6 @@ from lightning_spike.diagnosis.observations.tells import (
 from lightning_spike.records import Change, Evidence, Family
 from lightning_spike.store import TrainerStateStore
 
-__all__ = ["LrRestart"]
-
 FOLLOWS: Final = 16
 """Batches after a restart within which an episode counts as its doing."""
 

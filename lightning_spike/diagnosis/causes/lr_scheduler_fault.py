@@ -28,8 +28,6 @@ from lightning_spike.diagnosis.observations.tells import (
 from lightning_spike.records import Change, Evidence, Family, Finding
 from lightning_spike.store import TrainerStateStore
 
-__all__ = ["LrSchedulerFault"]
-
 
 class LrSchedulerFault(Cause):
     """The schedule jumps where no schedule should: a bug, a wrong interval, a bad resume, code of one's own.

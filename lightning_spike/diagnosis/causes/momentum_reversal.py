@@ -16,8 +16,6 @@ from lightning_spike.diagnosis.observations.tells import batch_value, lone_batch
 from lightning_spike.diagnosis.observations.upstream import rate_to_blame
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family
 
-__all__ = ["MomentumReversal"]
-
 HIGH: Final = 0.99
 """A momentum from which weights run on for a hundred steps, 1 / (1 - beta); usual are 0.9 and, with large batches, 0.95."""
 LONGER: Final = 2.0

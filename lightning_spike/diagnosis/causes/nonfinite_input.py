@@ -12,8 +12,6 @@ from lightning_spike.diagnosis.fixes import dataset_fix, drop_samples
 from lightning_spike.diagnosis.observations.tells import split_verdict, tell, without_none
 from lightning_spike.records import Evidence, Family
 
-__all__ = ["NonfiniteInput"]
-
 
 class NonfiniteInput(Cause):
     """NaN or Inf already in the batch: preprocessing, augmentation, the files.

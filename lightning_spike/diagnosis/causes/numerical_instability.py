@@ -19,8 +19,6 @@ from lightning_spike.diagnosis.observations.tells import (
 )
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family
 
-__all__ = ["NumericalInstability"]
-
 HUGE: Final = 1e4
 """Factor over the loss before from which a finite loss in an ordinary batch may be the work of an operation (x / ~0, exp), not of training."""
 BIRTHPLACE: Final = frozenset({"forward", "loss", "backward"})

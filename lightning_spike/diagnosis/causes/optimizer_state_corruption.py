@@ -12,8 +12,6 @@ from lightning_spike.diagnosis.observations.outside import OutsideChange, last_w
 from lightning_spike.diagnosis.observations.tells import batches, split_verdict, tell, without_none
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Finding
 
-__all__ = ["OptimizerStateCorruption"]
-
 AT_ONCE: Final = 2
 """Batches from a write into the state to the first loss that shows it: the update after it, and one more where it was small."""
 HABIT: Final = 2

@@ -10,8 +10,6 @@ from lightning_spike.diagnosis.constants import DECISIVE, FAIR, SLIGHT, STRONG
 from lightning_spike.diagnosis.observations.tells import tell, without_none
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Finding, ValidationPoint
 
-__all__ = ["Overfitting"]
-
 LEAST_VALIDATIONS: Final = 4
 """Validations below which a curve says nothing."""
 CLEAR_RISE: Final = 0.05

@@ -14,8 +14,6 @@ from lightning_spike.diagnosis.observations.tells import tell, without_none
 from lightning_spike.diagnosis.observations.upstream import rate_to_blame
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family, ValidationPoint
 
-__all__ = ["PostOverfitOscillation"]
-
 LEAST_VALIDATIONS: Final = 3
 """Validations below which a curve says nothing."""
 CLEAR_RISE: Final = 0.05

@@ -11,8 +11,6 @@ from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, REACH, SL
 from lightning_spike.diagnosis.observations.tells import batches, tell, without_none
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Finding
 
-__all__ = ["ResumeFault"]
-
 STATE: Final = "optimizer_state"
 SCHEDULE: Final = "schedule"
 SOON: Final = 64

@@ -13,8 +13,6 @@ from lightning_spike.diagnosis.observations.course import GAP, Course, Stretch, 
 from lightning_spike.diagnosis.observations.tells import batches, tell, without_none
 from lightning_spike.records import Change, Evidence, Family
 
-__all__ = ["SampleWeightBlowup"]
-
 CLEAR: Final = 2.0
 """Times the usual largest weight from which weights are clearly out of the ordinary …"""
 EXTREME: Final = 5.0

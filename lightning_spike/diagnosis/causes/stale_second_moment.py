@@ -22,8 +22,6 @@ from lightning_spike.diagnosis.observations.tells import (
 )
 from lightning_spike.records import Change, Evidence, Family, Finding
 
-__all__ = ["StaleSecondMoment"]
-
 STALE: Final = 2.3
 """RMS_t from which spikes follow within 1 to 8 updates (Wortsman et al. 2023)."""
 MORE: Final = 2.0

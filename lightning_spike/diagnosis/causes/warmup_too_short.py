@@ -29,8 +29,6 @@ from lightning_spike.diagnosis.observations.tells import (
 from lightning_spike.records import Change, Evidence, Family
 from lightning_spike.store import TrainerStateStore
 
-__all__ = ["WarmupTooShort"]
-
 EARLY: Final = 64
 """Updates that are early in any run."""
 EARLY_SHARE: Final = 0.1

@@ -16,8 +16,6 @@ from lightning_spike.diagnosis.observations.rates import climbed
 from lightning_spike.diagnosis.observations.tells import tell, without_none
 from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Finding
 
-__all__ = ["WeightBlowup"]
-
 BACK: Final = 128
 """Batches before the onset in which the growth is looked for: a loss may bear weights that grow for a while."""
 AHEAD: Final = 64

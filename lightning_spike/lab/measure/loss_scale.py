@@ -7,9 +7,7 @@ from typing import Final
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_spike.actions.state_copy import copy_scaler
-
-__all__ = ["LossScaleMeasures", "measure_loss_scale"]
+from lightning_spike.record.state_copy import copy_scaler
 
 LOWEST: Final = 1.0
 """Below 1 gradients are made smaller than they are: the scaler has halved until nothing is left of its purpose (science.md 2.2)."""

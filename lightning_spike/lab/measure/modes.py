@@ -7,11 +7,9 @@ from typing import Final
 
 from torch import Tensor
 
-from lightning_spike.actions.batch_ring import RingEntry
-from lightning_spike.actions.state_copy import load_module
-from lightning_spike.lab.isolation import Bench, loss_of
-
-__all__ = ["ModeMeasures", "measure_modes"]
+from lightning_spike.record.batch_ring import RingEntry
+from lightning_spike.record.state_copy import load_module
+from lightning_spike.sandbox.isolation import Sandbox, loss_of
 
 TOLD: Final = 4
 """Modules in eval mode that are named."""
@@ -36,39 +34,39 @@ class ModeMeasures:
 
 
 def measure_modes(
-    bench: Bench, entry: RingEntry, *, old: Mapping[str, Tensor], new: Mapping[str, Tensor]
+    sandbox: Sandbox, entry: RingEntry, *, old: Mapping[str, Tensor], new: Mapping[str, Tensor]
 ) -> ModeMeasures | None:
     """Four forward passes, two where the modes make no difference; `None` where a step gives no loss.
 
     Args:
-        bench: Inside `isolated`.
+        sandbox: Inside `isolated`.
         entry: An ordinary batch.
         old: Weights and buffers from before.
         new: Those at the onset.
     """
-    now = [_loss(bench, new, entry, in_eval=in_eval) for in_eval in (False, True)]
+    now = [_loss(sandbox, new, entry, in_eval=in_eval) for in_eval in (False, True)]
     differ = now[0] != now[1]
-    then = [_loss(bench, old, entry, in_eval=in_eval) for in_eval in (False, True)] if differ else [None, None]
+    then = [_loss(sandbox, old, entry, in_eval=in_eval) for in_eval in (False, True)] if differ else [None, None]
     if now[0] is None or now[1] is None:
         return None
-    bench.rewind()
+    sandbox.rewind()
     found = ModeMeasures(
-        train=now[0], eval=now[1], usual_train=then[0], usual_eval=then[1], frozen=_frozen(bench), text=""
+        train=now[0], eval=now[1], usual_train=then[0], usual_eval=then[1], frozen=_frozen(sandbox), text=""
     )
     return dataclasses.replace(found, text=_text(found))
 
 
-def _loss(bench: Bench, weights: Mapping[str, Tensor], entry: RingEntry, *, in_eval: bool) -> float | None:
-    bench.rewind()
-    load_module(bench.module, weights)
+def _loss(sandbox: Sandbox, weights: Mapping[str, Tensor], entry: RingEntry, *, in_eval: bool) -> float | None:
+    sandbox.rewind()
+    load_module(sandbox.module, weights)
     if in_eval:
-        bench.module.eval()
-    loss = loss_of(bench.step(entry.batch, entry.at.batch_idx, random=entry.rng, at=entry.at))
-    return None if loss is None else float(bench.ranks.mean("a loss", [float(loss.detach())])[0])
+        sandbox.module.eval()
+    loss = loss_of(sandbox.step(entry.batch, entry.at.batch_idx, random=entry.rng, at=entry.at))
+    return None if loss is None else float(sandbox.ranks.mean("a loss", [float(loss.detach())])[0])
 
 
-def _frozen(bench: Bench) -> tuple[str, ...]:
-    resting = [name for name, part in bench.module.named_modules() if not part.training]
+def _frozen(sandbox: Sandbox) -> tuple[str, ...]:
+    resting = [name for name, part in sandbox.module.named_modules() if not part.training]
     outermost = [n for n in resting if not any(o != n and (not o or n.startswith(f"{o}.")) for o in resting)]
     return tuple(outermost)
 

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_spike.actions.batch_ring import RingEntry
-from lightning_spike.actions.state_copy import load_module
-from lightning_spike.lab.isolation import Bench, loss_of
-
-__all__ = ["Activity", "ModuleChange", "ModuleMeasures", "activities", "measure_modules"]
+from lightning_spike.record.batch_ring import RingEntry
+from lightning_spike.record.state_copy import load_module
+from lightning_spike.sandbox.isolation import Sandbox, loss_of
 
 TOLD: Final = 8
 """Modules listed at most."""
@@ -68,19 +66,19 @@ class ModuleMeasures:
 
 
 def measure_modules(
-    bench: Bench, spike: RingEntry, ordinary: RingEntry, *, old: Mapping[str, Tensor], new: Mapping[str, Tensor]
+    sandbox: Sandbox, spike: RingEntry, ordinary: RingEntry, *, old: Mapping[str, Tensor], new: Mapping[str, Tensor]
 ) -> ModuleMeasures:
     """Run the batch of the onset under the new weights and an ordinary one under the old, in train mode; two forward and two backward passes.
 
     Args:
-        bench: Inside `isolated`.
+        sandbox: Inside `isolated`.
         spike: The batch of the onset.
         ordinary: Another one.
         old: Weights and buffers from before.
         new: Those at the onset.
     """
-    now, usual = activities(bench, new, spike), activities(bench, old, ordinary)
-    kinds = {name: type(part).__name__ for name, part in bench.module.named_modules()}
+    now, usual = activities(sandbox, new, spike), activities(sandbox, old, ordinary)
+    kinds = {name: type(part).__name__ for name, part in sandbox.module.named_modules()}
     changes = [
         ModuleChange(module=name, kind=kinds[name], now=now[name], usual=usual[name], factor=_factor(now[name], usual[name]))
         for name in now
@@ -95,17 +93,17 @@ def measure_modules(
     )
 
 
-def activities(bench: Bench, weights: Mapping[str, Tensor], entry: RingEntry) -> dict[str, Activity]:
+def activities(sandbox: Sandbox, weights: Mapping[str, Tensor], entry: RingEntry) -> dict[str, Activity]:
     """Of every module without children that gives floating tensors, by name, in the order of the forward pass; one forward and one backward pass.
 
     Gradients are taken without touching `.grad`, and are those of the undivided loss.
     """
-    bench.rewind()
-    load_module(bench.module, weights)
+    sandbox.rewind()
+    load_module(sandbox.module, weights)
     watch = _Watch()
-    with watch.following(bench.module):
-        loss = loss_of(bench.step(entry.batch, entry.at.batch_idx, random=entry.rng, at=entry.at))
-    gradients = _gradients(bench.module, loss)
+    with watch.following(sandbox.module):
+        loss = loss_of(sandbox.step(entry.batch, entry.at.batch_idx, random=entry.rng, at=entry.at))
+    gradients = _gradients(sandbox.module, loss)
     return {name: seen.activity(gradients.get(name)) for name, seen in watch.seen.items()}
 
 

@@ -7,11 +7,9 @@ from typing import Final
 
 from torch import Tensor
 
-from lightning_spike.actions.batch_ring import RingEntry
-from lightning_spike.actions.state_copy import load_module
-from lightning_spike.lab.isolation import Bench, loss_of
-
-__all__ = ["PrecisionMeasures", "measure_precision"]
+from lightning_spike.record.batch_ring import RingEntry
+from lightning_spike.record.state_copy import load_module
+from lightning_spike.sandbox.isolation import Sandbox, loss_of
 
 ROUNDING: Final = 0.05
 """Relative difference of the losses up to which low precision only rounds: bfloat16 has 8 bits, and a loss is a mean of many; an engineering choice."""
@@ -30,29 +28,29 @@ class PrecisionMeasures:
     text: str
 
 
-def measure_precision(bench: Bench, weights: Mapping[str, Tensor], entry: RingEntry) -> PrecisionMeasures | None:
+def measure_precision(sandbox: Sandbox, weights: Mapping[str, Tensor], entry: RingEntry) -> PrecisionMeasures | None:
     """Two forward passes; `None` where the training has no autocast, or gave no loss.
 
     Args:
-        bench: Inside `isolated`.
+        sandbox: Inside `isolated`.
         weights: Those at the onset.
         entry: The batch of the onset.
     """
-    precision = str(bench.trainer.precision)
+    precision = str(sandbox.trainer.precision)
     if "mixed" not in precision:
         return None
-    low, full = (_loss(bench, weights, entry, in_float32=in_float32) for in_float32 in (False, True))
+    low, full = (_loss(sandbox, weights, entry, in_float32=in_float32) for in_float32 in (False, True))
     if low is None or full is None:
         return None
     return PrecisionMeasures(precision=precision, low=low, float32=full, text=_text(precision, low, full))
 
 
-def _loss(bench: Bench, weights: Mapping[str, Tensor], entry: RingEntry, *, in_float32: bool) -> float | None:
-    bench.rewind()
-    load_module(bench.module, weights)
-    outputs = bench.step(entry.batch, entry.at.batch_idx, random=entry.rng, at=entry.at, in_float32=in_float32)
+def _loss(sandbox: Sandbox, weights: Mapping[str, Tensor], entry: RingEntry, *, in_float32: bool) -> float | None:
+    sandbox.rewind()
+    load_module(sandbox.module, weights)
+    outputs = sandbox.step(entry.batch, entry.at.batch_idx, random=entry.rng, at=entry.at, in_float32=in_float32)
     loss = loss_of(outputs)
-    return None if loss is None else float(bench.ranks.mean("a loss", [float(loss.detach())])[0])
+    return None if loss is None else float(sandbox.ranks.mean("a loss", [float(loss.detach())])[0])
 
 
 def _text(precision: str, low: float, full: float) -> str:

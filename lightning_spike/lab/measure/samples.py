@@ -10,13 +10,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_spike.actions.batch_ring import RingEntry
-from lightning_spike.actions.state_copy import load_module
-from lightning_spike.lab.batches import samples_in, take_samples
-from lightning_spike.lab.isolation import Bench, loss_of
-from lightning_spike.lab.per_sample import PerSampleLosses, held_samples_under
-
-__all__ = ["SampleMeasures", "gradient_norms", "measure_samples"]
+from lightning_spike.record.batch_ring import RingEntry
+from lightning_spike.record.state_copy import load_module
+from lightning_spike.samples.batches import samples_in, take_samples
+from lightning_spike.samples.per_sample import PerSampleLosses, held_samples_under
+from lightning_spike.sandbox.isolation import Sandbox, loss_of
 
 MOST: Final = 256
 """Samples that are run one by one at most."""
@@ -45,12 +43,12 @@ class SampleMeasures:
 
 
 def measure_samples(
-    bench: Bench, spike: RingEntry, ordinary: RingEntry, weights: Mapping[str, Tensor]
+    sandbox: Sandbox, spike: RingEntry, ordinary: RingEntry, weights: Mapping[str, Tensor]
 ) -> SampleMeasures | None:
     """Two forward and backward passes, and five of single samples; where losses can only be had by slices, one for each sample of both batches.
 
     Args:
-        bench: Inside `isolated`.
+        sandbox: Inside `isolated`.
         spike: The batch of the onset.
         ordinary: Another one.
         weights: Healthy ones, as `copy_module` gives them.
@@ -58,16 +56,16 @@ def measure_samples(
     Returns:
         `None` where single samples cannot be told apart, or there are more than 256.
     """
-    usual = _under(bench, weights, ordinary)
+    usual = _under(sandbox, weights, ordinary)
     if usual is None:
         return None
-    own = _under(bench, weights, spike, trusting=usual.how == "tap" and usual.explains)
+    own = _under(sandbox, weights, spike, trusting=usual.how == "tap" and usual.explains)
     if own is None:
         return None
     hardest = np.argsort(-_ranking(own))[:CLOSER].tolist()
     middle = int(np.argsort(_ranking(usual))[len(usual.losses) // 2])
-    gradients = gradient_norms(bench, weights, spike, hardest)
-    usual_gradient = float(gradient_norms(bench, weights, ordinary, [middle])[0])
+    gradients = gradient_norms(sandbox, weights, spike, hardest)
+    usual_gradient = float(gradient_norms(sandbox, weights, ordinary, [middle])[0])
     found = SampleMeasures(
         losses=_plain(own.losses),
         pulls=None if own.pulls is None else _plain(own.pulls),
@@ -82,14 +80,14 @@ def measure_samples(
 
 
 def gradient_norms(
-    bench: Bench, weights: Mapping[str, Tensor], entry: RingEntry, positions: Sequence[int]
+    sandbox: Sandbox, weights: Mapping[str, Tensor], entry: RingEntry, positions: Sequence[int]
 ) -> npt.NDArray[np.float64]:
     """The L2 norm of the gradient that each of these samples has by itself, in eval mode (BatchNorm by its running statistics); NaN where a step gives no loss.
 
     One forward and backward pass of one sample each. No `.grad` is touched.
 
     Args:
-        bench: Inside `isolated`.
+        sandbox: Inside `isolated`.
         weights: Parameters and buffers, as `copy_module` gives them.
         entry: The batch.
         positions: Of the samples; at most 256 are looked at.
@@ -97,15 +95,17 @@ def gradient_norms(
     Returns:
         float64, shape `(len(positions),)`.
     """
-    return np.array([_gradient_norm(bench, weights, entry, k) for k in positions[:MOST]], dtype=np.float64)
+    return np.array([_gradient_norm(sandbox, weights, entry, k) for k in positions[:MOST]], dtype=np.float64)
 
 
-def _gradient_norm(bench: Bench, weights: Mapping[str, Tensor], entry: RingEntry, position: int) -> float:
-    bench.rewind()
-    load_module(bench.module, weights)
-    bench.module.eval()
-    loss = loss_of(bench.step(take_samples(entry.batch, [position]), entry.at.batch_idx, random=entry.rng, at=entry.at))
-    parameters = [p for p in bench.module.parameters() if p.requires_grad]
+def _gradient_norm(sandbox: Sandbox, weights: Mapping[str, Tensor], entry: RingEntry, position: int) -> float:
+    sandbox.rewind()
+    load_module(sandbox.module, weights)
+    sandbox.module.eval()
+    loss = loss_of(
+        sandbox.step(take_samples(entry.batch, [position]), entry.at.batch_idx, random=entry.rng, at=entry.at)
+    )
+    parameters = [p for p in sandbox.module.parameters() if p.requires_grad]
     if loss is None or not loss.requires_grad or not parameters:
         return float("nan")
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -117,12 +117,12 @@ def _gradient_norm(bench: Bench, weights: Mapping[str, Tensor], entry: RingEntry
 
 
 def _under(
-    bench: Bench, weights: Mapping[str, Tensor], entry: RingEntry, *, trusting: bool = False
+    sandbox: Sandbox, weights: Mapping[str, Tensor], entry: RingEntry, *, trusting: bool = False
 ) -> PerSampleLosses | None:
     size = samples_in(entry.batch)
     if size is None or size > MOST:
         return None
-    return held_samples_under(bench, weights, entry, trusting=trusting)
+    return held_samples_under(sandbox, weights, entry, trusting=trusting)
 
 
 def _ranking(found: PerSampleLosses) -> npt.NDArray[np.float64]:

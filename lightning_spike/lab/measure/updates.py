@@ -8,13 +8,10 @@ from typing import Final, Literal
 import numpy as np
 from torch import Tensor
 
-from lightning_spike.lab.evaluate import losses_under
-from lightning_spike.lab.isolation import Bench
-from lightning_spike.lab.measure.moments import Moments, moments_in
-from lightning_spike.lab.reproduce import Leg, Reproduction
-from lightning_spike.lab.state import TrainState
-
-__all__ = ["Direction", "UpdateMeasures", "direction_of", "measure_update"]
+from lightning_spike.lab.replay.evaluate import losses_under
+from lightning_spike.lab.replay.reproduce import ReplayedUpdate, Reproduction
+from lightning_spike.sandbox.isolation import Sandbox
+from lightning_spike.sandbox.state import TrainState
 
 STALE: Final = 2.3
 """RMS from which a second moment lags behind the gradients (Wortsman et al. 2023, arXiv:2304.13013)."""
@@ -30,6 +27,8 @@ SHORT: Final = 1e-3
 """Share of the loss that the step promises by which the slope is measured: so short that nothing bends, and far above rounding."""
 RECENT: Final = 4
 """Updates just before: what is usual is taken from them, and the step's direction is held against their gradients."""
+EPSILON = 1e-8
+"""Where a parameter group names none; that of torch's optimizers."""
 
 Direction = Literal["ordinary", "too_long", "wrong_direction", "turned", "unclear"]
 Tensors = Mapping[str, Tensor]
@@ -72,30 +71,41 @@ class UpdateMeasures:
     text: str
 
 
-def measure_update(bench: Bench, again: Reproduction, leg: int) -> UpdateMeasures:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Moments:
+    """Of one parameter, before an update."""
+
+    momentum: Tensor | None
+    """The running mean (Adam) or sum (SGD) of the gradients, in the parameter's shape."""
+    second: Tensor | None
+    """The running mean of their squares, corrected for its start from zero where the optimizer does so."""
+    epsilon: float
+
+
+def measure_update(sandbox: Sandbox, replay: Reproduction, leg: int) -> UpdateMeasures:
     """Measure one of the kept updates beside those before it; one forward pass for each of its batches, all else is kept from the re-run.
 
     Args:
-        bench: Inside `isolated(..., with_optimizers=True)`.
-        again: The re-run.
-        leg: The place of the update in `again.legs`.
+        sandbox: Inside `isolated(..., with_optimizers=True)`.
+        replay: The re-run.
+        leg: The place of the update in `replay.updates_replayed`.
     """
-    here, first = again.legs[leg], max(leg - RECENT, 0)
-    legs = again.legs[first : leg + 1]
-    states = [one.before for one in again.legs[first:]] + [again.end]
-    known = [moments_in(bench, one.before) for one in legs]
-    ratios = [_rms(moments, one) for moments, one in zip(known, legs, strict=True)]
+    here, first = replay.updates_replayed[leg], max(leg - RECENT, 0)
+    updates_replayed = replay.updates_replayed[first : leg + 1]
+    states = [one.before for one in replay.updates_replayed[first:]] + [replay.end]
+    known = [moments_in(sandbox, one.before) for one in updates_replayed]
+    ratios = [_rms(moments, one) for moments, one in zip(known, updates_replayed, strict=True)]
     tensor = max(ratios[-1], key=lambda name: ratios[-1][name], default=None)
-    cosines = [_momentum_cosine(moments, one) for moments, one in zip(known, legs, strict=True)]
-    steps = [_step(bench, states[k], states[k + 1]) for k in range(len(legs))]
+    cosines = [_momentum_cosine(moments, one) for moments, one in zip(known, updates_replayed, strict=True)]
+    steps = [_step(sandbox, states[k], states[k + 1]) for k in range(len(updates_replayed))]
     lengths = [_norm(step) for step in steps]
-    change = _change(bench, here, states[len(legs)].weights)
+    change = _change(sandbox, here, states[len(updates_replayed)].weights)
     promise = _dot(_dense(here.made.gradients), steps[-1])
-    against = [_cosine(_dense(one.made.gradients), steps[-1]) for one in legs[:-1]]
+    against = [_cosine(_dense(one.made.gradients), steps[-1]) for one in updates_replayed[:-1]]
     mean, error = _mean(against)
     rho = change / promise if promise != 0.0 and math.isfinite(change / promise) else None
-    slope = _slope(bench, here) if rho is not None and rho < KEPT_PROMISE else None
-    usual = _slope(bench, again.legs[0]) if slope is not None and slope < TURNED and leg > 0 else None
+    slope = _slope(sandbox, here) if rho is not None and rho < KEPT_PROMISE else None
+    usual = _slope(sandbox, replay.updates_replayed[0]) if slope is not None and slope < TURNED and leg > 0 else None
     weights = _norm({name: here.before.weights[name] for name in steps[-1]})
     found = UpdateMeasures(
         ordinal=here.update.ordinal,
@@ -142,7 +152,42 @@ def direction_of(
     return "too_long" if rho < 0.0 else "unclear"
 
 
-def _rms(moments: Mapping[str, Moments], leg: Leg) -> dict[str, float]:
+def moments_in(sandbox: Sandbox, state: TrainState) -> dict[str, Moments]:
+    """Of every parameter that an optimizer has a state of."""
+    names = {parameter: name for name, parameter in sandbox.module.named_parameters()}
+    found: dict[str, Moments] = {}
+    for optimizer, saved in zip(sandbox.trainer.optimizers, state.optimizers, strict=True):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for group in saved["param_groups"]:
+            for place in group["params"]:
+                name, entry = names.get(parameters[place]), saved["state"].get(place)
+                if name is not None and entry:
+                    found[name] = _moments(entry, group)
+    return found
+
+
+def _moments(entry: dict[str, object], group: dict[str, object]) -> Moments:
+    momentum = entry.get("exp_avg", entry.get("momentum_buffer"))
+    epsilon = group.get("eps", EPSILON)
+    return Moments(
+        momentum=momentum if isinstance(momentum, Tensor) else None,
+        second=_second(entry, group),
+        epsilon=float(epsilon) if isinstance(epsilon, (int, float, Tensor)) else EPSILON,
+    )
+
+
+def _second(entry: dict[str, object], group: dict[str, object]) -> Tensor | None:
+    corrected, plain = entry.get("exp_avg_sq"), entry.get("square_avg")
+    if not isinstance(corrected, Tensor):
+        return plain if isinstance(plain, Tensor) else None
+    step, betas = entry.get("step"), group.get("betas")
+    if not isinstance(step, (int, float, Tensor)) or not isinstance(betas, (tuple, list)):
+        return corrected
+    done = float(step)
+    return corrected / (1.0 - float(betas[1]) ** done) if done > 0 else None
+
+
+def _rms(moments: Mapping[str, Moments], leg: ReplayedUpdate) -> dict[str, float]:
     """By parameter: how much larger the gradient is than its second moment knows."""
     gradients, found = _dense(leg.made.gradients), {}
     for name, known in moments.items():
@@ -152,30 +197,30 @@ def _rms(moments: Mapping[str, Moments], leg: Leg) -> dict[str, float]:
     return found
 
 
-def _momentum_cosine(moments: Mapping[str, Moments], leg: Leg) -> float | None:
+def _momentum_cosine(moments: Mapping[str, Moments], leg: ReplayedUpdate) -> float | None:
     momenta = {name: m.momentum for name, m in moments.items() if m.momentum is not None}
     gradients = _dense(leg.made.gradients)
     return _cosine({n: g for n, g in gradients.items() if n in momenta}, momenta) if momenta else None
 
 
-def _step(bench: Bench, before: TrainState, after: TrainState) -> dict[str, Tensor]:
-    names = [name for name, parameter in bench.module.named_parameters() if parameter.is_floating_point()]
+def _step(sandbox: Sandbox, before: TrainState, after: TrainState) -> dict[str, Tensor]:
+    names = [name for name, parameter in sandbox.module.named_parameters() if parameter.is_floating_point()]
     return {name: after.weights[name] - before.weights[name] for name in names if name in before.weights}
 
 
-def _change(bench: Bench, leg: Leg, weights: Tensors) -> float:
+def _change(sandbox: Sandbox, leg: ReplayedUpdate, weights: Tensors) -> float:
     """Of the mean loss of its own batches."""
-    later = [float(losses_under(bench, weights, [entry], like=entry, held=True)[0]) for entry in leg.update.entries]
+    later = [float(losses_under(sandbox, weights, [entry], like=entry, held=True)[0]) for entry in leg.update.entries]
     return float(np.mean(later) - np.mean(leg.made.losses))
 
 
-def _slope(bench: Bench, leg: Leg) -> float | None:
+def _slope(sandbox: Sandbox, leg: ReplayedUpdate) -> float | None:
     gradients, weights = _dense(leg.made.gradients), leg.before.weights
     steepness, promise = _dot(gradients, gradients), SHORT * abs(float(np.mean(leg.made.losses)))
-    if not 0.0 < steepness < math.inf or not 0.0 < promise < math.inf or "16" in str(bench.trainer.precision):
+    if not 0.0 < steepness < math.inf or not 0.0 < promise < math.inf or "16" in str(sandbox.trainer.precision):
         return None
     moved = {name: weights[name] - promise / steepness * gradient for name, gradient in gradients.items()}
-    return -_change(bench, leg, {**weights, **moved}) / promise
+    return -_change(sandbox, leg, {**weights, **moved}) / promise
 
 
 def _dense(gradients: Tensors) -> dict[str, Tensor]:

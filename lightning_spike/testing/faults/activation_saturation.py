@@ -10,8 +10,6 @@ from typing_extensions import override
 from lightning_spike.testing.fault import LastingFault, Needs, Scale
 from lightning_spike.testing.layers import on_output
 
-__all__ = ["UnitsSaturate"]
-
 ONE_SIDED: Final = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus)
 TWO_SIDED: Final = (nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Softsign)
 TRANSFORMER: Final = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)

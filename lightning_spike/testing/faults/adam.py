@@ -15,8 +15,6 @@ from lightning_spike.testing.fault import LastingFault, Needs, Scale
 from lightning_spike.testing.gradients import alter_gradients
 from lightning_spike.testing.settings import SettingsFault
 
-__all__ = ["EpsilonUnderflow", "GradientsOutgrowSecondMoment", "NoiseAtFullSize"]
-
 TINY: Final = 1e-12
 """Factor on gradients that makes them far smaller than Adam's usual epsilon of 1e-8."""
 

@@ -13,8 +13,6 @@ from lightning_spike.signals.batch import BatchPart
 from lightning_spike.testing.batch_edit import generator_for, leaves_of, number_of_samples, replaced, some_of
 from lightning_spike.testing.fault import Fault, Needs, Scale
 
-__all__ = ["CorruptTokens", "ExtremeValues"]
-
 
 class ExtremeValues(Fault):
     """Values far out of range: a corrupt file in the shard, a sensor that spikes, pixels that were never divided by 255.

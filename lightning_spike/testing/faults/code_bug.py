@@ -13,8 +13,6 @@ from lightning_spike.testing.batch_edit import generator_for, some_of
 from lightning_spike.testing.fault import LastingFault, Needs, OneOffFault, Scale
 from lightning_spike.testing.wrapping import wrap
 
-__all__ = ["EvalModeLeftOn", "GradientsNotZeroed", "ParametersNotOptimized", "WeightsOverwritten"]
-
 CPU = torch.device("cpu")
 
 

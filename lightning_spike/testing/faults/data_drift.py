@@ -13,8 +13,6 @@ from lightning_spike.signals.batch import BatchPart
 from lightning_spike.testing.batch_edit import generator_for, leaves_of, replaced
 from lightning_spike.testing.fault import LastingFault, Needs, Scale
 
-__all__ = ["TokenDrift", "ValueDrift"]
-
 
 class ValueDrift(LastingFault):
     """The values of the input move away, batch by batch: an augmentation whose range grows, a new camera, a normalisation that was changed.

@@ -12,8 +12,6 @@ from lightning_spike.testing.fault import Fault, Needs, Scale
 from lightning_spike.testing.faults.bad_batch import CorruptTokens, ExtremeValues
 from lightning_spike.testing.held_rate import RateFault
 
-__all__ = ["HarmlessNoise", "HarmlessRate", "HarmlessScale", "HarmlessTokens"]
-
 
 class HarmlessScale(Fault):
     """A batch that is somewhat brighter: the values of its input times a factor near 1.

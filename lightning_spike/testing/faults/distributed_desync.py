@@ -12,8 +12,6 @@ from lightning_spike.errors import ConfigurationError
 from lightning_spike.testing.batch_edit import generator_for
 from lightning_spike.testing.fault import LastingFault, Needs, OneOffFault, Scale
 
-__all__ = ["GradientsNotAveraged", "RankDrifts"]
-
 
 class RankDrifts(OneOffFault):
     """The weights of one rank move away from those of the others: user code that runs on rank 0 only, a broadcast that was left out.

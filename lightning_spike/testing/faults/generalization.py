@@ -14,8 +14,6 @@ from lightning_spike.signals.batch import BatchLeaf, BatchPart
 from lightning_spike.testing.batch_edit import edit_batch, generator_for
 from lightning_spike.testing.fault import LastingFault, Scale
 
-__all__ = ["FewBatches", "SwingsAfterOverfitting"]
-
 PERIOD: Final = 10
 """Batches of one swing, half of them perturbed."""
 

@@ -11,8 +11,6 @@ from lightning_spike.testing.fault import Scale
 from lightning_spike.testing.layer_fault import LayerFault
 from lightning_spike.testing.layers import Layers
 
-__all__ = ["GradientsExplode", "GradientsVanish", "SigmoidStack"]
-
 
 class _Gain(torch.autograd.Function):
     """The identity; gradients that flow back through it are multiplied by a factor."""

@@ -13,8 +13,6 @@ from lightning_spike.signals.batch import BatchLeaf, BatchPart, batch_leaves
 from lightning_spike.testing.batch_edit import leaves_of, number_of_samples, replaced
 from lightning_spike.testing.fault import Fault, Scale
 
-__all__ = ["SortedStretch"]
-
 KEYS_TRIED: Final = (BatchPart.TARGET, BatchPart.INPUT)
 """What samples are sorted by: the target's mean, and where there is no target the input's."""
 

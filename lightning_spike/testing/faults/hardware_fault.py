@@ -14,8 +14,6 @@ from lightning_spike.testing.batch_edit import generator_for
 from lightning_spike.testing.fault import OneOffFault, Scale
 from lightning_spike.testing.layers import Layers, on_output
 
-__all__ = ["BitFlips", "WrongResult"]
-
 WORDS: Final[Mapping[torch.dtype, torch.dtype]] = {
     torch.float64: torch.int64,
     torch.float32: torch.int32,

@@ -12,8 +12,6 @@ from lightning_spike.signals.batch import BatchPart
 from lightning_spike.testing.batch_edit import generator_for, leaves_of, replaced, some_of
 from lightning_spike.testing.fault import Fault, Needs, Scale
 
-__all__ = ["WrongLabels"]
-
 
 class WrongLabels(Fault):
     """Labels that belong to other samples: a join gone wrong, a shard whose label file is shifted, an annotator who mixed up two classes.

@@ -15,8 +15,6 @@ from lightning_spike.errors import ConfigurationError
 from lightning_spike.testing.fault import LastingFault, Needs, Scale
 from lightning_spike.testing.held_rate import RateFault
 
-__all__ = ["RateCreepsUp", "RateJump", "RateTooHigh", "ShortWarmUp", "WarmRestarts"]
-
 
 class RateTooHigh(RateFault):
     """A rate that was too high from the beginning: a zero too many in the config, a rate for a batch ten times the size.

@@ -11,8 +11,6 @@ from typing_extensions import override
 
 from lightning_spike.testing.fault import LastingFault, Needs, OneOffFault, Scale
 
-__all__ = ["LossScaleHeldDown", "LossScaleJumps"]
-
 
 def _scaler(fault: OneOffFault | LastingFault, trainer: Trainer) -> GradScaler:
     plugin = trainer.precision_plugin

@@ -10,8 +10,6 @@ from lightning_spike.testing.fault import LastingFault, Needs, Scale
 from lightning_spike.testing.gradients import alter_gradients
 from lightning_spike.testing.settings import SettingsFault
 
-__all__ = ["GradientsTurnRound", "MomentumTooHigh"]
-
 
 def _need_momentum(fault: LastingFault, trainer: Trainer) -> None:
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]

@@ -13,8 +13,6 @@ from lightning_spike.signals.batch import BatchPart
 from lightning_spike.testing.batch_edit import generator_for, leaves_of, replaced, some_of
 from lightning_spike.testing.fault import Fault, Needs, Scale
 
-__all__ = ["NonfiniteInput"]
-
 
 class NonfiniteInput(Fault):
     """NaN or Inf in the input: a normalisation that divided by a spread of zero, an augmentation out of its domain, a hole in a table.

@@ -10,8 +10,6 @@ from lightning_spike.testing.fault import Scale
 from lightning_spike.testing.layer_fault import LayerFault
 from lightning_spike.testing.layers import Layers
 
-__all__ = ["DivisionByZero", "ExpOverflow", "LogOfZero", "SqrtAtZero"]
-
 
 class _AtTheHead(LayerFault):
     """Behind the layer whose output comes last, as a rule the head."""

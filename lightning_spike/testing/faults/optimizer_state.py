@@ -12,8 +12,6 @@ from typing_extensions import override
 from lightning_spike.testing.batch_edit import generator_for
 from lightning_spike.testing.fault import Needs, OneOffFault, Scale
 
-__all__ = ["StateRescaled", "StateScrambled"]
-
 SECOND_MOMENTS: Final[Mapping[str, int]] = {
     "exp_avg_sq": 2,
     "max_exp_avg_sq": 2,

@@ -10,8 +10,6 @@ from typing_extensions import override
 from lightning_spike.testing.batch_edit import generator_for, some_of
 from lightning_spike.testing.fault import Needs, OneOffFault, Scale
 
-__all__ = ["ResumeLosesMoments", "ResumeLosesOptimizerState", "ResumeRestartsSchedule"]
-
 CPU: Final = torch.device("cpu")
 
 

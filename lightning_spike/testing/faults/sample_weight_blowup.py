@@ -13,8 +13,6 @@ from lightning_spike.signals.batch import BatchPart
 from lightning_spike.testing.batch_edit import generator_for, leaves_of, replaced, some_of
 from lightning_spike.testing.fault import LastingFault, Needs, Scale
 
-__all__ = ["WeightsPileUp"]
-
 
 class WeightsPileUp(LastingFault):
     """Hard-example mining without a cap: the weights of some samples double and double again.

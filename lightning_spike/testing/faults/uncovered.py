@@ -13,8 +13,6 @@ from lightning_spike.testing.fault import Fault, LastingFault, Needs, Scale
 from lightning_spike.testing.layers import Layers, on_output
 from lightning_spike.testing.losses import alter_loss
 
-__all__ = ["DropoutSurge", "LossMultiplied", "PenaltySwitchedOn"]
-
 
 class LossMultiplied(Fault):
     """The loss itself is multiplied by the user's code for some steps, with ordinary data, weights and rates: a term in other units, a sum for a mean.

@@ -11,8 +11,6 @@ from lightning_spike.errors import ConfigurationError
 from lightning_spike.testing.fault import Needs, OneOffFault, Scale
 from lightning_spike.testing.settings import SettingsFault
 
-__all__ = ["InitialWeightsScaled", "WeightsGrow"]
-
 
 class InitialWeightsScaled(OneOffFault):
     """A bad initialisation: a standard deviation of 1 where a small one was meant, a fan counted wrongly.

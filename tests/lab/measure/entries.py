@@ -1,6 +1,6 @@
 """Ring entries made by hand."""
 
-from lightning_spike.actions.batch_ring import RingEntry
+from lightning_spike.record.batch_ring import RingEntry
 from lightning_spike.records import Moment
 from lightning_spike.signals.random_state import RandomState
 

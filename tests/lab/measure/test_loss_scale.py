@@ -1,6 +1,6 @@
 import pytest
 import torch
-from lab.bench import attached
+from lab.attached import attached
 from lab.shapes import Plain
 from lightning.pytorch.plugins.precision import MixedPrecision
 

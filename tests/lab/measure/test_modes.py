@@ -1,14 +1,14 @@
 import pytest
 import torch
-from lab.bench import attached
+from lab.attached import attached
 from lab.measure.entries import entry
 from lab.shapes import CLASSES, FEATURES, NormAndDropout, Plain
 from torch import nn
 from torch.nn import functional
 
-from lightning_spike.actions.state_copy import copy_module
-from lightning_spike.lab.isolation import isolated
 from lightning_spike.lab.measure.modes import measure_modes
+from lightning_spike.record.state_copy import copy_module
+from lightning_spike.sandbox.isolation import isolated
 
 
 class Normed(Plain):
@@ -23,9 +23,9 @@ def measured(module, spoil=lambda _name, tensor: tensor, prepare=lambda _module:
     prepare(module)
     new = {name: spoil(name, tensor.clone()) for name, tensor in old.items()}
     modes = [part.training for part in module.modules()]
-    with isolated(trainer, module) as bench:
-        found = measure_modes(bench, entry(batch), old=old, new=new)
-        passes = bench.steps
+    with isolated(trainer, module) as sandbox:
+        found = measure_modes(sandbox, entry(batch), old=old, new=new)
+        passes = sandbox.steps
     assert [part.training for part in module.modules()] == modes
     return found, passes, batch, new
 

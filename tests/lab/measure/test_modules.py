@@ -2,15 +2,15 @@ import math
 
 import pytest
 import torch
-from lab.bench import attached
+from lab.attached import attached
 from lab.measure.entries import entry
 from lab.shapes import CLASSES, FEATURES, Plain
 from torch import nn
 from torch.nn import functional
 
-from lightning_spike.actions.state_copy import copy_module
-from lightning_spike.lab.isolation import isolated
 from lightning_spike.lab.measure.modules import activities, measure_modules
+from lightning_spike.record.state_copy import copy_module
+from lightning_spike.sandbox.isolation import isolated
 
 
 class Deep(Plain):
@@ -28,9 +28,9 @@ def a_batch(scale=1.0):
 def test_they_are_what_the_layers_give_by_hand():
     module, (x, y) = Deep(), a_batch(3.0)
     weights = copy_module(module)
-    with isolated(attached(module), module) as bench:
-        found = activities(bench, weights, entry([x, y]))
-        assert bench.steps == 1
+    with isolated(attached(module), module) as sandbox:
+        found = activities(sandbox, weights, entry([x, y]))
+        assert sandbox.steps == 1
     assert list(found) == [f"net.{k}" for k in range(7)]
     value = x
     for k, layer in enumerate(module.net):
@@ -57,8 +57,8 @@ def measured(spoil, scale=1.0):
     module = Deep()
     old = copy_module(module)
     new = {name: spoil(name, tensor.clone()) for name, tensor in old.items()}
-    with isolated(attached(module), module) as bench:
-        return measure_modules(bench, entry(a_batch(scale)), entry(a_batch()), old=old, new=new)
+    with isolated(attached(module), module) as sandbox:
+        return measure_modules(sandbox, entry(a_batch(scale)), entry(a_batch()), old=old, new=new)
 
 
 def test_the_first_in_the_forward_pass_is_named_and_not_only_what_follows():

@@ -5,9 +5,9 @@ from lab.shapes import CLASSES, FEATURES, Plain
 from lightning.pytorch import Trainer
 from torch.nn import functional
 
-from lightning_spike.actions.state_copy import copy_module
-from lightning_spike.lab.isolation import isolated
 from lightning_spike.lab.measure.precision import measure_precision
+from lightning_spike.record.state_copy import copy_module
+from lightning_spike.sandbox.isolation import isolated
 
 
 class Fragile(Plain):
@@ -33,9 +33,9 @@ def measured(precision, *, fragile=False):
     trainer.fit(module)
     module.train()
     batch = [torch.randn(16, FEATURES), torch.arange(16) % CLASSES]
-    with isolated(trainer, module) as bench:
-        found = measure_precision(bench, copy_module(module), entry(batch))
-        return found, module, batch, bench.steps
+    with isolated(trainer, module) as sandbox:
+        found = measure_precision(sandbox, copy_module(module), entry(batch))
+        return found, module, batch, sandbox.steps
 
 
 def test_nothing_without_autocast():

@@ -1,15 +1,15 @@
 import numpy as np
 import pytest
 import torch
-from lab.bench import attached
+from lab.attached import attached
 from lab.measure.entries import entry
 from lab.shapes import CLASSES, FEATURES, Plain
 from torch import nn
 from torch.nn import functional
 
-from lightning_spike.actions.state_copy import copy_module
-from lightning_spike.lab.isolation import isolated
 from lightning_spike.lab.measure.samples import gradient_norms, measure_samples
+from lightning_spike.record.state_copy import copy_module
+from lightning_spike.sandbox.isolation import isolated
 
 SIZE = 12
 
@@ -60,9 +60,9 @@ def norms_by_torch(module, batch):
 def test_gradient_norms_are_those_of_torch_func(kind):
     torch.manual_seed(6)
     module, batch = kind(), a_batch(0)
-    with isolated(attached(module), module) as bench:
-        found = gradient_norms(bench, copy_module(module), entry(batch), [3, 0, 11])
-        assert bench.steps == 3
+    with isolated(attached(module), module) as sandbox:
+        found = gradient_norms(sandbox, copy_module(module), entry(batch), [3, 0, 11])
+        assert sandbox.steps == 3
     np.testing.assert_allclose(found, norms_by_torch(module, batch)[[3, 0, 11]], rtol=1e-4)
     assert all(p.grad is None for p in module.parameters())
 
@@ -74,9 +74,9 @@ def test_losses_and_the_hardest_pullers_beside_an_ordinary_batch(kind):
     batch["sample"]["x"][7] *= 200
     batch["sample"]["x"][4] *= 100
     weights = copy_module(module)
-    with isolated(attached(module), module) as bench:
-        found = measure_samples(bench, entry(batch), entry(ordinary), weights)
-        assert bench.steps == 7 if kind is Nested else 3 * SIZE
+    with isolated(attached(module), module) as sandbox:
+        found = measure_samples(sandbox, entry(batch), entry(ordinary), weights)
+        assert sandbox.steps == 7 if kind is Nested else 3 * SIZE
     module.eval()
     for told, b in ((found.losses, batch), (found.usual_losses, ordinary)):
         expected = functional.cross_entropy(module.net(b["sample"]["x"]), b["sample"]["y"], reduction="none")
@@ -93,8 +93,8 @@ def test_a_nan_in_one_sample_stays_there():
     torch.manual_seed(6)
     module, batch = Nested(), a_batch(0)
     batch["sample"]["x"][5, 2] = torch.nan
-    with isolated(attached(module), module) as bench:
-        found = measure_samples(bench, entry(batch), entry(a_batch(1)), copy_module(module))
+    with isolated(attached(module), module) as sandbox:
+        found = measure_samples(sandbox, entry(batch), entry(a_batch(1)), copy_module(module))
     assert np.flatnonzero(~np.isfinite(found.losses)).tolist() == [5]
     assert found.closer[0] == 5
 
@@ -102,5 +102,5 @@ def test_a_nan_in_one_sample_stays_there():
 def test_more_samples_than_can_be_run_are_no_answer():
     module = Plain()
     batch = [torch.randn(300, FEATURES), torch.arange(300) % CLASSES]
-    with isolated(attached(module), module) as bench:
-        assert measure_samples(bench, entry(batch), entry(batch), copy_module(module)) is None
+    with isolated(attached(module), module) as sandbox:
+        assert measure_samples(sandbox, entry(batch), entry(batch), copy_module(module)) is None

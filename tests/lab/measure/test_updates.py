@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from lab.bench import attached
+from lab.attached import attached
 from lab.measure.entries import entry, moment
 from lab.shapes import CLASSES, FEATURES, Plain
 from torch.nn import functional
 
-from lightning_spike.lab.isolation import isolated
 from lightning_spike.lab.measure.updates import direction_of, measure_update
-from lightning_spike.lab.reproduce import Leg, Reproduction
-from lightning_spike.lab.state import TrainState
-from lightning_spike.lab.update import Made, Update
+from lightning_spike.lab.replay.reproduce import ReplayedUpdate, Reproduction
+from lightning_spike.lab.replay.update import Update, UpdateOutcome
+from lightning_spike.sandbox.isolation import isolated
+from lightning_spike.sandbox.state import TrainState
 
 RATE, BETA1, BETA2, EPS = 0.01, 0.9, 0.999, 1e-8
 UPDATES = 7
@@ -30,11 +30,11 @@ class BySgd(Plain):
         return torch.optim.SGD(self.parameters(), lr=RATE, momentum=0.9)
 
 
-def legs_of(bench, *, last_rate=RATE, flip=False, turned=0):
+def legs_of(sandbox, *, last_rate=RATE, flip=False, turned=0):
     """Updates made here and not by the lab; the last one with another rate, or with its momentum turned round; the last `turned` with their gradients turned round."""
-    module, optimizer = bench.module, bench.trainer.optimizers[0]
+    module, optimizer = sandbox.module, sandbox.trainer.optimizers[0]
     x, y = torch.randn(16, FEATURES), torch.arange(16) % CLASSES
-    legs = []
+    updates_replayed = []
     for k in range(UPDATES):
         batch = [x + 0.05 * torch.randn_like(x), y]
         if k == UPDATES - 1:
@@ -42,7 +42,7 @@ def legs_of(bench, *, last_rate=RATE, flip=False, turned=0):
             for state in optimizer.state.values():
                 if flip:
                     state["momentum_buffer"].mul_(-40)
-        before = TrainState.take(bench, moment(k))
+        before = TrainState.take(sandbox, moment(k))
         optimizer.zero_grad()
         loss = functional.cross_entropy(module.net(batch[0]), batch[1])
         loss.backward()
@@ -50,28 +50,37 @@ def legs_of(bench, *, last_rate=RATE, flip=False, turned=0):
             for parameter in module.parameters():
                 parameter.grad.mul_(-3.0)
         gradients = {name: p.grad.clone() for name, p in module.named_parameters()}
-        made = Made(losses=(loss.item(),), gradients=gradients, spoilt_at=None)
-        legs.append(Leg(before=before, update=Update(entries=(entry(batch, k),), settings=()), made=made))
+        made = UpdateOutcome(losses=(loss.item(),), gradients=gradients, spoilt_at=None)
+        updates_replayed.append(
+            ReplayedUpdate(before=before, update=Update(entries=(entry(batch, k),), settings=()), made=made)
+        )
         optimizer.step()
-    return legs, TrainState.take(bench, moment(UPDATES))
+    return updates_replayed, TrainState.take(sandbox, moment(UPDATES))
 
 
 def measured(kind, passes=1, **how):
     torch.manual_seed(1)
     module = kind()
     trainer = attached(module)
-    with isolated(trainer, module, with_optimizers=True) as bench:
-        legs, end = legs_of(bench, **how)
-        again = Reproduction(legs=tuple(legs), end=end, reached=UPDATES, steps=UPDATES, differs_at=None, replayed=1.0)
-        steps = bench.steps
-        found = measure_update(bench, again, UPDATES - 1)
-        assert bench.steps - steps == passes
-    return found, legs, end, module
+    with isolated(trainer, module, with_optimizers=True) as sandbox:
+        updates_replayed, end = legs_of(sandbox, **how)
+        again = Reproduction(
+            updates_replayed=tuple(updates_replayed),
+            end=end,
+            reached=UPDATES,
+            steps=UPDATES,
+            differs_at=None,
+            replayed=1.0,
+        )
+        steps = sandbox.steps
+        found = measure_update(sandbox, again, UPDATES - 1)
+        assert sandbox.steps - steps == passes
+    return found, updates_replayed, end, module
 
 
 def test_second_moments_momentum_and_length_as_numpy_has_them():
-    found, legs, end, _ = measured(ByAdam, last_rate=30 * RATE)
-    gradients = [{name: g.double().numpy() for name, g in leg.made.gradients.items()} for leg in legs]
+    found, updates_replayed, end, _ = measured(ByAdam, last_rate=30 * RATE)
+    gradients = [{name: g.double().numpy() for name, g in leg.made.gradients.items()} for leg in updates_replayed]
 
     def rms(k, name):
         second = (1 - BETA2) * sum(BETA2 ** (k - 1 - j) * gradients[j][name] ** 2 for j in range(k)) / (1 - BETA2**k)
@@ -90,7 +99,7 @@ def test_second_moments_momentum_and_length_as_numpy_has_them():
     assert found.rms_usual == pytest.approx(np.median([rms(k, largest) for k in range(last - RECENT, last)]), rel=1e-4)
     assert found.cosine == pytest.approx(cosine(last), rel=1e-4)
     assert found.cosine_usual == pytest.approx(np.median([cosine(k) for k in range(last - RECENT, last)]), rel=1e-4)
-    states = [*(leg.before.weights for leg in legs), end.weights]
+    states = [*(leg.before.weights for leg in updates_replayed), end.weights]
     flat = [np.concatenate([w[n].double().numpy().ravel() for n in gradients[0]]) for w in states]
     lengths = [np.linalg.norm(flat[k + 1] - flat[k]) for k in range(UPDATES)]
     assert found.length == pytest.approx(lengths[-1], rel=1e-5)
@@ -100,12 +109,13 @@ def test_second_moments_momentum_and_length_as_numpy_has_them():
 
 
 def test_rho_is_the_change_over_what_the_gradient_promised():
-    found, legs, end, module = measured(BySgd)
-    x, y = legs[-1].update.entries[0].batch
+    found, updates_replayed, end, module = measured(BySgd)
+    x, y = updates_replayed[-1].update.entries[0].batch
     after = torch.func.functional_call(module.net, {n.removeprefix("net."): w for n, w in end.weights.items()}, (x,))
-    change = functional.cross_entropy(after, y).item() - legs[-1].made.losses[0]
+    change = functional.cross_entropy(after, y).item() - updates_replayed[-1].made.losses[0]
     promise = sum(
-        ((end.weights[n] - legs[-1].before.weights[n]) * g).sum().item() for n, g in legs[-1].made.gradients.items()
+        ((end.weights[n] - updates_replayed[-1].before.weights[n]) * g).sum().item()
+        for n, g in updates_replayed[-1].made.gradients.items()
     )
     assert found.rho == pytest.approx(change / promise, rel=1e-3)
     assert found.direction == "ordinary"

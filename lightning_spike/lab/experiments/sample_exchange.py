@@ -1,0 +1,138 @@
+"""The few samples of a batch that stand out: which they are, and what is left of the batch's excess without them."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from torch import Tensor
+
+from lightning_spike.lab.replay.evaluate import Numbers, log_scale, losses_under
+from lightning_spike.record.batch_ring import RingEntry
+from lightning_spike.samples.batches import gather_samples, samples_in
+from lightning_spike.samples.outliers import LEAST_USUAL, discoveries, tail_probabilities
+from lightning_spike.samples.per_sample import held_samples_under
+from lightning_spike.sandbox.isolation import Sandbox
+
+FALSE: Final = 0.05
+"""False discovery rate, as where suspects are named from the batch alone (`samples.suspect_samples`)."""
+MOST: Final = 0.5
+"""Share of the batch up to which they are a few: beyond it is the batch."""
+LEAST: Final = 0.5
+"""Share of the excess that must be gone for the few to carry it."""
+TOLD: Final = 8
+"""Positions listed in a sentence at most."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Exchanged:
+    """A batch with its named samples taken out and ordinary ones in their places."""
+
+    positions: tuple[int, ...]
+    """Of the named samples."""
+    samples: int
+    """In the batch."""
+    loss: float
+    """Of the batch as it was."""
+    without: float
+    """With the others in it."""
+    left: float
+    """Share of the batch's excess over ordinary batches that is left, in [0, 1]."""
+    text: str
+
+
+def name_samples(
+    sandbox: Sandbox, weights: dict[str, Tensor], entry: RingEntry, ordinary: Sequence[RingEntry]
+) -> tuple[int, ...]:
+    """Positions of the samples whose losses are out of what is usual for these weights, in eval mode; none where samples cannot be told apart, or half the batch is.
+
+    A pass for the batch, and one for each of the ordinary ones that it takes to have `LEAST_USUAL` samples.
+
+    Args:
+        sandbox: Inside `isolated`.
+        weights: Healthy ones, as `copy_module` gives them.
+        entry: The batch.
+        ordinary: Batches to compare with.
+    """
+    usual = np.zeros(0)
+    trusting = False
+    for other in ordinary:
+        if usual.size >= LEAST_USUAL:
+            break
+        found = held_samples_under(sandbox, weights, other)
+        if found is None or not found.explains:
+            return ()
+        trusting = found.how == "tap"
+        usual = np.concatenate([usual, found.losses])
+    own = held_samples_under(sandbox, weights, entry, trusting=trusting)
+    if own is None or usual.size < LEAST_USUAL:
+        return ()
+    return _outlying(own.losses, usual)
+
+
+def passes_to_name(entry: RingEntry) -> int:
+    """Forward and backward passes that `name_samples` takes at most."""
+    return 1 + math.ceil(LEAST_USUAL / max(samples_in(entry.batch) or 1, 1))
+
+
+def _outlying(losses: Numbers, usual: Numbers) -> tuple[int, ...]:
+    named = np.flatnonzero(discoveries(tail_probabilities(losses, usual), FALSE))
+    return tuple(named.tolist()) if named.size <= MOST * losses.size else ()
+
+
+def with_samples_exchanged(
+    entry: RingEntry, positions: Sequence[int], ordinary: Sequence[RingEntry]
+) -> RingEntry | None:
+    """The batch with the samples of an ordinary one at these positions, all others as they were; `None` where the batches do not fit together."""
+    for other in ordinary:
+        size, spare = samples_in(entry.batch), samples_in(other.batch)
+        if size is None or not spare:
+            continue
+        picks = [(1, k % spare) if k in positions else (0, k) for k in range(size)]
+        if (batch := gather_samples([entry.batch, other.batch], picks)) is not None:
+            return dataclasses.replace(entry, batch=batch)
+    return None
+
+
+def exchange_samples(
+    sandbox: Sandbox,
+    weights: dict[str, Tensor],
+    spike: RingEntry,
+    ordinary: Sequence[RingEntry],
+    *,
+    positions: tuple[int, ...],
+    excess: float,
+) -> Exchanged | None:
+    """Put ordinary samples in the places of the named ones, and look at the batch's loss again; `None` where that cannot be done. Two passes.
+
+    Args:
+        sandbox: Inside `isolated`.
+        weights: Those at the onset.
+        spike: The batch of the onset.
+        ordinary: Batches to take samples from; the first that fits.
+        positions: Of the named samples.
+        excess: How far the batch is above ordinary ones under these weights, see `Split`.
+    """
+    other = with_samples_exchanged(spike, positions, ordinary)
+    size = samples_in(spike.batch)
+    if other is None or size is None or not positions or excess <= 0:
+        return None
+    losses = np.concatenate(
+        [losses_under(sandbox, weights, [entry], like=spike, held=entry is spike) for entry in (spike, other)]
+    )
+    scaled = log_scale(losses)(losses)
+    left = min(max(1.0 - float(scaled[0] - scaled[1]) / excess, 0.0), 1.0)
+    text = _text(positions, size, float(losses[0]), float(losses[1]), left)
+    return Exchanged(
+        positions=positions, samples=size, loss=float(losses[0]), without=float(losses[1]), left=left, text=text
+    )
+
+
+def _text(positions: Sequence[int], size: int, loss: float, without: float, left: float) -> str:
+    listed = ", ".join(str(k) for k in positions[:TOLD]) + (" and others" if len(positions) > TOLD else "")
+    whose = "these few carry it" if 1.0 - left >= LEAST else "it is more than these few"
+    return (
+        f"With ordinary samples in the places of the {len(positions)} of {size} that stand out (positions {listed}) the batch's loss is {without:.3g} instead of {loss:.3g}: "
+        f"{1.0 - left:.0%} of its excess is gone, so {whose}."
+    )

@@ -1,0 +1,1 @@
+"""The way back: updates made again, undone, evaluated and compared."""

@@ -1,0 +1,1 @@
+"""Everything that takes down each training step: a signal's way to the host, the batches, snapshots and settings that are kept."""

@@ -1,0 +1,90 @@
+"""What one poisoned batch leaves in the running statistics of an epoch, and how it is taken out again.
+
+`self.log(on_epoch=True)` adds up a mean over the epoch, and a torchmetrics object its states: one NaN in them makes the epoch's value NaN, on which
+`EarlyStopping(check_finite)` would stop a run that has just been healed.
+"""
+
+import dataclasses
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class RunningMean:
+    """One logged value's reduction over the epoch so far; clones."""
+
+    value: Tensor
+    weight: Tensor | None
+    """Samples in a mean so far; `None` for a sum, minimum or maximum."""
+
+
+def take_running_means(trainer: Trainer) -> dict[str, RunningMean]:
+    """Clone the running reductions of the training epoch, by Lightning's key (`training_step.train_loss`); never blocks."""
+    return {key: RunningMean(m.value.detach().clone(), _weight(m)) for key, m in _logged(trainer)}
+
+
+def clean_running_means(trainer: Trainer, saved: dict[str, RunningMean] | None) -> list[str]:
+    """Put every reduction that is no longer finite back to what it was, or reset it where nothing was kept.
+
+    Blocks: it reads the values.
+
+    Args:
+        trainer: The trainer, inside a training epoch.
+        saved: What `take_running_means` gave in this very epoch; `None` for another epoch's, which does not count.
+
+    Returns:
+        The names that had to be cleaned.
+    """
+    cleaned = []
+    for key, metric in _logged(trainer):
+        if bool(torch.isfinite(metric.value).all()):
+            continue
+        cleaned.append(str(metric.meta.name))
+        if saved is not None and key in saved:
+            _put_back(metric, saved[key])
+        else:
+            metric.reset()
+    return cleaned
+
+
+def reset_poisoned_metrics(module: LightningModule) -> list[str]:
+    """Reset every torchmetrics object inside the module that holds a value that is not finite. Blocks.
+
+    Returns:
+        Their names in the module.
+    """
+    whole = {name: m for name, m in module.named_modules() if isinstance(m, MetricCollection)}
+    inside = tuple(f"{name}." for name in whole)
+    single = {n: m for n, m in module.named_modules() if isinstance(m, Metric) and not n.startswith(inside)}
+    poisoned = [n for n, m in single.items() if _is_poisoned(m)]
+    poisoned += [n for n, c in whole.items() if any(_is_poisoned(m) for m in c.values())]
+    for name in poisoned:
+        (single | whole)[name].reset()
+    return poisoned
+
+
+def _logged(trainer: Trainer) -> list[tuple[str, _ResultMetric]]:
+    """Lightning's accumulators of the training epoch that hold a tensor and a reduction over the epoch."""
+    results = trainer.fit_loop.epoch_loop._results  # noqa: SLF001 - there is no public way to them
+    return [(k, m) for k, m in results.items() if m.is_tensor and m.meta.on_epoch and not m.has_reset]
+
+
+def _weight(metric: _ResultMetric) -> Tensor | None:
+    return metric.cumulated_batch_size.detach().clone() if metric.meta.is_mean_reduction else None
+
+
+def _put_back(metric: _ResultMetric, saved: RunningMean) -> None:
+    metric.value = saved.value.clone()
+    if saved.weight is not None:
+        metric.cumulated_batch_size = saved.weight.clone()
+    metric._computed = None  # noqa: SLF001 - the cached value of the reduction
+
+
+def _is_poisoned(metric: Metric) -> bool:
+    states = [getattr(metric, name) for name in metric._defaults]  # noqa: SLF001 - the names of its states
+    tensors = [t for s in states for t in (s if isinstance(s, list) else [s]) if isinstance(t, Tensor)]
+    return any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors)

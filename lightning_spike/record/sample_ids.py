@@ -1,0 +1,281 @@
+"""Which samples of the dataset are in a batch: the index lists that the loader's own sampler drew, kept until their batch comes.
+
+With workers the sampler runs several batches ahead of the training, so the lists are numbered as they are drawn, and looked up by the position of the batch in
+its epoch. The samplers are wrapped, not replaced: they draw what, and when, they would have drawn.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader, IterableDataset, Subset
+from typing_extensions import override
+
+from lightning_spike.record.participant import Participant, TrainingBatch
+
+NO_IDS: Final = "Samples cannot be named by their dataset index"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LoaderIds:
+    """The samples that one loader gave to a batch."""
+
+    loader: str
+    """Position of the loader in a `CombinedLoader`, `"0"` for the only one."""
+    drawn: tuple[Any, ...]
+    """What the sampler drew, in the order of the batch: with the usual samplers positions in the loader's dataset."""
+    dataset: Any = dataclasses.field(repr=False)
+
+    @property
+    def indices(self) -> tuple[Any, ...]:
+        """The same as indices of the underlying dataset: positions in a `Subset` (`random_split`) are looked up, however nested.
+
+        Whole numbers become `int`; anything else that a sampler of the user's own drew stays as it is.
+        """
+        return tuple(_underlying(self.dataset, _plain(index)) for index in self.drawn)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SampleIds:
+    """The samples in one batch."""
+
+    loaders: tuple[LoaderIds, ...]
+    """One entry for each loader whose samples are known; a `CombinedLoader` has several."""
+
+    @property
+    def indices(self) -> tuple[Any, ...]:
+        """Dataset indices by position in the batch; empty where several loaders make up the batch."""
+        return self.loaders[0].indices if len(self.loaders) == 1 else ()
+
+
+class SampleIdWatch(Participant):
+    """Wraps the samplers of the training loaders as Lightning prepares them, and tells the ids of the batch that is being trained on.
+
+    Loaders are caught in `Strategy.process_dataloader`, after Lightning has put in its `DistributedSampler` and before the first iterator is
+    made. What cannot be named (an `IterableDataset`, an iterable that is no `DataLoader`, workers with `in_order=False`, a resume into the
+    middle of an epoch of a stateful loader) is said once, in the store's remarks. `release` takes all wrapping off again.
+    """
+
+    def __init__(self) -> None:
+        self.current: SampleIds | None = None
+        """The ids of the batch that the training is at, `None` where they are not known."""
+        self._taps: list[_Tap] = []
+        self._undo: Callable[[], None] | None = None
+        self._first_position: int | None = None
+        self._first_epoch = 0
+
+    @override
+    def attach(self, trainer: Trainer, module: LightningModule) -> None:
+        strategy = trainer.strategy
+        process = strategy.process_dataloader
+
+        def process_and_watch(dataloader: object) -> object:
+            if trainer.training and self._undo is not None:
+                self._watch(dataloader, lambda: trainer.training)
+            return process(dataloader)
+
+        def undo() -> None:
+            if vars(strategy).get("process_dataloader") is process_and_watch:
+                del strategy.process_dataloader
+
+        strategy.process_dataloader = process_and_watch  # type: ignore[method-assign]
+        self._undo = undo
+
+    @override
+    def begin(self, trainer: Trainer, module: LightningModule) -> None:
+        loaders = _loaders(trainer)
+        if len(loaders) > 1 and len(self._taps) < len(loaders) and trainer.num_training_batches == float("inf"):
+            self._give_up("one of several loaders has no length, so that Lightning reads ahead in all of them")
+
+    @override
+    def sense_batch(self, batch: TrainingBatch) -> None:
+        position = self._position(batch)
+        known = [] if isinstance(batch.batch, Iterator) else list(self._known(batch.trainer, position))
+        self.current = SampleIds(loaders=tuple(known)) if known else None
+
+    @override
+    def release(self) -> None:
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+        for tap in self._taps:
+            tap.remove()
+        self._taps = []
+
+    def _position(self, batch: TrainingBatch) -> int:
+        """How many batches of this epoch's iterators came before. A run resumed inside an epoch counts on, but begins with new iterators."""
+        if self._first_position is None or batch.at.epoch != self._first_epoch:
+            resumed = self._first_position is None and batch.trainer.ckpt_path is not None
+            self._first_position = batch.at.batch_idx if resumed else 0
+            self._first_epoch = batch.at.epoch
+            if self._first_position and any(hasattr(tap.loader, "load_state_dict") for tap in self._taps):
+                self._give_up("a loader with a state of its own was resumed inside an epoch")
+        return batch.at.batch_idx - self._first_position
+
+    def _watch(self, dataloader: object, is_training: Callable[[], bool]) -> None:
+        if not isinstance(dataloader, DataLoader):
+            self.flight.store.note(f"{NO_IDS}: {type(dataloader).__name__} is no torch DataLoader.")
+        elif isinstance(dataloader.dataset, IterableDataset):
+            self.flight.store.note(f"{NO_IDS}: {type(dataloader.dataset).__name__} is an IterableDataset.")
+        elif dataloader.num_workers > 0 and not getattr(dataloader, "in_order", True):
+            self.flight.store.note(f"{NO_IDS}: the DataLoader has workers and in_order=False.")
+        elif all(tap.loader is not dataloader for tap in self._taps):
+            self._taps.append(_Tap(dataloader, is_training))
+
+    def _give_up(self, why: str) -> None:
+        self.flight.store.note(f"{NO_IDS}: {why}.")
+        for tap in self._taps:
+            tap.remove()
+        self._taps = []
+
+    def _known(self, trainer: Trainer, position: int) -> Iterator[LoaderIds]:
+        """Ids by loader, in the order of the loaders; a loader that is replaced between epochs keeps its tap but is asked no more."""
+        iterators = getattr(getattr(trainer.fit_loop._combined_loader, "_iterator", None), "iterators", [])  # noqa: SLF001 - see `_loaders`
+        for index, loader in enumerate(_loaders(trainer)):
+            tap = next((tap for tap in self._taps if tap.loader is loader), None)
+            iterator = iterators[index] if index < len(iterators) else None
+            ids = None if tap is None else tap.take(position, str(index), iterator)
+            if ids is not None:
+                yield ids
+
+
+def _loaders(trainer: Trainer) -> list[Any]:
+    """The training loaders as they are iterated."""
+    combined = trainer.fit_loop._combined_loader  # noqa: SLF001 - `trainer.train_dataloader` is the user's collection, not the loaders in order
+    return [] if combined is None else list(combined.flattened)
+
+
+class _Tap:
+    """The wrapping of one loader's sampler, and the iterator that the training draws from."""
+
+    def __init__(self, loader: "DataLoader[Any]", is_training: Callable[[], bool]) -> None:
+        self.loader = loader
+        self._is_training = is_training
+        self._attribute = "batch_sampler" if loader.batch_sampler is not None else "sampler"
+        self._sampler = getattr(loader, self._attribute)
+        self._watched = _WatchedSampler(self._sampler, self)
+        self._current: _WatchedIterator | None = None
+        self._put(self._sampler, self._watched)
+
+    def iterate(self) -> "Iterator[Any]":
+        """An iterator over the sampler; one that begins outside the training (the same loader used for validation) is none of ours."""
+        iterator: Iterator[Any] = iter(self._sampler)
+        if not self._is_training():
+            return iterator
+        self._current = _WatchedIterator(iterator)
+        return self._current
+
+    def take(self, position: int, name: str, loader_iterator: object) -> LoaderIds | None:
+        """The samples of the batch at this position of the epoch.
+
+        Args:
+            position: Batches of this epoch before.
+            name: What the loader is called in the answer.
+            loader_iterator: The iterator that Lightning draws batches from, where it can be told: user code may have begun another one since.
+        """
+        in_use = getattr(loader_iterator, "_sampler_iter", None)
+        iterator = in_use if isinstance(in_use, _WatchedIterator) else self._current
+        drawn = None if iterator is None else iterator.take(position - self._in_earlier_rounds(position))
+        if drawn is None:
+            return None
+        is_list = isinstance(drawn, (list, tuple)) and self._attribute == "batch_sampler"
+        return LoaderIds(loader=name, drawn=tuple(drawn) if is_list else (drawn,), dataset=self.loader.dataset)
+
+    def remove(self) -> None:
+        """Put the loader's own sampler back, also in an iterator that lives on with its workers."""
+        self._put(self._watched, self._sampler)
+        if self._current is not None:
+            self._current.stop()
+            self._current = None
+
+    def _in_earlier_rounds(self, position: int) -> int:
+        """Batches of this epoch that came from earlier iterators: in a `CombinedLoader` the shorter loader begins again while the epoch goes on."""
+        try:
+            length = len(self._watched)
+        except TypeError:
+            return 0
+        return position // length * length if length else 0
+
+    def _put(self, present: object, new: object) -> None:
+        """DataLoader forbids the assignment after construction; the iterator of persistent workers has a reference of its own."""
+        if getattr(self.loader, self._attribute) is present:
+            object.__setattr__(self.loader, self._attribute, new)
+        iterator = getattr(self.loader, "_iterator", None)
+        if iterator is not None and getattr(iterator, "_index_sampler", None) is present:
+            iterator._index_sampler = new  # noqa: SLF001 - there is no public way
+
+
+class _WatchedSampler:
+    """A sampler with an ear at it: everything but `__iter__` goes to the sampler itself, setting attributes too."""
+
+    def __init__(self, sampler: Any, tap: _Tap) -> None:  # noqa: ANN401 - any iterable may be a sampler
+        object.__setattr__(self, "_watched", (sampler, tap))
+
+    def __iter__(self) -> Iterator[Any]:
+        tap: _Tap = object.__getattribute__(self, "_watched")[1]
+        return tap.iterate()
+
+    def __len__(self) -> int:
+        return len(object.__getattribute__(self, "_watched")[0])
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the sampler has
+        return getattr(object.__getattribute__(self, "_watched")[0], name)
+
+    @override
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(object.__getattribute__(self, "_watched")[0], name, value)
+
+
+class _WatchedIterator:
+    """Hands on what the sampler draws, and numbers it; attributes are the iterator's own, for loaders that save and load its state."""
+
+    def __init__(self, iterator: Iterator[Any]) -> None:
+        self._iterator = iterator
+        self._pending: dict[int, Any] | None = {}
+        self._drawn = 0
+
+    def __iter__(self) -> "_WatchedIterator":
+        return self
+
+    def __next__(self) -> Any:  # noqa: ANN401 - an index, a list of them, or whatever the user's sampler draws
+        drawn = next(self._iterator)
+        if self._pending is not None:
+            self._pending[self._drawn] = drawn
+            self._drawn += 1
+        return drawn
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the iterator has
+        if name == "_iterator":  # a copy under construction
+            raise AttributeError(name)
+        return getattr(self._iterator, name)
+
+    def take(self, position: int) -> Any:  # noqa: ANN401 - as drawn
+        """What was drawn at this position, `None` where it is unknown; it and all before are let go."""
+        pending = self._pending or {}
+        drawn = pending.get(position)
+        for old in [p for p in pending if p <= position]:
+            del pending[old]
+        return drawn
+
+    def stop(self) -> None:
+        """Remember nothing from now on."""
+        self._pending = None
+
+
+def _plain(index: object) -> object:
+    """An `int` where it stands for one, as numpy's and torch's whole numbers do."""
+    to_int = getattr(index, "__index__", None)
+    if to_int is None or isinstance(index, bool):
+        return index
+    try:
+        return int(to_int())
+    except TypeError:  # an array or a floating tensor has the method and refuses
+        return index
+
+
+def _underlying(dataset: object, index: object) -> object:
+    while isinstance(dataset, Subset) and isinstance(index, int):
+        index = _plain(dataset.indices[index])
+        dataset = dataset.dataset
+    return index

@@ -1,0 +1,1 @@
+"""Which samples of a batch stand out: by their values, and by their losses and gradients."""
