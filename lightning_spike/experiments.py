@@ -479,3 +479,14 @@ class Experiments:
     samples: SampleMeasurement | None = None
     failed: tuple[FailedMeasurement, ...] = ()
     cost: Cost | None = None
+
+
+def joined(first: Experiments, second: Experiments) -> Experiments:
+    """All that either holds about the same episode; where both hold a field the second's counts, failures add up."""
+    defaults = Experiments(episode=first.episode)
+    new = {
+        field.name: getattr(second, field.name)
+        for field in dataclasses.fields(Experiments)
+        if getattr(second, field.name) != getattr(defaults, field.name)
+    }
+    return dataclasses.replace(first, **new | {"failed": (*first.failed, *second.failed)})
