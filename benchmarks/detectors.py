@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from detector_real_runs import FAULTS, TASKS, Curve, real_curve
-from detector_rules import RULES, LightningSpikeDetection
-from detector_streams import CLEAN, EVENT_NOISES, EVENTS, LENGTH, RESTART_EVERY, Event, Floats, curve
+from loss_streams.real_runs import FAULTS, TASKS, Curve, real_curve
+from loss_streams.rules import RULES, LightningSpikeDetection
+from loss_streams.streams import CLEAN, EVENT_NOISES, EVENTS, LENGTH, RESTART_EVERY, Event, Floats, curve
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table

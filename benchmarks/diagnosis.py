@@ -3,12 +3,12 @@
     python benchmarks/diagnosis.py [--seed 0] [--seeds 3] [--jobs 2] [--task TASK ...] [--cause CAUSE ...] [--runs runs/] [--out diagnosis.json] [--picture confusion.png] [--fit FILE] [--wrong]
 
 Nine tasks (images, text, a table, sequences, nested batches, patches, origins, colours, tags) x every cause of the catalogue x two strengths x seeds, beside them clean twins of 2,000 steps, harmless decoys, faults that no cause covers,
-scenes that look like another cause, and runs with two faults. Every run is kept under `--runs`, so a run that was stopped goes on where it was, and judging again (with other weights) takes
+scenes that look like another cause, and runs with two faults. Every run is recorded under `--runs`, so a run that was stopped goes on where it was, and judging again (with other weights) takes
 no training; `--wrong` lists what was misread.
 
 A run is judged if it did harm (its loss is clearly worse than its clean twin's) or if anything was said about it. Printed are AC@1, AC@3 and MRR with 95 % intervals (Wilson), by family, cause, task and
 strength, with the lab and without it, beside two baselines; false alarms and probabilities in clean twins; onset errors; Brier score and calibration error; the share confirmed by the lab. Probabilities are
-those of a calibration that is fitted on the other tasks, leaving one out at a time; `--fit FILE` writes the one over all tasks, which is what `lightning_spike/diagnosis/calibration.json` holds.
+those of weights that are fitted on the other tasks, leaving one out at a time; `--fit FILE` writes the one over all tasks, which is what `lightning_spike/diagnosis/weights.json` holds.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from diagnosis_fit import Seen, fit, seen
-from diagnosis_judge import (
+from labelled_runs.fitting import Example, as_file, example, fit
+from labelled_runs.judging import (
     FAMILY,
     UNEXPLAINED,
     Judged,
@@ -37,14 +37,14 @@ from diagnosis_judge import (
     judge,
     without_lab,
 )
-from diagnosis_runs import CLEAN_STEPS, Cell, all_cells, kept, place, run
-from diagnosis_tasks import TASKS
-from intervals import wilson
+from labelled_runs.runs import CLEAN_STEPS, Cell, all_cells, path_of, recorded, run
+from labelled_runs.tasks import TASKS
+from shared.intervals import wilson
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from lightning_spike.diagnosis.calibration import Calibration, fitted
+from lightning_spike.diagnosis.weights import Weights, fitted
 from lightning_spike.store import TrainerStateStore
 
 LABELLED: Final = ("fault", "confusable")
@@ -68,16 +68,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen.runs.mkdir(parents=True, exist_ok=True)
     if not chosen.judge_only:
         _train_all(list(dict.fromkeys([*twins, *cells])), chosen.runs, chosen.jobs)
-    there = [cell for cell in dict.fromkeys([*twins, *cells]) if place(chosen.runs, cell).exists()]
+    there = [cell for cell in dict.fromkeys([*twins, *cells]) if path_of(chosen.runs, cell).exists()]
     with ProcessPoolExecutor(chosen.jobs) as pool:
-        answers, calibration = _answers(pool, there, chosen.runs, fit_anew=not chosen.as_shipped)
+        answers, weights = _answers(pool, there, chosen.runs, fit_anew=not chosen.as_shipped)
     _print(Console(width=180), answers, show_wrong=chosen.wrong)
     if chosen.out is not None:
         chosen.out.write_text(json.dumps(_for_json(answers), indent=1) + "\n")
     if chosen.picture is not None:
         _draw([a.judged for a in answers], chosen.picture)
-    if chosen.fit is not None and calibration is not None:
-        _write_fit(calibration, len(there), chosen.fit, argv)
+    if chosen.fit is not None and weights is not None:
+        made_by = " ".join(["python benchmarks/diagnosis.py", *(argv or sys.argv[1:])])
+        chosen.fit.write_text(as_file(weights, made_by=made_by, runs=len(there)))
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -87,15 +88,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
     parser.add_argument("--cause", nargs="+", choices=FAMILY, metavar="CAUSE", help="only faults of these causes")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where recorded runs are")
     parser.add_argument("--judge-only", action="store_true", help="train nothing, judge what is there")
     parser.add_argument(
-        "--as-shipped", action="store_true", help="with the package's own calibration, fitted on all tasks"
+        "--as-shipped", action="store_true", help="with the package's own weights, fitted on all tasks"
     )
     parser.add_argument("--wrong", action="store_true", help="list the runs that were misread")
     parser.add_argument("--out", type=Path, help="all answers as JSON")
     parser.add_argument("--picture", type=Path, help="the confusion matrix as a picture")
-    parser.add_argument("--fit", type=Path, help="write a calibration fitted on all of the runs")
+    parser.add_argument("--fit", type=Path, help="write weights.json fitted on all of the runs")
     return parser.parse_args(argv)
 
 
@@ -103,7 +104,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _train_all(cells: Sequence[Cell], folder: Path, jobs: int) -> None:
-    waiting = [cell for cell in cells if not place(folder, cell).exists()]
+    waiting = [cell for cell in cells if not path_of(folder, cell).exists()]
     if not waiting:
         return
     with ProcessPoolExecutor(jobs) as pool:
@@ -130,13 +131,13 @@ class Answer:
 
 def _answers(
     pool: ProcessPoolExecutor, cells: Sequence[Cell], folder: Path, *, fit_anew: bool
-) -> tuple[list[Answer], Calibration | None]:
+) -> tuple[list[Answer], Weights | None]:
     """Each run with the calibration that was fitted on the runs of the other tasks, and the one over all."""
     if not fit_anew:
         return list(pool.map(functools.partial(_answer, folder, None, None), cells, chunksize=8)), None
-    pairs = list(pool.map(functools.partial(_seen, folder), cells, chunksize=8))
+    pairs = list(pool.map(functools.partial(_example, folder), cells, chunksize=8))
     tasks = list(dict.fromkeys(cell.task for cell in cells))
-    fits: dict[str, list[Calibration]] = {}
+    fits: dict[str, list[Weights]] = {}
     for task in tasks:
         others = [pair for cell, pair in zip(cells, pairs, strict=True) if cell.task != task]
         fits[task] = [fit([pair[k] for pair in others]) if others else fitted() for k in (0, 1)]
@@ -145,14 +146,14 @@ def _answers(
     return answers, fit([pair[0] for pair in pairs])
 
 
-def _seen(folder: Path, cell: Cell) -> tuple[Seen | None, Seen | None]:
+def _example(folder: Path, cell: Cell) -> tuple[Example | None, Example | None]:
     """What there is to fit on in a run, with the lab and without."""
-    found = kept(folder, cell)
-    return (None, None) if found is None else (seen(found), seen(without_lab(found)))
+    found = recorded(folder, cell)
+    return (None, None) if found is None else (example(found), example(without_lab(found)))
 
 
-def _answer(folder: Path, with_lab: Calibration | None, without: Calibration | None, cell: Cell) -> Answer:
-    found = kept(folder, cell)
+def _answer(folder: Path, with_lab: Weights | None, without: Weights | None, cell: Cell) -> Answer:
+    found = recorded(folder, cell)
     if found is None:
         msg = f"{cell.key} is not there any more"
         raise FileNotFoundError(msg)
@@ -163,7 +164,7 @@ def _answer(folder: Path, with_lab: Calibration | None, without: Calibration | N
 
 @functools.lru_cache(maxsize=4)
 def _twin(folder: Path, task: str, seed: int) -> TrainerStateStore | None:
-    clean = kept(folder, Cell(task=task, seed=seed, sort="clean", name="clean"))
+    clean = recorded(folder, Cell(task=task, seed=seed, sort="clean", name="clean"))
     return None if clean is None else clean.store
 
 
@@ -215,7 +216,7 @@ def _whole(ours: Sequence[Judged], bare: Sequence[Judged], answers: Sequence[Ans
 
 
 def _row(judged: Sequence[Judged]) -> list[str]:
-    places = [j.place(j.cell.causes[0]) for j in judged]
+    places = [j.path_of(j.cell.causes[0]) for j in judged]
     return [
         _share(sum(p == 1 for p in places), len(judged)),
         _share(sum(FAMILY.get(j.named) == FAMILY.get(j.cell.causes[0]) for j in judged), len(judged)),
@@ -267,7 +268,7 @@ def _quiet(judged: Sequence[Judged]) -> Table:
             f"{_share(sum(j.first == UNEXPLAINED for j in of), len(of))} {told}",
         )
     two = [j for j in judged if j.cell.sort == "two" and j.counts]
-    both = sum(all((j.place(c) or 9) <= len(j.cell.causes) for c in j.cell.causes) for j in two)
+    both = sum(all((j.path_of(c) or 9) <= len(j.cell.causes) for c in j.cell.causes) for j in two)
     table.add_row("two faults: both first", _share(both, len(two)))
     _sure(table, judged)
     return table
@@ -333,21 +334,6 @@ def _draw(judged: Sequence[Judged], path: Path) -> None:
     axes.set_xlabel("named first")
     axes.set_ylabel("put in (runs)")
     figure.savefig(path, dpi=120)
-
-
-def _write_fit(calibration: Calibration, runs: int, path: Path, argv: Sequence[str] | None) -> None:
-    command = " ".join(["python benchmarks/diagnosis.py", *(argv or sys.argv[1:])])
-    content = {"made_by": command, "runs": runs} | _plain(calibration)
-    path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def _plain(calibration: Calibration) -> dict[str, Any]:
-    offsets = {name: round(value, 3) for name, value in sorted(calibration.offsets.items())}
-    return {
-        "temper": round(calibration.temper, 4),
-        "unexplained": round(calibration.unexplained, 4),
-        "offsets": offsets,
-    }
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ from typing import Any, Final
 
 import torch
 from diagnosis import LABELLED
-from diagnosis_judge import harmed
-from diagnosis_runs import Cell, all_cells, faults_of, kept, kept_store, train
-from diagnosis_tasks import TASKS, loaders
-from intervals import wilson
+from labelled_runs.judging import harmed
+from labelled_runs.runs import Cell, all_cells, faults_of, recorded, recorded_store, train
+from labelled_runs.tasks import TASKS, loaders
+from shared.intervals import wilson
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import track
@@ -279,8 +279,8 @@ def follow(cell: Cell, folder: Path) -> Followed | None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    found = kept(folder, cell)
-    twin = kept(folder, Cell(task=cell.task, seed=cell.seed, sort="clean", name="clean"))
+    found = recorded(folder, cell)
+    twin = recorded(folder, Cell(task=cell.task, seed=cell.seed, sort="clean", name="clean"))
     if found is None or twin is None or found.store is None or twin.store is None:
         return None
     healthy = _like(cell, twin.store)
@@ -333,7 +333,7 @@ def _trained(
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch) / "store"
         train(cell, callbacks, raw, Path(scratch), steps=steps, needs=needs, options=options or {}, watch=_losses_only)
-        return kept_store(raw)
+        return recorded_store(raw)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -31,7 +31,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from tasks import NETS, Task, loader
+from shared.models import NETS, Task, loader
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from typing_extensions import override

@@ -94,6 +94,10 @@ class Fault(Callback):
     """Arguments of the stronger of two variants."""
     NEEDS: ClassVar[frozenset[Needs]] = frozenset()
     """What it must find in a run."""
+    TYPICAL_ONSET: ClassVar[int] = 200
+    """Batch that it strikes in a benchmark: by then the training is under way; 0 for one that is there from the start."""
+    TYPICAL_DURATION: ClassVar[int] = 100
+    """Batches after that one within which it shows."""
     FROM_START: ClassVar[bool] = False
     """It shapes the run from its first batch, so that losses before `at` differ from those of a run without it."""
 

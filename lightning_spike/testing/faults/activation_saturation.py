@@ -32,6 +32,8 @@ class UnitsSaturate(LastingFault):
     """
 
     cause = "activation_saturation"
+    TYPICAL_ONSET = 160
+    TYPICAL_DURATION = 200
     SCALE: ClassVar[Scale] = Scale(means="how far the values are pushed, in standard deviations", above=0)
     MILD: ClassVar[Mapping[str, Any]] = {"strength": 2.0}
     STRONG: ClassVar[Mapping[str, Any]] = {"strength": 10.0}

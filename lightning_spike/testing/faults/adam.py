@@ -45,6 +45,8 @@ class GradientsOutgrowSecondMoment(LastingFault):
     """
 
     cause = "stale_second_moment"
+    TYPICAL_ONSET = 160
+    TYPICAL_DURATION = 160
     SCALE: ClassVar[Scale] = Scale(means="the factor by which gradients grow in each batch", above=1)
     MILD: ClassVar[Mapping[str, Any]] = {"strength": 1.1, "ramp": 60}
     STRONG: ClassVar[Mapping[str, Any]] = {"strength": 1.25, "ramp": 80}
@@ -88,6 +90,8 @@ class EpsilonUnderflow(SettingsFault):
     """
 
     cause = "adam_epsilon_too_small"
+    TYPICAL_ONSET = 160
+    TYPICAL_DURATION = 240
     FROM_START = True
     SCALE: ClassVar[Scale] = Scale(means="the share of the weights without a gradient", above=0, at_most=1)
     MILD: ClassVar[Mapping[str, Any]] = {"strength": 1e-9}
@@ -123,6 +127,8 @@ class NoiseAtFullSize(SettingsFault):
     """
 
     cause = "adam_epsilon_too_small"
+    TYPICAL_ONSET = 160
+    TYPICAL_DURATION = 240
     FROM_START = True
     SCALE: ClassVar[Scale] = Scale(means="the noise over the signal in the gradients", at_least=0)
     MILD: ClassVar[Mapping[str, Any]] = {"strength": 10.0}

@@ -29,6 +29,8 @@ class GradientsNotZeroed(LastingFault):
     """
 
     cause = "code_bug"
+    TYPICAL_ONSET = 160
+    TYPICAL_DURATION = 200
     SCALE: ClassVar[Scale] = Scale(
         means="the share of the parameters whose gradients are not zeroed", above=0, at_most=1
     )
@@ -67,6 +69,8 @@ class EvalModeLeftOn(LastingFault):
     """
 
     cause = "code_bug"
+    TYPICAL_ONSET = 160
+    TYPICAL_DURATION = 200
     SCALE: ClassVar[Scale] = Scale(means="the share of the submodules left in eval mode", above=0, at_most=1)
     MILD: ClassVar[Mapping[str, Any]] = {"strength": 0.5}
     STRONG: ClassVar[Mapping[str, Any]] = {"strength": 1.0}
@@ -111,6 +115,8 @@ class ParametersNotOptimized(LastingFault):
     """
 
     cause = "code_bug"
+    TYPICAL_ONSET = 160
+    TYPICAL_DURATION = 200
     SCALE: ClassVar[Scale] = Scale(means="the share of the parameters that no optimizer has", above=0, at_most=1)
     MILD: ClassVar[Mapping[str, Any]] = {"strength": 0.3}
     STRONG: ClassVar[Mapping[str, Any]] = {"strength": 0.9}
@@ -163,6 +169,8 @@ class WeightsOverwritten(OneOffFault):
     """
 
     cause = "code_bug"
+    TYPICAL_ONSET = 160
+    TYPICAL_DURATION = 200
     SCALE: ClassVar[Scale] = Scale(means="the noise over the root mean square of each parameter", above=0)
     MILD: ClassVar[Mapping[str, Any]] = {"strength": 0.5}
     STRONG: ClassVar[Mapping[str, Any]] = {"strength": 3.0}

@@ -29,6 +29,8 @@ class ValueDrift(LastingFault):
     """
 
     cause = "data_drift"
+    TYPICAL_ONSET = 160
+    TYPICAL_DURATION = 160
     SCALE: ClassVar[Scale] = Scale(means="how far level and contrast move, in standard deviations of the input")
     MILD: ClassVar[Mapping[str, Any]] = {"strength": 2.0, "ramp": 40}
     STRONG: ClassVar[Mapping[str, Any]] = {"strength": -3.0, "ramp": 40}
@@ -63,6 +65,8 @@ class TokenDrift(LastingFault):
     """
 
     cause = "data_drift"
+    TYPICAL_ONSET = 160
+    TYPICAL_DURATION = 160
     SCALE: ClassVar[Scale] = Scale(means="the share of the samples from the new source", above=0, at_most=1)
     MILD: ClassVar[Mapping[str, Any]] = {"strength": 0.5, "ramp": 40}
     STRONG: ClassVar[Mapping[str, Any]] = {"strength": 1.0, "ramp": 40}

@@ -46,6 +46,8 @@ class FewBatches(LastingFault):
     """
 
     cause = "overfitting"
+    TYPICAL_ONSET = 60
+    TYPICAL_DURATION = 420
     SCALE: ClassVar[Scale] = Scale(means="the number of batches that are left; fewer is stronger", at_least=1)
     MILD: ClassVar[Mapping[str, Any]] = {"strength": 5}
     STRONG: ClassVar[Mapping[str, Any]] = {"strength": 2}
@@ -82,6 +84,8 @@ class SwingsAfterOverfitting(LastingFault):
     """
 
     cause = "post_overfit_oscillation"
+    TYPICAL_ONSET = 60
+    TYPICAL_DURATION = 420
     SCALE: ClassVar[Scale] = Scale(means="the growth of the perturbation in 100 batches", above=0)
     MILD: ClassVar[Mapping[str, Any]] = {"strength": 1.0}
     STRONG: ClassVar[Mapping[str, Any]] = {"strength": 4.0}

@@ -70,6 +70,8 @@ class GradientsVanish(_GradientFault):
     """
 
     cause = "gradient_vanishing"
+    TYPICAL_ONSET = 160
+    TYPICAL_DURATION = 240
     SCALE: ClassVar[Scale] = Scale(means="the factor on the gradients for each layer", above=0, at_most=0.999)
     MILD: ClassVar[Mapping[str, Any]] = {"strength": 0.05}
     STRONG: ClassVar[Mapping[str, Any]] = {"strength": 1e-4}
@@ -89,6 +91,8 @@ class SigmoidStack(LayerFault):
     """
 
     cause = "gradient_vanishing"
+    TYPICAL_ONSET = 160
+    TYPICAL_DURATION = 240
     SCALE: ClassVar[Scale] = Scale(means="the number of sigmoids behind every hidden layer", at_least=1)
     MILD: ClassVar[Mapping[str, Any]] = {"strength": 3}
     STRONG: ClassVar[Mapping[str, Any]] = {"strength": 8}

@@ -32,6 +32,8 @@ class RateTooHigh(RateFault):
     """
 
     cause = "lr_too_high"
+    TYPICAL_ONSET = 0
+    TYPICAL_DURATION = 300
     FROM_START = True
     SCALE: ClassVar[Scale] = Scale(means="the factor on the planned learning rate", above=1)
     MILD: ClassVar[Mapping[str, Any]] = {"strength": 20.0}
@@ -64,6 +66,8 @@ class RateCreepsUp(RateFault):
     """
 
     cause = "lr_too_high"
+    TYPICAL_ONSET = 160
+    TYPICAL_DURATION = 240
     SCALE: ClassVar[Scale] = Scale(means="the final factor on the planned learning rate", above=1)
     MILD: ClassVar[Mapping[str, Any]] = {"strength": 30.0, "ramp": 100}
     STRONG: ClassVar[Mapping[str, Any]] = {"strength": 300.0, "ramp": 100}
@@ -113,6 +117,8 @@ class ShortWarmUp(RateFault):
     """
 
     cause = "warmup_too_short"
+    TYPICAL_ONSET = 0
+    TYPICAL_DURATION = 300
     FROM_START = True
     SCALE: ClassVar[Scale] = Scale(means="the factor on the planned learning rate at the peak", above=1)
     MILD: ClassVar[Mapping[str, Any]] = {"strength": 30.0, "ramp": 20}

@@ -30,6 +30,8 @@ class GradientsTurnRound(LastingFault):
     """
 
     cause = "momentum_reversal"
+    TYPICAL_ONSET = 160
+    TYPICAL_DURATION = 240
     SCALE: ClassVar[Scale] = Scale(means="the size of the turned gradients, as a factor", above=0)
     MILD: ClassVar[Mapping[str, Any]] = {"strength": 2.0, "length": 3}
     STRONG: ClassVar[Mapping[str, Any]] = {"strength": 3.0, "length": 8}
@@ -54,6 +56,8 @@ class MomentumTooHigh(SettingsFault):
     """
 
     cause = "momentum_reversal"
+    TYPICAL_ONSET = 160
+    TYPICAL_DURATION = 240
     SCALE: ClassVar[Scale] = Scale(means="the momentum (or first beta)", above=0, at_most=0.9999)
     MILD: ClassVar[Mapping[str, Any]] = {"strength": 0.99}
     STRONG: ClassVar[Mapping[str, Any]] = {"strength": 0.999}

@@ -27,6 +27,8 @@ class InitialWeightsScaled(OneOffFault):
     """
 
     cause = "bad_initialization"
+    TYPICAL_ONSET = 0
+    TYPICAL_DURATION = 300
     FROM_START = True
     SCALE: ClassVar[Scale] = Scale(means="the factor on the initial weights", above=0)
     MILD: ClassVar[Mapping[str, Any]] = {"strength": 8.0}
@@ -62,6 +64,8 @@ class WeightsGrow(SettingsFault):
     """
 
     cause = "weight_blowup"
+    TYPICAL_ONSET = 160
+    TYPICAL_DURATION = 240
     SCALE: ClassVar[Scale] = Scale(means="the factor on the weights for each update", above=0)
     MILD: ClassVar[Mapping[str, Any]] = {"strength": 1.03}
     STRONG: ClassVar[Mapping[str, Any]] = {"strength": 1.15}

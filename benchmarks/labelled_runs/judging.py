@@ -9,26 +9,13 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from diagnosis_runs import Cell, Kept
+from labelled_runs.runs import Cell, RecordedRun
 
-from lightning_spike.diagnosis.calibration import Calibration
 from lightning_spike.diagnosis.catalogue import catalogue
 from lightning_spike.diagnosis.rank import diagnose
+from lightning_spike.diagnosis.weights import Weights
 from lightning_spike.records import EpisodeKind
 from lightning_spike.store import TrainerStateStore
-
-__all__ = [
-    "FAMILY",
-    "UNEXPLAINED",
-    "Judged",
-    "baseline_rules",
-    "brier",
-    "calibration_error",
-    "harmed",
-    "judge",
-    "overfits",
-    "without_lab",
-]
 
 UNEXPLAINED: Final = "unexplained"
 FAMILY: Final = {cause.id: cause.family.value for cause in catalogue()}
@@ -95,12 +82,12 @@ class Judged:
         return dict(self.ranked).get(cause, 0.0)
 
 
-def judge(found: Kept, twin: TrainerStateStore | None, calibration: Calibration | None = None) -> Judged:
+def judge(found: RecordedRun, twin: TrainerStateStore | None, weights: Weights | None = None) -> Judged:
     """Rank the causes of a kept run."""
     store = found.store
     if store is None:
         return Judged(cell=found.cell, harmed=True, ranked=((UNEXPLAINED, 1.0),), confirmed=None, episodes=0, overfits=False, onset_error=None, first_fix=None)  # fmt: skip
-    overall = diagnose(store, calibration=calibration).overall
+    overall = diagnose(store, weights=weights).overall
     left = max(0.0, 1.0 - sum(v.probability for v in overall))
     first = overall[0] if overall else None
     return Judged(
@@ -115,12 +102,12 @@ def judge(found: Kept, twin: TrainerStateStore | None, calibration: Calibration 
     )
 
 
-def without_lab(found: Kept) -> Kept:
+def without_lab(found: RecordedRun) -> RecordedRun:
     """The same run as if the lab had not been there."""
     if found.store is None:
         return found
     store = copy.copy(found.store)
-    store.findings = [f for f in found.store.findings if f.detector != "lab"]
+    store.experiments, store.step_size_tests = {}, []
     return dataclasses.replace(found, store=store)
 
 

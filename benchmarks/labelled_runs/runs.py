@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import torch
-from diagnosis_tasks import ADAPTIVE, NO_HALF, REGRESSION, TASKS, TOKENS, WEIGHTED, Module, loaders
+from labelled_runs.tasks import ADAPTIVE, NO_HALF, REGRESSION, TASKS, TOKENS, WEIGHTED, Module, loaders
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.plugins.precision import MixedPrecision
 from typing_extensions import override
@@ -40,42 +40,24 @@ from lightning_spike.testing import (
     faults_for,
 )
 
-__all__ = ["CLEAN_STEPS", "Cell", "Kept", "all_cells", "faults_of", "kept", "kept_store", "place", "run", "train"]
-
 Strength = Literal["mild", "strong"]
 STRENGTHS: Final[tuple[Strength, ...]] = ("mild", "strong")
-AT: Final = 200
-"""The batch that a fault strikes, moved by up to `SHIFT` with the seed, so that the distance to the last snapshot differs."""
 SHIFT: Final = 24
-AFTER: Final = 100
-"""Batches trained after it."""
-SLOW: Final[Mapping[str, tuple[int, int]]] = {
-    "overfitting": (60, 420),
-    "post_overfit_oscillation": (60, 420),
-    "gradient_vanishing": (160, 240),
-    "weight_blowup": (160, 240),
-    "adam_epsilon_too_small": (160, 240),
-    "activation_saturation": (160, 200),
-    "lr_too_high": (160, 240),
-    "momentum_reversal": (160, 240),
-    "data_drift": (160, 160),
-    "stale_second_moment": (160, 160),
-    "code_bug": (160, 200),
-}
-"""Causes that need another moment or more time to show: the batch, and the batches after it."""
+"""Batches by which the onset is moved with the seed, so that the distance to the last snapshot differs."""
 SETTLED: Final = 220
 """Updates on the same two batches until the text's net knows them by heart."""
 WARMED_UP: Final[Mapping[Strength, float]] = {"mild": 8.0, "strong": 20.0}
 """Peaks of a warm-up that plain SGD bears if it takes longer; those of the fault itself are for Adam."""
-FROM_START: Final = frozenset({"InitialWeightsScaled", "RateTooHigh", "ShortWarmUp"})
-"""Faults that are there from the first batch on; such runs have `EARLY` batches."""
-EARLY: Final = 300
 CLEAN_STEPS: Final = 2000
 """Of a clean twin, so that false alarms can be counted."""
-EVERY: Final = 50
+VALIDATION_INTERVAL: Final = 50
 """Batches between validations."""
 LATER: Final = 60
 """Batches between the two faults of a run with two."""
+
+
+BY_NAME: Final[Mapping[str, type[Fault]]] = {kind.__name__: kind for kind in (*FAULTS, *DECOYS, *UNCOVERED)}
+"""Every fault of the package and of others."""
 
 
 # -- what is run ---------------------------------------------------------------------------------------------------------
@@ -100,24 +82,21 @@ class Cell:
         return "-".join([self.task, self.sort, self.name, self.strength, str(self.seed)])
 
     @property
-    def slow(self) -> tuple[int, int]:
-        """The batch that the fault strikes, and the batches trained after it."""
-        if self.name in FROM_START:
-            return 0, EARLY
-        at, after = SLOW.get(self.causes[0] if self.causes else "", (AT, AFTER))
-        return at + (self.seed * 7) % SHIFT, after
-
-    @property
     def at(self) -> int:
         """The batch that the (first) fault strikes."""
-        return self.slow[0]
+        onset = self._fault.TYPICAL_ONSET
+        return onset + (self.seed * 7) % SHIFT if onset > 0 else 0
+
+    @property
+    def _fault(self) -> type[Fault]:
+        return BY_NAME.get(self.name, Fault)
 
     @property
     def steps(self) -> int:
         """Batches of the run."""
         if self.sort == "clean":
             return CLEAN_STEPS
-        return sum(self.slow) + (LATER if self.sort == "two" else 0)
+        return self.at + self._fault.TYPICAL_DURATION + (LATER if self.sort == "two" else 0)
 
 
 def _fits(kind: type[Fault], task: str) -> bool:
@@ -198,8 +177,7 @@ def faults_of(cell: Cell) -> list[Fault]:
     """The faults of a run, made anew."""
     at, seed = cell.at, cell.seed
     if cell.sort in {"fault", "decoy", "uncovered"}:
-        kind = next(k for k in (*FAULTS, *DECOYS, *UNCOVERED) if k.__name__ == cell.name)
-        return [getattr(kind, cell.strength)(at=at, seed=seed, **_options(cell))]
+        return [getattr(BY_NAME[cell.name], cell.strength)(at=at, seed=seed, **_options(cell))]
     if cell.sort == "two":
         return [RateJump(at, 60.0, length=2), _bad_batch(cell.task, at + LATER, seed)]
     match cell.name:
@@ -216,7 +194,7 @@ def faults_of(cell: Cell) -> list[Fault]:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
+class RecordedRun:
     """What is left of a run."""
 
     cell: Cell
@@ -225,7 +203,7 @@ class Kept:
     error: str | None = None
 
 
-class _Keeps(Callback):
+class _KeepStore(Callback):
     """Writes the store when the fit is over, however it ended; on rank 0, which may be another process."""
 
     def __init__(self, path: Path) -> None:
@@ -244,18 +222,18 @@ def _write(path: Path, what: object) -> None:
     partial.replace(path)
 
 
-def place(folder: Path, cell: Cell) -> Path:
+def path_of(folder: Path, cell: Cell) -> Path:
     """Where a cell's run is kept; the file is there once it has been run."""
     return folder / f"{cell.key}.pkl.gz"
 
 
-def kept(folder: Path, cell: Cell) -> Kept | None:
+def recorded(folder: Path, cell: Cell) -> RecordedRun | None:
     """What was kept of a cell's run; `None` where it has not been run."""
-    path = place(folder, cell)
+    path = path_of(folder, cell)
     if not path.exists():
         return None
     with gzip.open(path, "rb") as file:
-        found: Kept = pickle.load(file)  # noqa: S301 - written by this benchmark
+        found: RecordedRun = pickle.load(file)  # noqa: S301 - written by this benchmark
         return found
 
 
@@ -271,16 +249,16 @@ def run(cell: Cell, folder: Path) -> str | None:
             train(cell, faults, raw, Path(scratch), steps=cell.steps, needs=faults)
         except BaseException as failed:  # noqa: BLE001 - a training may die of its fault: then too there is a diagnosis
             error = "".join(traceback.format_exception_only(failed)).strip()
-    store = kept_store(raw) if raw.exists() else None
+    store = recorded_store(raw) if raw.exists() else None
     raw.unlink(missing_ok=True)
-    _write(place(folder, cell), Kept(cell=cell, store=store, error=error))
+    _write(path_of(folder, cell), RecordedRun(cell=cell, store=store, error=error))
     return error
 
 
-def kept_store(raw: Path) -> TrainerStateStore:
+def recorded_store(raw: Path) -> TrainerStateStore:
     """The store that a run has left."""
     with gzip.open(raw, "rb") as file:
-        store: TrainerStateStore = pickle.load(file)  # noqa: S301 - written by `_Keeps`
+        store: TrainerStateStore = pickle.load(file)  # noqa: S301 - written by `_KeepStore`
     return store
 
 
@@ -317,7 +295,7 @@ def train(  # noqa: PLR0913 - what a run is made of
         _fit(first, cell, None)
         resume = str(scratch / "first.ckpt")
         first.save_checkpoint(resume)
-    _fit(trainer(steps=steps, callbacks=[*own, *watched(scratch), _Keeps(raw)]), cell, resume)
+    _fit(trainer(steps=steps, callbacks=[*own, *watched(scratch), _KeepStore(raw)]), cell, resume)
 
 
 def _suite(scratch: Path) -> list[Callback]:
@@ -347,7 +325,7 @@ def _trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        val_check_interval=EVERY,
+        val_check_interval=VALIDATION_INTERVAL,
         check_val_every_n_epoch=None,
         default_root_dir=scratch,
         callbacks=callbacks,

@@ -1,0 +1,1 @@
+"""Labelled trainings: tasks, faults put into them, what was recorded, and how the diagnosis of it is judged and fitted."""
