@@ -168,6 +168,12 @@ class Finding:
         """A finite number of the detail; `None` for anything else."""
         return number(self.detail.get(key))
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """The finite numbers of a list in the detail; empty for anything else."""
+        listed = self.detail.get(key)
+        values = map(number, listed if isinstance(listed, list | tuple) else ())
+        return tuple(value for value in values if value is not None)
+
     def whole_numbers(self, key: str) -> tuple[int, ...]:
         """The whole numbers of a list in the detail; empty for anything else."""
         return whole_numbers(self.detail.get(key))

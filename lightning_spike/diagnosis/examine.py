@@ -33,9 +33,7 @@ def examine(cause: Cause, view: EpisodeView, weights: Weights, remarks: list[str
 
 def _observed(cause: Cause, view: EpisodeView, weights: Weights) -> Examined:
     missing = _weighed(cause, cause.requires, view, weights)
-    if missing:
-        return Examined(cause, tuple(item for item, _ in missing[:1]), judgement.confirmed([missing[0][1].confirms]))
-    seen = _weighed(cause, cause.observations, view, weights)
+    seen = missing[:1] or _weighed(cause, cause.observations, view, weights)
     # A share of the jump proves what something speaks for; alone it names a group and no cause of it.
     supported = any(item.weight > 0.0 for item, _ in seen)
     shares = _weighed(cause, [share_of_jump(cause.tested_by)], view, weights)

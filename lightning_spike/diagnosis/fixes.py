@@ -162,19 +162,21 @@ def warmup_steps(view: EpisodeView) -> tuple[int, str]:
     return steps, why
 
 
-def dataset_fix(view: EpisodeView) -> str:
-    """Which samples to look at or leave out."""
+def dataset_fix(view: EpisodeView, more: str = "") -> Fix:
+    """Which samples to look at or leave out; `more` is a further sentence."""
+    change = Change(setting="drop_samples", value=view.suspect_indices or None)
     samples = sample_words(view)
-    if not samples:
-        at = view.episode.onset
-        where = (
-            "its dump lists the dataset indices" if view.suspect_indices else "BadBatchDumper would write it to disk"
-        )
-        return f"Look at batch {at.batch_idx} of epoch {at.epoch} (step {at.step}) and drop or mend what is wrong in it; {where}."
-    return f"Drop or mend {samples}{_of_stretch(view)}."
+    if samples:
+        return Fix(f"Drop or mend {samples}{_of_bad_run(view)}.{more}", change)
+    at = view.episode.onset
+    where = "BadBatchDumper would write it to disk"
+    if view.suspect_indices:
+        where = "its dump lists the dataset indices"
+    text = f"Look at batch {at.batch_idx} of epoch {at.epoch} (step {at.step}) and drop or mend what is wrong in it; {where}."
+    return Fix(f"{text}{more}", change)
 
 
-def _of_stretch(view: EpisodeView) -> str:
+def _of_bad_run(view: EpisodeView) -> str:
     """`", those of the 8 bad batches from step 218 to 225"`; empty where one batch alone is bad."""
     ordinals = () if view.bad_run is None else view.bad_run.whole_numbers("ordinals")
     last = None if view.bad_run is None else view.bad_run.number("last_step")
@@ -182,11 +184,6 @@ def _of_stretch(view: EpisodeView) -> str:
         return ""
     first = view.step_of(ordinals[0])
     return f", those of the {len(ordinals)} bad batches from step {first} to {last:.0f} (finding suspect_batches lists them all)"
-
-
-def drop_samples(view: EpisodeView) -> Change:
-    """`dataset_fix` for a program."""
-    return Change(setting="drop_samples", value=view.suspect_indices or None)
 
 
 def sample_words(view: EpisodeView) -> str:

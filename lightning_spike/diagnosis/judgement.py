@@ -15,11 +15,13 @@ from typing import Final, Literal
 from lightning_spike.experiments import (
     Attribution,
     Experiments,
+    FirstNonFinite,
     ModeMeasurement,
     ModuleActivity,
     ModuleChange,
     ModuleMeasurement,
     OutsideChange,
+    SampleOrder,
     Split,
     StepSize,
     UpdateMeasurement,
@@ -116,6 +118,10 @@ MODE_GAP_CHANGED: Final = 2.0
 
 ORDER_LEFT: Final = 2 / 3
 """Share of the excess that a reshuffled stretch may keep for the order to have made it: a one-sided stretch stays so in any order; engineering choice."""
+ORDER_CONFIRMED_LEFT: Final = 0.5
+"""… up to which the order is the cause: the confirming share is gone …"""
+ORDER_REFUTED_LEFT: Final = 0.9
+"""… and from which it is not: at most the refuting share is gone."""
 FEW_SAMPLES_SHARE: Final = 0.5
 """Share of the excess that must go with the exchanged samples for these few to carry it; engineering choice."""
 COOLED_DOWN_LEFT: Final = 0.5
@@ -343,6 +349,28 @@ def change_kind(change: OutsideChange) -> str:
     if change.kind is None or (change.kind == "momentum_or_gradient" and seen == "optimizer"):
         return seen
     return change.kind
+
+
+def birth_confirms(found: FirstNonFinite) -> bool | None:
+    """Whether a first non-finite value confirms that the model or loss makes it; where only the weights of the onset do, it may just be where they ended."""
+    if found.phase == "input":
+        return False
+    return True if found.with_healthy_weights else None
+
+
+# -- sample order --------------------------------------------------------------------------------------------------------
+
+
+def order_level(order: SampleOrder) -> str:
+    """What reshuffling says: `"order"`, `"same in any order"` or `"undecided"`."""
+    if order.left <= ORDER_CONFIRMED_LEFT:
+        return "order"
+    return "same in any order" if order.left >= ORDER_REFUTED_LEFT else "undecided"
+
+
+def order_confirms(order: SampleOrder) -> bool | None:
+    """Whether reshuffling confirms that the order is the cause."""
+    return {"order": True, "same in any order": False}.get(order_level(order))
 
 
 # -- one update, modules, modes ------------------------------------------------------------------------------------------

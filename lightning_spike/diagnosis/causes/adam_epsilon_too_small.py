@@ -1,153 +1,203 @@
-"""`adam_epsilon_too_small`: v_t near zero and eps smaller still, so that noise is turned into full-size updates."""
+"""`adam_epsilon_too_small`: v_t near zero and eps smaller still: noise is turned into full-size updates, or 0 / 0 into NaN.
+
+Seen by: an epsilon that was changed to (nearly) nothing just before (finding `settings_changed`), or has been so all along; gradients far below their usual size while the update is as large as
+ever; non-finite updates while gradients and batch are finite; a replay that gives the damage to epsilon.
+
+Against it: an optimizer without epsilon; one of 1e-8 or more with gradients of their usual size.
+
+Thresholds: libraries use 1e-8; a hundredth of the former value is no tuning; below 1e-12 it holds back nothing in float32. Whether v is small against epsilon does not tell: 1e-8 is far
+below v in any healthy run.
+
+To do: eps 1e-6, or 1e-5 where gradients are that small; in half precision 1e-8 is 0.
+"""
 
 import math
-from typing import ClassVar, Final
+from typing import Final
 
-from typing_extensions import override
+from lightning_spike.diagnosis import judgement, sentences
+from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Fix
+from lightning_spike.diagnosis.constants import GUARD, REACH
+from lightning_spike.diagnosis.judgement import Group
+from lightning_spike.diagnosis.observation import Observation, first_of, observer
+from lightning_spike.diagnosis.observations.experiments import split_of_jump
+from lightning_spike.diagnosis.observations.settings import (
+    SETTING_LEVELS,
+    SettingChange,
+    changed_setting,
+    setting_change,
+)
+from lightning_spike.diagnosis.observations.shared_evidence import batch_values, finite, transient_loss
+from lightning_spike.diagnosis.view import EpisodeView, Excess
+from lightning_spike.experiments import FactorShare
+from lightning_spike.records import Change, EpisodeKind, Family
 
-from lightning_spike.diagnosis.case import Case, Excess
-from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
-from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, REACH, SLIGHT, STRONG
-from lightning_spike.diagnosis.observations.settings import SettingChange, changed_setting, setting_evidence
-from lightning_spike.diagnosis.observations.tells import batch_value, lone_batch, split_verdict, tell, without_none
-from lightning_spike.records import Change, EpisodeKind, Evidence, Family
-
-USUAL: Final = 1e-8
-"""Adam's own epsilon in every library."""
+USUAL_EPSILON: Final = 1e-8
+"""Adam's own epsilon in every library (Kingma & Ba 2015)."""
 ADVISED: Final = (1e-6, 1e-5)
-"""What to use instead (mission.md's table of remedies: 1e-6 … 1e-5), the second where gradients have shown to be noise."""
-FAR_BELOW: Final = 0.01
-"""Factor on epsilon from which it was lowered, and not merely tuned."""
-TINY: Final = 1e-12
-"""An epsilon so small stops nothing in float32: the square of a gradient of that size is near the smallest that single precision holds with all digits (1e-38 for 1e-19)."""
-HUGE: Final = 10.0
+"""What to use instead (mission.md: 1e-6 … 1e-5), the second where gradients have shown to be noise."""
+LOWERED: Final = 0.01
+"""Factor on epsilon from which it was lowered, and not merely tuned; engineering choice."""
+USELESS_EPSILON: Final = 1e-12
+"""An epsilon so small stops nothing in float32: the square of a gradient of that size is near the smallest that single precision holds with all digits (1e-38 for 1e-19); engineering choice."""
+HUGE_RMS: Final = 10.0
 """RMS of g / max(sqrt(v), eps), where 2.3 is bad (Wortsman et al. 2023), from which second moments have no hold on the update at all."""
 FADED: Final = 0.1
-"""Factor on the usual gradient norm from which it has faded, so that what is left may be noise."""
-SHARE: Final = 0.5
-"""Share of the damage that the lab's experiment must give to epsilon, as elsewhere to confirm a cause."""
+"""Factor on the usual gradient norm from which it has faded, so that the rest may be noise; engineering choice."""
 
 
-class AdamEpsilonTooSmall(Cause):
-    """Second moments near zero and an epsilon smaller still: noise is turned into full-size updates, or 0 / 0 into NaN.
-
-    Seen by: an epsilon that was changed to (nearly) nothing just before (finding `settings_changed`), or has been so all along; gradients far below their usual size
-    while the update is as large as ever; updates that are not finite while gradients and batch are; the lab's experiment that gives the damage to epsilon.
-
-    Against it: an optimizer that has no epsilon; one of 1e-8 or more with gradients of their usual size.
-
-    Thresholds: libraries use 1e-8; a hundredth of what it was is no tuning; below 1e-12 it holds back nothing in float32. Whether v is small against epsilon does not tell by itself: 1e-8 is
-    far below v in any healthy run.
-
-    To do: eps 1e-6, or 1e-5 where gradients are that small; in half precision 1e-8 is 0.
-    """
-
-    id: ClassVar = "adam_epsilon_too_small"
-    family: ClassVar = Family.OPTIMIZER
-    title: ClassVar = "Adam's epsilon is too small"
-    applies_to: ClassVar = LOSS_ROSE | {EpisodeKind.STALL}
-    explains: ClassVar = frozenset(
-        {"numerical_instability", "lr_too_high", "gradient_explosion", "stale_second_moment"}
-    )
-    standing: ClassVar = frozenset({("optimizer", "settings_changed")})
-
-    @override
-    def examine(self, case: Case) -> Examination:
-        eps = case.setting("eps")
-        if eps is None:
-            none = tell("eps", "The optimizer has no epsilon.", -DECISIVE)
-            return Examination(evidence=(none,) if case.facts.optimizers else ())
-        lowered = changed_setting(case, _lowered, "eps")
-        now = eps if lowered is None else lowered.after
-        evidence = without_none(
-            setting_evidence(case, lowered) if lowered is not None else _value(eps),
-            _not_finite(case, now),
-            _full_size(case, now),
-            _experiment(case, lowered),
-            lone_batch(case, -FAIR),
-            batch_value(case, ordinary=0.0, odd=-FAIR) if lowered is None else None,
-            split_verdict(case, {"data": -STRONG, "noise": -FAIR}),
-        )
-        value = ADVISED[1] if now > 0.0 and _faded(case) is not None else ADVISED[0]
-        return Examination(
-            evidence=evidence,
-            summary=_summary(case, now, lowered),
-            fixes=_fixes(value, now, lowered),
-            change=Change(setting="eps", value=value),
-        )
-
-
-def _lowered(change: SettingChange) -> bool:
-    return change.after < min(FAR_BELOW * change.before, USUAL)
-
-
-def _value(eps: float) -> Evidence:
-    if eps <= 0.0:
-        return tell("eps", "There is no epsilon: it is 0.", STRONG, observed=eps, expected=USUAL)
-    if eps <= TINY:
-        text = f"Epsilon is {eps:.3g}, which holds nothing back in float32."
-        return tell("eps", text, FAIR, observed=eps, expected=USUAL)
-    text = f"Epsilon is {eps:.3g}, and was not changed while training ran."
-    return tell("eps", text, -STRONG if eps >= USUAL else -SLIGHT, observed=eps, expected=USUAL)
-
-
-def _not_finite(case: Case, eps: float) -> Evidence | None:
-    """NaN out of finite gradients and a finite batch: 0 / 0 in the update."""
-    if case.kind is not EpisodeKind.NONFINITE or not eps < USUAL:
+@observer("none")
+def has_epsilon(view: EpisodeView) -> Observation | None:
+    """The premise: an optimizer with an epsilon."""
+    if view.setting("eps") is not None or not view.facts.optimizers:
         return None
-    gradient = case.latest("grad_norm", case.onset - 1)
-    if gradient is None or not math.isfinite(gradient[1]) or case.onset - gradient[0] > GUARD:
+    return Observation(level="none", text="The optimizer has no epsilon.", signal="eps")
+
+
+@observer(*SETTING_LEVELS)
+def _lowered_epsilon(view: EpisodeView) -> Observation | None:
+    change = view.once(_lowered)
+    return None if change is None else setting_change(view, change)
+
+
+@observer("zero", "useless", "usual", "small")
+def _epsilon(view: EpisodeView) -> Observation | None:
+    eps = view.setting("eps")
+    if eps is None:
+        return None
+    if eps <= 0.0:
+        level, text = "zero", "There is no epsilon: it is 0."
+    elif eps <= USELESS_EPSILON:
+        level, text = "useless", f"Epsilon is {eps:.3g}, which holds nothing back in float32."
+    else:
+        level = "usual" if eps >= USUAL_EPSILON else "small"
+        text = f"Epsilon is {eps:.3g}, and was not changed while training ran."
+    return Observation(level=level, text=text, signal="eps", observed=eps, expected=USUAL_EPSILON)
+
+
+@observer("non-finite update")
+def nonfinite_update(view: EpisodeView) -> Observation | None:
+    """NaN out of finite gradients and a finite batch: 0 / 0 in the update."""
+    if view.kind is not EpisodeKind.NONFINITE or not _epsilon_now(view) < USUAL_EPSILON:
+        return None
+    gradient = view.latest("grad_norm", view.onset - 1)
+    if gradient is None or not math.isfinite(gradient[1]) or view.onset - gradient[0] > GUARD:
         return None
     text = f"The gradients of the update before were finite (norm {gradient[1]:.3g}), the loss after it was not."
-    return tell("grad_norm", text, FAIR, step=case.step, observed=gradient[1])
+    return Observation(level="non-finite update", text=text, signal="grad_norm", step=view.step, observed=gradient[1])
 
 
-def _full_size(case: Case, eps: float) -> Evidence | None:
+@observer("full size")
+def update_size(view: EpisodeView) -> Observation | None:
     """Gradients far below their usual size that make an update as large as any."""
-    rms = case.latest("update_rms", case.onset)
-    faded = _faded(case)
-    if rms is None or case.onset - rms[0] > REACH or not eps < USUAL or faded is None:
+    rms, faded = view.latest("update_rms", view.onset), view.once(_faded)
+    if rms is None or view.onset - rms[0] > REACH or not _epsilon_now(view) < USUAL_EPSILON or faded is None:
         return None
-    if not rms[1] >= HUGE and math.isfinite(rms[1]):
+    if not rms[1] >= HUGE_RMS and math.isfinite(rms[1]):
         return None
-    text = f"The gradient norm was {faded.observed:.3g} (usually {faded.expected:.3g}), and yet up to {rms[1]:.3g} times what the second moments and epsilon expect."
-    observed = rms[1] if math.isfinite(rms[1]) else None
-    return tell("update_rms", text, FAIR, step=case.step, observed=observed, expected=1.0)
-
-
-def _faded(case: Case) -> Excess | None:
-    found = [e for at in range(case.onset - GUARD, case.onset) if (e := case.excess("grad_norm", at)) is not None]
-    low = [e for e in found if 0.0 <= e.observed < FADED * e.expected]
-    return min(low, key=lambda e: e.observed, default=None)
-
-
-def _experiment(case: Case, lowered: SettingChange | None) -> Evidence | None:
-    """The lab's answer. Its re-run may not carry a setting that was changed: then what it calls a change from outside is this."""
-    shares, factors = case.blame, case.lab("factors") or {}
-    finer = [s for key in ("finer", "shares") for s in factors.get(key) or () if isinstance(s, dict)]
-    of_eps = [s for s in finer if s.get("factor") == "epsilon"]
-    text = str((case.lab("blame") or {}).get("text") or "The moment was run again.")
-    if of_eps:
-        share = float(of_eps[0].get("share") or 0.0)
-        return tell("lab/factors", text, DECISIVE if share >= SHARE else 0.0, step=case.step, observed=share)
-    if not shares or lowered is not None:
-        return None
-    share = shares.get("optimizer", 0.0)
-    return tell("lab/blame", text, 0.0 if share >= SHARE else -STRONG, step=case.step, observed=share)
-
-
-def _summary(case: Case, eps: float, lowered: SettingChange | None) -> str:
-    then = f", and {case.loss_text}" if case.store.episodes else ""
-    if lowered is not None:
-        return f"{lowered.text}, so that noise makes updates of full size and 0 / 0 is NaN{then}."
-    return f"Adam's epsilon of {eps:.3g} holds nothing back{then}."
-
-
-def _fixes(value: float, eps: float, lowered: SettingChange | None) -> tuple[str, ...]:
-    use = f"Use eps={value:g} in place of {eps:.3g}: large enough to hold back updates made of noise, far below the roots of healthy second moments."
-    who = (
-        f"Find what set eps to {lowered.after:.3g} at step {lowered.step}: a cast of the settings to half precision makes 1e-8 a 0."
-        if lowered is not None
-        else "Keep epsilon and second moments in float32: in half precision 1e-8 is 0."
+    text = (
+        f"The gradient norm was {faded.observed:.3g} (usually {faded.expected:.3g}), yet the update was "
+        f"×{rms[1]:.3g} what second moments and epsilon expect."
     )
-    return use, who
+    return Observation(
+        level="full size", text=text, signal="update_rms", step=view.step, observed=finite(rms[1]), expected=1.0
+    )
+
+
+@observer("epsilon", "partly epsilon", "state", "not the state")
+def epsilon_share(view: EpisodeView) -> Observation | None:
+    """The share of the damage that replay gives to epsilon; a setting that was changed counts as a change from outside there, which says nothing."""
+    if view.experiments is None:
+        return None
+    text = sentences.jump(view.experiments)
+    of_eps = view.once(_epsilon_factor)
+    if of_eps is not None:
+        level = "epsilon" if of_eps.share >= judgement.CONFIRMING_SHARE else "partly epsilon"
+        return Observation(level=level, text=text, signal="lab/attribution", step=view.step, observed=of_eps.share)
+    if not view.shares or view.once(_lowered) is not None:
+        return None
+    share = view.shares.get(Group.OPTIMIZER, 0.0)
+    level = "state" if share >= judgement.CONFIRMING_SHARE else "not the state"
+    return Observation(level=level, text=text, signal="lab/attribution", step=view.step, observed=share)
+
+
+@observer(*batch_values.levels, name="batch_values")
+def batch(view: EpisodeView) -> Observation | None:
+    """The values of the batch; asked only where no setting was changed."""
+    return batch_values(view) if view.once(_lowered) is None else None
+
+
+def _epsilon_factor(view: EpisodeView) -> FactorShare | None:
+    attribution = None if view.experiments is None else view.experiments.attribution
+    shares = () if attribution is None else (*attribution.finer, *attribution.shares)
+    return next((s for s in shares if s.factor == "epsilon"), None)
+
+
+def _lowered(view: EpisodeView) -> SettingChange | None:
+    return changed_setting(view, _is_lowered, "eps")
+
+
+def _is_lowered(change: SettingChange) -> bool:
+    return change.after < min(LOWERED * change.before, USUAL_EPSILON)
+
+
+def _epsilon_now(view: EpisodeView) -> float:
+    change, eps = view.once(_lowered), view.setting("eps")
+    if change is not None:
+        return change.after
+    return math.inf if eps is None else eps
+
+
+def _faded(view: EpisodeView) -> Excess | None:
+    """The lowest gradient norm just before the onset, where it has faded."""
+    found = [e for at in range(view.onset - GUARD, view.onset) if (e := view.excess("grad_norm", at)) is not None]
+    return min((e for e in found if 0.0 <= e.observed < FADED * e.expected), key=lambda e: e.observed, default=None)
+
+
+def _summary(view: EpisodeView) -> str:
+    change = view.once(_lowered)
+    then = f", and {view.loss_text}" if view.store.episodes else ""
+    if change is not None:
+        return f"{change.text}, so that noise makes updates of full size and 0 / 0 is NaN{then}."
+    return f"Adam's epsilon of {_epsilon_now(view):.3g} holds nothing back{then}."
+
+
+def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
+    change, now = view.once(_lowered), _epsilon_now(view)
+    value = ADVISED[1] if now > 0.0 and view.once(_faded) is not None else ADVISED[0]
+    find = "Keep epsilon and second moments in float32: in half precision 1e-8 is 0."
+    if change is not None:
+        find = (
+            f"Find what set eps to {change.after:.3g} at step {change.step}: "
+            "a cast of the settings to half precision makes 1e-8 a 0."
+        )
+    return (
+        Fix(
+            f"Use eps={value:g} in place of {now:.3g}: large enough to hold back updates made of noise, "
+            "far below the roots of healthy second moments.",
+            Change(setting="eps", value=value),
+        ),
+        Fix(find),
+    )
+
+
+CAUSE: Final = Cause(
+    id="adam_epsilon_too_small",
+    family=Family.OPTIMIZER,
+    title="Adam's epsilon is too small",
+    meaning="v_t near zero and eps smaller still: noise is turned into full-size updates",
+    requires=(has_epsilon,),
+    observations=(
+        first_of("epsilon", _lowered_epsilon, _epsilon),
+        nonfinite_update,
+        update_size,
+        epsilon_share,
+        transient_loss,
+        batch,
+        split_of_jump(frozenset({Group.OPTIMIZER})),
+    ),
+    summary=_summary,
+    fixes=_fixes,
+    applies_to=LOSS_ROSE | {EpisodeKind.STALL},
+    explains=frozenset({"numerical_instability", "stale_second_moment"}),
+    sufficient_findings=frozenset({("optimizer", "settings_changed")}),
+)

@@ -1,151 +1,144 @@
-"""`gradient_explosion`: gradients grow through depth or time with no other cause upstream, unclipped."""
+"""`gradient_explosion`: gradients grow through depth or time with no other cause upstream, unclipped.
+
+Seen by: a gradient norm far out of its range in updates *before* the loss rose, with an ordinary batch and an ordinary learning rate.
+
+Against it: norms in their range until the loss itself jumped (then they are its symptom); clipping by norm that was on; Adam and the like, whose step one large gradient cannot
+lengthen, unless the lab finds that it did its harm out of the state; a loss that was back at once. Whatever lies upstream (a bad batch, a restart, a rate too high) takes its evidence away.
+
+Thresholds: out of range is by the norms' own history on the log scale; 10 times the usual norm is an explosion (AUTOTRAINER and TheDeepChecker use absolute values, which do not carry
+over between models; science.md 2.2).
+
+To do: clip at a value taken from the healthy norms; look at the parameter that grew most.
+"""
 
 import math
-from typing import ClassVar, Final
+from typing import Final
 
 import numpy as np
-from typing_extensions import override
 
-from lightning_spike.diagnosis.case import Case, Excess
-from lightning_spike.diagnosis.cause import Cause, Examination
-from lightning_spike.diagnosis.constants import DECISIVE, FAIR, REPLAYED, SLIGHT, STRONG
+from lightning_spike.diagnosis import sentences
+from lightning_spike.diagnosis.cause import Cause, Fix
 from lightning_spike.diagnosis.fixes import clip_fix, clip_value
-from lightning_spike.diagnosis.observations.held import EXPLODED, held_gradient
+from lightning_spike.diagnosis.judgement import Group
+from lightning_spike.diagnosis.observation import Observation, observer
+from lightning_spike.diagnosis.observations.experiments import split_of_jump
+from lightning_spike.diagnosis.observations.gradient_in_state import EXPLODED, exploded_gradient_in_state
 from lightning_spike.diagnosis.observations.rates import steady_rate
-from lightning_spike.diagnosis.observations.tells import (
-    batch_value,
+from lightning_spike.diagnosis.observations.shared_evidence import (
+    batch_values,
     batches,
     early_gradient,
+    finite,
     gradient_in_range,
-    lone_batch,
-    split_verdict,
-    tell,
-    without_none,
+    transient_loss,
 )
-from lightning_spike.records import Change, Evidence, Family
+from lightning_spike.diagnosis.view import EpisodeView, Excess
+from lightning_spike.records import Change, Family
 
 LARGE: Final = 3.0
-"""… from which it is large: what an outlier of a batch may well bring."""
+"""Times its usual norm from which a gradient is large: what an outlier of a batch may well bring; engineering choice."""
+FACTORS: Final = ((100.0, "100-fold"), (50.0, "50-fold"), (EXPLODED, "10-fold"), (LARGE, "3-fold"))
+"""Factors over the usual norm, by level."""
 ADAPTIVE: Final = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad")
 """Optimizers whose step a single large gradient cannot lengthen beyond about three times (Kingma & Ba: at most (1 - b1) / sqrt(1 - b2))."""
 
 
-class GradientExplosion(Cause):
-    """Gradients grow through depth or time with no other cause upstream, unclipped.
-
-    Seen by: a gradient norm far out of its range in updates *before* the loss rose, with an ordinary batch and an ordinary learning rate.
-
-    Against it: norms that were in their range until the loss itself jumped (then they are its symptom); clipping by norm that was on; Adam and its like,
-    whose step one large gradient cannot lengthen, unless the lab finds that it did its harm out of the state; a loss that was back at once. Whatever lies upstream (a bad batch, a restart, a rate too high) takes its
-    evidence away: a symptom never outranks its cause.
-
-    Thresholds: out of range is by the norms' own history on the log scale; 10 times the usual norm is an explosion (AUTOTRAINER and TheDeepChecker use
-    absolute values, which do not carry over between models; science.md 2.2).
-
-    To do: clip at a value taken from the healthy norms; look at the parameter that grew most.
-    """
-
-    id: ClassVar = "gradient_explosion"
-    family: ClassVar = Family.GRADIENT
-    tested_by: ClassVar = frozenset({"intrinsic", "clipping"})
-    title: ClassVar = "Exploding gradients"
-
-    @override
-    def examine(self, case: Case) -> Examination:
-        lead, held = early_gradient(case), held_gradient(case)
-        if held is not None and case.oddities(held.ordinal):
-            held = None  # an odd batch has an odd gradient: what the state holds is of its making
-        evidence = without_none(
-            _lead(case, lead),
-            gradient_in_range(case, -STRONG) if held is None else None,
-            _clipped(case),
-            _adaptive(case),
-            _steady(case) if lead is not None else None,
-            _in_the_state(case, held),
-            lone_batch(case, -SLIGHT),
-            batch_value(case, ordinary=SLIGHT if lead is not None else 0.0, odd=-STRONG),
-            split_verdict(case, {"data": -STRONG, "weights": FAIR, "noise": -FAIR}),
-        )
-        layer = _grown_most(case, lead)
-        return Examination(
-            evidence=evidence,
-            summary=_summary(case, lead, layer),
-            fixes=_fixes(case, layer),
-            change=Change(setting="gradient_clip_val", value=clip_value(case) or 1.0),
-            confirmed=False if case.split == "data" else None,
-        )
-
-
-def _lead(case: Case, lead: Excess | None) -> Evidence | None:
-    excess = lead if lead is not None else case.excess("grad_norm", case.onset)
+@observer("100-fold", "50-fold", "10-fold", "3-fold", "somewhat", "non-finite", "with the loss")
+def gradient_before(view: EpisodeView) -> Observation | None:
+    """How far the gradient norm was out of its range before the loss rose; a non-finite norm is no step at all, but a NaN."""
+    lead = early_gradient(view)
+    excess = lead if lead is not None else view.excess("grad_norm", view.onset)
     if excess is None or not excess.above:
         return None
-    times = f"{excess.ratio:.3g} times" if math.isfinite(excess.ratio) else "not finite, against"
-    when = (
-        f"{batches(case.onset - excess.ordinal)} before the loss rose"
-        if lead is not None
-        else "in the batch whose loss jumped"
-    )
-    weight = SLIGHT
+    when = "in the batch whose loss jumped"
     if lead is not None:
-        weight = _weight(lead.ratio)
-    return tell(
-        "grad_norm",
-        f"The gradient norm was {times} its usual {excess.expected:.3g}, {when}.",
-        weight,
-        step=case.step,
-        observed=excess.observed if math.isfinite(excess.observed) else None,
-        expected=excess.expected,
-    )
+        when = f"{batches(view.onset - excess.ordinal)} before the loss rose"
+    size = f"×{excess.ratio:.3g} its" if math.isfinite(excess.ratio) else "not finite, against a"
+    return Observation(
+        level="with the loss" if lead is None else _level(excess.ratio),
+        text=f"The gradient norm was {size} usual {excess.expected:.3g}, {when}.", signal="grad_norm",
+        step=view.step, observed=finite(excess.observed), expected=excess.expected,
+    )  # fmt: skip
 
 
-def _weight(ratio: float) -> float:
-    """From `EXPLODED` on the log of the ratio: a step a hundred times too long cannot but do damage. A norm that is not finite is no step at all, but a NaN."""
+def _level(ratio: float) -> str:
     if not math.isfinite(ratio):
-        return SLIGHT
-    return max(STRONG, min(math.log(ratio), DECISIVE)) if ratio >= EXPLODED else FAIR if ratio >= LARGE else SLIGHT
+        return "non-finite"
+    return next((name for factor, name in FACTORS if ratio >= factor), "somewhat")
 
 
-def _clipped(case: Case) -> Evidence | None:
-    value = case.facts.gradient_clip_val
-    if value is None or case.facts.gradient_clip_algorithm != "norm":
+@observer("in range")
+def norms_in_range(view: EpisodeView) -> Observation | None:
+    """Ordinary norms before the loss jumped."""
+    return gradient_in_range(view) if view.once(_in_state) is None else None
+
+
+@observer("clipped")
+def clipping(view: EpisodeView) -> Observation | None:
+    """Clipping by norm that was on."""
+    value = view.facts.gradient_clip_val
+    if value is None or view.facts.gradient_clip_algorithm != "norm":
         return None
     text = f"Gradients are clipped to a norm of {value:g}, so a large one does not make a large step."
-    return tell("grad_norm/after_clip", text, -DECISIVE, step=case.step, observed=value)
+    return Observation(level="clipped", text=text, signal="grad_norm/after_clip", step=view.step, observed=value)
 
 
-def _adaptive(case: Case) -> Evidence | None:
-    names = [o.class_name for o in case.facts.optimizers]
+@observer("adaptive")
+def optimizer(view: EpisodeView) -> Observation | None:
+    """An optimizer that scales its step by the gradient's own size."""
+    names = [o.class_name for o in view.facts.optimizers]
     if not names or not all(name in ADAPTIVE for name in names):
         return None
-    return tell(
-        "grad_norm",
-        f"{names[0]} scales its step by the gradient's own size, so one large gradient cannot explode it.",
-        -SLIGHT,
-        step=case.step,
+    text = f"{names[0]} scales its step by the gradient's own size, so one large gradient cannot explode it."
+    return Observation(level="adaptive", text=text, signal="grad_norm", step=view.step)
+
+
+@observer("steady")
+def rate(view: EpisodeView) -> Observation | None:
+    """A learning rate without an event, where the gradient led the loss."""
+    if early_gradient(view) is None or not steady_rate(view):
+        return None
+    text = "The learning rate had no event near the onset."
+    return Observation(level="steady", text=text, signal="lr", step=view.step)
+
+
+@observer("holds the exploded gradient")
+def optimizer_state(view: EpisodeView) -> Observation | None:
+    """Damage that the experiments give to the optimizer's state, in later updates than that of the exploded gradient: that gradient is in the state."""
+    held = view.once(_in_state)
+    if held is None or view.experiments is None:
+        return None
+    text = f"{sentences.jump(view.experiments)} The state held the exploded gradient of step {view.step_of(held.ordinal)}."
+    return Observation(
+        level="holds the exploded gradient", text=text, signal="lab/attribution", step=view.step,
+        observed=held.observed, expected=held.expected,
+    )  # fmt: skip
+
+
+@observer("ordinary after a large gradient", "ordinary", "odd", name="batch_values")
+def batch(view: EpisodeView) -> Observation | None:
+    """The values of the batch; ordinary ones tell more where a gradient led the loss."""
+    found = batch_values(view)
+    if found is None or found.level == "odd" or early_gradient(view) is None:
+        return found
+    return Observation(
+        level="ordinary after a large gradient", text=found.text, signal=found.signal, step=found.step
     )
 
 
-def _in_the_state(case: Case, held: Excess | None) -> Evidence | None:
-    """Damage that the experiments give to the optimizer's state, in later updates than that of the exploded gradient: that gradient is what it holds."""
-    if held is None:
-        return None
-    text = f"The experiments give the damage to what the optimizer's state held later, and that was the gradient of step {case.step_of(held.ordinal)}."
-    return tell("lab/factors", text, REPLAYED, step=case.step, observed=held.observed, expected=held.expected)
+def _in_state(view: EpisodeView) -> Excess | None:
+    """The exploded gradient in the optimizer's state; not one of an odd batch, whose gradient is odd as well."""
+    held = exploded_gradient_in_state(view)
+    return None if held is not None and view.oddities(held.ordinal) else held
 
 
-def _steady(case: Case) -> Evidence | None:
-    if not steady_rate(case):
-        return None
-    return tell("lr", "The learning rate had no event near the onset.", SLIGHT, step=case.step)
-
-
-def _grown_most(case: Case, lead: Excess | None) -> tuple[str, float] | None:
+def _grown_most(view: EpisodeView) -> tuple[str, float] | None:
     """The parameter whose gradient norm grew most against its own usual one, and by what factor."""
-    at = lead.ordinal if lead is not None else case.onset
-    names = case.store.layer_names.get("grad_norm", ())
-    now = case.store.layer_rows("grad_norm", at, at)
-    usual = case.store.layer_rows("grad_norm", at - 64, at - 9)
+    lead = early_gradient(view)
+    at = view.onset if lead is None else lead.ordinal
+    names = view.store.layer_names.get("grad_norm", ())
+    now = view.store.layer_rows("grad_norm", at, at)
+    usual = view.store.layer_rows("grad_norm", at - 64, at - 9)
     if not now or not usual or any(len(row.values) != len(names) for row in (*now, *usual)):
         return None
     middle = np.median(np.stack([row.values for row in usual]), axis=0)
@@ -155,22 +148,44 @@ def _grown_most(case: Case, lead: Excess | None) -> tuple[str, float] | None:
     return (names[place], float(factors[place])) if factors.size and factors[place] > 1.0 else None
 
 
-def _summary(case: Case, lead: Excess | None, layer: tuple[str, float] | None) -> str:
-    most = f", most in {layer[0]} ({layer[1]:.3g} times)" if layer is not None else ""
-    excess = lead if lead is not None else case.excess("grad_norm", case.onset)
+def _summary(view: EpisodeView) -> str:
+    lead, layer = early_gradient(view), _grown_most(view)
+    most = "" if layer is None else f", most in {layer[0]} (×{layer[1]:.3g})"
+    excess = lead if lead is not None else view.excess("grad_norm", view.onset)
     if excess is None:
-        return f"The gradients exploded at step {case.step}, and {case.loss_text}."
-    return f"The gradient norm went from {excess.expected:.3g} to {excess.observed:.3g}{most}, and {case.loss_text}."
+        return f"The gradients exploded at step {view.step}, and {view.loss_text}."
+    return f"The gradient norm went from {excess.expected:.3g} to {excess.observed:.3g}{most}, and {view.loss_text}."
 
 
-def _fixes(case: Case, layer: tuple[str, float] | None) -> tuple[str, ...]:
-    clip = (
-        clip_fix(case)
-        or "Clip the gradient norm: Trainer(gradient_clip_val=1.0); GradNormMonitor shows what is usual in this run."
-    )
-    look = (
-        f"Look at {layer[0]}, whose gradient grew {layer[1]:.3g} times: its initial scale, a norm layer before it."
-        if layer is not None
-        else None
-    )
-    return tuple(filter(None, (clip, look)))
+def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
+    layer = _grown_most(view)
+    text = "Clip the gradient norm: Trainer(gradient_clip_val=1.0); GradNormMonitor shows what is usual in this run."
+    change = Change(setting="gradient_clip_val", value=clip_value(view) or 1.0)
+    clip = clip_fix(view) or (Fix(text, change),)
+    if layer is None:
+        return clip
+    return (*clip, Fix(f"Look at {layer[0]}, whose gradient grew ×{layer[1]:.3g}: its initial scale, a norm layer before it."))
+
+
+TESTED_BY: Final = frozenset({Group.INTRINSIC, Group.CLIPPING})
+
+CAUSE: Final = Cause(
+    id="gradient_explosion",
+    family=Family.GRADIENT,
+    title="Exploding gradients",
+    meaning="gradients grow through depth or time with no other cause upstream, unclipped",
+    observations=(
+        gradient_before,
+        norms_in_range,
+        clipping,
+        optimizer,
+        rate,
+        optimizer_state,
+        transient_loss,
+        batch,
+        split_of_jump(TESTED_BY),
+    ),
+    summary=_summary,
+    fixes=_fixes,
+    tested_by=TESTED_BY,
+)

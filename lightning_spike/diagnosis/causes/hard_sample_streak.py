@@ -1,109 +1,144 @@
-"""`hard_sample_streak`: order sensitivity: hard or one-sided samples in a row, a sorted or unshuffled stretch."""
+"""`hard_sample_streak`: order sensitivity: hard or one-sided samples in a row, a sorted or unshuffled stretch.
 
-from typing import ClassVar, Final
+Seen by: several batches in a row whose targets are less mixed than those of any earlier batch: fewer classes, a lower entropy; for numeric targets a smaller spread within the
+batch. Each sample may be healthy; the order is not. The trouble comes during such a stretch or just after it, when the model has forgotten the rest.
 
-from typing_extensions import override
+Against it: targets as mixed as before; a single such batch.
 
-from lightning_spike.diagnosis.case import Case, number
-from lightning_spike.diagnosis.cause import Cause, Examination
-from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, STRONG
+Thresholds: the range is that of up to 128 batches that end 48 before the onset. Targets that are neither classes nor numbers cannot be judged.
+
+To do: shuffle, with a buffer longer than the stretch; where the order is wanted, mix in samples from before.
+"""
+
+from typing import Final
+
+from lightning_spike.diagnosis import judgement, sentences
+from lightning_spike.diagnosis.cause import Cause, Fix
+from lightning_spike.diagnosis.constants import GUARD
+from lightning_spike.diagnosis.observation import Observation, observer
 from lightning_spike.diagnosis.observations.batch_parts import class_leaves
-from lightning_spike.diagnosis.observations.course import Stretch, course
-from lightning_spike.diagnosis.observations.order import one_sided, targets_known
-from lightning_spike.diagnosis.observations.tells import batches, tell, without_none
-from lightning_spike.records import Change, Evidence, Family
+from lightning_spike.diagnosis.observations.reference_range import reference_range
+from lightning_spike.diagnosis.observations.sample_order import one_sided, targets_known
+from lightning_spike.diagnosis.observations.shared_evidence import batches
+from lightning_spike.diagnosis.view import EpisodeView
+from lightning_spike.records import Change, Family
 
-LONG: Final = 6
-"""Batches from which it is a stretch that came sorted and no accident of a short reference."""
-MIXED: Final = 0.5
-"""Share of the jump that is left with the same samples in another order, up to which it was the order …"""
-SAME: Final = 0.9
-"""… and from which it was not."""
+LONG_STRETCH_BATCHES: Final = 6
+"""Batches from which it is a stretch that came sorted and no accident of a short reference; engineering choice."""
 
 
-class HardSampleStreak(Cause):
-    """Order sensitivity: hard or one-sided samples in a row, a sorted or unshuffled stretch.
-
-    Seen by: several batches in a row whose targets are less mixed than those of any batch of long before: fewer classes, a lower entropy; for targets that are numbers a
-    smaller spread within the batch. The samples may all be healthy: what is wrong is their company. The trouble comes during such a stretch or just after
-    it, when the net has forgotten the rest.
-
-    Against it: targets as mixed as always; a single such batch.
-
-    Thresholds: the range is that of up to 128 batches that end 48 before the onset. Targets that are neither classes nor numbers cannot be judged.
-
-    To do: shuffle, with a buffer longer than the stretch; where the order is wanted, mix in samples from before.
-    """
-
-    id: ClassVar = "hard_sample_streak"
-    family: ClassVar = Family.DATA
-    title: ClassVar = "One-sided samples in a row"
-    explains: ClassVar = frozenset({"bad_batch", "label_noise", "data_drift", "gradient_explosion", "overfitting"})
-
-    @override
-    def examine(self, case: Case) -> Examination:
-        found = one_sided(case)
-        if found is None:
-            known = targets_known(case)
-            text = (
-                "The targets of the batches before and at the onset are as mixed as ever."
-                if known
-                else "Of the order of samples nothing is known."
-            )
-            return Examination(evidence=(tell("batch/target", text, -DECISIVE if known else -STRONG, step=case.step),))
-        signal, stretch = found
-        where = f"from step {case.step_of(stretch.first)} to {case.step_of(stretch.last)}"
-        return Examination(
-            evidence=without_none(
-                _stretch(case, signal, stretch), _run_of_one(case, stretch), _level(case, signal, stretch), _order(case)
-            ),
-            summary=f"The samples came one-sided in {batches(stretch.count)} {where} ({signal} down to {stretch.furthest:.3g}, usually {stretch.usual:.3g}), and {case.loss_text}.",
-            fixes=(
-                f"Shuffle: DataLoader(shuffle=True), or for a stream a buffer of more than the {stretch.last - stretch.first + 1} batches that came sorted {where}.",
-                "Where files are written class by class, interleave them; in every epoch another order.",
-                "Where the order is wanted, mix samples from before into every batch.",
-            ),
-            change=Change(setting="shuffle", value="all"),
-        )
+@observer("as mixed as before", "unknown")
+def targets_mixed(view: EpisodeView) -> Observation | None:
+    """The premise: a stretch of one-sided batches."""
+    if view.once(one_sided) is not None:
+        return None
+    if not targets_known(view):
+        return Observation(level="unknown", text="The order of samples was not recorded.", signal="batch/target", step=view.step)
+    text = "The targets of the batches before and at the onset are as mixed as before."
+    return Observation(level="as mixed as before", text=text, signal="batch/target", step=view.step)
 
 
-def _stretch(case: Case, signal: str, stretch: Stretch) -> Evidence:
+@observer("long", "short")
+def one_sided_stretch(view: EpisodeView) -> Observation | None:
+    """The stretch of batches with one-sided targets."""
+    found = view.once(one_sided)
+    if found is None:
+        return None
+    signal, stretch = found
+    step = view.step_of(stretch.first)
     text = (
-        f"In {batches(stretch.count)} from step {case.step_of(stretch.first)} on the targets are less mixed than in any batch of long before "
+        f"The targets are less mixed than in any earlier batch in {batches(stretch.count)} from step {step} on "
         f"({signal} down to {stretch.furthest:.3g}, usually {stretch.usual:.3g})."
     )
-    weight = DECISIVE if stretch.count >= LONG else STRONG
-    return tell(
-        signal, text, weight, step=case.step_of(stretch.first), observed=stretch.furthest, expected=stretch.usual
-    )
+    return Observation(
+        level="long" if stretch.count >= LONG_STRETCH_BATCHES else "short", text=text, signal=signal, step=step,
+        observed=stretch.furthest, expected=stretch.usual,
+    )  # fmt: skip
 
 
-def _run_of_one(case: Case, stretch: Stretch) -> Evidence | None:
-    """Samples with the same target one behind the other, longer than ever."""
-    for leaf in class_leaves(case, "target"):
-        told = course(case, f"batch/{leaf}/longest_run", stretch.first, stretch.last)
-        if told is not None and (run := float(told.values.max())) > told.high:
-            text = f"Up to {run:.0f} samples in a row have the same target, usually {told.middle:.0f}."
-            return tell(told.signal, text, FAIR, step=case.step, observed=run, expected=told.middle)
+@observer("longer than ever")
+def run_of_one_target(view: EpisodeView) -> Observation | None:
+    """Samples with the same target one behind the other, more than ever."""
+    found = view.once(one_sided)
+    if found is None:
+        return None
+    for leaf in class_leaves(view, "target"):
+        series = reference_range(view, f"batch/{leaf}/longest_run", found[1].first, found[1].last)
+        if series is not None and (run := float(series.values.max())) > series.high:
+            text = f"Up to {run:.0f} samples in a row have the same target, usually {series.middle:.0f}."
+            return Observation(
+                level="longer than ever", text=text, signal=series.signal, step=view.step, observed=run, expected=series.middle
+            )
     return None
 
 
-def _level(case: Case, signal: str, stretch: Stretch) -> Evidence | None:
+@observer("moves")
+def target_level(view: EpisodeView) -> Observation | None:
     """Numbers that come sorted are all small, then all large."""
-    if not signal.endswith("/std"):
+    found = view.once(one_sided)
+    if found is None or not found[0].endswith("/std"):
         return None
-    told = course(case, f"{signal.removesuffix('/std')}/mean", stretch.first, stretch.last + GUARD)
-    if told is None or not (told.stretches(above=True) or told.stretches(above=False)):
+    signal = f"{found[0].removesuffix('/std')}/mean"
+    series = reference_range(view, signal, found[1].first, found[1].last + GUARD)
+    if series is None or not (series.stretches(above=True) or series.stretches(above=False)):
         return None
-    text = f"In the same batches {told.signal} went from {told.values.min():.3g} to {told.values.max():.3g}, long before from {told.low:.3g} to {told.high:.3g}."
-    return tell(told.signal, text, STRONG, step=case.step, observed=float(told.values.max()), expected=told.middle)
+    text = (
+        f"In the same batches {signal} ran from {series.values.min():.3g} to {series.values.max():.3g}; "
+        f"before, from {series.low:.3g} to {series.high:.3g}."
+    )
+    return Observation(
+        level="moves", text=text, signal=signal, step=view.step, observed=float(series.values.max()), expected=series.middle
+    )
 
 
-def _order(case: Case) -> Evidence | None:
+@observer("order", "same in any order", "undecided")
+def reshuffled(view: EpisodeView) -> Observation | None:
     """The lab's answer: what is left of the jump when the samples come in another order."""
-    left = number((case.lab("order") or {}).get("left"))
-    if left is None:
+    found = None if view.experiments is None else view.experiments.sample_order
+    if found is None:
         return None
-    text = f"With the same samples in a mixed order {left:.0%} of the jump is left."
-    weight = STRONG if left <= MIXED else -FAIR if left >= SAME else 0.0
-    return tell("lab/order", text, weight, step=case.step, observed=left)
+    return Observation(
+        level=judgement.order_level(found), text=sentences.sample_order(found), signal="lab/sample_order",
+        step=view.step, observed=found.left, confirms=judgement.order_confirms(found),
+    )  # fmt: skip
+
+
+def _where(view: EpisodeView) -> str:
+    found = view.once(one_sided)
+    return "" if found is None else f"from step {view.step_of(found[1].first)} to {view.step_of(found[1].last)}"
+
+
+def _summary(view: EpisodeView) -> str:
+    found = view.once(one_sided)
+    if found is None:
+        return f"The samples came one-sided, and {view.loss_text}."
+    signal, stretch = found
+    values = f"{signal} down to {stretch.furthest:.3g}, usually {stretch.usual:.3g}"
+    return f"The samples came one-sided in {batches(stretch.count)} {_where(view)} ({values}), and {view.loss_text}."
+
+
+def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
+    found = view.once(one_sided)
+    length = 0 if found is None else found[1].last - found[1].first + 1
+    return (
+        Fix(
+            f"Shuffle: DataLoader(shuffle=True), or for a stream a buffer of more than the {length} batches that came "
+            f"sorted {_where(view)}.",
+            Change(setting="shuffle", value="all"),
+        ),
+        Fix("Where files are written class by class, interleave them; use another order in every epoch."),
+        Fix("Where the order is wanted, mix samples from before into every batch."),
+    )
+
+
+CAUSE: Final = Cause(
+    id="hard_sample_streak",
+    family=Family.DATA,
+    title="One-sided samples in a row",
+    meaning="order sensitivity: hard or one-sided samples in a row, a sorted or unshuffled stretch",
+    requires=(targets_mixed,),
+    observations=(one_sided_stretch, run_of_one_target, target_level, reshuffled),
+    summary=_summary,
+    fixes=_fixes,
+    explains=frozenset({"bad_batch", "label_noise", "data_drift", "overfitting"}),
+)

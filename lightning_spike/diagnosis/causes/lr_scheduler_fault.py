@@ -1,133 +1,141 @@
-"""`lr_scheduler_fault`: the schedule jumps where no schedule should."""
+"""`lr_scheduler_fault`: the schedule jumps where no schedule should: a bug, a wrong interval, a bad resume, user code.
 
-import math
-from typing import ClassVar
+Seen by: a learning rate that rose by more than any configured schedule explains, or that is not finite, at most a few updates before the loss (findings `unexplained_jump`, `nonfinite`). A schedule
+that counts batches where epochs were meant (finding `wrong_interval`) is one too, though each of its moves is by design.
 
-from typing_extensions import override
+Against it: no such event near; a loss that was out of its range for a single batch; a replay that gives the jump to the batch. A restart by schedule is `lr_restart`.
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.cause import Cause, Examination
-from lightning_spike.diagnosis.constants import FAIR, NEAR, SLIGHT, STRONG
-from lightning_spike.diagnosis.observations.quiet import Shown
+Thresholds: as `lr_restart`; a rate up by a factor of 2 in one update is an event (science.md 2.2).
+
+To do: find what set the rate; the value that the schedule had before is named. Check `interval` ("step" or "epoch") and what a resume restored.
+"""
+
+from typing import Final
+
+from lightning_spike.diagnosis.cause import Cause, Fix
+from lightning_spike.diagnosis.constants import NEAR
+from lightning_spike.diagnosis.judgement import Group
+from lightning_spike.diagnosis.observation import Observation, observer
+from lightning_spike.diagnosis.observations.experiments import split_of_jump
 from lightning_spike.diagnosis.observations.rates import (
     JUMPS,
+    NEARNESS,
     SCHEDULED,
     RateEvent,
-    nearness,
+    event_level,
     rate_event,
     shown_after_event,
 )
-from lightning_spike.diagnosis.observations.tells import (
-    batch_value,
-    lone_batch,
-    rate_text,
-    split_verdict,
-    tell,
-    without_none,
-)
-from lightning_spike.records import Change, Evidence, Family, Finding
-from lightning_spike.store import TrainerStateStore
+from lightning_spike.diagnosis.observations.shared_evidence import batch_values, finite, rate_text, transient_loss
+from lightning_spike.diagnosis.view import EpisodeView
+from lightning_spike.records import Change, Family, Finding
 
 
-class LrSchedulerFault(Cause):
-    """The schedule jumps where no schedule should: a bug, a wrong interval, a bad resume, code of one's own.
-
-    Seen by: a learning rate that went up by more than any configured schedule explains, or that is not a finite number, at most a few updates before
-    the loss (findings `unexplained_jump`, `nonfinite`).
-
-    A schedule that counts batches where epochs were meant (finding `wrong_interval`) is one too, though each of its moves is by design.
-
-    Against it: no such event near; a loss that was out for a single batch; a replay that gives the jump to the batch. A restart by
-    schedule is `lr_restart`.
-
-    Thresholds: as `lr_restart`; a rate up by a factor of 2 in one update is an event (science.md 2.2).
-
-    To do: find what set the rate; the value that the schedule had before is named. Check `interval` ("step" or "epoch") and what a resume restored.
-    """
-
-    id: ClassVar = "lr_scheduler_fault"
-    family: ClassVar = Family.LEARNING_RATE
-    tested_by: ClassVar = frozenset({"learning_rate", "intrinsic"})
-    title: ClassVar = "A jump of the learning rate that no schedule explains"
-    explains: ClassVar = frozenset({"lr_too_high", "warmup_too_short", "gradient_explosion", "numerical_instability"})
-
-    @override
-    def shown(self, store: TrainerStateStore) -> Shown | None:
-        return shown_after_event(store, *JUMPS)
-
-    @override
-    def examine(self, case: Case) -> Examination:
-        misread = _misread(case)
-        event = rate_event(case, JUMPS if misread is None else JUMPS + SCHEDULED)
-        if event is None:
-            none_near = tell("lr", "The learning rate did not jump against its schedule.", -STRONG, step=case.step)
-            return Examination(evidence=(none_near,) if case.rate_signals else ())
-        evidence = without_none(
-            _event(case, event),
-            _wrong_interval(misread),
-            _resumed(case, event),
-            lone_batch(case, -FAIR),
-            batch_value(case, ordinary=0.0, odd=-SLIGHT),
-            split_verdict(case, {"data": -STRONG, "both": SLIGHT, "weights": FAIR, "noise": -FAIR}),
-        )
-        return Examination(
-            evidence=evidence,
-            summary=f"No schedule explains it: {rate_text(event)}, and {case.loss_text}.",
-            fixes=_fixes(case, event, misread),
-            change=Change(setting="schedule", value=event.before),
-            confirmed=False if case.split == "data" else None,
-        )
+@observer("none")
+def unscheduled_jump(view: EpisodeView) -> Observation | None:
+    """The premise: a jump of the rate near the onset."""
+    if view.once(_event) is not None:
+        return None
+    text = "The learning rate did not jump against its schedule."
+    return Observation(level="none", text=text, signal="lr", step=view.step)
 
 
-def _event(case: Case, event: RateEvent) -> Evidence:
-    weight = nearness(case, event)
-    if event.factor is not None and event.factor < 2.0:  # noqa: PLR2004 - science.md 2.2
-        weight = SLIGHT
-    observed = event.after if math.isfinite(event.after) else None
-    text = f"{rate_text(event)}; no configured schedule does that."
-    return tell(event.signal, text, weight, step=event.step, observed=observed, expected=event.before)
+@observer(*NEARNESS)
+def jump(view: EpisodeView) -> Observation | None:
+    """The jump, by its distance to the onset."""
+    event = view.once(_event)
+    if event is None:
+        return None
+    return Observation(
+        level=event_level(view, event), text=f"{rate_text(event)}; no configured schedule does that.",
+        signal=event.signal, step=event.step, observed=finite(event.after), expected=event.before,
+    )  # fmt: skip
 
 
-def _misread(case: Case) -> Finding | None:
-    """The newest finding that a schedule counts batches where epochs were meant, or the reverse."""
-    found = case.findings("learning_rate", "wrong_interval", first=0, last=case.onset)
+@observer("wrong")
+def interval(view: EpisodeView) -> Observation | None:
+    """A schedule that counts batches where epochs were meant, or the reverse."""
+    found = view.once(_wrong_interval)
+    if found is None:
+        return None
+    configured, setting, value = (found.detail.get(key) for key in ("configured", "setting", "value"))
+    length = "" if setting is None else f", though {setting} = {value} looks meant for the other"
+    text = f"The schedule is configured to move once per {configured}{length}."
+    return Observation(level="wrong", text=text, signal=f"lr-{found.detail.get('name')}", step=found.at.step)
+
+
+@observer("just before")
+def resume(view: EpisodeView) -> Observation | None:
+    """A resume just before the jump."""
+    event = view.once(_event)
+    if event is None or view.facts.resumed_from is None or event.step - view.facts.first_step > NEAR:
+        return None
+    text = f"The run was resumed at step {view.facts.first_step}, just before."
+    return Observation(level="just before", text=text, signal=event.signal, step=event.step)
+
+
+def _event(view: EpisodeView) -> RateEvent | None:
+    return rate_event(view, JUMPS if view.once(_wrong_interval) is None else JUMPS + SCHEDULED)
+
+
+def _wrong_interval(view: EpisodeView) -> Finding | None:
+    found = view.findings("learning_rate", "wrong_interval", first=0, last=view.onset)
     return found[-1] if found else None
 
 
-def _wrong_interval(misread: Finding | None) -> Evidence | None:
-    if misread is None:
-        return None
-    configured, setting, value = (misread.detail.get(key) for key in ("configured", "setting", "value"))
-    length = f", though {setting} = {value} looks meant for the other" if setting is not None else ""
-    text = f"The schedule is configured to move once per {configured}{length}."
-    return tell(f"lr-{misread.detail.get('name')}", text, FAIR, step=misread.at.step)
+def _summary(view: EpisodeView) -> str:
+    event = view.once(_event)
+    what = "the learning rate jumped" if event is None else rate_text(event)
+    return f"No schedule explains it: {what}, and {view.loss_text}."
 
 
-def _resumed(case: Case, event: RateEvent) -> Evidence | None:
-    if case.facts.resumed_from is None or event.step - case.facts.first_step > NEAR:
-        return None
-    return tell(
-        event.signal, f"The run was resumed at step {case.facts.first_step}, just before.", SLIGHT, step=event.step
-    )
-
-
-def _fixes(case: Case, event: RateEvent, misread: Finding | None) -> tuple[str, ...]:
+def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
+    event, wrong = view.once(_event), view.once(_wrong_interval)
+    if event is None:
+        return ()
+    change = Change(setting="schedule", value=event.before)
+    go_back = Fix(f"Go on from a checkpoint from before step {event.step}.")
+    if wrong is not None:
+        return (Fix(_swap_text(wrong), change), go_back)
     steady = "its schedule's value" if event.before is None else f"{event.before:.3g}, its value at the update before"
-    named = ", ".join(
-        f"{s.class_name} (interval '{s.interval}', frequency {s.frequency})" for s in case.facts.schedulers
-    )
-    schedules = (
-        f"The configured schedules are: {named}."
-        if named
-        else "No schedule is configured, so code of your own or a resume set it."
-    )
-    if misread is not None:
-        configured = misread.detail.get("configured")
-        meant = "epoch" if configured == "step" else "step"
-        swap = f"In configure_optimizers return the scheduler with interval '{meant}' in place of '{configured}', or give its lengths in {configured}s."
-        return (swap, f"Go on from a checkpoint from before step {event.step}.")
     return (
-        f"Find what set {event.signal} to {event.after:.3g} at step {event.step}, and put it back to {steady}.",
-        f"{schedules} Check the interval, and what on_train_batch_start/end or a resume do to param_groups['lr'].",
-        f"Go on from a checkpoint from before step {event.step}.",
+        Fix(f"Find what set {event.signal} to {event.after:.3g} at step {event.step}, and put it back to {steady}.", change),
+        Fix(
+            f"{_schedules(view)} Check the interval, "
+            "and what on_train_batch_start/end or a resume do to param_groups['lr']."
+        ),
+        go_back,
     )
+
+
+def _swap_text(wrong: Finding) -> str:
+    configured = wrong.detail.get("configured")
+    meant = "epoch" if configured == "step" else "step"
+    return (
+        f"In configure_optimizers return the scheduler with interval '{meant}' in place of '{configured}', "
+        f"or give its lengths in {configured}s."
+    )
+
+
+def _schedules(view: EpisodeView) -> str:
+    if not view.facts.schedulers:
+        return "No schedule is configured, so user code or a resume set it."
+    named = (f"{s.class_name} (interval '{s.interval}', frequency {s.frequency})" for s in view.facts.schedulers)
+    return f"The configured schedules are: {', '.join(named)}."
+
+
+TESTED_BY: Final = frozenset({Group.LEARNING_RATE, Group.INTRINSIC})
+
+CAUSE: Final = Cause(
+    id="lr_scheduler_fault",
+    family=Family.LEARNING_RATE,
+    title="A jump of the learning rate that no schedule explains",
+    meaning="the schedule jumps where no schedule should: a bug, a wrong interval, a bad resume",
+    requires=(unscheduled_jump,),
+    observations=(jump, interval, resume, transient_loss, batch_values, split_of_jump(TESTED_BY)),
+    summary=_summary,
+    fixes=_fixes,
+    explains=frozenset({"lr_too_high", "warmup_too_short"}),
+    tested_by=TESTED_BY,
+    shown=lambda store: shown_after_event(store, *JUMPS),
+)

@@ -1,219 +1,241 @@
-"""`momentum_reversal`: accumulated momentum points against the present gradient."""
+"""`momentum_reversal`: accumulated momentum points against the present gradient, and carries the weights on where the gradient has turned.
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Final
+Seen by: a momentum that was changed to nearly 1 just before (finding `settings_changed`); a cosine between momentum and gradient below -0.3 and below nearly all of the run's own, just before the
+loss rose; a step that went up the gradients of the batches before; a replay that gives the damage to the momentum.
+
+Against it: an optimizer without momentum; a cosine in its range; a replay that clears the optimizer's state, or one after a gradient that exploded, which is then in the state. Gradients that
+themselves point up their loss are `gradient_reversal`.
+
+Thresholds: science.md 2.3. The cosine is looked at every tenth update, so that a short turn can pass between two looks; that none was seen weighs little then.
+
+To do: a lower momentum, or an empty one from before the turn; lower the rate or clip where gradients turn often.
+"""
+
+from typing import Final
 
 import numpy as np
-from typing_extensions import override
 
-from lightning_spike.diagnosis.case import Case, number
-from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
-from lightning_spike.diagnosis.constants import DECISIVE, FAIR, NEAR, REACH, REFERENCE, REPLAYED, SLIGHT, STRONG
-from lightning_spike.diagnosis.observations.held import held_gradient
-from lightning_spike.diagnosis.observations.measured import all_measured, measured
-from lightning_spike.diagnosis.observations.settings import SettingChange, changed_setting, setting_evidence
-from lightning_spike.diagnosis.observations.tells import batch_value, lone_batch, split_verdict, tell, without_none
-from lightning_spike.diagnosis.observations.upstream import rate_to_blame
-from lightning_spike.records import Change, EpisodeKind, Evidence, Family
+from lightning_spike.diagnosis import judgement, sentences
+from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Fix
+from lightning_spike.diagnosis.constants import NEAR, REACH, REFERENCE
+from lightning_spike.diagnosis.judgement import Group
+from lightning_spike.diagnosis.observation import Observation, first_of, observer
+from lightning_spike.diagnosis.observations.experiments import split_of_jump
+from lightning_spike.diagnosis.observations.gradient_in_state import exploded_gradient_in_state
+from lightning_spike.diagnosis.observations.settings import (
+    SETTING_LEVELS,
+    SettingChange,
+    changed_setting,
+    setting_change,
+)
+from lightning_spike.diagnosis.observations.shared_evidence import batch_values, transient_loss
+from lightning_spike.diagnosis.observations.upstream import rate_upstream
+from lightning_spike.diagnosis.view import EpisodeView
+from lightning_spike.records import Change, EpisodeKind, Family
 
-HIGH: Final = 0.99
-"""A momentum from which weights run on for a hundred steps, 1 / (1 - beta); usual are 0.9 and, with large batches, 0.95."""
-LONGER: Final = 2.0
-"""Factor on the memory 1 / (1 - beta) from which a momentum was raised, and not merely tuned."""
-AGAINST: Final = -0.3
-"""Cosine between gradient and momentum below which the one points against the other (science.md 2.3)."""
-FEW: Final = 8
-"""Healthy cosines without which none is called odd."""
-RARE: Final = 0.02
-"""Quantile of the healthy cosines that one must lie below, to be odd for this run: with momentum near a minimum the cosine is about 0 and scatters."""
-SHARE: Final = 0.5
-"""Share of the jump that the lab's experiment must give to the state or the momentum, as elsewhere to confirm a cause."""
-NONE: Final = 0.1
-"""… up to which it refutes it."""
-SWING: Final = 64
-"""Batches after a momentum was raised in which it shows: it swings up over its memory of a hundred updates and more."""
-USUAL: Final = 0.9
-"""Momentum of nearly all recipes; what to go back to."""
+HIGH_MOMENTUM: Final = 0.99
+"""A momentum from which weights run on for a hundred steps, 1 / (1 - beta); usual are 0.9 and, with large batches, 0.95; engineering choice."""
+USUAL_MOMENTUM: Final = 0.9
+"""Momentum of nearly all recipes (Kingma & Ba 2015); what to go back to."""
+LONGER_MEMORY: Final = 2.0
+"""Factor on the memory 1 / (1 - beta) from which a momentum was raised, and not merely tuned; engineering choice."""
+OPPOSED_COSINE: Final = -0.3
+"""Cosine between gradient and momentum below which they oppose each other (science.md 2.3)."""
+MIN_COSINES: Final = 8
+"""Healthy cosines without which none is called odd; engineering choice."""
+RARE_QUANTILE: Final = 0.02
+"""Quantile of the healthy cosines that an odd one lies below: near a minimum the cosine is about 0 and scatters; engineering choice."""
+SHOWS_WITHIN: Final = 64
+"""Batches after a momentum was raised in which it shows: it swings up over its memory of a hundred updates and more; engineering choice."""
 
 
-class MomentumReversal(Cause):
-    """Accumulated momentum points against the present gradient, and carries the weights on where the gradient has turned.
+@observer("none")
+def has_momentum(view: EpisodeView) -> Observation | None:
+    """The premise: an optimizer with momentum."""
+    if _momentum(view) is not None or not view.facts.optimizers:
+        return None
+    return Observation(level="none", text="The optimizer has no momentum.", signal="momentum")
 
-    Seen by: a momentum that was changed to nearly 1 just before (finding `settings_changed`); the cosine between momentum and gradient below -0.3 and below nearly all of the run's own,
-    just before the loss rose; a step that went up the gradients of the batches before; the lab's experiment that gives the damage to the momentum, for with an empty state it is not done.
 
-    Against it: an optimizer without momentum; a cosine in its range; an experiment that finds the optimizer's state without fault, or one after a gradient that exploded,
-    which is then what the state holds.
+@observer(*SETTING_LEVELS)
+def _raised_momentum(view: EpisodeView) -> Observation | None:
+    change = view.once(_raised)
+    return None if change is None else setting_change(view, change, soon=SHOWS_WITHIN)
 
-    Thresholds: science.md 2.3. The cosine is looked at every tenth update, so that a short turn can pass between two looks; that it was not seen weighs little then.
 
-    To do: a lower momentum, or an empty one from before the turn; lower the rate or clip where gradients turn again and again.
+@observer("high")
+def _high_momentum(view: EpisodeView) -> Observation | None:
+    momentum = _momentum(view)
+    if momentum is None or momentum < HIGH_MOMENTUM:
+        return None
+    text = f"The momentum is {momentum:.4g}: the weights run on for {1.0 / (1.0 - momentum):.0f} updates."
+    return Observation(level="high", text=text, signal="momentum", observed=momentum, expected=USUAL_MOMENTUM)
+
+
+@observer("opposed", "in range", "unknown")
+def cosine(view: EpisodeView) -> Observation | None:
+    """The lowest cosine of momentum and gradient just before the onset against those of healthy batches."""
+    found = view.once(_cosine)
+    by_setting = view.once(_raised) is not None or _by_gradient(view)
+    return None if by_setting and found is not None and found.level != "opposed" else found
+
+
+def _cosine(view: EpisodeView) -> Observation | None:
+    usual = view.before("momentum_cosine", REFERENCE)
+    near = view.store.history.between("momentum_cosine", view.onset - REACH, view.onset)
+    near = near[np.isfinite(near)]
+    if usual.size < MIN_COSINES or near.size == 0:
+        text = "Nothing shows that the momentum turned."
+        return Observation(level="unknown", text=text, signal="momentum_cosine", step=view.step)
+    lowest, middle = float(near.min()), float(np.median(usual))
+    is_odd = lowest < OPPOSED_COSINE and lowest < float(np.quantile(usual, RARE_QUANTILE))
+    text = f"The cosine between momentum and gradient was {lowest:.2g} just before, usually {middle:.2g}."
+    return Observation(
+        level="opposed" if is_odd else "in range", text=text, signal="momentum_cosine", step=view.step,
+        observed=lowest, expected=middle,
+    )  # fmt: skip
+
+
+@observer("wrong_direction", "too_long", "ordinary")
+def direction(view: EpisodeView) -> Observation | None:
+    """Whether the damaging step went down or up the gradients of the batches before."""
+    update = None if view.experiments is None else view.experiments.update
+    if update is None:
+        return None
+    return Observation(
+        level=judgement.update_direction(update), text=sentences.update(update), signal="lab/update",
+        step=view.step, observed=update.against,
+    )  # fmt: skip
+
+
+@observer(
+    "exploded gradient in state", "momentum", "state", "state of the located update",
+    "steps, momentum raised", "undecided", "refuted",
+)  # fmt: skip
+def state_share(view: EpisodeView) -> Observation | None:
+    """The share of the jump that replay gives to the optimizer's state; where the momentum itself was changed, replay takes that for the baseline and finds long steps.
+
+    Gradients that point the other way for a while look like steps that are too long all the time, so that the damaging update's own share of the state refutes nothing then; but it
+    shows little either, for too high a rate swings momentum up just so.
     """
-
-    id: ClassVar = "momentum_reversal"
-    family: ClassVar = Family.OPTIMIZER
-    title: ClassVar = "Momentum against the gradient"
-    applies_to: ClassVar = LOSS_ROSE | {EpisodeKind.STALL}
-    explains: ClassVar = frozenset({"gradient_explosion", "lr_too_high"})
-    standing: ClassVar = frozenset({("optimizer", "settings_changed")})
-
-    @override
-    def examine(self, case: Case) -> Examination:
-        momentum = _momentum(case)
-        if momentum is None:
-            none = tell("momentum", "The optimizer has no momentum.", -DECISIVE)
-            return Examination(evidence=(none,) if case.facts.optimizers else ())
-        raised = changed_setting(case, _raised, "momentum", "betas")
-        turned = _turned(case)
-        by_gradient = case.blame.get("gradient", 0.0) >= SHARE
-        evidence = without_none(
-            setting_evidence(case, raised, soon=SWING) if raised is not None else _value(momentum),
-            turned if (raised is None and not by_gradient) or (turned is not None and turned.weight > 0.0) else None,
-            _direction(case),
-            _experiment(case, raised),
-            lone_batch(case, -STRONG),
-            batch_value(case, ordinary=0.0, odd=-FAIR) if raised is None else None,
-            _rate(case, raised),
-            split_verdict(case, {"data": -STRONG, "noise": -FAIR, "weights": 0.0 if raised is None else SLIGHT}),
-        )
-        if by_gradient:
-            return Examination(
-                evidence=evidence,
-                summary=f"The gradients turned round, against the momentum of the updates before: those of the update before step {case.step} point up the loss that they were made from, and {case.loss_text}.",
-                fixes=_fixes_of_gradient(case),
-                change=Change(setting="code:gradient", value=None),
-                confirmed=True,
-            )
-        now = momentum if raised is None else raised.after
-        back = raised.before if raised is not None else min(USUAL, momentum * momentum)
-        name = "betas" if case.beta2 is not None else "momentum"
-        return Examination(
-            evidence=evidence,
-            summary=_summary(case, raised, turned),
-            fixes=_fixes(name, now, back, raised),
-            change=Change(setting="momentum", value=back),
-        )
+    if not view.shares or view.experiments is None:
+        return None
+    share = view.shares.get(Group.OPTIMIZER, 0.0)
+    return Observation(
+        level=_share_level(view, share), text=sentences.jump(view.experiments), signal="lab/attribution",
+        step=view.step, observed=share,
+    )  # fmt: skip
 
 
-def _momentum(case: Case) -> float | None:
+def _share_level(view: EpisodeView, share: float) -> str:
+    raised = view.once(_raised) is not None
+    if not raised and exploded_gradient_in_state(view) is not None:
+        return "exploded gradient in state"
+    if share >= judgement.CONFIRMING_SHARE:
+        return "momentum" if _is_momentum(view) else "state"
+    if not raised and _share_of_located_state(view) >= judgement.CONFIRMING_SHARE:
+        return "state of the located update"
+    if raised:
+        by_steps = view.shares.get(Group.INTRINSIC, 0.0) >= judgement.CONFIRMING_SHARE
+        return "steps, momentum raised" if by_steps else "undecided"
+    return "undecided" if share > judgement.REFUTING_SHARE else "refuted"
+
+
+@observer(*batch_values.levels, name="batch_values")
+def batch(view: EpisodeView) -> Observation | None:
+    """The values of the batch; asked only where no setting was changed."""
+    return batch_values(view) if view.once(_raised) is None else None
+
+
+@observer(*rate_upstream.levels, name="rate_upstream")
+def rate(view: EpisodeView) -> Observation | None:
+    """A rate that has jumped or climbed swings the momentum up: then the rate is the cause."""
+    return rate_upstream(view) if view.once(_raised) is None else None
+
+
+def _by_gradient(view: EpisodeView) -> bool:
+    return view.shares.get(Group.GRADIENT, 0.0) >= judgement.CONFIRMING_SHARE
+
+
+def _share_of_located_state(view: EpisodeView) -> float:
+    attribution = None if view.experiments is None else view.experiments.attribution
+    shares = () if attribution is None else attribution.shares
+    return sum(max(s.share, 0.0) for s in shares if s.group == Group.OPTIMIZER)
+
+
+def _is_momentum(view: EpisodeView) -> bool:
+    """Whether the finer experiment found the momentum, and not the second moments."""
+    attribution = None if view.experiments is None else view.experiments.attribution
+    parts = {} if attribution is None else {s.factor: s.share for s in attribution.finer}
+    if not parts:
+        return view.beta2 is None
+    return parts.get("momentum", 0.0) > max(parts.get("second_moments", 0.0), 0.0)
+
+
+def _momentum(view: EpisodeView) -> float | None:
     """The first beta, or SGD's momentum; `None` where there is none."""
-    for optimizer in case.facts.optimizers:
-        for group in optimizer.groups:
-            betas = group.get("betas")
-            first = betas[0] if isinstance(betas, tuple | list) and betas else group.get("momentum")
-            if isinstance(first, int | float) and 0.0 < first < 1.0:
-                return float(first)
+    for group in (group for optimizer in view.facts.optimizers for group in optimizer.groups):
+        betas = group.get("betas")
+        first = betas[0] if isinstance(betas, tuple | list) and betas else group.get("momentum")
+        if isinstance(first, int | float) and 0.0 < first < 1.0:
+            return float(first)
     return None
 
 
-def _raised(change: SettingChange) -> bool:
+def _raised(view: EpisodeView) -> SettingChange | None:
+    return changed_setting(view, _is_raised, "momentum", "betas")
+
+
+def _is_raised(change: SettingChange) -> bool:
     """The memory 1 / (1 - beta) is that of a momentum near 1, and clearly longer than it was."""
-    return change.after >= HIGH and 1.0 - change.before >= LONGER * (1.0 - change.after)
+    return change.after >= HIGH_MOMENTUM and 1.0 - change.before >= LONGER_MEMORY * (1.0 - change.after)
 
 
-def _value(momentum: float) -> Evidence | None:
-    if momentum < HIGH:
-        return None
-    text = f"The momentum is {momentum:.4g}: the weights run on for {1.0 / (1.0 - momentum):.0f} updates."
-    return tell("momentum", text, FAIR, observed=momentum, expected=USUAL)
+def _memory(momentum: float) -> str:
+    return f"{1.0 / max(1.0 - momentum, 1e-12):.0f}"
 
 
-def _turned(case: Case) -> Evidence | None:
-    """The lowest cosine of the looks just before the onset against those of healthy batches."""
-    usual = case.before("momentum_cosine", REFERENCE)
-    history = case.store.history
-    near = history.between("momentum_cosine", case.onset - REACH, case.onset)
-    near = near[np.isfinite(near)]
-    if usual.size < FEW or near.size == 0:
-        return tell("momentum_cosine", "Nothing shows that the momentum turned.", -FAIR, step=case.step)
-    lowest, middle = float(near.min()), float(np.median(usual))
-    odd = lowest < AGAINST and lowest < float(np.quantile(usual, RARE))
-    text = f"The cosine between momentum and gradient was {lowest:.2g} just before, usually {middle:.2g}."
-    return tell("momentum_cosine", text, FAIR if odd else -FAIR, step=case.step, observed=lowest, expected=middle)
+def _summary(view: EpisodeView) -> str:
+    then = f", and {view.loss_text}" if view.store.episodes else ""
+    change = view.once(_raised)
+    if change is not None:
+        what = change.text.replace("betas", "the first beta").replace("momentum of", "the momentum of")
+        return f"{what[:1].upper()}{what[1:]}, so that weights run on for some {_memory(change.after)} updates{then}."
+    found = view.once(_cosine)
+    value = "" if found is None or found.observed is None else f" (cosine {found.observed:.2g})"
+    return f"The momentum pointed against the gradient{value} just before step {view.step}{then}."
 
 
-def _direction(case: Case) -> Evidence | None:
-    """What the lab measured at the update that did the damage: whether its step went where the gradients of the batches before say down, or up."""
-    mine = [told for told in all_measured(case) if "direction" in told]
-    if not mine:
-        return None
-    direction, against, text = mine[-1]["direction"], number(mine[-1].get("against")), mine[-1].get("text")
-    weight = {"turned": DECISIVE, "wrong_direction": STRONG, "too_long": -FAIR, "ordinary": -SLIGHT}.get(
-        str(direction), 0.0
-    )
-    words = text if isinstance(text, str) else f"The direction of the step was: {direction}."
-    return tell("lab/measured", words, weight, step=case.step, observed=against)
+def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
+    change, momentum = view.once(_raised), _momentum(view) or USUAL_MOMENTUM
+    now, back = momentum, min(USUAL_MOMENTUM, momentum * momentum)
+    second = f"Empty the momentum where gradients turn: within {NEAR} batches it is as old as the turn."
+    if change is not None:
+        now, back = change.after, change.before
+        second = f"Find what set it at step {change.step}, and go on from a checkpoint from before."
+    setting = f"momentum={back:.3g}" if view.beta2 is None else f"betas=({back:.3g}, …)"
+    use = f"Use {setting} in place of {now:.4g}: its memory is {_memory(back)} updates in place of {_memory(now)}."
+    return (Fix(use, Change(setting="momentum", value=back)), Fix(second))
 
 
-def _experiment(case: Case, raised: SettingChange | None) -> Evidence | None:
-    """The lab's answer; where the momentum itself was changed it takes that for usual, and finds steps that are too long.
-
-    Gradients that point the other way for a while look to it like steps that are too long all the time, so that the damaging update's own share of the state refutes nothing then; but it shows
-    little either, for too high a rate swings momentum up just so.
-    """
-    shares = case.blame
-    if not shares:
-        return None
-    share = shares.get("optimizer", 0.0) + shares.get("gradient", 0.0)
-    text = str((case.lab("factors") or case.lab("blame") or {}).get("text") or "The moment was run again.")
-    if raised is None and held_gradient(case) is not None:
-        text, weight = f"{text} What the state held was one exploded gradient.", -FAIR
-    elif share >= SHARE:
-        weight = REPLAYED if shares.get("gradient", 0.0) >= SHARE or _of_momentum(case) else FAIR
-    elif _of_state(case) >= SHARE and raised is None:
-        weight = SLIGHT
-    else:
-        steps = shares.get("intrinsic", 0.0) >= SHARE
-        weight = (FAIR if steps else 0.0) if raised is not None else 0.0 if share > NONE else -STRONG
-    return tell("lab/factors", text, weight, step=case.step, observed=share)
-
-
-def _of_state(case: Case) -> float:
-    """Share of the damage of the located update that is the optimizer's state."""
-    shares = _items(case, "shares")
-    return sum(max(number(s.get("share")) or 0.0, 0.0) for s in shares if s.get("group") == "optimizer")
-
-
-def _of_momentum(case: Case) -> bool:
-    """Whether the experiment that looked closer found the momentum, and not the second moments."""
-    parts = {str(s.get("factor")): number(s.get("share")) or 0.0 for s in _items(case, "finer")}
-    return parts.get("momentum", 0.0) > max(parts.get("second_moments", 0.0), 0.0) if parts else case.beta2 is None
-
-
-def _items(case: Case, key: str) -> list[Mapping[str, Any]]:
-    told = (case.lab("factors") or {}).get(key)
-    return [item for item in told if isinstance(item, Mapping)] if isinstance(told, list | tuple) else []
-
-
-def _rate(case: Case, raised: SettingChange | None) -> Evidence | None:
-    """A rate that has jumped or climbed swings the momentum up: then it is the rate's doing."""
-    return None if raised is not None else rate_to_blame(case, event=-FAIR, climb=-STRONG)
-
-
-def _summary(case: Case, raised: SettingChange | None, turned: Evidence | None) -> str:
-    then = f", and {case.loss_text}" if case.store.episodes else ""
-    if raised is not None:
-        runs = f"{1.0 / max(1.0 - raised.after, 1e-12):.0f}"
-        what = raised.text.replace("betas", "the first beta").replace("momentum of", "the momentum of")
-        return f"{what[:1].upper()}{what[1:]}, so that the weights run on for some {runs} updates past where the gradient turns{then}."
-    cosine = "" if turned is None or turned.observed is None else f" (cosine {turned.observed:.2g})"
-    return f"The momentum pointed against the gradient{cosine} just before step {case.step}{then}."
-
-
-def _fixes(name: str, now: float, back: float, raised: SettingChange | None) -> tuple[str, ...]:
-    setting = f"betas=({back:.3g}, …)" if name == "betas" else f"momentum={back:.3g}"
-    use = f"Use {setting} in place of {now:.4g}: the memory is then {1.0 / (1.0 - back):.0f} updates long in place of {1.0 / max(1.0 - now, 1e-12):.0f}."
-    if raised is not None:
-        return use, f"Find what set it at step {raised.step}, and go on from a checkpoint from before."
-    empty = f"Empty the momentum where gradients turn: within {NEAR} batches it is as old as the turn, and only carries the weights on."
-    return use, empty
-
-
-def _fixes_of_gradient(case: Case) -> tuple[str, ...]:
-    told = measured(case, "updates") or {}
-    at = told.get("step")
-    where = f"step {at}" if isinstance(at, int) else f"the steps just before step {case.step}"
-    return (
-        f"Find what turns the gradients round at {where}: a term with the wrong sign (an adversarial or reversed one), a hook on parameters or modules, a loss that is maximised.",
-        f"Go on from a checkpoint from before {where} with an empty momentum, for what it holds points up the loss.",
-    )
+CAUSE: Final = Cause(
+    id="momentum_reversal",
+    family=Family.OPTIMIZER,
+    title="Momentum against the gradient",
+    meaning="accumulated momentum points against the present gradient",
+    requires=(has_momentum,),
+    observations=(
+        first_of("momentum", _raised_momentum, _high_momentum),
+        cosine,
+        direction,
+        state_share,
+        transient_loss,
+        batch,
+        rate,
+        split_of_jump(frozenset({Group.OPTIMIZER})),
+    ),
+    summary=_summary,
+    fixes=_fixes,
+    applies_to=LOSS_ROSE | {EpisodeKind.STALL},
+    sufficient_findings=frozenset({("optimizer", "settings_changed")}),
+)

@@ -1,146 +1,139 @@
-"""`nonfinite_input`: NaN or Inf already in the batch."""
+"""`nonfinite_input`: NaN or Inf already in the batch: preprocessing, augmentation, the files.
+
+Seen by: the count of non-finite values in the batch at the onset, 0 in healthy batches; a loss that is not finite at once; the lab's search for the first non-finite value, which
+ends at the input.
+
+Against it: a batch whose values are all finite, or in which NaN is usual (it stands for "missing" and the model knows); an origin inside the model.
+
+Thresholds: none; the count is exact. One NaN that no healthy batch has is evidence of more than a hundred to one.
+
+To do: find the sample and mend the step that made it; keep non-finite values out of the loader.
+"""
 
 import math
-from typing import ClassVar
+from typing import Final
 
-from typing_extensions import override
+from lightning_spike.diagnosis import sentences
+from lightning_spike.diagnosis.cause import Cause, Fix
+from lightning_spike.diagnosis.fixes import dataset_fix
+from lightning_spike.diagnosis.judgement import Group
+from lightning_spike.diagnosis.observation import Observation, observer
+from lightning_spike.diagnosis.observations.experiments import split_of_jump
+from lightning_spike.diagnosis.observations.shared_evidence import finite
+from lightning_spike.diagnosis.view import EpisodeView
+from lightning_spike.records import Family
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.cause import Cause, Examination
-from lightning_spike.diagnosis.constants import DECISIVE, FAIR, SLIGHT, STRONG
-from lightning_spike.diagnosis.fixes import dataset_fix, drop_samples
-from lightning_spike.diagnosis.observations.tells import split_verdict, tell, without_none
-from lightning_spike.records import Evidence, Family
-
-
-class NonfiniteInput(Cause):
-    """NaN or Inf already in the batch: preprocessing, augmentation, the files.
-
-    Seen by: the count of non-finite values in the batch at the onset, 0 in healthy batches; a loss that is not finite at once; the lab's
-    search for the first non-finite value, which ends at the input.
-
-    Against it: a batch whose values are all finite, or in which NaN is usual (it stands for "missing" and the model knows); an origin inside the model.
-
-    Thresholds: none; the count is exact. One NaN that no healthy batch has is evidence of one to a hundred.
-
-    To do: find the sample and mend the step that made it; keep what is not finite out of the loader.
-    """
-
-    id: ClassVar = "nonfinite_input"
-    family: ClassVar = Family.DATA
-    tested_by: ClassVar = frozenset({"data"})
-    title: ClassVar = "NaN or Inf in the batch"
-    explains: ClassVar = frozenset(
-        {"bad_batch", "numerical_instability", "gradient_explosion", "lr_too_high", "warmup_too_short"}
-    )
-
-    @override
-    def examine(self, case: Case) -> Examination:
-        worst = _leaf(case)
-        told = case.lab("nonfinite_origin")
-        phase = told.get("phase") if told is not None else None
-        evidence = without_none(
-            _count(case, worst),
-            _origin(case),
-            _loss_at_once(case) if worst is not None else None,
-            split_verdict(case, {"data": SLIGHT if worst is not None else 0.0, "weights": -FAIR}),
-        )
-        confirmed = None if phase is None else phase == "input"
-        return Examination(
-            evidence=evidence,
-            summary=_summary(case, worst),
-            fixes=_fixes(case, worst),
-            change=drop_samples(case),
-            confirmed=confirmed,
-        )
+REFERENCE_BATCHES: Final = 64
+"""Healthy batches in which a leaf must be free of NaN; engineering choice."""
 
 
-def _leaf(case: Case) -> tuple[str, float] | None:
-    """The leaf with the most non-finite values in the batch at the onset, of those that are usually without."""
-    counts = [(leaf, count) for leaf in case.leaves("nonfinite") if (count := _unusual(case, leaf)) is not None]
+@observer("only in this batch", "none", "finite loss")
+def nonfinite_count(view: EpisodeView) -> Observation | None:
+    """The non-finite values in the batch; where values cannot be counted (tokens), whether the loss is finite."""
+    worst = view.once(_worst_leaf)
+    if worst is not None:
+        leaf, count = worst
+        text = f"'{leaf}' in the batch at step {view.step_of(_batch(view))} holds {_values(count)}; healthy batches hold none."
+        return Observation(
+            level="only in this batch", text=text, signal=f"batch/{leaf}/nonfinite", step=view.step,
+            observed=finite(count), expected=0.0,
+        )  # fmt: skip
+    if all(view.at_onset(f"batch/{leaf}/nonfinite") is None for leaf in view.leaves("nonfinite")):
+        return _finite_loss(view)
+    text = f"All values of the batch at step {view.step} are finite, or as often non-finite as in healthy batches."
+    return Observation(level="none", text=text, signal="batch", step=view.step, observed=0.0, expected=0.0)
+
+
+def _finite_loss(view: EpisodeView) -> Observation | None:
+    loss = view.at_onset(view.episode.signal)
+    if loss is None or not math.isfinite(loss):
+        return None
+    text = f"The loss at step {view.step} is finite."
+    return Observation(level="finite loss", text=text, signal=view.episode.signal, step=view.step, observed=loss)
+
+
+@observer("input", "inside the model")
+def origin(view: EpisodeView) -> Observation | None:
+    """Where the lab found the first non-finite value."""
+    found = None if view.experiments is None else view.experiments.first_nonfinite
+    if found is None:
+        return None
+    in_input = found.phase == "input"
+    return Observation(
+        level="input" if in_input else "inside the model", text=sentences.first_nonfinite(found),
+        signal="lab/first_nonfinite", step=view.step, confirms=in_input,
+    )  # fmt: skip
+
+
+@observer("finite", "non-finite")
+def loss_of_batch(view: EpisodeView) -> Observation | None:
+    """Whether the loss of that very batch is finite."""
+    loss = None if view.once(_worst_leaf) is None else view.at(view.episode.signal, _batch(view))
+    if loss is None:
+        return None
+    level = "finite" if math.isfinite(loss) else "non-finite"
+    text = f"The loss of that very batch is {level}."
+    return Observation(level=level, text=text, signal=view.episode.signal, step=view.step, observed=finite(loss))
+
+
+def _worst_leaf(view: EpisodeView) -> tuple[str, float] | None:
+    """The leaf with the most non-finite values in the batch, of those that are usually without."""
+    counts = [(leaf, count) for leaf in view.leaves("nonfinite") if (count := _unusual(view, leaf)) is not None]
     return max(counts, key=lambda c: c[1], default=None)
 
 
-def _batch(case: Case) -> int:
-    """The first batch in question that holds a value that is not finite; the onset where none does."""
-    signals = [f"batch/{leaf}/nonfinite" for leaf in case.leaves("nonfinite")]
-    return next((at for at in case.questioned if any((case.at(s, at) or 0.0) > 0.0 for s in signals)), case.onset)
+def _batch(view: EpisodeView) -> int:
+    """The first suspect batch that holds a non-finite value; the onset where none does."""
+    signals = [f"batch/{leaf}/nonfinite" for leaf in view.leaves("nonfinite")]
+    holding = (at for at in view.suspect_batches if any((view.at(s, at) or 0.0) > 0.0 for s in signals))
+    return next(holding, view.onset)
 
 
-def _unusual(case: Case, leaf: str) -> float | None:
+def _unusual(view: EpisodeView, leaf: str) -> float | None:
     signal = f"batch/{leaf}/nonfinite"
-    count = case.at(signal, _batch(case))
+    count = view.at(signal, _batch(view))
     if count is None or not count > 0.0:
         return None
-    usual = case.before(signal, 64)
-    return count if not (usual > 0.0).any() else None
+    return None if (view.before(signal, REFERENCE_BATCHES) > 0.0).any() else count
 
 
-def _count(case: Case, worst: tuple[str, float] | None) -> Evidence | None:
-    if worst is not None:
-        leaf, count = worst
-        text = f"'{leaf}' in the batch at step {case.step_of(_batch(case))} holds {_times(count)} NaN or Inf; healthy batches hold none."
-        observed = count if math.isfinite(count) else None
-        return tell(f"batch/{leaf}/nonfinite", text, DECISIVE + FAIR, step=case.step, observed=observed, expected=0.0)
-    counts = [case.at_onset(f"batch/{leaf}/nonfinite") for leaf in case.leaves("nonfinite")]
-    if not any(count is not None for count in counts):
-        return _finite_loss(case)
-    text = f"All values of the batch at step {case.step} are finite, or as often not as usual."
-    return tell("batch", text, -DECISIVE, step=case.step, observed=0.0, expected=0.0)
+def _values(count: float) -> str:
+    if not math.isfinite(count):
+        return "NaN or Inf"
+    return f"{count:.0f} NaN or Inf value{'' if count == 1 else 's'}"
 
 
-def _finite_loss(case: Case) -> Evidence | None:
-    """Where a batch has no values that could be counted (tokens), a finite loss is no sign of any that are not finite."""
-    loss = case.at_onset(case.episode.signal)
-    if loss is None or not math.isfinite(loss):
-        return None
-    return tell(case.episode.signal, f"The loss at step {case.step} is finite.", -STRONG, step=case.step, observed=loss)
-
-
-def _times(count: float) -> str:
-    return f"{count:.0f} times" if math.isfinite(count) else "some"
-
-
-def _origin(case: Case) -> Evidence | None:
-    told = case.lab("nonfinite_origin")
-    if told is None or not isinstance(told.get("phase"), str):
-        return None
-    inside = told["phase"] == "input"
-    text = told.get("text")
-    words = (
-        text if isinstance(text, str) and text else f"Replayed, the first non-finite value appears in: {told['phase']}."
-    )
-    return tell("lab/nonfinite_origin", words, DECISIVE if inside else -DECISIVE, step=case.step)
-
-
-def _loss_at_once(case: Case) -> Evidence | None:
-    loss = case.at(case.episode.signal, _batch(case))
-    if loss is None:
-        return None
-    if math.isfinite(loss):
-        return tell(
-            case.episode.signal,
-            "The loss of that batch is finite all the same.",
-            -STRONG,
-            step=case.step,
-            observed=loss,
-        )
-    return tell(case.episode.signal, "The loss of that very batch is not finite.", SLIGHT, step=case.step)
-
-
-def _summary(case: Case, worst: tuple[str, float] | None) -> str:
+def _summary(view: EpisodeView) -> str:
+    worst = view.once(_worst_leaf)
     if worst is None:
-        return f"NaN or Inf came in with the batch at step {case.step}, and {case.loss_text}."
-    return f"'{worst[0]}' in the batch at step {case.step_of(_batch(case))} holds {_times(worst[1])} NaN or Inf, and {case.loss_text}."
+        return f"NaN or Inf came in with the batch at step {view.step}, and {view.loss_text}."
+    step = view.step_of(_batch(view))
+    return f"'{worst[0]}' in the batch at step {step} holds {_values(worst[1])}, and {view.loss_text}."
 
 
-def _fixes(case: Case, worst: tuple[str, float] | None) -> tuple[str, ...]:
-    leaf = worst[0] if worst is not None else "input"
+def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
+    worst = view.once(_worst_leaf)
+    leaf = "input" if worst is None else worst[0]
     return (
-        dataset_fix(case),
-        (
-            f"In the dataset's __getitem__, after the last transform, refuse or replace what is not finite in '{leaf}': "
+        dataset_fix(view),
+        Fix(
+            f"In the dataset's __getitem__, after the last transform, refuse or replace non-finite values in '{leaf}': "
             "torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0), and count how often."
         ),
-        f"Go back to a checkpoint from before step {case.step}: weights that took in NaN do not recover.",
+        Fix(f"Go back to a checkpoint from before step {view.step}: weights that took in NaN do not recover."),
     )
+
+
+TESTED_BY: Final = frozenset({Group.DATA})
+
+CAUSE: Final = Cause(
+    id="nonfinite_input",
+    family=Family.DATA,
+    title="NaN or Inf in the batch",
+    meaning="NaN or Inf already in the batch: preprocessing, augmentation, the files",
+    observations=(nonfinite_count, origin, loss_of_batch, split_of_jump(TESTED_BY)),
+    summary=_summary,
+    fixes=_fixes,
+    explains=frozenset({"bad_batch", "numerical_instability", "lr_too_high", "warmup_too_short"}),
+    tested_by=TESTED_BY,
+)

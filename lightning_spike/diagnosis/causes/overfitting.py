@@ -1,132 +1,152 @@
-"""`overfitting`: training loss falls while validation loss rises."""
+"""`overfitting`: training loss falls while validation loss rises, so that the model knows its training set by heart and small changes of the data hit hard.
 
-from typing import ClassVar, Final
+Seen by: the finding `gap_growing` (the smoothed validation loss has risen in several validations in a row while the training loss went on falling) and the validation curve itself.
 
-from typing_extensions import override
+Against it: a training loss that rose as well (then something hit both); too few validations. A spike of the *training* loss is never called overfitting alone: the validation must
+have turned before the onset, and even then it weighs little.
 
-from lightning_spike.diagnosis.case import Case, number
-from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Examination
-from lightning_spike.diagnosis.constants import DECISIVE, FAIR, SLIGHT, STRONG
-from lightning_spike.diagnosis.observations.tells import tell, without_none
-from lightning_spike.records import Change, EpisodeKind, Evidence, Family, Finding, ValidationPoint
+Thresholds: Prechelt's criteria (science.md 5); 5 % above the best is clear. Double descent and better calibrated accuracy exist, so this says that the gap grows, not that training
+is over.
 
-LEAST_VALIDATIONS: Final = 4
-"""Validations below which a curve says nothing."""
+To do: stop at the best epoch and take its weights; regularise, or get more data.
+"""
+
+from typing import Final
+
+from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Fix
+from lightning_spike.diagnosis.observation import Observation, observer
+from lightning_spike.diagnosis.view import EpisodeView
+from lightning_spike.records import Change, EpisodeKind, Family, Finding, ValidationPoint, number
+
+MIN_VALIDATIONS: Final = 4
+"""Validations below which a curve says nothing; engineering choice."""
 CLEAR_RISE: Final = 0.05
-"""Share by which the validation loss must be above its best: Prechelt's GL of 5, the strictest of his thresholds."""
+"""Share by which the validation loss must be above its best: Prechelt's GL of 5, the strictest of his thresholds (1998)."""
 PATIENCE: Final = 5
 """Validations without a new best after which to stop: patience >= 3 to 5 (science.md 5)."""
 
 
-class Overfitting(Cause):
-    """Training loss falls while validation loss rises, so that the model knows its training set by heart and small changes of the data hit hard.
-
-    Seen by: the finding `gap_growing` (the smoothed validation loss has risen in several validations in a row while the training loss went on falling) and
-    the validation curve itself.
-
-    Against it: a training loss that rose as well (then it is no overfitting but something that hit both); too few validations. A spike of the *training* loss
-    is never called overfitting on its own: the validation must have turned before the onset, and even then it speaks softly.
-
-    Thresholds: Prechelt's criteria (science.md 5); 5 % above the best is clear. Double descent and better calibrated accuracy exist, so this
-    says that the gap grows, not that training is over.
-
-    To do: stop at the best epoch and take its weights; regularise, or get more data.
-    """
-
-    id: ClassVar = "overfitting"
-    family: ClassVar = Family.GENERALIZATION
-    title: ClassVar = "Overfitting"
-    applies_to: ClassVar = LOSS_ROSE | {EpisodeKind.OVERFIT}
-
-    @override
-    def examine(self, case: Case) -> Examination:
-        found = _finding(case)
-        points = _curve(case, found)
-        if found is None and (case.kind is not EpisodeKind.OVERFIT or len(points) < LEAST_VALIDATIONS):
-            return Examination(evidence=_nothing(case))
-        best = min(points, key=lambda p: p.value, default=None)
-        evidence = without_none(_gap(case, found), _rise(case, points, best), _training(case, points, best))
-        return Examination(
-            evidence=evidence,
-            summary=_summary(points, best),
-            fixes=_fixes(points, best),
-            change=None if best is None else Change(setting="max_steps", value=float(best.at.step)),
-        )
+@observer("had not turned", "too few validations")
+def validation_turned(view: EpisodeView) -> Observation | None:
+    """The premise: the finding, or an episode of overfitting with enough validations."""
+    is_overfit = view.kind is EpisodeKind.OVERFIT
+    if view.once(_finding) is not None or (is_overfit and len(view.once(_curve)) >= MIN_VALIDATIONS):
+        return None
+    if is_overfit or len(view.store.validations) < MIN_VALIDATIONS:
+        text = "There are too few validations to tell."
+        return Observation(level="too few validations", text=text, signal="val_loss", step=view.step)
+    text = "The validation loss had not risen before."
+    return Observation(level="had not turned", text=text, signal="val_loss", step=view.step)
 
 
-def _finding(case: Case) -> Finding | None:
-    """`gap_growing`: of this episode, or from before the onset of a spike."""
-    last = case.last if case.kind is EpisodeKind.OVERFIT else case.onset
-    found = case.findings("overfit", "gap_growing", first=0, last=last)
-    return found[-1] if found else None
-
-
-def _curve(case: Case, found: Finding | None) -> list[ValidationPoint]:
-    """The validation curve in question, up to the end of the run or the onset of a spike; finite points only."""
-    metric = found.detail.get("metric") if found is not None else case.episode.signal
-    known = {p.metric for p in case.store.validations}
-    named = metric if isinstance(metric, str) and metric in known else next(iter(sorted(known)), None)
-    last = None if case.kind is EpisodeKind.OVERFIT else case.onset
-    points = [p for p in case.store.validations if p.metric == named and number(p.value) is not None]
-    return [p for p in points if last is None or p.at.ordinal <= last]
-
-
-def _nothing(case: Case) -> tuple[Evidence, ...]:
-    if case.kind is EpisodeKind.OVERFIT or len(case.store.validations) < LEAST_VALIDATIONS:
-        return ()
-    return (tell("val_loss", "The validation loss had not turned up before.", -FAIR, step=case.step),)
-
-
-def _gap(case: Case, found: Finding | None) -> Evidence | None:
+@observer("grows", "grew before a spike")
+def growing_gap(view: EpisodeView) -> Observation | None:
+    """The gap between validation and training loss."""
+    found = view.once(_finding)
     if found is None:
         return None
-    gap, above, up = (number(found.detail.get(key)) for key in ("gap", "gl", "up"))
-    words = f"The gap between validation and training loss was growing by step {found.at.step}"
-    more = f": the validation loss {above:.3g} % above its best" if above is not None else ""
-    rises = f", up {up:.0f} validations in a row" if up is not None else ""
-    weight = STRONG if case.kind is EpisodeKind.OVERFIT else SLIGHT
-    return tell("val_loss", f"{words}{more}{rises}.", weight, step=found.at.step, observed=gap)
+    above, rises = found.number("gl"), found.number("up")
+    text = f"The gap between validation and training loss was growing by step {found.at.step}"
+    text += "" if above is None else f": the validation loss {above:.3g} % above its best"
+    text += "" if rises is None else f", up {rises:.0f} validations in a row"
+    level = "grows" if view.kind is EpisodeKind.OVERFIT else "grew before a spike"
+    return Observation(level=level, text=f"{text}.", signal="val_loss", step=found.at.step, observed=found.number("gap"))
 
 
-def _rise(case: Case, points: list[ValidationPoint], best: ValidationPoint | None) -> Evidence | None:
-    if best is None or len(points) < LEAST_VALIDATIONS or not best.value > 0.0:
+@observer("clearly above best", "above best", "at best", "before a spike")
+def validation_rise(view: EpisodeView) -> Observation | None:
+    """The newest validation against the best one."""
+    points = view.once(_curve)
+    best = _best(points)
+    if best is None or len(points) < MIN_VALIDATIONS or not best.value > 0.0:
         return None
     now = points[-1]
-    share = now.value / best.value - 1.0
+    level = "before a spike"
+    if view.kind is EpisodeKind.OVERFIT:
+        level = _rise_level(now.value / best.value - 1.0)
     text = f"{now.metric} is {now.value:.3g}, its best was {best.value:.3g} in epoch {best.at.epoch}."
-    if case.kind is not EpisodeKind.OVERFIT:
-        weight = 0.0
-    else:
-        weight = STRONG if share >= CLEAR_RISE else SLIGHT if share > 0.0 else -STRONG
-    return tell(now.metric, text, weight, step=now.at.step, observed=now.value, expected=best.value)
+    return Observation(
+        level=level, text=text, signal=now.metric, step=now.at.step, observed=now.value, expected=best.value
+    )
 
 
-def _training(case: Case, points: list[ValidationPoint], best: ValidationPoint | None) -> Evidence | None:
+def _rise_level(share: float) -> str:
+    if share >= CLEAR_RISE:
+        return "clearly above best"
+    return "above best" if share > 0.0 else "at best"
+
+
+@observer("falls", "falls before a spike", "rises")
+def training_loss(view: EpisodeView) -> Observation | None:
     """Whether the training loss went on falling after the best validation."""
+    points = view.once(_curve)
+    best = _best(points)
     if best is None or best.train_loss is None or not points or points[-1].train_loss is None:
         return None
     then, now = best.train_loss, points[-1].train_loss
-    falling = now < then
+    level = "rises"
+    if now < then:
+        level = "falls" if view.kind is EpisodeKind.OVERFIT else "falls before a spike"
     text = f"Meanwhile the training loss went from {then:.3g} to {now:.3g}."
-    weight = (FAIR if case.kind is EpisodeKind.OVERFIT else 0.0) if falling else -DECISIVE
-    return tell("loss", text, weight, step=points[-1].at.step, observed=number(now), expected=number(then))
-
-
-def _summary(points: list[ValidationPoint], best: ValidationPoint | None) -> str:
-    if best is None or not points:
-        return "The validation loss turned up while the training loss went on falling."
-    now = points[-1]
-    return f"{now.metric} was best in epoch {best.at.epoch} ({best.value:.3g}) and has risen to {now.value:.3g} by epoch {now.at.epoch} while the training loss fell."
-
-
-def _fixes(points: list[ValidationPoint], best: ValidationPoint | None) -> tuple[str, ...]:
-    more = "Regularise before training longer: weight decay, dropout, augmentation, or more training data."
-    if best is None or not points:
-        return ("Stop at the best epoch: OverfitWatcher(stop=True, restore_best=True).", more)
-    return (
-        (
-            f"Stop at epoch {best.at.epoch} (step {best.at.step}), where {best.metric} was best, and take those weights: OverfitWatcher(stop=True, restore_best=True), "
-            f"or EarlyStopping(monitor={best.metric!r}, mode='min', patience={PATIENCE})."
-        ),
-        more,
+    return Observation(
+        level=level, text=text, signal="loss", step=points[-1].at.step, observed=number(now), expected=number(then)
     )
+
+
+def _finding(view: EpisodeView) -> Finding | None:
+    """`gap_growing`: of this episode, or from before the onset of a spike."""
+    last = view.last if view.kind is EpisodeKind.OVERFIT else view.onset
+    found = view.findings("overfit", "gap_growing", first=0, last=last)
+    return found[-1] if found else None
+
+
+def _curve(view: EpisodeView) -> list[ValidationPoint]:
+    """The validation curve in question, up to the end of the run or the onset of a spike; finite points only."""
+    found = view.once(_finding)
+    metric = view.episode.signal if found is None else found.detail.get("metric")
+    known = sorted({p.metric for p in view.store.validations})
+    named = metric if metric in known else next(iter(known), None)
+    points = [p for p in view.store.validations if p.metric == named and number(p.value) is not None]
+    is_overfit = view.kind is EpisodeKind.OVERFIT
+    return [p for p in points if is_overfit or p.at.ordinal <= view.onset]
+
+
+def _best(points: list[ValidationPoint]) -> ValidationPoint | None:
+    return min(points, key=lambda p: p.value, default=None)
+
+
+def _summary(view: EpisodeView) -> str:
+    points = view.once(_curve)
+    best = _best(points)
+    if best is None:
+        return "The validation loss rose while the training loss went on falling."
+    now = points[-1]
+    return (
+        f"{now.metric} was best in epoch {best.at.epoch} ({best.value:.3g}) and rose to {now.value:.3g} "
+        f"by epoch {now.at.epoch} while the training loss fell."
+    )
+
+
+def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
+    more = Fix("Regularise before training longer: weight decay, dropout, augmentation, or more training data.")
+    best = _best(view.once(_curve))
+    if best is None:
+        return (Fix("Stop at the best epoch: OverfitWatcher(stop=True, restore_best=True)."), more)
+    text = (
+        f"Stop at epoch {best.at.epoch} (step {best.at.step}), where {best.metric} was best, and take those weights: "
+        f"OverfitWatcher(stop=True, restore_best=True), or EarlyStopping(monitor={best.metric!r}, mode='min', patience={PATIENCE})."
+    )
+    return (Fix(text, Change(setting="max_steps", value=float(best.at.step))), more)
+
+
+CAUSE: Final = Cause(
+    id="overfitting",
+    family=Family.GENERALIZATION,
+    title="Overfitting",
+    meaning="training loss falls while validation loss rises",
+    requires=(validation_turned,),
+    observations=(growing_gap, validation_rise, training_loss),
+    summary=_summary,
+    fixes=_fixes,
+    applies_to=LOSS_ROSE | {EpisodeKind.OVERFIT},
+)

@@ -1,132 +1,161 @@
-"""`sample_weight_blowup`: dynamic sample weights (hard-example mining) grow out of hand."""
+"""`sample_weight_blowup`: dynamic sample weights (hard-example mining) grow out of hand.
+
+Seen by: the largest weight of the batches before and at the onset far above all earlier weights; the effective sample size (sum w)^2 / sum w^2 below its range, so that few samples make the
+step; batch after batch, not in one.
+
+Against it: no weights in the batches; weights in their range.
+
+Thresholds: the range is that of up to 128 batches that end 48 before the onset, for what grows slowly has spoilt the nearer ones.
+
+To do: cap the weights at what they were while training went well; normalise them to a mean of 1 in each batch.
+"""
 
 import math
-from typing import ClassVar, Final
+from typing import Final
 
-from typing_extensions import override
-
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.cause import Cause, Examination
-from lightning_spike.diagnosis.constants import DECISIVE, FAIR, GUARD, SLIGHT, STRONG
+from lightning_spike.diagnosis.cause import Cause, Fix
+from lightning_spike.diagnosis.constants import GUARD
 from lightning_spike.diagnosis.fixes import clip_fix
-from lightning_spike.diagnosis.observations.course import GAP, Course, Stretch, course, longest, parts
-from lightning_spike.diagnosis.observations.tells import batches, tell, without_none
-from lightning_spike.records import Change, Evidence, Family
+from lightning_spike.diagnosis.observation import Observation, observer
+from lightning_spike.diagnosis.observations.reference_range import (
+    GAP,
+    SeriesRange,
+    Stretch,
+    longest,
+    parts,
+    reference_range,
+)
+from lightning_spike.diagnosis.observations.shared_evidence import batches
+from lightning_spike.diagnosis.view import EpisodeView
+from lightning_spike.records import Change, Family
 
-CLEAR: Final = 2.0
-"""Times the usual largest weight from which weights are clearly out of the ordinary …"""
-EXTREME: Final = 5.0
-"""… and from which a few samples have the batch to themselves; engineering choices: in ordinary reweighting the largest weight of a batch differs by less from batch to batch."""
-SEVERAL: Final = 3
-"""Batches in a row beyond all weights of long before: of 128, three in a row are beyond by chance once in two million."""
-HEADROOM: Final = 1.5
-"""The cap that is advised, in usual largest weights: ordinary weights stay as they are."""
+LARGE_WEIGHT: Final = 2.0
+"""Times the usual largest weight from which weights are clearly out of range: in ordinary reweighting the largest weight differs by less; engineering choice …"""
+DOMINANT_WEIGHT: Final = 5.0
+"""… and from which a few samples have the batch to themselves."""
+MIN_GROWING_BATCHES: Final = 3
+"""Batches in a row above all earlier weights: of 128, three in a row are above by chance once in two million; engineering choice."""
+CAP: Final = 1.5
+"""The cap that is advised, in usual largest weights: ordinary weights stay as they are; engineering choice."""
 
 
-class SampleWeightBlowup(Cause):
-    """Dynamic sample weights (hard-example mining) grow out of hand.
+@observer("no weights")
+def has_weights(view: EpisodeView) -> Observation | None:
+    """The premise: batches with sample weights."""
+    if view.once(_largest) is not None:
+        return None
+    text = "No sample weights were seen in the batches."
+    return Observation(level="no weights", text=text, signal="batch/weight/max_abs", step=view.step)
 
-    Seen by: the largest weight of the batches before and at the onset far above all weights of long before; the effective sample size (sum w)^2 / sum w^2 below
-    its range, so that few samples make the step; batch after batch, not in one.
 
-    Against it: no weights in the batches; weights as they always were.
-
-    Thresholds: the range is that of up to 128 batches that end 48 before the onset, for what grows slowly has spoilt the nearer ones.
-
-    To do: cap the weights at what they were while training went well; normalise them to a mean of 1 in each batch.
-    """
-
-    id: ClassVar = "sample_weight_blowup"
-    family: ClassVar = Family.DATA
-    title: ClassVar = "Sample weights out of hand"
-    explains: ClassVar = frozenset(
-        {"bad_batch", "label_noise", "hard_sample_streak", "gradient_explosion", "lr_too_high", "numerical_instability"}
+@observer("dominant", "large", "in range")
+def largest_weight(view: EpisodeView) -> Observation | None:
+    """The largest weight of a batch around the onset."""
+    found = view.once(_largest)
+    if found is None:
+        return None
+    leaf, series = found
+    worst = _worst(view, series)
+    times = series.times(worst) if worst > series.high else 1.0
+    text = f"The largest weight of '{leaf}' around step {view.step} is {worst:.3g}, usually {series.middle:.3g}."
+    return Observation(
+        level=_size_level(times), text=text, signal=series.signal, step=view.step, observed=worst, expected=series.middle
     )
 
-    @override
-    def examine(self, case: Case) -> Examination:
-        largest = _largest(case)
-        if largest is None:
-            return Examination(evidence=(_none(case),))
-        leaf, told = largest
-        cap = float(f"{HEADROOM * told.middle:.2g}")
-        observed, usual = _worst(case, told), told.middle
-        return Examination(
-            evidence=without_none(_size(case, leaf, told), _growing(case, leaf, told), _effective(case, leaf)),
-            summary=f"The largest sample weight of a batch is {observed:.3g}, usually {usual:.3g}, and {case.loss_text}.",
-            fixes=tuple(
-                filter(
-                    None,
-                    (
-                        f"Cap the sample weights: weight = weight.clamp(max={cap:g}), {HEADROOM:g} times the usual largest weight of a batch ({usual:.3g}) in this run.",
-                        "Normalise them in each batch, so that the loss keeps its scale: (weight * losses).sum() / weight.sum().",
-                        clip_fix(case),
-                    ),
-                )
-            ),
-            change=Change(setting="sample_weight_limit", value=cap),
-        )
+
+def _size_level(times: float) -> str:
+    if times >= DOMINANT_WEIGHT:
+        return "dominant"
+    return "large" if times >= LARGE_WEIGHT else "in range"
 
 
-def _largest(case: Case) -> tuple[str, Course] | None:
+@observer("growing")
+def growing_weights(view: EpisodeView) -> Observation | None:
+    """Weights that lie above all earlier ones batch after batch."""
+    found = view.once(_largest)
+    out = None if found is None else _grown(view, found[1])
+    if found is None or out is None:
+        return None
+    step = view.step_of(out.first)
+    text = f"The largest weight of '{found[0]}' lay above all earlier ones in {batches(out.count)} from step {step} on."
+    return Observation(
+        level="growing", text=text, signal=found[1].signal, step=step, observed=out.furthest, expected=found[1].middle
+    )
+
+
+@observer("small")
+def effective_samples(view: EpisodeView) -> Observation | None:
+    """Few samples make the step; weights that all grow alike leave the effective sample size as it is, which refutes nothing."""
+    found = view.once(_largest)
+    if found is None:
+        return None
+    series = reference_range(view, f"batch/{found[0]}/ess", view.onset - GUARD, max(view.suspect_batches))
+    if series is None or not math.isfinite(series.middle) or not float(series.values.min()) < series.low:
+        return None
+    least = float(series.values.min())
+    text = f"The weights leave {least:.0%} of a batch's samples effective (Kish), usually {series.middle:.0%}."
+    return Observation(
+        level="small", text=text, signal=series.signal, step=view.step, observed=least, expected=series.middle
+    )
+
+
+def _largest(view: EpisodeView) -> tuple[str, SeriesRange] | None:
     """The weights that stand furthest out."""
-    found = [
-        (leaf, told)
-        for leaf in parts(case, "weight", "max_abs")
-        if (told := course(case, f"batch/{leaf}/max_abs", case.onset - GAP, _last_start(case) + GUARD)) is not None
-    ]
-    return max(found, key=lambda pair: pair[1].times(_worst(case, pair[1])), default=None)
+    first, last = view.onset - GAP, _last_start(view) + GUARD
+    leaves = parts(view, "weight", "max_abs")
+    found = [(n, s) for n in leaves if (s := reference_range(view, f"batch/{n}/max_abs", first, last)) is not None]
+    return max(found, key=lambda pair: pair[1].times(_worst(view, pair[1])), default=None)
 
 
-def _worst(case: Case, told: Course) -> float:
-    """The largest weight up to the onset; after it, those of the next batches, where they go on growing or none is known before."""
-    grown = _grown(case, told)
+def _worst(view: EpisodeView, series: SeriesRange) -> float:
+    """The largest weight up to the onset; after it, where weights go on growing or none is known before."""
+    grown = _grown(view, series)
     if grown is not None:
         return grown.furthest
-    before = told.values[told.ordinals <= max(case.questioned)]
-    return float(before[-GUARD:].max()) if before.size else float(told.values.max())
+    before = series.values[series.ordinals <= max(view.suspect_batches)]
+    return float(before[-GUARD:].max()) if before.size else float(series.values.max())
 
 
-def _grown(case: Case, told: Course) -> Stretch | None:
-    """The batches in a row, from the onset or before on, whose weights lay above all of long before; they may have gone on growing since."""
-    out = longest(s for s in told.stretches(above=True) if s.first <= _last_start(case))
-    return out if out is not None and out.count >= SEVERAL else None
+def _grown(view: EpisodeView, series: SeriesRange) -> Stretch | None:
+    """The batches in a row, from the onset or before on, whose weights lay above all earlier ones."""
+    out = longest(s for s in series.stretches(above=True) if s.first <= _last_start(view))
+    return out if out is not None and out.count >= MIN_GROWING_BATCHES else None
 
 
-def _last_start(case: Case) -> int:
+def _last_start(view: EpisodeView) -> int:
     """The last batch from which on weights may have brought the episode about."""
-    return max(case.questioned) + case.dated_early
+    return max(view.suspect_batches) + view.dated_early
 
 
-def _none(case: Case) -> Evidence:
-    return tell("batch/weight/max_abs", "No sample weights were seen in the batches.", -DECISIVE, step=case.step)
+def _summary(view: EpisodeView) -> str:
+    found = view.once(_largest)
+    if found is None:
+        return f"Sample weights grew, and {view.loss_text}."
+    worst, usual = _worst(view, found[1]), found[1].middle
+    return f"The largest sample weight of a batch is {worst:.3g}, usually {usual:.3g}, and {view.loss_text}."
 
 
-def _size(case: Case, leaf: str, told: Course) -> Evidence:
-    worst = _worst(case, told)
-    times = told.times(worst) if worst > told.high else 1.0
-    weight = DECISIVE if times >= EXTREME else STRONG if times >= CLEAR else -DECISIVE
-    text = f"Around step {case.step} the largest weight of '{leaf}' is {worst:.3g}, usually {told.middle:.3g}."
-    return tell(told.signal, text, weight, step=case.step, observed=worst, expected=told.middle)
-
-
-def _growing(case: Case, leaf: str, told: Course) -> Evidence | None:
-    out = _grown(case, told)
-    if out is None:
-        return None
-    text = f"The largest weight of '{leaf}' lay above all of long before in {batches(out.count)} from step {case.step_of(out.first)} on."
-    return tell(told.signal, text, FAIR, step=case.step_of(out.first), observed=out.furthest, expected=told.middle)
-
-
-def _effective(case: Case, leaf: str) -> Evidence | None:
-    """Weights that all grow alike leave the effective sample size as it is: that is no sign against them."""
-    told = course(case, f"batch/{leaf}/ess", case.onset - GUARD, max(case.questioned))
-    if told is None or not math.isfinite(told.middle):
-        return None
-    least = float(told.values.min())
-    if not least < told.low:
-        return None
+def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
+    found = view.once(_largest)
+    normalise = Fix("Normalise weights in each batch, so that the loss keeps its scale: (weight * losses).sum() / weight.sum().")
+    if found is None:
+        return (normalise,)
+    cap = float(f"{CAP * found[1].middle:.2g}")
     text = (
-        f"The weights of '{leaf}' leave {least:.0%} of a batch's samples effective (Kish), usually {told.middle:.0%}."
+        f"Cap the sample weights: weight = weight.clamp(max={cap:g}), "
+        f"{CAP:g} times the usual largest weight of a batch ({found[1].middle:.3g})."
     )
-    return tell(told.signal, text, SLIGHT, step=case.step, observed=least, expected=told.middle)
+    return (Fix(text, Change(setting="sample_weight_limit", value=cap)), normalise, *clip_fix(view))
+
+
+CAUSE: Final = Cause(
+    id="sample_weight_blowup",
+    family=Family.DATA,
+    title="Sample weights out of hand",
+    meaning="dynamic sample weights (hard-example mining) grow out of hand",
+    requires=(has_weights,),
+    observations=(largest_weight, growing_weights, effective_samples),
+    summary=_summary,
+    fixes=_fixes,
+    explains=frozenset({"bad_batch", "label_noise", "hard_sample_streak", "lr_too_high", "numerical_instability"}),
+)

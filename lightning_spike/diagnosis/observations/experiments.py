@@ -104,7 +104,9 @@ def grown_module(view: EpisodeView) -> tuple[str, float] | None:
     """The first module in the forward pass whose outputs have changed in size, and the factor by which their root mean square has grown; `None` without one."""
     measured = None if view.experiments is None else view.experiments.modules
     first = None if measured is None else judgement.first_changed_module(measured)
-    return (first.module, first.now.rms / first.usual.rms) if first is not None and first.usual.rms > 0.0 else None
+    if first is None or not first.usual.rms > 0.0 or not math.isfinite(first.now.rms):
+        return None
+    return first.module, first.now.rms / first.usual.rms
 
 
 def computation_changed(view: EpisodeView) -> bool:

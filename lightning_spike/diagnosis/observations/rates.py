@@ -171,8 +171,10 @@ def _height(view: EpisodeView, finding: Finding) -> float:
     return max((rate for rate in rates if rate is not None and math.isfinite(rate)), default=0.0)
 
 
-NEARNESS: Final = ("at once", "soon", "later")
-"""Levels of `nearness`."""
+MIN_EVENT_FACTOR: Final = 2.0
+"""Factor from which a rate that went up makes an event (science.md 2.2)."""
+NEARNESS: Final = ("at once", "soon", "later", "small")
+"""Levels of `event_level`."""
 
 
 def nearness(view: EpisodeView, event: RateEvent) -> str:
@@ -241,3 +243,9 @@ def _bears_on(view: EpisodeView, event: RateEvent) -> bool:
     rate = view.rate(event.signal)
     up = rate is not None and rate >= STAYED_UP * event.after
     return up or -GUARD <= event.lag <= (2 * REACH if view.dated_early else REACH)
+
+
+def event_level(view: EpisodeView, event: RateEvent) -> str:
+    """How much an event of the rate tells: its nearness, or `"small"` for a factor below 2 (science.md 2.2)."""
+    is_small = event.factor is not None and event.factor < MIN_EVENT_FACTOR
+    return "small" if is_small else nearness(view, event)

@@ -1,0 +1,81 @@
+"""`gradient_reversal`: gradients point up the loss that they were made from: a term with the wrong sign, a hook, a loss that is maximised.
+
+Seen by: by experiment, a step down the update's own gradient, however short, raises the loss of its own batch, while the same step of an earlier update lowered it (slope below 0,
+science.md 2.3).
+
+Against it: a slope of about 1, or none measured.
+
+Thresholds: `judgement.TURNED_SLOPE`; float32 rounding makes a hundredth of it.
+
+To do: find the term or hook that turns the gradients; go on from a checkpoint from before, with an empty momentum.
+"""
+
+from typing import Final
+
+from lightning_spike.diagnosis import judgement, sentences
+from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Fix
+from lightning_spike.diagnosis.judgement import Group
+from lightning_spike.diagnosis.observation import Observation, observer
+from lightning_spike.diagnosis.observations.shared_evidence import batch_values, transient_loss
+from lightning_spike.diagnosis.observations.upstream import rate_upstream
+from lightning_spike.diagnosis.view import EpisodeView
+from lightning_spike.experiments import UpdateMeasurement
+from lightning_spike.records import Change, EpisodeKind, Family
+
+
+@observer("no slope below 0")
+def turned_gradient(view: EpisodeView) -> Observation | None:
+    """The premise: the experiment shows a gradient that points up its own loss."""
+    if view.once(_turned_update) is not None:
+        return None
+    text = "No experiment shows a gradient that points up its own loss."
+    return Observation(level="no slope below 0", text=text, signal="lab/update", step=view.step)
+
+
+@observer("turned")
+def slope(view: EpisodeView) -> Observation | None:
+    """The slope of the loss along the update's own gradient."""
+    update = view.once(_turned_update)
+    if update is None:
+        return None
+    return Observation(
+        level="turned", text=sentences.update(update), signal="lab/update", step=update.step,
+        observed=update.slope, expected=update.slope_usual, confirms=True,
+    )  # fmt: skip
+
+
+def _turned_update(view: EpisodeView) -> UpdateMeasurement | None:
+    update = None if view.experiments is None else view.experiments.update
+    return update if update is not None and judgement.update_direction(update) == "turned" else None
+
+
+def _summary(view: EpisodeView) -> str:
+    return f"The gradients of the update before step {view.step} point up the loss they were made from, and {view.loss_text}."
+
+
+def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
+    update = view.once(_turned_update)
+    where = f"the steps just before step {view.step}" if update is None else f"step {update.step}"
+    return (
+        Fix(
+            f"Find what turns the gradients at {where}: a term with the wrong sign (an adversarial or reversed one), "
+            "a hook on parameters or modules, a loss that is maximised.",
+            Change(setting="code", value="gradient"),
+        ),
+        Fix(f"Go on from a checkpoint from before {where} with an empty momentum: the present one points up the loss."),
+    )
+
+
+CAUSE: Final = Cause(
+    id="gradient_reversal",
+    family=Family.GRADIENT,
+    title="Gradients that point up the loss",
+    meaning="gradients point up the loss they were made from: a wrong sign, a hook, a maximised loss",
+    requires=(turned_gradient,),
+    observations=(slope, transient_loss, batch_values, rate_upstream),
+    summary=_summary,
+    fixes=_fixes,
+    applies_to=LOSS_ROSE | {EpisodeKind.STALL},
+    explains=frozenset({"gradient_explosion", "lr_too_high", "momentum_reversal"}),
+    tested_by=frozenset({Group.GRADIENT}),
+)
