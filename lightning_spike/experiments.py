@@ -14,6 +14,7 @@ from lightning_spike.records import Moment
 
 ChangeKind = Literal["weights", "optimizer", "gradient", "momentum_or_gradient", "result", "modes"]
 Phase = Literal["input", "forward", "loss", "backward"]
+RemedyName = Literal["lower_rate", "clip", "reset_state", "float32"]
 WriteKind = Literal["weights", "optimizer"]
 
 
@@ -212,7 +213,7 @@ class Attribution:
 class Remedy:
     """One safer setting at the damaging update, and how much of the damage it takes away. A remedy is no evidence of the cause."""
 
-    remedy: Literal["lower_rate", "clip", "reset_state", "float32"]
+    remedy: RemedyName
     value: float | None
     """The factor on the learning rate, or the gradient norm that is clipped to."""
     repaired: float

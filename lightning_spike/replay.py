@@ -18,11 +18,10 @@ from typing_extensions import override
 
 from lightning_spike.actions.dump_facts import package_versions
 from lightning_spike.errors import CannotReplay, ConfigurationError
+from lightning_spike.experiments import Experiments
 from lightning_spike.lab.encoding import find_class
 from lightning_spike.lab.examine import examine
-from lightning_spike.lab.experiments.findings import not_run
 from lightning_spike.lab.scene_files import find_scenes, read_manifest, read_scene
-from lightning_spike.records import Finding
 from lightning_spike.report.replayed import Replayed, ReplayReport
 
 PLACES: Final = ("scenes", "spike/scenes")
@@ -244,24 +243,18 @@ def _replayed(place: Path, trainer: Trainer, module: LightningModule) -> Replaye
     scene = read_scene(place, trainer, module)
     began = time.monotonic()
     try:
-        findings = examine(scene)
+        found = examine(scene)
     except CannotReplay as reason:
-        findings = [not_run(scene.episode, str(reason))]
+        found = Experiments(episode=scene.episode.id, not_run=str(reason))
     except Exception as error:  # noqa: BLE001 - the user's code: what it raises is the answer
-        findings = [not_run(scene.episode, f"the re-run failed: {type(error).__name__}: {error}")]
+        found = Experiments(episode=scene.episode.id, not_run=f"the replay failed: {type(error).__name__}: {error}")
     return Replayed(
         place=place,
         started=read_manifest(place)["run"]["started"],
         episode=scene.episode,
-        batches=len(scene.stretch),
-        findings=tuple(_alone(finding) for finding in findings),
+        experiments=found,
         seconds=time.monotonic() - began,
     )
-
-
-def _alone(finding: Finding) -> Finding:
-    """With a detail of its own, that nobody else writes to."""
-    return dataclasses.replace(finding, detail=dict(finding.detail))
 
 
 class ReplayingCLI(LightningCLI):

@@ -11,30 +11,20 @@ from typing_extensions import override
 from lightning_spike.arguments import number, whole_number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.detectors.stagnation import stagnates
+from lightning_spike.diagnosis import sentences
+from lightning_spike.diagnosis.judgement import Group, jump_shares, steps_too_long
 from lightning_spike.errors import CannotReplay, OnsetGone
+from lightning_spike.experiments import Experiments, StepSize, StepSizeTest
 from lightning_spike.lab.examine import examine, triage
-from lightning_spike.lab.experiments.fallback_attribution import (
-    blamed_on_steps,
-    steps_too_long,
-    told_before,
-    unexplained,
-)
-from lightning_spike.lab.experiments.findings import not_run
-from lightning_spike.lab.experiments.step_size import Consistency
-from lightning_spike.lab.experiments.step_size_test import (
-    STEP_SIZE_TEST_STEPS,
-    UPDATES,
-    are_too_long,
-    break_their_promise,
-    step_size_test,
-)
+from lightning_spike.lab.experiments.fallback_attribution import earlier_step_size, unexplained, with_step_size
+from lightning_spike.lab.experiments.step_size_test import STEP_SIZE_TEST_STEPS, TESTED_UPDATES, step_size_test
 from lightning_spike.lab.live_scene import EXAMINED, Witnesses, live_scene
 from lightning_spike.ranks.control_group import ControlGroup, why_no_control_group
-from lightning_spike.ranks.merge_ranks import Examined, merged
+from lightning_spike.ranks.merge_ranks import SharedExamination, merged
 from lightning_spike.ranks.rank_agreement import EVERY, PATIENCE, ExaminationRequests
 from lightning_spike.ranks.rank_coordination import ALONE, OutOfReach, Ranks
 from lightning_spike.record.participant import TrainingBatch
-from lightning_spike.records import Action, Episode, EpisodeKind, Finding, RunStatus
+from lightning_spike.records import Action, Episode, EpisodeKind, RunStatus
 from lightning_spike.sandbox.budget import FULL_STEPS, LEAST_STEPS, TRIAGE_STEPS, Budget, Extent
 
 OUTGROWN: Final = 2.0
@@ -42,7 +32,7 @@ OUTGROWN: Final = 2.0
 FREE_SECONDS: Final = 5.0
 """Seconds in all that re-runs may take whatever the budget: nobody minds a few, and a short run has no 2 % to spend."""
 
-FIRST_CHECKUP: Final = 128
+FIRST_TEST: Final = 128
 """Batches after which a run that has had no episode is looked at for the first time, if its loss has stopped falling; then at every doubling, so that all looks together cost less and less of the run."""
 
 
@@ -121,17 +111,18 @@ class CounterfactualReplay(SpikeCallback):
         if self._wishes is not None:
             self._act_together(batch, self._wishes, changed, outgrown)
             return
-        if self._checkup_is_due(batch):
-            self.flight.store.note(*self._checked_up(batch))
+        if self._test_is_due(batch):
+            self.flight.store.note(*self._test_step_size(batch))
         due = [e for e in self._waiting.values() if not _may_wait(e, batch)]
         for episode in sorted([*due, *outgrown.values()], key=lambda e: -e.severity):
-            self._note(episode, self._look_into(batch, episode, again=episode.id in self._seen))
+            found, action = self._look_into(batch, episode, again=episode.id in self._seen)
+            self._note(episode, [note for note in (found, action) if note is not None])
 
     @override
     def conclude(self, trainer: Trainer, status: RunStatus, error: BaseException | None) -> None:
         for episode in self._waiting.values():
-            self.flight.store.note(not_run(episode, "the run ended with it"))
-        self.flight.store.note(*(examined.remark for examined in self._strange))
+            self.flight.store.note(Experiments(episode=episode.id, not_run="the run ended with it"))
+        self.flight.store.note(*(_remark(shared) for shared in self._strange))
 
     def _forget(self) -> None:
         self._seen: dict[int, list[float]] = {}
@@ -141,15 +132,15 @@ class CounterfactualReplay(SpikeCallback):
         self._began = time.monotonic()
         self._first = 0
         self._refusal, self._ranks, self._wishes = None, ALONE, None
-        self._checks_up = True
+        self._tests_steps = True
         self._batches = 0
         self._wished: Episode | None = None
         self._outgrown: dict[int, Episode] = {}
-        self._shared: list[Examined] = []
-        self._strange: list[Examined] = []
+        self._shared: list[SharedExamination] = []
+        self._strange: list[SharedExamination] = []
         """Those of them that no episode of this rank's is about, so far."""
 
-    def _note(self, episode: Episode, notes: Sequence[Finding | Action]) -> None:
+    def _note(self, episode: Episode, notes: Sequence[Experiments | Action]) -> None:
         self._waiting.pop(episode.id, None)
         self._outgrown.pop(episode.id, None)
         self._seen.setdefault(episode.id, []).append(episode.severity)
@@ -194,13 +185,13 @@ class CounterfactualReplay(SpikeCallback):
         episode, again = self._ranks.tell(self._newest(self._wished), by=wish.rank)
         if episode is None:
             return True
-        notes = self._look_into(batch, episode, again=again, by=wish.rank)
-        examined = Examined(rank=wish.rank, episode=episode, notes=tuple(notes))
+        found, action = self._look_into(batch, episode, again=again, by=wish.rank)
+        examined = SharedExamination(rank=wish.rank, episode=episode, found=found, action=action)
         own = [episode] if wish.rank == self._ranks.rank else [e for e in self._own() if examined.is_about(e)]
         for mine in own:
             self._note(mine, examined.notes_about(mine))
         self._shared.append(examined)
-        self._strange += [examined] if notes and not own else []
+        self._strange += [examined] if found is not None and not own else []
         return True
 
     def _newest(self, wished: Episode | None) -> tuple[Episode | None, bool]:
@@ -230,44 +221,39 @@ class CounterfactualReplay(SpikeCallback):
         )
 
     def _weights_are_to_blame(self, episode: Episode) -> bool:
-        told = (f.detail for f in self.flight.store.findings if f.detector == "lab" and f.kind == "blame")
-        return any(d["first"] != "data" for d in told if d["episode"] == episode.id)
+        shares = jump_shares(self.flight.store.experiments.get(episode.id))
+        return bool(shares) and max(shares, key=lambda group: shares[group]) is not Group.DATA
 
-    def _look_into(self, batch: TrainingBatch, episode: Episode, *, again: bool, by: int = 0) -> list[Finding | Action]:
+    def _look_into(
+        self, batch: TrainingBatch, episode: Episode, *, again: bool, by: int = 0
+    ) -> tuple[Experiments | None, Action | None]:
         """What is to be noted of it; on several ranks the same on all."""
         extent, why = self._ranks.tell(self._extent(batch, episode), by=0)
         if extent is None:
-            return [] if again else [not_run(episode, why)]
+            return None if again else Experiments(episode=episode.id, not_run=why), None
         started = time.monotonic()
-        findings = self._findings(batch, episode, extent, again=again, by=by)
+        found = self._experiments(batch, episode, extent, again=again, by=by)
         seconds = time.monotonic() - started
-        done = any(finding.kind != "not_run" for finding in findings)
-        self._budget.took(seconds, extent=extent if done else "triage", severity=episode.severity)
-        if not done:
-            return [] if again else [*findings]
-        detail = {
-            "episode": episode.id,
-            "extent": extent,
-            "seconds": round(seconds, 3),
-            "findings": [f.kind for f in findings],
-        }
-        return [*findings, Action(action="replay", at=batch.at, detail=detail)]
+        is_done = found.not_run is None
+        self._budget.took(seconds, extent=extent if is_done else "triage", severity=episode.severity)
+        if not is_done:
+            return None if again else found, None
+        detail = {"episode": episode.id, "extent": extent, "seconds": round(seconds, 3)}
+        return found, Action(action="replay", at=batch.at, detail=detail)
 
-    def _findings(
+    def _experiments(
         self, batch: TrainingBatch, episode: Episode, extent: Extent, *, again: bool, by: int
-    ) -> list[Finding]:
+    ) -> Experiments:
         try:
             return self._examined(batch, episode, extent, again=again, by=by)
         except OutOfReach:
             raise
         except CannotReplay as reason:
-            return [not_run(episode, str(reason))]
+            return Experiments(episode=episode.id, not_run=str(reason))
         except Exception as error:  # noqa: BLE001 - the user's code, run once more; the training is untouched and goes on
-            return [not_run(episode, f"the re-run failed: {type(error).__name__}: {error}")]
+            return Experiments(episode=episode.id, not_run=f"the replay failed: {type(error).__name__}: {error}")
 
-    def _examined(
-        self, batch: TrainingBatch, episode: Episode, extent: Extent, *, again: bool, by: int
-    ) -> list[Finding]:
+    def _examined(self, batch: TrainingBatch, episode: Episode, extent: Extent, *, again: bool, by: int) -> Experiments:
         examination = examine if extent == "full" else triage
         try:
             with self._ranks.stage():
@@ -275,27 +261,30 @@ class CounterfactualReplay(SpikeCallback):
                 at_peak = again and any(entry.at.ordinal == episode.peak.ordinal for entry in scene.entries)
                 found = examination(dataclasses.replace(scene, looks_at=episode.peak.ordinal) if at_peak else scene)
         except OnsetGone as reason:
-            told = self._by_the_steps(batch, episode, str(reason)) if extent == "full" else []
-            return told or [not_run(episode, str(reason))]
-        findings = merged(self._ranks.gather(found), by=by)
-        why = unexplained(findings) if extent == "full" else None
-        return findings if why is None else [*findings, *self._by_the_steps(batch, episode, why)]
+            steps = self._step_size(batch, episode) if extent == "full" else None
+            if steps is None:
+                return Experiments(episode=episode.id, not_run=str(reason))
+            return with_step_size(None, episode, str(reason), steps)
+        found = merged(self._ranks.gather(found), by=by)
+        failure = unexplained(found) if extent == "full" else None
+        steps = None if failure is None else self._step_size(batch, episode)
+        return found if failure is None or steps is None else with_step_size(found, episode, failure, steps)
 
     # -- the present -------------------------------------------------------------------------------------------------
 
-    def _by_the_steps(self, batch: TrainingBatch, episode: Episode, why: str) -> list[Finding]:
-        """Whether steps that are too long are to blame for a trouble whose beginning is out of reach; nothing where they are not."""
-        told = self._ranks.tell(told_before(self.flight.store, episode), by=0)
-        if told is not None:
-            return blamed_on_steps(episode, why, told)
+    def _step_size(self, batch: TrainingBatch, episode: Episode) -> StepSize | None:
+        """Steps that are too long, for an episode whose onset is out of reach; `None` where they are not."""
+        earlier = self._ranks.tell(earlier_step_size(self.flight.store, episode), by=0)
+        if earlier is not None:
+            return earlier
         with self._ranks.stage():
-            steps = self._own_batch_test(batch)
-        return blamed_on_steps(episode, why, steps) if steps is not None and are_too_long(steps) else []
+            steps = self._step_size_test(batch)
+        return steps if steps is not None and steps_too_long(steps) else None
 
-    def _checkup_is_due(self, batch: TrainingBatch) -> bool:
+    def _test_is_due(self, batch: TrainingBatch) -> bool:
         """A run without an episode whose loss has stopped falling is looked at, ever more rarely."""
         count = batch.at.ordinal + 1 - self._first
-        if count < FIRST_CHECKUP or count & (count - 1) or not self._checks_up:
+        if count < FIRST_TEST or count & (count - 1) or not self._tests_steps:
             return False
         if any(e.kind in EXAMINED for e in self.flight.store.episodes):
             return False
@@ -304,20 +293,18 @@ class CounterfactualReplay(SpikeCallback):
             elapsed / count * STEP_SIZE_TEST_STEPS, elapsed=elapsed
         )
 
-    def _checked_up(self, batch: TrainingBatch) -> list[Finding | str]:
+    def _test_step_size(self, batch: TrainingBatch) -> list[StepSizeTest | str]:
         started = time.monotonic()
         try:
-            steps = self._own_batch_test(batch)
+            steps = self._step_size_test(batch)
         except Exception as error:  # noqa: BLE001 - the user's code, as above
-            self._checks_up = False
+            self._tests_steps = False
             return [f"The steps could not be looked at without an episode: {type(error).__name__}: {error}."]
         self._budget.spent += time.monotonic() - started
-        if steps is None or not break_their_promise(steps):
-            return []
-        return [Finding(detector="lab", kind="steps_too_long", at=batch.at, detail=steps_too_long(steps))]
+        return [] if steps is None else [StepSizeTest(at=batch.at, result=steps)]
 
-    def _own_batch_test(self, batch: TrainingBatch) -> Consistency | None:
-        held = self._witnesses.ring.entries()[-UPDATES - 1 :]
+    def _step_size_test(self, batch: TrainingBatch) -> StepSize | None:
+        held = self._witnesses.ring.entries()[-TESTED_UPDATES - 1 :]
         opening = next(
             (k for k, entry in enumerate(held) if entry.at.batch_idx % batch.trainer.accumulate_grad_batches == 0), 0
         )
@@ -340,6 +327,13 @@ class CounterfactualReplay(SpikeCallback):
         extent = self._budget.extent(severity=episode.severity, elapsed=elapsed, full=full, triage=triage_only)
         spent = f"re-runs took {self._budget.spent:.2g} s already"
         return extent, f"{spent}, and another would not fit into budget={self.budget:.3g} of the run's time"
+
+
+def _remark(shared: SharedExamination) -> str:
+    """For a rank whose own loss did not show the episode."""
+    found = Experiments(episode=shared.episode.id) if shared.found is None else shared.found
+    known = dataclasses.replace(found, rank=shared.rank)
+    return sentences.remark_of_other_rank(known, shared.episode.kind, shared.episode.onset.step)
 
 
 def _may_wait(episode: Episode, batch: TrainingBatch) -> bool:

@@ -14,8 +14,9 @@ from typing_extensions import override
 from lightning_spike.arguments import whole_number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.detectors.second_moment import SecondMomentDetector
+from lightning_spike.experiments import OutsideWrite
 from lightning_spike.record.gradient_checks import GradientChecks
-from lightning_spike.record.outside_writes import OutsideWrite, OutsideWrites
+from lightning_spike.record.outside_writes import OutsideWrites
 from lightning_spike.record.participant import TrainingBatch
 from lightning_spike.record.recorder import Arrival
 from lightning_spike.record.resume_check import Lost, lost, summary

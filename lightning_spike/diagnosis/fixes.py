@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.diagnosis.cause import Fix
 from lightning_spike.diagnosis.constants import GUARD, REFERENCE
 from lightning_spike.diagnosis.observations.rates import CLIMB, climbed
 from lightning_spike.diagnosis.observations.step_length import update_shares
+from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import Change, Recovery
 
 HEADROOM = 1.5

@@ -396,10 +396,11 @@ def first_changed_module(measured: ModuleMeasurement) -> ModuleChange | None:
 
 def outputs_changed(now: ModuleActivity, usual: ModuleActivity) -> float:
     """Factor, at least 1, by which a module's outputs changed in size; infinite where they are not finite any more."""
-    return max(_factor(now.largest, usual.largest), _factor(now.rms, usual.rms))
+    return max(factor_between(now.largest, usual.largest), factor_between(now.rms, usual.rms))
 
 
-def _factor(a: float, b: float) -> float:
+def factor_between(a: float, b: float) -> float:
+    """How many times one size is the other, whichever is larger; infinite where one is not finite."""
     if not (math.isfinite(a) and math.isfinite(b)):
         return math.inf
     low, high = sorted((max(abs(a), 1e-30), max(abs(b), 1e-30)))

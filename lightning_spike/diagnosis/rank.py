@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
 
-from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.diagnosis.catalogue import catalogue
 from lightning_spike.diagnosis.cause import Cause
 from lightning_spike.diagnosis.constants import AFTERSHOCK
 from lightning_spike.diagnosis.examine import by_weight, examine, examine_all
 from lightning_spike.diagnosis.observations.loss_rise import Rise, Shown
+from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.diagnosis.weigh import Examined, probabilities
 from lightning_spike.diagnosis.weights import Weights, fitted
 from lightning_spike.records import Episode, EpisodeKind, Family, Moment, Recovery, Verdict

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -91,13 +91,13 @@ class EpisodeView:
         self.store = store
         self.episode = episode
         self._baselines: dict[str, Baseline | None] = {}
-        self._once: dict[object, object] = {}
+        self._once: dict[object, Any] = {}
 
-    def once(self, look: "Callable[[EpisodeView], T]") -> "T":
+    def once(self, look: "Callable[[EpisodeView], T]") -> T:
         """What a function makes of this view, worked out at the first call only."""
         if look not in self._once:
             self._once[look] = look(self)
-        found: T = self._once[look]  # type: ignore[assignment] - kept under the function that made it
+        found: T = self._once[look]
         return found
 
     # -- the episode -------------------------------------------------------------------------------------------------

@@ -7,11 +7,12 @@ from typing import Final, Self
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_spike.errors import CannotReplay, OnsetGone
+from lightning_spike.experiments import OutsideWrite
 from lightning_spike.flight.loop import Flight
 from lightning_spike.lab.scene import WINDOW, Scene
 from lightning_spike.ranks.rank_coordination import ALONE, Ranks, mean_of
 from lightning_spike.record.batch_ring import BatchRing
-from lightning_spike.record.outside_writes import OutsideWrite, OutsideWrites
+from lightning_spike.record.outside_writes import OutsideWrites
 from lightning_spike.record.participant import TrainingBatch
 from lightning_spike.record.snapshot import Snapshot, Snapshots
 from lightning_spike.record.update_settings import UpdateSettings

@@ -9,10 +9,10 @@ import numpy.typing as npt
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_spike.errors import OnsetGone
+from lightning_spike.experiments import OutsideWrite
 from lightning_spike.lab.replay.evaluate import log_scale
 from lightning_spike.ranks.rank_coordination import ALONE, Ranks
 from lightning_spike.record.batch_ring import RingEntry
-from lightning_spike.record.outside_writes import OutsideWrite
 from lightning_spike.record.snapshot import Snapshot
 from lightning_spike.record.update_settings import Settings
 from lightning_spike.records import Episode

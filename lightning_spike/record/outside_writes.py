@@ -1,9 +1,8 @@
 """Who else writes into weights and optimizer states: noticed by the version counters that torch keeps, without a look at the values."""
 
-import dataclasses
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -11,9 +10,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_spike.experiments import OutsideWrite, WriteKind
 from lightning_spike.record.participant import Participant, TrainingBatch
-
-Kind = Literal["weights", "optimizer"]
 
 LEARN: Final = 20
 """Batches after which it is known how often a training step writes into each tensor."""
@@ -21,17 +19,6 @@ RARE: Final = 0.05
 """Share of the batches up to which a number of writes is not the training's own rhythm: averages that are copied in every few steps are."""
 KEPT: Final = 32
 """Writes remembered."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class OutsideWrite:
-    """Something was written that the training step does not write."""
-
-    ordinal: int
-    """The batch during or after which it was: between its beginning and that of the next."""
-    kind: Kind
-    names: tuple[str, ...]
-    """Which tensors, by their names in the module or `"<parameter>.<state>"`."""
 
 
 class OutsideWrites(Participant):
@@ -46,7 +33,7 @@ class OutsideWrites(Participant):
     def __init__(self) -> None:
         self.writes: deque[OutsideWrite] = deque(maxlen=KEPT)
         """The newest, oldest first."""
-        self._books: dict[Kind, _Book] = {"weights": _Book(), "optimizer": _Book()}
+        self._books: dict[WriteKind, _Book] = {"weights": _Book(), "optimizer": _Book()}
         self._step = -1
         self._ordinal = -1
         self._handles: list[RemovableHandle] = []
@@ -65,7 +52,7 @@ class OutsideWrites(Participant):
     def sense_batch(self, batch: TrainingBatch) -> None:
         moved = batch.at.step - self._step, *self._stepped
         rolled_back = any(a.action == "rollback" and a.at.ordinal >= self._ordinal for a in self.flight.store.actions)
-        tensors: dict[Kind, list[Tensor]] = {
+        tensors: dict[WriteKind, list[Tensor]] = {
             "weights": list(batch.module.parameters()),
             "optimizer": [t for _, t in _states(batch.trainer.optimizers)],
         }
@@ -146,7 +133,7 @@ def _states(optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor]]:
                     yield key, value
 
 
-def _names(kind: Kind, batch: TrainingBatch) -> list[str]:
+def _names(kind: WriteKind, batch: TrainingBatch) -> list[str]:
     by_parameter: dict[object, str] = {parameter: name for name, parameter in batch.module.named_parameters()}
     if kind == "weights":
         return list(by_parameter.values())

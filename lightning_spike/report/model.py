@@ -7,7 +7,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from lightning_spike.diagnosis.rank import Diagnosis, diagnose, not_run_again
+from lightning_spike.diagnosis.rank import Diagnosis, diagnose, not_replayed
 from lightning_spike.records import Action, Disabled, Episode, Moment, RunFacts, RunStatus, Verdict
 from lightning_spike.store import TrainerStateStore
 
@@ -145,7 +145,7 @@ def build_report(
         episodes=store.episodes,
         causes=diagnosis.overall,
         causes_of=diagnosis.per_episode,
-        not_replayed=not_run_again(store),
+        not_replayed=not_replayed(store),
         actions=tuple(store.actions),
         suspects=tuple(suspects_of(store.actions)),
         disabled=(*store.disabled, *broken),

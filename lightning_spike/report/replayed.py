@@ -1,17 +1,17 @@
 """What the examination of scenes found after the run: for the terminal, and as `replay.json`.
 
-`replay.json`, schema version 1, is strict JSON; numbers that are not finite are null and stand in `nonfinite`, as in report.json:
+`replay.json`, schema version 2, is strict JSON; numbers that are not finite are null and stand in `nonfinite`, as in report.json:
 
 - `lightning_spike` and `torch`, the versions that replayed; `config`, the files that the module was made from; `device`;
 - `scenes`, one object each: `path` (beside this file), `started` (of the run, ISO 8601), `episode`, `kind`, `onset` (its moment), `seconds`, `examined`
-  (false where it could not be run again), and `findings`: `[{"detector", "kind", "at", "detail"}]` as the lab gave them;
+  (false where it could not be replayed), `experiments` (a record of `lightning_spike.experiments`, written by `codec`) and `sentences`, the same in words;
 - `notes`, what a reader must know: another version of torch, say.
 """
 
 import dataclasses
 import importlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,21 +19,26 @@ import torch
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.text import Text
 
+from lightning_spike.codec import to_plain
+from lightning_spike.diagnosis import sentences
+from lightning_spike.diagnosis.judgement import SplitVerdict, split_verdict
+from lightning_spike.experiments import Experiments
 from lightning_spike.files import write_whole
-from lightning_spike.records import Episode, Finding
+from lightning_spike.records import Episode
 from lightning_spike.report.json_file import strict_json
 from lightning_spike.report.terminal import WIDEST, hanging, print_lines, title_line
 from lightning_spike.report.wording import count, duration, loss_words
 
-SCHEMA_VERSION: Final = 1
-VERDICTS: Final = {
-    "data": "the batch",
-    "weights": "the weights",
-    "both": "batch and weights together",
-    "noise": "no more than the ordinary scatter",
-    "not_reproduced": "does not come back",
+SCHEMA_VERSION: Final = 2
+CAUSED_BY: Final = {
+    SplitVerdict.DATA: "the batch",
+    SplitVerdict.WEIGHTS: "the weights",
+    SplitVerdict.BOTH: "batch and weights together",
+    SplitVerdict.NOISE: "nothing: the loss is within its ordinary scatter",
+    SplitVerdict.NOT_REPRODUCED: "something outside the training step",
+    SplitVerdict.COMPUTATION: "a changed computation",
 }
-"""What a split says, in words."""
+"""What a split gives the jump to, in words."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,20 +49,13 @@ class Replayed:
     started: str
     """When the run began, ISO 8601."""
     episode: Episode
-    batches: int
-    """From the snapshot to the onset: how many were trained on again."""
-    findings: tuple[Finding, ...]
+    experiments: Experiments
     seconds: float
 
     @property
     def examined(self) -> bool:
-        """It could be run again."""
-        return any(finding.kind != "not_run" for finding in self.findings)
-
-    @property
-    def split(self) -> Mapping[str, Any] | None:
-        """The detail of the finding that says how much was the batch's doing."""
-        return next((f.detail for f in self.findings if f.kind == "split"), None)
+        """It could be replayed."""
+        return self.experiments.not_run is None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -95,32 +93,18 @@ def _scene(scene: Replayed, device: str) -> Iterator[RenderableType]:
     yield Text.assemble(
         (f"Episode {scene.episode.id}: {scene.episode.kind} {where}", "bold"), f"  {loss_words(scene.episode)}"
     )
-    split = scene.split
-    if split is not None:
-        yield hanging("   ", Text(f"{_run_again(scene, split)}, {duration(scene.seconds)} on {device}", style="dim"))
-        yield hanging(
-            "   ",
-            Text.assemble(
-                ("what made the loss jump: ", ""), (VERDICTS.get(split["verdict"], split["verdict"]), "bold green")
-            ),
-        )
-    for finding in scene.findings:
-        if finding.kind == "not_run":
-            yield hanging("   ! ", Text(f"not run again: {finding.detail['why']}", style="yellow"))
-        elif isinstance(finding.detail.get("text"), str):
-            yield hanging("   • ", Text(finding.detail["text"]))
-
-
-def _run_again(scene: Replayed, split: Mapping[str, Any]) -> str:
-    if split["verdict"] == "not_reproduced":
-        return f"{_batches(scene.batches)}, and there the loss is another"
-    if split.get("exact"):
-        return f"{_batches(scene.batches)}, with the same losses as in the training"
-    return f"Not run again step by step: {split.get('why_not_exact') or 'no reason is known'}"
-
-
-def _batches(n: int) -> str:
-    return f"Run again: {n:,} {'batch' if n == 1 else 'batches'} from the last healthy snapshot"
+    found = scene.experiments
+    verdict = split_verdict(found)
+    if not scene.examined:
+        yield hanging("   ! ", Text(f"not replayed: {found.not_run}", style="yellow"))
+        return
+    if found.replay is not None:
+        took = f"{sentences.replay(found.replay)} ({duration(scene.seconds)} on {device})"
+        yield hanging("   ", Text(took, style="dim"))
+    if verdict is not None:
+        yield hanging("   ", Text.assemble("what made the loss jump: ", (CAUSED_BY[verdict], "bold green")))
+    rest = dataclasses.replace(found, replay=None)
+    yield from (hanging("   • ", Text(sentence)) for sentence in sentences.about(rest))
 
 
 def write_replay(report: ReplayReport, path: Path) -> Path:
@@ -149,10 +133,7 @@ def _as_json(scene: Replayed, beside: Path) -> dict[str, Any]:
         "kind": scene.episode.kind,
         "onset": dataclasses.asdict(scene.episode.onset),
         "seconds": round(scene.seconds, 3),
-        "batches": scene.batches,
         "examined": scene.examined,
-        "findings": [
-            {"detector": f.detector, "kind": f.kind, "at": dataclasses.asdict(f.at), "detail": f.detail}
-            for f in scene.findings
-        ],
+        "experiments": to_plain(scene.experiments),
+        "sentences": list(sentences.about(scene.experiments)),
     }

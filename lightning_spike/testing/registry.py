@@ -12,7 +12,6 @@ from typing import Final
 from lightning_spike.testing import faults
 from lightning_spike.testing.fault import Fault
 
-
 ENTRY_POINTS: Final = "lightning_spike.faults"
 """The group under which other packages offer faults: modules with `Fault` subclasses in them."""
 

@@ -4,8 +4,8 @@ import dataclasses
 import math
 from typing import Final
 
-from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.diagnosis.observations.reference_range import SeriesRange, reference_range
+from lightning_spike.diagnosis.view import EpisodeView
 
 FAR: Final = 0.25
 """Part of the range's width by which a statistic of classes must lie beyond it: of 128 values the next one that lies above all lies further with a probability of under a per cent."""

@@ -7,8 +7,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.diagnosis.constants import GUARD
+from lightning_spike.diagnosis.view import EpisodeView
 
 ABSENT: Final = -1.0
 """What stands in these series for an entry that a row does not concern; sizes and shares are never negative."""

@@ -9,8 +9,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.diagnosis.constants import GUARD, REFERENCE
+from lightning_spike.diagnosis.view import EpisodeView
 
 GAP: Final = 48
 """Batches before the onset that are taken as recent: what moves over some tens of batches has begun by then."""

@@ -7,8 +7,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from lightning_spike.records import number
 from lightning_spike.diagnosis.view import EpisodeView
+from lightning_spike.records import number
 from lightning_spike.rolling import median
 
 WINDOW: Final = 64

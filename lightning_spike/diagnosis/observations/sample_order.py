@@ -2,10 +2,10 @@
 
 from typing import Final
 
-from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.diagnosis.constants import GUARD
 from lightning_spike.diagnosis.observations.batch_parts import class_leaves
-from lightning_spike.diagnosis.observations.reference_range import GAP, Stretch, reference_range, longest, parts
+from lightning_spike.diagnosis.observations.reference_range import GAP, Stretch, longest, parts, reference_range
+from lightning_spike.diagnosis.view import EpisodeView
 
 SEVERAL: Final = 3
 """Batches in a row whose targets are less mixed than those of any batch of long before: of 128, that many in a row come by chance once in two million."""

@@ -9,6 +9,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from lightning_spike.diagnosis.judgement import SUPPORTING_SHARE
+from lightning_spike.experiments import Attribution, FactorShare
 from lightning_spike.lab.experiments.damage_location import Damage
 from lightning_spike.lab.experiments.factors import (
     Baselines,
@@ -32,7 +34,7 @@ from lightning_spike.lab.scene import Scene
 from lightning_spike.record.batch_ring import RingEntry
 from lightning_spike.sandbox.isolation import Sandbox
 
-RECENT: Final = 32
+BASELINE_STEPS: Final = 32
 """Optimizer steps whose median rate is the recent normal one (science.md 2b.4)."""
 FIRST: Final[tuple[Factor, ...]] = (LearningRate(), OptimizerState(), Batch(), Clipping())
 """The factors that are always tried, together: 2^3 outcomes (science.md 2b.4), for the clipping is hardly ever another."""
@@ -42,53 +44,15 @@ FURTHER: Final[Mapping[str, tuple[Factor, ...]]] = {
     "intrinsic": (Epsilon(), Precision()),
 }
 """What is tried where one of the first, or what they leave over, has a share worth looking into."""
-NEARLY_ALL: Final = 0.85
-"""Share of the damage from which a factor is enough for it, or needed for it."""
-WORTH: Final = 0.25
-"""Share of the damage from which a factor is looked into."""
-
+SUFFICIENT_SHARE: Final = 0.85
+"""Share of the damage from which a factor is sufficient or necessary; engineering choice."""
 RESERVED: Final = 16
-"""Passes that are kept for what comes after and bears on the blame: whether steps are too long all along."""
+"""Passes that are kept for the step-size experiment, which bears on the shares of the jump; engineering choice."""
 
-FEW: Final = 2
-"""Batches up to which samples are named: each costs two to three passes."""
-ODD: Final = 2.0
-"""Standard deviations of ordinary batches from which a batch is one no more, as in the split."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
-    """What one factor has in the damage of an update."""
-
-    factor: str
-    group: str
-    share: float
-    """Shapley share of the damage; what is negative made it smaller."""
-    error: float
-    """Standard error of it, from control batch to control batch."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Attribution:
-    """The damage of an update, or of a few in a row, in parts that add up to 1."""
-
-    ordinal: int
-    """The batch that closed the first of them."""
-    step: int
-    updates: int
-    """How many they are."""
-    damage: float
-    """Mean log-ratio of the control batches' losses after and before (their difference where they can be negative)."""
-    shares: tuple[Share, ...]
-    """Of the factors that were not at their normal value, the largest first."""
-    finer: tuple[Share, ...]
-    """What the largest of them, or the remainder, is made of: a factorial of its own, of the same damage."""
-    odd_batch: bool
-    """Whether the update's own batch had a loss out of the ordinary before it: an ordinary one could not help what its step did."""
-    intrinsic: float
-    """What is left with all of them normal: the step was too long for this loss surface whatever it was made with."""
-    normal: tuple[str, ...]
-    """Factors that were at their normal value, so could not be to blame."""
+MAX_BATCHES_WITH_NAMED_SAMPLES: Final = 2
+"""Batches up to which samples are named: each costs two to three passes; engineering choice."""
+ODD_BATCH_ERRORS: Final = 2.0
+"""Standard deviations of ordinary batches above which a batch is odd, as in `lab.experiments.split`."""
 
 
 def recent_baselines(scene: Scene, replay: Reproduction, leg: int, controls: Sequence[RingEntry]) -> Baselines:
@@ -101,7 +65,7 @@ def recent_baselines(scene: Scene, replay: Reproduction, leg: int, controls: Seq
         controls: Ordinary batches, the most ordinary first.
     """
     before = replay.updates_replayed[leg].update.ordinal
-    ordinals = sorted(k for k in scene.settings if k < before)[-RECENT:]
+    ordinals = sorted(k for k in scene.settings if k < before)[-BASELINE_STEPS:]
     optimizer = scene.trainer.optimizers[0]
     return Baselines(
         updates_replayed=replay.updates_replayed[: leg + 1],
@@ -145,8 +109,8 @@ def attribute(
     normal += [f.id for f in FIRST if f.group == "data" and not odd_batch]
     largest = max(shares, key=lambda s: s.share, default=None)
     closer = "intrinsic" if largest is None or intrinsic > largest.share else largest.factor
-    finer: list[Share] = []
-    if closer in FURTHER and max(intrinsic, largest.share if largest else 0.0) >= WORTH:
+    finer: list[FactorShare] = []
+    if closer in FURTHER and max(intrinsic, largest.share if largest else 0.0) >= SUPPORTING_SHARE:
         finer, further = cells.closer(closer)
         normal += further
     at = updates_replayed[0].update.entries[-1].at
@@ -159,7 +123,7 @@ def attribute(
         finer=tuple(finer),
         odd_batch=odd_batch,
         intrinsic=intrinsic,
-        normal=tuple(normal),
+        at_baseline=tuple(normal),
     )
 
 
@@ -179,7 +143,7 @@ class _Cells:
         self._controls, self._like, self._damage = controls, like, damage
         self._known: dict[frozenset[str], Numbers] = {frozenset(): damage.after}
 
-    def shares(self, factors: Sequence[Factor]) -> tuple[list[Share], list[str], float]:
+    def shares(self, factors: Sequence[Factor]) -> tuple[list[FactorShare], list[str], float]:
         """Of the factors that were not normal, the largest first; the names of those that were; and what is left with all of them normal."""
         active = self._active(factors)
         normal = [factor.id for factor in factors if factor not in active]
@@ -196,7 +160,7 @@ class _Cells:
         shares = [self._share(by_id[name], part) for name, part in shapley(list(by_id), rise).items()]
         return sorted(shares, key=lambda s: -s.share), normal, self._part(rise(frozenset()))
 
-    def closer(self, name: str) -> tuple[list[Share], list[str]]:
+    def closer(self, name: str) -> tuple[list[FactorShare], list[str]]:
         """What a factor's damage is made of, and what was normal about it; nothing where that does not fit into the sandbox's allowance."""
         if name == "batch":
             self._name_samples()
@@ -211,30 +175,30 @@ class _Cells:
 
     def _cure(self, active: Sequence[Factor]) -> Factor | None:
         """A factor that takes nearly all of the damage away by itself: what others at their normal values take of the rest is not worth as many runs again."""
-        return next((f for f in active if 1.0 - self._part(self._rise([f])) >= NEARLY_ALL), None)
+        return next((f for f in active if 1.0 - self._part(self._rise([f])) >= SUFFICIENT_SHARE), None)
 
     def _name_samples(self) -> None:
         """Look for samples that stand out in the batches of the updates, where these are few."""
         entries = [entry for leg in self._legs for entry in leg.update.entries]
         weights, needed = self._legs[0].before.weights, sum(map(passes_to_name, entries))
-        if len(entries) > FEW or not self._bench.affords("samples that stand out in that batch", gradients=needed):
+        if len(entries) > MAX_BATCHES_WITH_NAMED_SAMPLES or not self._bench.affords("samples that stand out in that batch", gradients=needed):
             return
         named = {e.at.ordinal: name_samples(self._bench, weights, e, self._controls) for e in entries}
         self._around = dataclasses.replace(self._around, named=named)
 
-    def _alone(self, factor: Factor, active: Sequence[Factor]) -> Share | None:
+    def _alone(self, factor: Factor, active: Sequence[Factor]) -> FactorShare | None:
         """Its share where it is both enough (all others normal, and the damage is there) and needed (it alone normal, and the damage is gone).
 
         Then the other combinations add nothing: a Shapley value lies between the two where no factor makes up for another.
         """
         enough = self._rise([other for other in active if other is not factor])
-        if self._part(enough) < NEARLY_ALL:
+        if self._part(enough) < SUFFICIENT_SHARE:
             return None
         needed = self._rise([]) - self._rise([factor])
-        return self._share(factor, (enough + needed) / 2) if self._part(needed) >= NEARLY_ALL else None
+        return self._share(factor, (enough + needed) / 2) if self._part(needed) >= SUFFICIENT_SHARE else None
 
-    def _share(self, factor: Factor, rise: Numbers) -> Share:
-        return Share(factor=factor.id, group=factor.group, share=self._part(rise), error=self._error(rise))
+    def _share(self, factor: Factor, rise: Numbers) -> FactorShare:
+        return FactorShare(factor=factor.id, group=factor.group, share=self._part(rise), error=self._error(rise))
 
     def _active(self, factors: Sequence[Factor]) -> list[Factor]:
         """Those that were not normal, on one rank at least: each has batches of its own."""
@@ -287,7 +251,7 @@ def _is_odd(
         own = np.array(leg.made.losses)
         scale = log_scale(own, usual)
         apart = float(scale(usual).std(ddof=1)) if len(usual) > 1 else 0.0
-        if float(scale(own).max() - scale(usual).mean()) > ODD * max(scatter, apart):
+        if float(scale(own).max() - scale(usual).mean()) > ODD_BATCH_ERRORS * max(scatter, apart):
             return True
     return False
 

@@ -1,35 +1,19 @@
-"""Is the batch still out of the ordinary for weights that have come to rest?"""
+"""The cooldown test: does the batch still stand out after the last updates were repeated with a tenth of the learning rate?"""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Final
 
+from lightning_spike.experiments import Cooldown
 from lightning_spike.lab.replay.evaluate import log_scale
 from lightning_spike.lab.replay.loss_after_updates import at_rate, loss_after_updates
 from lightning_spike.lab.replay.reproduce import ReplayedUpdate
 from lightning_spike.record.batch_ring import RingEntry
 from lightning_spike.sandbox.isolation import Sandbox
 
-CALMER: Final = 0.1
-"""Factor on the learning rates while the weights come to rest."""
-MOST: Final = 4
-"""Ordinary batches that it is held against."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Cooldown:
-    """How a batch stands to ordinary ones before and after the weights have come to rest."""
-
-    before: float
-    """Its log-loss over their mean, under the weights as they were (difference of the losses where they can be negative)."""
-    after: float
-    """The same, under the calmed ones."""
-    steps: int
-
-    @property
-    def left(self) -> float:
-        """Share of the batch's excess that is left, in [0, 1]; 1 where there was none."""
-        return min(max(self.after / self.before, 0.0), 1.0) if self.before > 0 else 1.0
+COOLDOWN_RATE: Final = 0.1
+"""Factor on the learning rates in the repeated updates (science.md 2b.4)."""
+MAX_CONTROLS: Final = 4
+"""Control batches that the batch is compared with; engineering choice."""
 
 
 def cooldown_test(
@@ -55,8 +39,8 @@ def cooldown_test(
     """
     if not updates_replayed:
         return None
-    calmer = [at_rate(leg.update, CALMER) for leg in updates_replayed]
-    after = loss_after_updates(sandbox, updates_replayed[0].before, calmer, [spike, *controls[:MOST]], like=spike)
+    cooler = [at_rate(leg.update, COOLDOWN_RATE) for leg in updates_replayed]
+    after = loss_after_updates(sandbox, updates_replayed[0].before, cooler, [spike, *controls[:MAX_CONTROLS]], like=spike)
     if after is None:
         return None
     scaled = log_scale(after)(after)

@@ -1,67 +1,62 @@
-"""What is known of the steps around a trouble whose beginning is out of reach: what the lab has told before, and what the present steps do."""
+"""Step sizes for an episode whose onset cannot be replayed: those that the lab measured before it, or those of the present updates."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Final
 
-from lightning_spike.lab.experiments.blame import blame_steps
-from lightning_spike.lab.experiments.step_size import Consistency
-from lightning_spike.lab.experiments.wording import blame_text, consistency_text
-from lightning_spike.records import Episode, Finding
+from lightning_spike.diagnosis.judgement import (
+    Group,
+    SplitVerdict,
+    jump_shares,
+    split_verdict,
+    steps_too_long_in_quiet_run,
+)
+from lightning_spike.experiments import Experiments, StepSize
+from lightning_spike.records import Episode
 from lightning_spike.store import TrainerStateStore
 
-SAME: Final = 0.7
-"""Share of the learning rate of then from which it is still about the same."""
-ANSWERS: Final = frozenset({"blame", "nonfinite_origin", "outside"})
-"""Findings that say whose a trouble is."""
+SAME_RATE: Final = 0.7
+"""Share of the earlier learning rate from which it is still about the same; engineering choice."""
 
 
-def steps_too_long(steps: Consistency) -> dict[str, object]:
-    """The detail of a finding on steps that are too long, in a run without an episode."""
-    return dataclasses.asdict(steps) | {"p_chronic": steps.p_chronic, "text": consistency_text(steps)}
-
-
-def blamed_on_steps(episode: Episode, why: str, steps: Consistency | Finding) -> list[Finding]:
-    """The steps are to blame for an episode that could not be run again.
+def with_step_size(found: Experiments | None, episode: Episode, reason: str, steps: StepSize) -> Experiments:
+    """The experiments on an episode with step sizes in place of a replay.
 
     Args:
+        found: What else was measured; `None` for nothing.
         episode: The episode.
-        why: Why it could not.
-        steps: What the present steps did, or what was found before.
+        reason: Why its onset could not be replayed.
+        steps: The step sizes.
     """
-    whose = blame_steps()
-    gone = f"The beginning could not be run again: {why}."
-    if isinstance(steps, Finding):
-        text = f"{gone} At step {steps.at.step} before it steps were too long already: {steps.detail['text']}"
-        return [_about(episode, "blame", {"shares": dict(whose.shares), "first": whose.first, "text": text})]
-    text = f"{gone} {blame_text(whose)}"
-    return [
-        _about(episode, "consistency", steps_too_long(steps)),
-        _about(episode, "blame", {"shares": dict(whose.shares), "first": whose.first, "text": text}),
-    ]
+    known = Experiments(episode=episode.id) if found is None else found
+    return dataclasses.replace(known, failure=reason, step_size=steps)
 
 
-def _about(episode: Episode, kind: str, detail: Mapping[str, object]) -> Finding:
-    return Finding(detector="lab", kind=kind, at=episode.onset, detail={"episode": episode.id, **detail})
-
-
-def unexplained(findings: Sequence[Finding]) -> str | None:
-    """Why the way to the trouble could not be run again, where that has left open whose it is; `None` where it has not."""
-    split = next((f.detail for f in findings if f.kind == "split"), None)
-    if split is None or split["exact"] or split["verdict"] == "data" or any(f.kind in ANSWERS for f in findings):
+def unexplained(found: Experiments) -> str | None:
+    """Why the onset could not be replayed, where that leaves the cause open; `None` where it does not."""
+    replay = found.replay
+    if found.split is None or replay is None or replay.exact or split_verdict(found) is SplitVerdict.DATA:
         return None
-    return str(split["why_not_exact"])
+    answered = found.first_nonfinite is not None or found.outside_change is not None
+    return None if answered else replay.failure
 
 
-def told_before(store: TrainerStateStore, episode: Episode) -> Finding | None:
-    """The newest finding from before the episode that steps were too long, if learning rates have not come down since; `None` where there is none. Pure."""
-    told = [f for f in store.findings if _blames_steps(f) and f.at.ordinal < episode.onset.ordinal]
-    return next((f for f in reversed(told) if _is_same_rate(store, f.at.ordinal, episode.onset.ordinal)), None)
+def earlier_step_size(store: TrainerStateStore, episode: Episode) -> StepSize | None:
+    """The newest step sizes from before an episode that were too long, if learning rates have not come down since; `None` without any. Pure."""
+    onset = episode.onset.ordinal
+    tests = [(t.at.ordinal, t.at.step, t.result) for t in store.step_size_tests if steps_too_long_in_quiet_run(t.result)]
+    for other in store.episodes:
+        found = store.experiments.get(other.id)
+        shares = jump_shares(found)
+        if found is not None and found.step_size is not None and _first(shares) is Group.INTRINSIC:
+            tests.append((other.onset.ordinal, other.onset.step, found.step_size))
+    earlier = sorted((t for t in tests if t[0] < onset), key=lambda t: t[0])
+    steps = next((t for t in reversed(earlier) if _is_same_rate(store, t[0], onset)), None)
+    return None if steps is None else dataclasses.replace(steps[2], source="earlier", at_step=steps[1])
 
 
-def _blames_steps(finding: Finding) -> bool:
-    of_episode = finding.kind == "blame" and finding.detail["first"] == "intrinsic"
-    return finding.detector == "lab" and (finding.kind == "steps_too_long" or of_episode)
+def _first(shares: Mapping[Group, float]) -> Group | None:
+    return max(shares, key=lambda group: shares[group], default=None)
 
 
 def _is_same_rate(store: TrainerStateStore, then: int, now: int) -> bool:
@@ -69,4 +64,4 @@ def _is_same_rate(store: TrainerStateStore, then: int, now: int) -> bool:
     pairs = [
         (history.before(s, then + 1, 1), history.before(s, now + 1, 1)) for s in history.signals if s.startswith("lr-")
     ]
-    return all(float(new[0]) >= SAME * float(old[0]) for old, new in pairs if old.size and new.size)
+    return all(float(new[0]) >= SAME_RATE * float(old[0]) for old, new in pairs if old.size and new.size)

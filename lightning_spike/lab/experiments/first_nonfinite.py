@@ -4,7 +4,7 @@ import bisect
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -12,29 +12,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
+from lightning_spike.experiments import FirstNonFinite, Phase
 from lightning_spike.records import Moment
 from lightning_spike.sandbox.isolation import Sandbox, loss_of
 from lightning_spike.signals.random_state import RandomState
 
 LOSS_MODULES: Final = "torch.nn.modules.loss"
 """Where the classes of loss modules live."""
-
-Phase = Literal["input", "forward", "loss", "backward"]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Origin:
-    """The place at which the first non-finite value appears."""
-
-    phase: Phase
-    """`"loss"`: outside all modules that have parameters or pass activations on, after the last of them, or in a loss module."""
-    module: str | None
-    """Name of the submodule, `""` for the LightningModule itself; `None` for the input, or where it is not known."""
-    operation: str | None
-    """As torch calls it: `"log"`, `"_softmax"`, in the backward pass `"SqrtBackward0"`; for the input the path of the leaf."""
-    text: str
-    """One sentence."""
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Birth:
@@ -47,9 +31,9 @@ class _Birth:
     """An infinity that the code wrote itself, as in `masked_fill(mask, -inf)`."""
 
 
-def nonfinite_origin(
+def first_nonfinite(
     sandbox: Sandbox, batch: object, batch_idx: int, *, random: RandomState | None = None, at: Moment | None = None
-) -> Origin | None:
+) -> FirstNonFinite | None:
     """Run the batch with the weights that are in the module now, and find where its first non-finite value comes from.
 
     A value counts if the loss (or a gradient) that is not finite descends from it: a `log(0)` that is masked out later is none, an
@@ -89,14 +73,12 @@ def weights_are_finite(module: nn.Module) -> bool:
 # -- the input -----------------------------------------------------------------------------------------------------------
 
 
-def _of_input(batch: object) -> Origin | None:
+def _of_input(batch: object) -> FirstNonFinite | None:
     leaves, _ = pytree.tree_flatten_with_path(batch)
     for path, leaf in leaves:
         if isinstance(leaf, Tensor) and not _is_finite(leaf):
             where, count = pytree.keystr(path), int((~torch.isfinite(leaf)).sum())
-            values = "1 value is" if count == 1 else f"{count} values are"
-            text = f"The batch holds it already: {values} not finite in batch{where}."
-            return Origin(phase="input", module=None, operation=f"batch{where}", text=text)
+            return FirstNonFinite(phase="input", module=None, operation=f"batch{where}", count=count)
     return None
 
 
@@ -190,20 +172,18 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return here if makes_nan or not known else known[0]
 
 
-def _of_birth(birth: _Birth | None, places: _Places) -> Origin | None:
+def _of_birth(birth: _Birth | None, places: _Places) -> FirstNonFinite | None:
     if birth is None:
         return None
     in_loss = birth.place is None or birth.place in places.names_of_losses
     phase: Phase = "loss" if in_loss and birth.entered >= places.last_of_model else "forward"
-    where = "training_step" if not birth.place else f"module '{birth.place}'"
-    text = f"Run again, the first value that is not finite comes out of '{birth.operation}' in {where}, from finite values."
-    return Origin(phase=phase, module=birth.place or "", operation=birth.operation, text=text)
+    return FirstNonFinite(phase=phase, module=birth.place or "", operation=birth.operation)
 
 
 # -- backward ------------------------------------------------------------------------------------------------------------
 
 
-def _of_backward(loss: Tensor, module: nn.Module, places: _Places) -> Origin | None:
+def _of_backward(loss: Tensor, module: nn.Module, places: _Places) -> FirstNonFinite | None:
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not parameters or not loss.requires_grad:
         return None
@@ -218,9 +198,7 @@ def _of_backward(loss: Tensor, module: nn.Module, places: _Places) -> Origin | N
         return None
     operation = culprits[0].name() if culprits else None
     place = places.at(culprits[0]._sequence_nr()) if culprits else None  # noqa: SLF001 - as in `_mark`
-    where = f"module '{place}'" if place else "training_step"
-    text = f"Run again, the loss is finite and a gradient is not: {operation or 'an operation'} of {where} makes it in the backward pass."
-    return Origin(phase="backward", module=place or "", operation=operation, text=text)
+    return FirstNonFinite(phase="backward", module=place or "", operation=operation)
 
 
 def _graph(root: Any) -> Iterator[Any]:  # noqa: ANN401 - autograd's nodes share no type

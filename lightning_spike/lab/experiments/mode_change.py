@@ -1,68 +1,45 @@
-"""Modules that were put into another mode in the run: is the jump gone with the modes of before?"""
+"""Whether modules that were put into another mode during the run made the jump: the replay is repeated with the recorded train/eval modes."""
 
-from typing import Final
-
+from lightning_spike.diagnosis.judgement import MODES_REPAIRED
 from lightning_spike.errors import CannotReplay
-from lightning_spike.lab.experiments.blame import blame_outside
-from lightning_spike.lab.experiments.findings import blame_finding, finding
-from lightning_spike.lab.experiments.outside import repaired_share
-from lightning_spike.lab.experiments.split import not_reproduced
+from lightning_spike.experiments import OutsideChange
+from lightning_spike.lab.experiments.outside import repaired_share, step_of
 from lightning_spike.lab.replay.reproduce import Reproduction, is_same, reproduce
 from lightning_spike.lab.scene import Scene
-from lightning_spike.records import Finding
 from lightning_spike.sandbox.isolation import Sandbox
 from lightning_spike.sandbox.state import TrainState
 
-MOST: Final = 0.5
-"""Share of the jump that must be gone with the modes of before."""
-NAMED: Final = 4
-"""Modules named at most."""
 
+def mode_change(scene: Scene, replay: Reproduction, sandbox: Sandbox) -> OutsideChange | None:
+    """The change of modes that made the jump; `None` where modes did not.
 
-def modes_findings(scene: Scene, replay: Reproduction, sandbox: Sandbox) -> list[Finding]:
-    """What the re-run says, which has the modes of the snapshot, where the training's were others: `split`, `outside` and `blame`.
-
-    The way is gone once more, with the modes as they were: only where the recorded losses come out then, and most of the jump is gone with the modes of before, are they to
-    blame. Where modes have not changed since the snapshot, or on several ranks, it costs nothing.
+    The replay is repeated with the recorded modes: only where the recorded losses come out then, and most of the jump is gone with the modes of before, are they
+    the cause. Where modes have not changed since the snapshot, or on several ranks, it costs nothing.
 
     Args:
         scene: The episode.
-        replay: Its re-run, which differs.
+        replay: Its replay, which differs and has the modes of the snapshot.
         sandbox: Inside `isolated(..., with_optimizers=True)`.
-
-    Returns:
-        Nothing where the modes did not do it.
     """
     changed = [k for k in scene.modes if scene.snapshot.at.ordinal < k <= scene.target_ordinal]
     repaired = repaired_share(scene, replay)
-    if not changed or repaired is None or repaired < MOST or sandbox.trainer.world_size > 1:
-        return []
-    actual = _as_it_was(scene, sandbox)
+    if not changed or repaired is None or repaired < MODES_REPAIRED or sandbox.trainer.world_size > 1:
+        return None
+    actual = _loss_with_recorded_modes(scene, sandbox)
     if actual is None or not is_same(actual, scene.recorded):
-        return []
-    names = scene.modes[changed[-1]]
-    step = next((e.at.step for e in scene.entries if e.at.ordinal == changed[-1]), None)
-    text = (
-        f"From step {step} on {_listed(names)}. Run again with the modes of before the loss is {replay.replayed:.3g}, with those it is {actual:.3g} as in the training: "
-        f"without the change {repaired:.0%} of the jump is gone."
+        return None
+    return OutsideChange(
+        ordinal=replay.differs_at,
+        step=step_of(scene, changed[-1]),
+        kind="modes",
+        eval_modules=tuple(scene.modes[changed[-1]]),
+        loss_with_change=actual,
+        repaired=repaired,
     )
-    outside = {
-        "ordinal": replay.differs_at,
-        "step": step,
-        "writes": [],
-        "different": [],
-        "changed": "modes",
-        "modes": list(names),
-        "with_change": actual,
-        "repaired": repaired,
-        "text": text,
-    }
-    blamed = blame_finding(scene, blame_outside("modes"))
-    return [finding(scene, "split", not_reproduced(text)), finding(scene, "outside", outside), blamed]
 
 
-def _as_it_was(scene: Scene, sandbox: Sandbox) -> float | None:
-    """The loss of the struck batch with the modes as they were."""
+def _loss_with_recorded_modes(scene: Scene, sandbox: Sandbox) -> float | None:
+    """The loss of the batch in question with the recorded modes."""
     sandbox.rewind()
     sandbox.modes = scene.modes
     try:
@@ -72,12 +49,3 @@ def _as_it_was(scene: Scene, sandbox: Sandbox) -> float | None:
     finally:
         sandbox.modes = {}
     return found.replayed if found.reached == scene.target_ordinal else None
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    if "" in names:
-        return "the whole module was in eval mode"
-    if not names:
-        return "all modules were in train mode"
-    more = " and others" if len(names) > NAMED else ""
-    return f"in eval mode were {', '.join(names[:NAMED])}{more}"

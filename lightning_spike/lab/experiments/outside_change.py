@@ -3,12 +3,14 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from lightning_spike.lab.replay.compare import Difference, differences
+from lightning_spike.diagnosis.judgement import CONFIRMING_SHARE
+from lightning_spike.experiments import ChangeKind, TensorDifference
+from lightning_spike.lab.replay.compare import differences
 from lightning_spike.lab.replay.loss_after_updates import loss_after_updates
 from lightning_spike.lab.replay.reproduce import Reproduction
 from lightning_spike.lab.replay.rewind_updates import SECOND, RewoundState, can_rewind_updates, rewind_updates
@@ -17,38 +19,35 @@ from lightning_spike.lab.scene import Scene
 from lightning_spike.sandbox.isolation import Sandbox
 from lightning_spike.sandbox.state import TrainState
 
-MOST: Final = 8
+MAX_UNDONE_UPDATES: Final = 8
 """Updates undone at most: each costs a training step, and multiplies the rounding of the momentum by 1 / beta."""
-EARLIER: Final = 2
+EARLIER_UPDATES: Final = 2
 """Updates before the first loss that is another in which the change may have been made: a small one shows late."""
-SAME: Final = 0.01
+SAME_GAP: Final = 0.01
 """Share of the later gap up to which two states agree; undoing an update leaves a gap of rounding, some 1e-6 of the weights."""
-TOO_MUCH: Final = 0.5
+MAX_UNKNOWN_SHARE: Final = 0.5
 """Share of the weights from which that is not known what they were."""
-MADE_IT: Final = 0.5
-"""Share of the jump that must come back with the change alone for it to be believed."""
 
 FIRST: Final = "exp_avg"
 """The momentum of Adam."""
-NEAR: Final = 0.5
+NEAR_MOMENTUM: Final = 0.5
 """Share of its size up to which the momentum may differ: the large gradient of the next batch is computed from weights some of which are not sure. A gradient that was changed differs by many times that."""
-FEWEST: Final = 32
+MIN_MOVED_ELEMENTS: Final = 32
 """Elements that must have moved differently for their directions to tell."""
 ROUNDING: Final = 1e-5
 """Share of a weight up to which a difference may be rounding."""
 
-ChangeKind: TypeAlias = Literal["weights", "optimizer", "gradient", "momentum_or_gradient", "result"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class OutsideChange:
+class LocatedChange:
     """A change that explains how the run differs from its re-run."""
 
     kind: ChangeKind
     """What was changed; `"result"` where batch, random state and weights were those of the re-run and the loss came out another all the same. A momentum by itself cannot be told from the gradient that was added to it, unless it is its old self times a number."""
     ordinal: int
     """The batch before whose forward pass (for a gradient: after it) it was made, and not before the last update that both have alike."""
-    different: tuple[Difference, ...]
+    different: tuple[TensorDifference, ...]
     """The tensors that it changed, the most first."""
     loss: float | None
     """Of the struck batch, in a re-run with nothing but this change put in; `None` for a result: there is nothing to put in."""
@@ -62,7 +61,7 @@ def change_from_outside(
     live: TrainState,
     caught_up: TrainState,
     updates: Sequence[Update],
-) -> OutsideChange | None:
+) -> LocatedChange | None:
     """Undo the training's own updates from the present back to where it left the re-run, and see whether weights or optimizer state parted first.
 
     A write between two updates into the weights leaves the optimizer's state as it is until the next update, and one into the state leaves the weights; so the kind that differs
@@ -85,9 +84,9 @@ def change_from_outside(
         return None
     way = [*(leg.update for leg in replay.updates_replayed), *updates]
     place = next((k for k, update in enumerate(way) if update.ordinal >= first), len(way))
-    undone = way[max(place - EARLIER, 0) :]
+    undone = way[max(place - EARLIER_UPDATES, 0) :]
     scale = _gaps(sandbox, live, caught_up)
-    if len(undone) > MOST or not all(math.isfinite(gap) for gap in scale.values()):
+    if len(undone) > MAX_UNDONE_UPDATES or not all(math.isfinite(gap) for gap in scale.values()):
         return None
     states = {leg.before.at.ordinal: leg.before for leg in replay.updates_replayed}
     states |= dict.fromkeys((replay.reached, *(u.entries[0].at.ordinal for u in updates[:1])), replay.end)
@@ -98,7 +97,7 @@ def change_from_outside(
         if actual is None:
             continue
         gaps = _gaps(sandbox, actual, states[start])
-        alike = {kind: gap <= SAME * scale[kind] for kind, gap in gaps.items()}
+        alike = {kind: gap <= SAME_GAP * scale[kind] for kind, gap in gaps.items()}
         before = _before(replay, states[start])
         if not alike["weights"] and before is not None and _is_longer_step(sandbox, before, states[start], actual):
             alike = {"weights": False, "optimizer": True}
@@ -114,7 +113,7 @@ def _with_sure_weights(rewound: RewoundState, healthy: TrainState) -> TrainState
         sum(float(m.sum()) for m in rewound.unsure.values()),
         sum(m.numel() for m in rewound.unsure.values()),
     )
-    if unsure > TOO_MUCH * count:
+    if unsure > MAX_UNKNOWN_SHARE * count:
         return None
     taken = {n: torch.where(m, healthy.weights[n], rewound.state.weights[n]) for n, m in rewound.unsure.items()}
     return dataclasses.replace(rewound.state, weights={**rewound.state.weights, **taken})
@@ -128,10 +127,10 @@ def _confirmed(
     actual: TrainState,
     *,
     of: Mapping[str, bool],
-) -> OutsideChange | None:
+) -> LocatedChange | None:
     """The re-run with what is not alike as the training had it; all else as it is."""
     if of["weights"] and healthy.at.ordinal == replay.differs_at == replay.reached:
-        return OutsideChange(kind="result", ordinal=replay.reached, different=(), loss=None)
+        return LocatedChange(kind="result", ordinal=replay.reached, different=(), loss=None)
     if all(of.values()):
         return None
     ordinal = healthy.at.ordinal
@@ -149,14 +148,14 @@ def _confirmed(
     loss = math.inf if after is None else float(after[0])
     if not _explains(loss, scene.recorded, replay.replayed):
         return None
-    different = tuple(d for d in differences(changed, healthy) if d.relative > SAME)
-    return OutsideChange(kind=kind, ordinal=ordinal, different=different, loss=loss)
+    different = tuple(d for d in differences(changed, healthy) if d.relative > SAME_GAP)
+    return LocatedChange(kind=kind, ordinal=ordinal, different=different, loss=loss)
 
 
 def _explains(loss: float, recorded: float, replayed: float) -> bool:
     if not math.isfinite(recorded):
         return not math.isfinite(loss)
-    return math.isfinite(loss) and abs(loss - recorded) <= (1.0 - MADE_IT) * abs(recorded - replayed)
+    return math.isfinite(loss) and abs(loss - recorded) <= (1.0 - CONFIRMING_SHARE) * abs(recorded - replayed)
 
 
 # -- the state or the gradient -------------------------------------------------------------------------------------------
@@ -178,7 +177,7 @@ def _averages(*states: TrainState) -> dict[str, list[Tensor]]:
 
 def _is_multiple(now: Tensor, then: Tensor) -> bool:
     sizes = float(now.norm() * then.norm())
-    return sizes == 0.0 or abs(float(now @ then)) / sizes > 1.0 - SAME
+    return sizes == 0.0 or abs(float(now @ then)) / sizes > 1.0 - SAME_GAP
 
 
 # -- the weights or the second moments -----------------------------------------------------------------------------------
@@ -201,7 +200,7 @@ def _is_longer_step(sandbox: Sandbox, before: TrainState, healthy: TrainState, a
     for key in kept:
         pairs = [p for k, p in _pairs(actual.optimizers[0]["state"], healthy.optimizers[0]["state"]) if k == key]
         kept[key] = _gap(pairs) if pairs else math.inf
-    if not kept[FIRST] <= NEAR or kept[SECOND] == math.inf:
+    if not kept[FIRST] <= NEAR_MOMENTUM or kept[SECOND] == math.inf:
         return False
     along = count = 0
     for name, _ in sandbox.module.named_parameters():
@@ -210,7 +209,7 @@ def _is_longer_step(sandbox: Sandbox, before: TrainState, healthy: TrainState, a
         other = (taken - usual).abs() > torch.maximum(usual.abs(), ROUNDING * then.abs())
         along += int((other & (taken * usual > 0.0)).sum())
         count += int(other.sum())
-    return count >= FEWEST and along >= (1.0 - SAME) * count
+    return count >= MIN_MOVED_ELEMENTS and along >= (1.0 - SAME_GAP) * count
 
 
 # -- how far apart -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What would have helped: the update once more with a safer setting. It says nothing about what was wrong."""
+"""Remedies: the damaging update repeated with a safer setting. A remedy is no evidence of the cause."""
 
 import dataclasses
 import math
@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Final
 
+from lightning_spike.experiments import Remedy, RemedyName
 from lightning_spike.lab.experiments.damage_location import Damage
 from lightning_spike.lab.experiments.factors import Baselines
 from lightning_spike.lab.replay.evaluate import log_scale
@@ -15,22 +16,10 @@ from lightning_spike.lab.replay.update import Update
 from lightning_spike.record.batch_ring import RingEntry
 from lightning_spike.sandbox.isolation import Sandbox
 
-LOWER: Final = 0.1
+LOWER_RATE: Final = 0.1
 """Factor on the learning rate (science.md 2b.4)."""
-FEW: Final = 2
-"""Ordinary batches that a remedy is tried on: what it is asked is whether it helps, and a difference of pairs tells."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Remedy:
-    """One safer setting, and how much of the damage it takes away."""
-
-    remedy: str
-    """`"lower_rate"`, `"clip"`, `"reset_state"` or `"float32"`."""
-    value: float | None
-    """The setting, where it is a number: the factor on the rate, the norm that gradients are clipped to."""
-    repaired: float
-    """Share of the damage that is gone: 1 for all of it, below 0 if it got worse."""
+MAX_CONTROLS: Final = 2
+"""Ordinary batches that a remedy is tried on: what it is asked is whether it helps, and a difference of pairs tells; engineering choice."""
 
 
 def try_remedies(
@@ -57,9 +46,9 @@ def try_remedies(
         like: Whose random state all evaluations are given.
         empties_state: Try an empty optimizer state too.
     """
-    few = dataclasses.replace(damage, before=damage.before[:FEW], after=damage.after[:FEW])
+    few = dataclasses.replace(damage, before=damage.before[:MAX_CONTROLS], after=damage.after[:MAX_CONTROLS])
     if few.log_rise > 0:
-        damage, controls = few, controls[:FEW]
+        damage, controls = few, controls[:MAX_CONTROLS]
     made, tried = sum(len(leg.update.entries) for leg in updates_replayed), len(controls)
     found = [
         Remedy(remedy=name, value=value, repaired=_repaired(sandbox, updates, updates_replayed, damage, controls, like))
@@ -71,10 +60,10 @@ def try_remedies(
 
 def _safer(
     updates_replayed: Sequence[ReplayedUpdate], baselines: Baselines, *, empties_state: bool
-) -> list[tuple[str, float | None, list[Update]]]:
+) -> list[tuple[RemedyName, float | None, list[Update]]]:
     updates = [leg.update for leg in updates_replayed]
-    slower = [at_rate(update, LOWER) for update in updates]
-    out: list[tuple[str, float | None, list[Update]]] = [("lower_rate", LOWER, slower)]
+    slower = [at_rate(update, LOWER_RATE) for update in updates]
+    out: list[tuple[RemedyName, float | None, list[Update]]] = [("lower_rate", LOWER_RATE, slower)]
     usual = [_norm(earlier) for earlier in baselines.updates_replayed[:-1] if earlier.made.gradients]
     if usual and max(map(_norm, updates_replayed)) > (healthy := statistics.median(usual)):
         out.append(("clip", healthy, [dataclasses.replace(u, clip=healthy) for u in updates]))

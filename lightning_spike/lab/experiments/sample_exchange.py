@@ -8,6 +8,7 @@ from typing import Final
 import numpy as np
 from torch import Tensor
 
+from lightning_spike.experiments import SampleExchange
 from lightning_spike.lab.replay.evaluate import Numbers, log_scale, losses_under
 from lightning_spike.record.batch_ring import RingEntry
 from lightning_spike.samples.batches import gather_samples, samples_in
@@ -15,31 +16,10 @@ from lightning_spike.samples.outliers import LEAST_USUAL, discoveries, tail_prob
 from lightning_spike.samples.per_sample import held_samples_under
 from lightning_spike.sandbox.isolation import Sandbox
 
-FALSE: Final = 0.05
-"""False discovery rate, as where suspects are named from the batch alone (`samples.suspect_samples`)."""
-MOST: Final = 0.5
-"""Share of the batch up to which they are a few: beyond it is the batch."""
-LEAST: Final = 0.5
-"""Share of the excess that must be gone for the few to carry it."""
-TOLD: Final = 8
-"""Positions listed in a sentence at most."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Exchanged:
-    """A batch with its named samples taken out and ordinary ones in their places."""
-
-    positions: tuple[int, ...]
-    """Of the named samples."""
-    samples: int
-    """In the batch."""
-    loss: float
-    """Of the batch as it was."""
-    without: float
-    """With the others in it."""
-    left: float
-    """Share of the batch's excess over ordinary batches that is left, in [0, 1]."""
-    text: str
+FALSE_DISCOVERY_RATE: Final = 0.05
+"""False discovery rate, as in `samples.suspect_samples`."""
+FEW_SAMPLES_SHARE: Final = 0.5
+"""Share of the batch up to which they are a few: beyond, the whole batch stands out; engineering choice."""
 
 
 def name_samples(
@@ -77,8 +57,8 @@ def passes_to_name(entry: RingEntry) -> int:
 
 
 def _outlying(losses: Numbers, usual: Numbers) -> tuple[int, ...]:
-    named = np.flatnonzero(discoveries(tail_probabilities(losses, usual), FALSE))
-    return tuple(named.tolist()) if named.size <= MOST * losses.size else ()
+    named = np.flatnonzero(discoveries(tail_probabilities(losses, usual), FALSE_DISCOVERY_RATE))
+    return tuple(named.tolist()) if named.size <= FEW_SAMPLES_SHARE * losses.size else ()
 
 
 def with_samples_exchanged(
@@ -103,7 +83,7 @@ def exchange_samples(
     *,
     positions: tuple[int, ...],
     excess: float,
-) -> Exchanged | None:
+) -> SampleExchange | None:
     """Put ordinary samples in the places of the named ones, and look at the batch's loss again; `None` where that cannot be done. Two passes.
 
     Args:
@@ -123,16 +103,6 @@ def exchange_samples(
     )
     scaled = log_scale(losses)(losses)
     left = min(max(1.0 - float(scaled[0] - scaled[1]) / excess, 0.0), 1.0)
-    text = _text(positions, size, float(losses[0]), float(losses[1]), left)
-    return Exchanged(
-        positions=positions, samples=size, loss=float(losses[0]), without=float(losses[1]), left=left, text=text
-    )
-
-
-def _text(positions: Sequence[int], size: int, loss: float, without: float, left: float) -> str:
-    listed = ", ".join(str(k) for k in positions[:TOLD]) + (" and others" if len(positions) > TOLD else "")
-    whose = "these few carry it" if 1.0 - left >= LEAST else "it is more than these few"
-    return (
-        f"With ordinary samples in the places of the {len(positions)} of {size} that stand out (positions {listed}) the batch's loss is {without:.3g} instead of {loss:.3g}: "
-        f"{1.0 - left:.0%} of its excess is gone, so {whose}."
+    return SampleExchange(
+        positions=positions, samples=size, loss=float(losses[0]), without=float(losses[1]), left=left
     )

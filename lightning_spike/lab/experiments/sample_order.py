@@ -8,6 +8,7 @@ from typing import Final
 import numpy as np
 import torch
 
+from lightning_spike.experiments import SampleOrder
 from lightning_spike.lab.replay.evaluate import Numbers
 from lightning_spike.lab.replay.reproduce import ReplayedUpdate
 from lightning_spike.lab.replay.update import Update, make_update
@@ -16,32 +17,14 @@ from lightning_spike.record.batch_ring import RingEntry
 from lightning_spike.samples.batches import gather_samples, samples_in
 from lightning_spike.sandbox.isolation import Sandbox
 
-FEWEST: Final = 3
+MIN_BATCHES: Final = 3
 """Batches without which there is no order to speak of."""
-STREAK: Final = 2
+MIN_STREAK: Final = 2
 """Abnormal batches in a row that are a streak."""
-HALF_WAY: Final = 0.5
+ABNORMAL_SHARE: Final = 0.5
 """Share of the way (in logs) from the usual loss to that of the struck batch from which another batch counts as abnormal too."""
-GONE: Final = 2 / 3
-"""Share of the excess up to which it was the order: a stretch that is one-sided as a whole stays so in any order. An engineering choice; extreme samples leave all of it."""
 SEED: Final = 20
 """Of the one order that is tried: the same episode gets the same answer."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Reordered:
-    """The recent stretch, trained on as it came and with its samples dealt out anew."""
-
-    batches: int
-    usual: float
-    """The median loss before."""
-    loss: float
-    """Mean over the stretch as it came."""
-    shuffled: float
-    """Mean over the stretch dealt out anew."""
-    left: float
-    """Share of the mean's excess over the usual loss that is left, in [0, 1]."""
-    text: str
 
 
 def is_streak(scene: Scene) -> bool:
@@ -52,13 +35,13 @@ def is_streak(scene: Scene) -> bool:
     ]
     if not (0.0 < usual < scene.recorded < math.inf):
         return False
-    limit = math.exp(math.log(usual) + HALF_WAY * math.log(scene.recorded / usual))
-    return sum(loss >= limit for loss in known) >= STREAK
+    limit = math.exp(math.log(usual) + ABNORMAL_SHARE * math.log(scene.recorded / usual))
+    return sum(loss >= limit for loss in known) >= MIN_STREAK
 
 
 def reorder(
     scene: Scene, sandbox: Sandbox, updates_replayed: Sequence[ReplayedUpdate], updates: Sequence[Update]
-) -> Reordered | None:
+) -> SampleOrder | None:
     """Deal the samples of the stretch out anew over its batches, and train on it again from where it began.
 
     What is compared is the mean loss over the whole stretch: bad samples are as bad wherever they are, and a few spread over many batches do no less harm; only what comes of their
@@ -73,16 +56,16 @@ def reorder(
     Returns:
         `None` where batches cannot be dealt out anew (samples of different shapes, other structures), too few are known, or nothing was high.
     """
-    way = [*(leg.update for leg in updates_replayed), *updates][-max(len(updates_replayed), FEWEST) :]
+    way = [*(leg.update for leg in updates_replayed), *updates][-max(len(updates_replayed), MIN_BATCHES) :]
     first = next((leg for leg in updates_replayed if way and leg.update is way[0]), None)
     entries = [entry for update in way for entry in update.entries]
     losses = np.array([scene.losses.get(entry.at.ordinal, math.nan) for entry in entries])
     usual = _usual(scene)
-    if first is None or len(entries) < FEWEST or not np.isfinite(losses).all() or losses.mean() <= usual:
+    if first is None or len(entries) < MIN_BATCHES or not np.isfinite(losses).all() or losses.mean() <= usual:
         return None
     if not sandbox.affords("the same samples in another order", updates=len(entries)):
         return None
-    if (dealt := redealt(entries)) is None:
+    if (dealt := reshuffled(entries)) is None:
         return None
     sandbox.rewind()
     first.before.load(sandbox)
@@ -93,10 +76,10 @@ def reorder(
         shuffled += made.losses
         if made.spoilt_at is not None:
             return None
-    return _told(usual, losses, np.array(shuffled))
+    return _compared(usual, losses, np.array(shuffled))
 
 
-def redealt(entries: Sequence[RingEntry]) -> list[RingEntry] | None:
+def reshuffled(entries: Sequence[RingEntry]) -> list[RingEntry] | None:
     """The same batches with their samples dealt out anew, every batch as large as it was; `None` where that cannot be. Draws from a generator of its own."""
     sizes = [samples_in(entry.batch) or 0 for entry in entries]
     places = [(k, position) for k, size in enumerate(sizes) for position in range(size)]
@@ -118,12 +101,7 @@ def _usual(scene: Scene) -> float:
     return float(np.median(before)) if before.size else math.nan
 
 
-def _told(usual: float, losses: Numbers, shuffled: Numbers) -> Reordered:
+def _compared(usual: float, losses: Numbers, shuffled: Numbers) -> SampleOrder:
     loss, anew = float(losses.mean()), float(shuffled.mean())
     left = min(max((anew - usual) / (loss - usual), 0.0), 1.0) if math.isfinite(anew) else 1.0
-    whose = "it was the order of the samples" if left <= GONE else "the samples do it in any order"
-    text = (
-        f"Trained again over the last {len(losses)} batches with the same samples in another order, the mean loss is {anew:.3g} where it was {loss:.3g} (before {usual:.3g}): "
-        f"{1.0 - left:.0%} of its excess is gone, so {whose}."
-    )
-    return Reordered(batches=len(losses), usual=usual, loss=loss, shuffled=anew, left=left, text=text)
+    return SampleOrder(batches=len(losses), usual=usual, loss=loss, shuffled=anew, left=left)

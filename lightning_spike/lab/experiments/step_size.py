@@ -1,65 +1,24 @@
-"""Did each step do what its gradient promised: steps that are too long, and steps in a wrong direction."""
+"""Compares each update's change of its own loss with what its gradient promised (science.md 2.3)."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 
+from lightning_spike.experiments import StepSize
 from lightning_spike.lab.replay.evaluate import losses_under
 from lightning_spike.lab.replay.reproduce import ReplayedUpdate
 from lightning_spike.sandbox.isolation import Sandbox
 from lightning_spike.sandbox.state import TrainState
 
-FEWEST: Final = 4
-"""Updates without which nothing is said."""
-HEALTHY: Final = 0.02
-"""Share of a healthy run's updates that worsen their own batch's loss, under the random state that the batch had …"""
-AGITATED: Final = 0.15
-"""… and of a run whose rate is too high (`python benchmarks/lab.py`, the line on own-batch tests). Both low: most steps that are too long for the loss surface still bring something."""
-EDGE: Final = 0.6
-"""Median of the ratio between healthy runs and such whose rate is too high: below 0.65 it is strong evidence (science.md 2.3), and a net that trains well at a brisk rate may lie little above that."""
-CHRONIC: Final = 0.9
-"""Probability from which steps that are too long explain a trouble of which nothing else is known."""
-STEEP: Final = 15.0
-"""Log-odds for each unit of the ratio below that: three to one within 0.07."""
-MOST: Final = 3.0
-"""Log-odds that the ratio gives at most, either way; an engineering choice."""
+MIN_UPDATES: Final = 4
+"""Updates without which nothing is said; engineering choice."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Consistency:
-    """The updates before the onset, against the first-order promise of their gradients."""
-
-    rho: float
-    """Median of the change of the batch's own loss over `g . u`, what the gradient promised for this step; 1 for a step that is short against the curvature, and
-    below 0 where the step overshot so far that its own batch's loss rose."""
-    worsened: float
-    """Share of the updates after which their own batch's loss was higher than before."""
-    against: float
-    """Share of the updates that went up the gradient of their own batch (`g . u > 0`): carried by momentum."""
-    overshot: float = 0.0
-    """Share of the updates that went down the gradient of their own batch, and so far that its loss rose all the same."""
-    updates: int
-
-    @property
-    def p_chronic(self) -> float:
-        """Probability, in [0, 1], that the steps are too long all the time, at even odds before: from two binomial rates of worsened updates against each other, and from the median ratio.
-
-        A rate that is chronically too high worsens the loss of few batches, and keeps less of the promise with all of them.
-        """
-        bad = round(self.worsened * self.updates)
-        good = self.updates - bad
-        log_odds = bad * math.log(AGITATED / HEALTHY) + good * math.log((1 - AGITATED) / (1 - HEALTHY))
-        if math.isfinite(self.rho):
-            log_odds += min(max(STEEP * (EDGE - self.rho), -MOST), MOST)
-        return 1.0 / (1.0 + math.exp(-log_odds))
-
-
-def consistency(
+def step_size(
     sandbox: Sandbox, updates_replayed: Sequence[ReplayedUpdate], end: TrainState, *, but: int | None = None
-) -> Consistency | None:
+) -> StepSize | None:
     """Evaluate every kept update's batch once more, after the update (science.md 2.3); one forward pass each. `None` for too few of them.
 
     Args:
@@ -70,28 +29,34 @@ def consistency(
     """
     states = [*(leg.before for leg in updates_replayed), end]
     places = [k for k, leg in enumerate(updates_replayed) if but is None or leg.update.ordinal < but]
-    return (
-        summed_up([kept_promise(sandbox, updates_replayed[k], states[k + 1]) for k in places])
-        if len(places) >= FEWEST
-        else None
-    )
+    if len(places) < MIN_UPDATES:
+        return None
+    return summarized([change_and_promise(sandbox, updates_replayed[k], states[k + 1]) for k in places])
 
 
-def summed_up(kept: Sequence[tuple[float, float]]) -> Consistency | None:
-    """Of updates by what became of their own batch's loss and what was promised, as `kept_promise` gives them; `None` for too few."""
-    if len(kept) < FEWEST:
+def summarized(
+    kept: Sequence[tuple[float, float]], source: Literal["replay", "present"] = "replay"
+) -> StepSize | None:
+    """The step sizes of updates; `None` for too few.
+
+    Args:
+        kept: For each update the change of its own batch's loss and what its gradient promised, as `change_and_promise` gives them.
+        source: Where the updates are from.
+    """
+    if len(kept) < MIN_UPDATES:
         return None
     ratios = [change / promise for change, promise in kept if promise != 0.0]
-    return Consistency(
+    return StepSize(
         rho=float(np.median(ratios)) if ratios else math.nan,
         worsened=float(np.mean([change > 0.0 for change, _ in kept])),
         against=float(np.mean([promise > 0.0 for _, promise in kept])),
         overshot=float(np.mean([change > 0.0 > promise for change, promise in kept])),
         updates=len(kept),
+        source=source,
     )
 
 
-def kept_promise(sandbox: Sandbox, leg: ReplayedUpdate, after: TrainState) -> tuple[float, float]:
+def change_and_promise(sandbox: Sandbox, leg: ReplayedUpdate, after: TrainState) -> tuple[float, float]:
     """The change of an update's own loss, and `g . u`, what the gradient promised; the sandbox is left with the weights after it."""
     return _change(sandbox, leg, after), _promise(leg, after)
 

@@ -1,34 +1,17 @@
-"""The loss of the onset's batch in float32, where the training runs under autocast."""
+"""Measures low precision: the loss of the batch in float32 where the training runs under autocast, and the loss scale before and now."""
 
-import dataclasses
-import math
 from collections.abc import Mapping
-from typing import Final
 
+from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_spike.experiments import LossScaleMeasurement, PrecisionMeasurement
 from lightning_spike.record.batch_ring import RingEntry
-from lightning_spike.record.state_copy import load_module
+from lightning_spike.record.state_copy import copy_scaler, load_module
 from lightning_spike.sandbox.isolation import Sandbox, loss_of
 
-ROUNDING: Final = 0.05
-"""Relative difference of the losses up to which low precision only rounds: bfloat16 has 8 bits, and a loss is a mean of many; an engineering choice."""
 
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class PrecisionMeasures:
-    """One batch, the same weights and random state, two precisions."""
-
-    precision: str
-    """The trainer's."""
-    low: float
-    """The loss as the training computes it."""
-    float32: float
-    """The loss without autocast."""
-    text: str
-
-
-def measure_precision(sandbox: Sandbox, weights: Mapping[str, Tensor], entry: RingEntry) -> PrecisionMeasures | None:
+def measure_precision(sandbox: Sandbox, weights: Mapping[str, Tensor], entry: RingEntry) -> PrecisionMeasurement | None:
     """Two forward passes; `None` where the training has no autocast, or gave no loss.
 
     Args:
@@ -42,7 +25,7 @@ def measure_precision(sandbox: Sandbox, weights: Mapping[str, Tensor], entry: Ri
     low, full = (_loss(sandbox, weights, entry, in_float32=in_float32) for in_float32 in (False, True))
     if low is None or full is None:
         return None
-    return PrecisionMeasures(precision=precision, low=low, float32=full, text=_text(precision, low, full))
+    return PrecisionMeasurement(precision=precision, low=low, float32=full)
 
 
 def _loss(sandbox: Sandbox, weights: Mapping[str, Tensor], entry: RingEntry, *, in_float32: bool) -> float | None:
@@ -53,9 +36,17 @@ def _loss(sandbox: Sandbox, weights: Mapping[str, Tensor], entry: RingEntry, *, 
     return None if loss is None else float(sandbox.ranks.mean("a loss", [float(loss.detach())])[0])
 
 
-def _text(precision: str, low: float, full: float) -> str:
-    if math.isfinite(full) and not math.isfinite(low):
-        return f"The loss is {low} in {precision} and {full:.4g} in float32: low precision made it."
-    if not math.isfinite(low) or abs(low - full) <= ROUNDING * abs(full):
-        return f"The loss is {low:.4g} in {precision} and {full:.4g} in float32: the precision is not to blame."
-    return f"The loss is {low:.4g} in {precision} and {full:.4g} in float32: more than rounding."
+def measure_loss_scale(trainer: Trainer, saved: Mapping[str, Tensor | None] | None) -> LossScaleMeasurement | None:
+    """The gradient scaler's factor in the snapshot and now; `None` without a scaler, or where it has scaled nothing yet. No pass; reads two numbers from the device.
+
+    Args:
+        trainer: The trainer, with its scaler as it was when the isolation began.
+        saved: The snapshot's scaler, as `copy_scaler` gives it.
+    """
+    before, now = _scale(saved), _scale(copy_scaler(trainer))
+    return None if before is None or now is None else LossScaleMeasurement(before=before, now=now)
+
+
+def _scale(saved: Mapping[str, Tensor | None] | None) -> float | None:
+    scale = None if saved is None else saved.get("scale")
+    return None if scale is None else float(scale)

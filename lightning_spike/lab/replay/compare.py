@@ -1,6 +1,5 @@
 """Where the run as it is and the run as it comes out again differ: tensor by tensor, in weights and optimizer states."""
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
@@ -8,6 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from lightning_spike.experiments import TensorDifference, WriteKind
 from lightning_spike.sandbox.state import TrainState
 
 CLEAR: Final = 0.01
@@ -16,25 +16,7 @@ ROUNDING: Final = 1e-3
 """By how much the logarithm to base 2 of a ratio may be off a whole number, for the same reason."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
-    """One tensor that is not the same."""
-
-    name: str
-    """The module's name for it, or `"<place of the parameter>.<state>"` for an optimizer's."""
-    kind: str
-    """`"weights"` or `"optimizer"`."""
-    relative: float
-    """L2 norm of the difference over that of the replayed tensor; infinite where that is 0 or something is not finite."""
-    elements: int = 0
-    """Of the tensor."""
-    changed: int = 0
-    """Those of them that are clearly others: by more than `CLEAR` of the larger of the two values, and of the tensor's usual size."""
-    powers_of_two: int = 0
-    """Those of the changed that are a power of two times what they were, at least twice or half, or that with the other sign: what the flip of one bit of the exponent or of the sign does."""
-
-
-def differences(actual: TrainState, replayed: TrainState) -> tuple[Difference, ...]:
+def differences(actual: TrainState, replayed: TrainState) -> tuple[TensorDifference, ...]:
     """The tensors of two states that differ in a bit, the most different first. Blocks."""
     pairs = [
         *_pairs("weights", actual.weights, replayed.weights),
@@ -44,7 +26,7 @@ def differences(actual: TrainState, replayed: TrainState) -> tuple[Difference, .
     return tuple(sorted(found, key=lambda d: -d.relative))
 
 
-def _pairs(kind: str, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Tensor, Tensor]]:
+def _pairs(kind: WriteKind, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Iterator[tuple[WriteKind, str, Tensor, Tensor]]:
     for name in a.keys() & b.keys():
         there = b[name].to(a[name].device)
         if there.shape == a[name].shape:
@@ -61,9 +43,9 @@ def _flat(optimizers: list[dict[str, Any]]) -> dict[str, Tensor]:
     }
 
 
-def _difference(name: str, kind: str, a: Tensor, b: Tensor) -> Difference:
+def _difference(name: str, kind: WriteKind, a: Tensor, b: Tensor) -> TensorDifference:
     changed, powers = _counts(a.double(), b.double())
-    return Difference(
+    return TensorDifference(
         name=name, kind=kind, relative=_relative(a, b), elements=a.numel(), changed=changed, powers_of_two=powers
     )
 
