@@ -3,13 +3,20 @@
 import dataclasses
 
 import numpy as np
+from lab_results import LabResult, experiments_of
 
 from lightning_spike.detectors.episodes import EpisodeDetector
 from lightning_spike.detectors.learning_rate import LearningRateDetector
+from lightning_spike.diagnosis.catalogue import catalogue
+from lightning_spike.diagnosis.cause import Cause, Fix
+from lightning_spike.diagnosis.examine import examine
+from lightning_spike.diagnosis.observation import Observation, Observer
+from lightning_spike.diagnosis.view import EpisodeView
+from lightning_spike.diagnosis.weights import fitted
 from lightning_spike.records import (
     Episode,
     EpisodeKind,
-    Finding,
+    Family,
     LayerRow,
     Moment,
     OptimizerFacts,
@@ -91,14 +98,7 @@ class Run:
         self.notes.extend(items)
 
     def lab_split(self, verdict, episode=1):
-        shares = {"data": 0.95, "weights": 0.03, "both": 0.5, "noise": 0.5}
-        detail = {
-            "episode": episode,
-            "verdict": verdict,
-            "data": shares.get(verdict),
-            "text": f"The replay says {verdict}.",
-        }
-        self.note(Finding(detector="lab", kind="split", at=moment(self.length - 1), detail=detail))
+        self.note(LabResult("split", {"episode": episode, "verdict": verdict}))
 
     def row(self, ordinal):
         values = {
@@ -137,8 +137,46 @@ class Run:
                     store.note(*rates.observe(name.removeprefix("lr-"), row.at, value))
         for episode in episodes.finish() if self.episodes is None else self.episodes:
             store.replace_episode(episode)
-        store.note(*self.notes)
+        results = [note for note in self.notes if isinstance(note, LabResult)]
+        store.note(*(note for note in self.notes if note not in results), *experiments_of(results))
         return store
+
+
+class Said:
+    """What one cause says of one episode."""
+
+    def __init__(self, cause, view):
+        found = examine(cause, view, fitted(), [])
+        self.evidence, self.confirmed = found.evidence, found.confirmed
+        self.total, self.supported = found.total, found.supported
+        self.summary, self.fixes = cause.summary(view), tuple(fix.text for fix in cause.fixes(view))
+        self.change = next((fix.change for fix in cause.fixes(view)), None)
+
+    def level(self, observation):
+        """What an observer gave; `None` where it said nothing."""
+        return next((e.level for e in self.evidence if e.observation == observation), None)
+
+
+def said_of(cause, store, episode=None):
+    """What a cause, by its id, says of an episode, by default the first."""
+    view = EpisodeView(store, store.episodes[0] if episode is None else episode)
+    return Said(next(c for c in catalogue() if c.id == cause), view)
+
+
+def a_cause(name, weight=0.0, *, explains=(), confirmed=None, family=Family.GENERALIZATION, **more):
+    """A cause that says what a test wants: one piece of evidence, of this weight or of one that depends on the view."""
+
+    def look(view):
+        level = str(weight(view)) if callable(weight) else str(weight)
+        weights.setdefault(level, float(level))
+        return Observation(level=level, text="t", signal="s", step=0, observed=1.0, expected=0.0, confirms=confirmed)
+
+    weights = {}
+    settings = {"summary": lambda _: "s", "fixes": lambda _: (Fix("f"),), "weights": {"look": weights}} | more
+    return Cause(
+        id=name, family=family, title=name, meaning=name, explains=frozenset(explains),
+        observations=(Observer("look", (), look),), **settings,
+    )  # fmt: skip
 
 
 def an_episode(

@@ -5,11 +5,12 @@ import json
 
 import numpy as np
 import pytest
+from lab_results import LabResult
 from synthetic import ADAMW, SGD, WARM_RESTARTS, Run, an_episode, moment
 
-from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.catalogue import catalogue
 from lightning_spike.diagnosis.rank import diagnose
+from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import Action, EpisodeKind, Finding, Recovery, ValidationPoint
 
 SGD_RESTARTS = dataclasses.replace(WARM_RESTARTS, optimizer="SGD")
@@ -195,7 +196,7 @@ def test_where_the_lab_found_the_first_nonfinite_value_decides(phase, first):
         "operation": "LogBackward0",
         "text": "log(0) in head.loss",
     }
-    run.note(Finding(detector="lab", kind="nonfinite_origin", at=moment(399), detail=detail))
+    run.note(LabResult("nonfinite_origin", detail))
     verdicts = diagnose(run.store(without=("batch/",))).overall
     assert verdicts[0].cause == first
     assert verdicts[0].confirmed is True
@@ -284,8 +285,8 @@ def test_a_lone_batch_speaks_against_damaged_weights():
     run = Run(0)
     lone = an_episode(200, 200, 200)
     run.episodes = [lone]
-    assert Case(run.store(), lone).lone
-    assert not Case(run.store(), an_episode(200, 200, 220)).lone
+    assert EpisodeView(run.store(), lone).transient
+    assert not EpisodeView(run.store(), an_episode(200, 200, 220)).transient
 
 
 def a_stretch(seed, last, *, fade=None):
@@ -311,7 +312,7 @@ def test_a_loss_that_jumps_and_is_back_at_one_blow_speaks_for_the_data_where_bat
 @pytest.mark.parametrize("seed", range(3))
 def test_a_loss_that_is_trained_back_is_not_back_at_one_blow(seed):
     at_once, faded = (a_stretch(seed, 203, fade=fade).store(without=("batch/",)) for fade in (None, 10.0))
-    lone = [Case(store, store.episodes[0]).lone for store in (at_once, faded)]
+    lone = [EpisodeView(store, store.episodes[0]).transient for store in (at_once, faded)]
     assert lone == [True, False]
 
 
@@ -343,11 +344,9 @@ def test_an_operation_that_fails_with_runaway_weights_only_is_not_confirmed(heal
     run, run.episodes = numerical_instability(0, decoys=False)
     detail = {"episode": 1, "phase": "forward", "module": "head", "operation": "exp", "text": "exp in head"}
     run.note(
-        Finding(
-            detector="lab",
-            kind="nonfinite_origin",
-            at=moment(200),
-            detail=detail | {"with_healthy_weights": healthy},
+        LabResult(
+            "nonfinite_origin",
+            detail | {"with_healthy_weights": healthy},
         )
     )
     told = {v.cause: v for v in diagnose(run.store(without=("batch/",))).overall}
@@ -380,7 +379,7 @@ def test_what_was_not_replayed_is_said_once_with_its_episodes():
     run, run.episodes = bad_batch(0, decoys=False)
     for episode, why in ((1, "the batch is gone"), (2, "several ranks"), (3, "the batch is gone")):
         detail = {"episode": episode, "why": why}
-        run.note(Finding(detector="lab", kind="not_run", at=moment(200), detail=detail))
+        run.note(LabResult("not_run", detail))
     assert diagnose(run.store()).remarks == (
         "Episodes 1, 3 could not be replayed: the batch is gone.",
         "Episode 2 could not be replayed: several ranks.",

@@ -4,17 +4,17 @@ import dataclasses
 
 import numpy as np
 import pytest
-from synthetic import Run, an_episode, moment
+from lab_results import LabResult
+from synthetic import Run, an_episode, moment, said_of
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.causes.warmup_too_short import WarmupTooShort
-from lightning_spike.diagnosis.fixes import dataset_fix, drop_samples, gentle_rate, lower_peak
+from lightning_spike.diagnosis.fixes import dataset_fix, gentle_rate, lower_peak
+from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import Episode, EpisodeKind, Finding, Recovery
 
 ONSET = 300
 
 
-def case(run: Run, *, recovery=Recovery.NEVER, end=None) -> Case:
+def case(run: Run, *, recovery=Recovery.NEVER, end=None) -> EpisodeView:
     episode = Episode(
         id=1,
         kind=EpisodeKind.SPIKE,
@@ -27,7 +27,7 @@ def case(run: Run, *, recovery=Recovery.NEVER, end=None) -> Case:
         recovery=recovery,
     )
     run.episodes = [episode]
-    return Case(run.store(), episode)
+    return EpisodeView(run.store(), episode)
 
 
 def steps_of(run: Run, share, every=10) -> None:
@@ -95,7 +95,7 @@ def test_where_nothing_shows_the_limit_the_cut_is_deep_only_with_reason(recovery
     run.rate[:] = 0.5
     if repaired is not None:
         tried = ({"remedy": "lower_rate", "value": 0.1, "repaired": repaired},)
-        run.note(Finding(detector="lab", kind="remedies", at=moment(ONSET), detail={"episode": 1, "tried": tried}))
+        run.note(LabResult("remedies", {"episode": 1, "tried": tried}))
     assert lower_peak(case(run, recovery=recovery, end=end), run.rate_signal, 0.5)[0] == pytest.approx(
         0.5 / cut, rel=0.05
     )
@@ -116,8 +116,9 @@ def test_all_samples_of_a_stretch_are_dropped_and_its_steps_named():
     detail = {"episode": 1, "ordinals": [ONSET, ONSET + 1], "last_step": ONSET + 1, "dataset_indices": indices}
     run.note(Finding(detector="batch", kind="suspect_batches", at=moment(ONSET), detail=detail))
     told = case(run)
-    assert drop_samples(told).value == tuple(indices)
-    text = dataset_fix(told)
+    fix = dataset_fix(told)
+    assert fix.change.value == tuple(indices)
+    text = fix.text
     assert "100-131, 500-531" in text
     assert "2 bad batches from step 300 to 301" in text
 
@@ -129,7 +130,7 @@ def test_a_peak_that_no_warm_up_makes_good_is_lowered_first():
     for share, change in ((0.1, ("warmup_steps", 80.0)), (0.8, (run.rate_signal, 0.12))):
         steps_of(run, share)  # 5 and 40 % of the weights
         run.episodes = [early]
-        found = WarmupTooShort().examine(Case(run.store(), early))
+        found = said_of("warmup_too_short", run.store(), early)
         assert (found.change.setting, found.change.value) == change
         assert f"{change[1]:g}" in found.fixes[0]
 
@@ -142,8 +143,8 @@ def test_a_peak_that_an_earlier_cycle_bore_is_cut_by_three_however_long_its_upda
     run.more = {"weight_norm": 10.0 * every, "update_norm": 10.0 * 0.3 * run.rate * every}
     run.episodes = [an_episode(202, 204, 240)]
     store = run.store()
-    case = Case(store, store.episodes[0])
+    case = EpisodeView(store, store.episodes[0])
     assert lower_peak(case, run.rate_signal, 0.65)[0] == pytest.approx(0.22)
     run.loss[:150] = 0.1
     store = run.store()
-    assert lower_peak(Case(store, store.episodes[0]), run.rate_signal, 0.65)[0] < 0.1
+    assert lower_peak(EpisodeView(store, store.episodes[0]), run.rate_signal, 0.65)[0] < 0.1

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from synthetic import ADAMW, SGD, WARM_RESTARTS, Run, an_episode, moment
+from synthetic import ADAMW, SGD, WARM_RESTARTS, Run, a_cause, an_episode, moment
 
 from lightning_spike.diagnosis.catalogue import catalogue
-from lightning_spike.diagnosis.cause import Cause, Examination
-from lightning_spike.diagnosis.constants import STRONG
 from lightning_spike.diagnosis.rank import diagnose
-from lightning_spike.records import EpisodeKind, Evidence, Family, Finding, Recovery, RunFacts, StepRow, ValidationPoint
+from lightning_spike.diagnosis.weigh import UPSTREAM_EVIDENCE
+from lightning_spike.experiments import Experiments
+from lightning_spike.records import EpisodeKind, Finding, Recovery, RunFacts, StepRow, ValidationPoint
 from lightning_spike.store import TrainerStateStore
 
 ANY = st.one_of(
@@ -55,7 +55,7 @@ DETAIL = st.dictionaries(
     ),
 )
 KINDS = [("learning_rate", k) for k in ("restart", "cyclic_peak", "unexplained_jump", "nonfinite", "wrong_interval")]
-KINDS += [("lab", "split"), ("lab", "nonfinite_origin"), ("batch", "suspect_samples"), ("overfit", "gap_growing")]
+KINDS += [("batch", "suspect_samples"), ("overfit", "gap_growing")]
 
 
 @st.composite
@@ -99,6 +99,8 @@ def stores(draw):
         )
     for detector, kind in draw(st.lists(st.sampled_from(KINDS), max_size=4)):
         store.note(Finding(detector=detector, kind=kind, at=moment(draw(st.integers(0, 45))), detail=draw(DETAIL)))
+    for found in draw(st.lists(st.builds(Experiments, episode=st.integers(1, 3)), max_size=2)):
+        store.note(found)
     for ordinal in draw(st.lists(st.integers(0, 45), max_size=6)):
         store.note(
             ValidationPoint(
@@ -129,23 +131,6 @@ def test_a_healthy_run_has_no_causes():
     assert dict(diagnosis.per_episode) == {}
 
 
-class _Told(Cause):
-    """A cause that says what the test wants."""
-
-    family = Family.ENVIRONMENT
-    title = "Told"
-
-    def __init__(self, name, weight, *, explains=(), confirmed=None):
-        self.id = name
-        self.explains = frozenset(explains)
-        self.weight, self.confirmed = weight, confirmed
-
-    def examine(self, case):
-        weight = self.weight(case) if callable(self.weight) else self.weight
-        evidence = (Evidence(signal="s", step=0, observed=1.0, expected=0.0, text="t", weight=weight),)
-        return Examination(evidence=evidence, summary="s", fixes=("f",), confirmed=self.confirmed)
-
-
 def _run(*episodes):
     run = Run(0, 300)
     run.episodes = list(episodes)
@@ -155,38 +140,46 @@ def _run(*episodes):
 @pytest.mark.parametrize("symptom", [1.0, 5.0, 50.0])
 def test_a_symptom_never_outranks_its_cause(symptom):
     store = _run(an_episode(100, 100, 110))
-    verdicts = diagnose(store, [_Told("symptom", symptom), _Told("cause", STRONG, explains=["symptom"])]).overall
+    verdicts = diagnose(
+        store, [a_cause("symptom", symptom), a_cause("cause", UPSTREAM_EVIDENCE, explains=["symptom"])]
+    ).overall
     assert verdicts[0].cause == "cause"
-    alone = diagnose(store, [_Told("symptom", symptom), _Told("cause", -STRONG, explains=["symptom"])]).overall
+    alone = diagnose(
+        store, [a_cause("symptom", symptom), a_cause("cause", -UPSTREAM_EVIDENCE, explains=["symptom"])]
+    ).overall
     assert alone[0].cause == "symptom"
 
 
 def test_explaining_goes_through_what_lies_between():
-    told = [_Told("first", 4.0, explains=["second"]), _Told("second", 0.1, explains=["third"]), _Told("third", 30.0)]
+    told = [
+        a_cause("first", 4.0, explains=["second"]),
+        a_cause("second", 0.1, explains=["third"]),
+        a_cause("third", 30.0),
+    ]
     assert diagnose(_run(an_episode(100, 100, 110)), told).overall[0].cause == "first"
 
 
 def test_two_that_explain_each_other_are_left_alone():
-    told = [_Told("a", 5.0, explains=["b"]), _Told("b", 6.0, explains=["a"])]
+    told = [a_cause("a", 5.0, explains=["b"]), a_cause("b", 6.0, explains=["a"])]
     assert [v.cause for v in diagnose(_run(an_episode(100, 100, 110)), told).overall] == ["b", "a"]
 
 
 def test_more_evidence_makes_a_cause_more_probable():
     store = _run(an_episode(100, 100, 110))
-    steps = [diagnose(store, [_Told("a", w), _Told("b", 1.0)]) for w in (0.5, 2.0, 5.0)]
+    steps = [diagnose(store, [a_cause("a", w), a_cause("b", 1.0)]) for w in (0.5, 2.0, 5.0)]
     probabilities = [next(v.probability for v in d.overall if v.cause == "a") for d in steps]
     assert probabilities == sorted(probabilities)
     assert probabilities[0] < probabilities[-1]
 
 
 def test_what_speaks_for_nothing_is_not_listed():
-    assert diagnose(_run(an_episode(100, 100, 110)), [_Told("a", 0.0), _Told("b", -1.0)]).overall == ()
+    assert diagnose(_run(an_episode(100, 100, 110)), [a_cause("a", 0.0), a_cause("b", -1.0)]).overall == ()
 
 
 def test_over_the_run_an_episode_weighs_as_much_as_it_is_severe():
     first, second = an_episode(100, 100, 110, severity=90.0), an_episode(200, 200, 210, id=2, severity=10.0)
-    early = _Told("early", lambda case: 9.0 if case.onset == 100 else -9.0, confirmed=True)
-    late = _Told("late", lambda case: 9.0 if case.onset == 200 else -9.0, confirmed=False)
+    early = a_cause("early", lambda view: 9.0 if view.onset == 100 else -9.0, confirmed=True)
+    late = a_cause("late", lambda view: 9.0 if view.onset == 200 else -9.0, confirmed=False)
     diagnosis = diagnose(_run(first, second), [early, late])
     assert [v.cause for v in diagnosis.overall] == ["early", "late"]
     for verdict, episode, share in zip(diagnosis.overall, (1, 2), (0.9, 0.1), strict=True):
@@ -196,21 +189,20 @@ def test_over_the_run_an_episode_weighs_as_much_as_it_is_severe():
 
 
 def test_an_aftershock_takes_over_what_is_known_of_the_shock():
-    early = _Told("a", lambda case: 9.0 if case.onset == 100 else 0.2)
+    early = a_cause("a", lambda view: 9.0 if view.onset == 100 else 0.2)
     shock = an_episode(100, 100, 110)
-    near = diagnose(_run(shock, an_episode(120, 120, 125, id=2)), [early, _Told("b", 0.2)])
-    far = diagnose(_run(shock, an_episode(200, 200, 205, id=2)), [early, _Told("b", 0.2)])
+    near = diagnose(_run(shock, an_episode(120, 120, 125, id=2)), [early, a_cause("b", 0.2)])
+    far = diagnose(_run(shock, an_episode(200, 200, 205, id=2)), [early, a_cause("b", 0.2)])
     assert near.per_episode[2][0].cause == "a"
     assert near.per_episode[2][0].probability > far.per_episode[2][0].probability + 0.05
 
 
 def test_a_cause_that_breaks_costs_itself_and_is_named():
-    class Broken(_Told):
-        def examine(self, case):
-            msg = "no such thing"
-            raise KeyError(msg)
+    def broken(_):
+        msg = "no such thing"
+        raise KeyError(msg)
 
-    diagnosis = diagnose(_run(an_episode(100, 100, 110)), [Broken("broken", 1.0), _Told("fine", 6.0)])
+    diagnosis = diagnose(_run(an_episode(100, 100, 110)), [a_cause("broken", broken), a_cause("fine", 6.0)])
     assert [v.cause for v in diagnosis.overall] == ["fine"]
     assert len(diagnosis.remarks) == 1
     assert "broken" in diagnosis.remarks[0]
@@ -229,26 +221,37 @@ def test_thinned_and_short_histories_are_borne():
     assert dataclasses.is_dataclass(diagnose(store))
 
 
-class Shown(Cause):
-    """Shown by a finding alone."""
+def shown():
+    """A cause that a finding is sufficient for."""
 
-    id = "shown"
-    family = Family.ENVIRONMENT
-    title = "Shown"
-    standing = frozenset({("watch", "broken")})
+    def weight(view):
+        return 9.0 if view.findings("watch", "broken", first=0, last=view.onset) else 0.0
 
-    def examine(self, case):
-        found = case.findings("watch", "broken", first=0, last=case.onset)
-        evidence = Evidence(signal="watch", step=case.step, observed=None, expected=None, text="Broken.", weight=9.0)
-        return Examination(evidence=(evidence,) if found else (), summary=f"broken since step {case.step}")
+    return a_cause(
+        "shown", weight, sufficient_findings=frozenset({("watch", "broken")}),
+        summary=lambda view: f"broken since step {view.step}",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["summary", "fixes"])
+def test_a_cause_that_cannot_be_put_into_words_costs_itself_and_is_named(part):
+    def broken(_):
+        msg = "no words"
+        raise ValueError(msg)
+
+    diagnosis = diagnose(
+        _run(an_episode(100, 100, 110)), [a_cause("mute", 6.0, **{part: broken}), a_cause("fine", 5.0)]
+    )
+    assert [v.cause for v in diagnosis.overall] == ["fine"]
+    assert "no words" in diagnosis.remarks[0]
 
 
 def test_what_shows_a_cause_by_itself_is_told_though_the_loss_has_shown_nothing():
     store = Run(length=100).store()
     assert store.episodes == ()
-    assert diagnose(store, [Shown()]).overall == ()
+    assert diagnose(store, [shown()]).overall == ()
     store.note(Finding(detector="watch", kind="broken", at=moment(70)), Finding(detector="watch", kind="broken", at=moment(60)))  # fmt: skip
-    (verdict,) = diagnose(store, [Shown()]).overall
+    (verdict,) = diagnose(store, [shown()]).overall
     assert (verdict.cause, verdict.episodes, verdict.summary) == ("shown", (), "broken since step 60")
     assert verdict.probability > 0.9
 
@@ -256,5 +259,5 @@ def test_what_shows_a_cause_by_itself_is_told_though_the_loss_has_shown_nothing(
 def test_other_causes_have_no_say_where_there_is_no_episode():
     store = Run(length=100).store()
     store.note(Finding(detector="watch", kind="broken", at=moment(60)))
-    told = diagnose(store, [Shown(), *(c for c in catalogue() if not c.standing)]).overall
+    told = diagnose(store, [shown(), *(c for c in catalogue() if not c.sufficient_findings)]).overall
     assert [v.cause for v in told] == ["shown"]

@@ -2,32 +2,18 @@
 
 import numpy as np
 import pytest
+from synthetic import a_cause
 
-from lightning_spike.diagnosis.calibration import Calibration
-from lightning_spike.diagnosis.cause import Cause, Examination
-from lightning_spike.diagnosis.constants import STRONG
-from lightning_spike.diagnosis.weigh import Examined, probabilities, totals
+from lightning_spike.diagnosis.weigh import SYMPTOMS_OF, UPSTREAM_EVIDENCE, Examined, probabilities, symptoms, totals
+from lightning_spike.diagnosis.weights import Weights
 from lightning_spike.records import Evidence, Family
 
-PLAIN = Calibration(temper=0.5, unexplained=0.4)
-
-
-def cause(name, *, explains=(), prior=1.0):
-    class One(Cause):
-        id = name
-        family = Family.DATA
-        title = name
-
-        def examine(self, case):
-            raise NotImplementedError
-
-    One.explains, One.prior = frozenset(explains), prior
-    return One()
+PLAIN = Weights(temper=0.5, unexplained=0.4)
 
 
 def said(name, weight, **options):
     evidence = Evidence(signal="x", step=0, observed=None, expected=None, text="x", weight=weight)
-    return Examined(cause(name, **options), Examination(evidence=(evidence,)))
+    return Examined(a_cause(name, **options), (evidence,), None)
 
 
 def softmax(logits):
@@ -46,7 +32,7 @@ def test_three_causes_and_the_unexplained_share_one_softmax():
 
 def test_an_offset_moves_its_cause_alone():
     found = [said("a", 3.0), said("b", 3.0)]
-    moved = Calibration(temper=0.5, unexplained=0.4, offsets={"a": 1.0})
+    moved = Weights(temper=0.5, unexplained=0.4, offsets={"a": 1.0})
     plain, after = (probabilities(found, {}, c) for c in (PLAIN, moved))
     assert np.log(after["a"] / after["b"]) == pytest.approx(np.log(plain["a"] / plain["b"]) + 1.0)
 
@@ -73,10 +59,16 @@ def test_two_that_claim_each_other_are_left_alone():
 
 @pytest.mark.parametrize("loud", [5.0, 50.0])
 def test_a_symptom_never_outranks_a_cause_with_real_evidence_however_loud_it_is(loud):
-    by_name = probabilities([said("a", STRONG, explains=["b"]), said("b", loud)], {}, PLAIN)
+    by_name = probabilities([said("a", UPSTREAM_EVIDENCE, explains=["b"]), said("b", loud)], {}, PLAIN)
     assert by_name["a"] > by_name["b"]
 
 
 def test_a_cause_without_real_evidence_does_not_hold_a_symptom_down():
     by_name = probabilities([said("a", 0.5, explains=["b"]), said("b", 8.0)], {}, PLAIN)
     assert by_name["b"] > by_name["a"]
+
+
+def test_a_cause_brings_about_the_symptoms_of_its_family_and_its_own_but_not_itself():
+    data = a_cause("gradient_explosion", family=Family.DATA, explains=["b"])
+    assert symptoms(data) == {"b"}
+    assert symptoms(a_cause("x", family=Family.DATA)) == SYMPTOMS_OF[Family.DATA]

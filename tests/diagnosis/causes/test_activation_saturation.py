@@ -4,10 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from synthetic import SGD, Run, an_episode, moment
+from lab_results import LabResult
+from synthetic import SGD, Run, an_episode, moment, said_of
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.causes.activation_saturation import ActivationSaturation
 from lightning_spike.diagnosis.rank import diagnose
 from lightning_spike.records import Change, EpisodeKind, Finding, Recovery
 
@@ -35,7 +34,7 @@ def a_run(*, flat_from=200, share=0.97, signal="activation_zeros", usual=0.5, fo
 
 def examined(run, **options):
     store = run.store(**options)
-    return ActivationSaturation().examine(Case(store, store.episodes[0]))
+    return said_of("activation_saturation", store, store.episodes[0])
 
 
 @pytest.mark.parametrize(
@@ -59,7 +58,7 @@ def test_without_an_episode_the_finding_shows_it():
 def test_layers_as_alive_as_ever_speak_against_it():
     told = examined(a_run(share=0.52))
     assert told.total < -4.0
-    assert not told.speaks
+    assert not told.supported
 
 
 def test_units_that_were_alive_when_the_loss_had_risen_went_flat_of_something_else():
@@ -110,7 +109,7 @@ def test_any_value_is_borne(value):
 def test_nothing_is_said_where_activations_were_not_measured():
     run = a_run()
     run.layers = {}
-    assert not examined(run).speaks
+    assert not examined(run).supported
     assert np.isfinite(examined(run).total)
 
 
@@ -121,7 +120,7 @@ def silenced(kind, times):
     activity = {"module": "net.1", "kind": kind, "now": {"rms": times}, "usual": {"rms": 1.0}}
     modules = {"episode": 1, "what": "modules", "first": "net.1", "modules": [activity], "text": "It has changed."}
     for name, detail in (("split", split), ("measured", modules)):
-        run.note(Finding(detector="lab", kind=name, at=moment(200), detail=detail))
+        run.note(LabResult(name, detail))
     return examined(run).total
 
 
@@ -157,5 +156,5 @@ def test_a_tenth_of_a_recurrent_layers_outputs_at_their_bounds_shows_that_its_ga
     run = a_run(signal="activation_saturated", usual=0.0, share=0.12)
     activity = {"module": "net.3", "kind": kind, "now": {"rms": 1.0}, "usual": {"rms": 1.0}}
     detail = {"episode": 1, "what": "modules", "first": None, "modules": [activity], "text": "Nothing has changed."}
-    run.note(Finding(detector="lab", kind="measured", at=moment(200), detail=detail))
+    run.note(LabResult("measured", detail))
     assert (examined(run).total > 2.0) is speaks

@@ -4,10 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
-from synthetic import ADAMW, SGD, Run, an_episode, moment
+from lab_results import LabResult
+from synthetic import ADAMW, SGD, Run, an_episode, moment, said_of
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.causes.adam_epsilon_too_small import AdamEpsilonTooSmall
 from lightning_spike.diagnosis.rank import diagnose
 from lightning_spike.records import Change, EpisodeKind, Finding, Recovery
 
@@ -33,7 +32,7 @@ def adam(eps):
 
 def examined(run):
     store = run.store()
-    return AdamEpsilonTooSmall().examine(Case(store, store.episodes[0]))
+    return said_of("adam_epsilon_too_small", store, store.episodes[0])
 
 
 def test_an_epsilon_that_becomes_nothing_just_before_did_it():
@@ -70,7 +69,7 @@ def test_an_optimizer_without_epsilon_cannot_have_it():
 
 def test_the_experiment_that_blames_epsilon_decides():
     shares = [{"factor": "epsilon", "group": "optimizer", "share": 0.9}]
-    told = Finding(detector="lab", kind="factors", at=moment(200), detail={"episode": 1, "finer": shares})
+    told = LabResult("factors", {"episode": 1, "finer": shares})
     assert examined(not_a_number(told)).total > examined(not_a_number()).total + 4.0
 
 

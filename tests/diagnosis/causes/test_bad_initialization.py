@@ -6,10 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from synthetic import Run, an_episode, moment
+from synthetic import Run, an_episode, moment, said_of
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.causes.bad_initialization import BadInitialization
 from lightning_spike.diagnosis.rank import diagnose
 from lightning_spike.records import Change, Finding
 
@@ -75,9 +73,9 @@ def test_of_weights_that_are_too_small_the_smallest_is_named():
 def test_weights_of_a_usual_scale_speak_against_it():
     run = a_run(scales=(0.6, 1.4), found=False, onset=30)
     store = run.store()
-    examination = BadInitialization().examine(Case(store, store.episodes[0]))
+    examination = said_of("bad_initialization", store, store.episodes[0])
     assert examination.total < -4.0
-    assert not examination.speaks
+    assert not examination.supported
 
 
 def test_trouble_that_comes_when_training_had_gone_well_for_long_is_something_else():
@@ -104,4 +102,4 @@ def test_any_value_is_borne(scales):
     run.loss[:4] = math.nan
     store = run.store(without=("grad_norm",))
     store.findings[0] = dataclasses.replace(store.findings[0], detail={})
-    assert math.isfinite(BadInitialization().examine(Case(store, store.episodes[0])).total)
+    assert math.isfinite(said_of("bad_initialization", store, store.episodes[0]).total)

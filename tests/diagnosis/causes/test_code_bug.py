@@ -4,10 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
-from synthetic import Run, an_episode, moment
+from lab_results import LabResult
+from synthetic import Run, an_episode, moment, said_of
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.causes.code_bug import CodeBug
 from lightning_spike.diagnosis.rank import diagnose
 from lightning_spike.records import Change, Finding
 
@@ -42,7 +41,7 @@ def quiet(*findings):
 
 def examined(run):
     store = run.store()
-    return CodeBug().examine(Case(store, store.episodes[0]))
+    return said_of("code_bug", store, store.episodes[0])
 
 
 @pytest.mark.parametrize(("what", "place"), HARD.items())
@@ -57,13 +56,13 @@ def test_each_check_names_the_place_to_look_at(what, place):
 
 def test_nothing_found_speaks_against_it():
     examination = examined(spiked())
-    assert not examination.speaks
+    assert not examination.supported
     assert examination.total < -1.5
 
 
 @pytest.mark.parametrize("what", HARD)
 def test_what_was_found_after_the_peak_has_not_brought_it_about(what):
-    assert not examined(spiked(found(*what, at=240))).speaks
+    assert not examined(spiked(found(*what, at=240))).supported
 
 
 def test_a_write_weighs_by_its_distance():
@@ -115,7 +114,7 @@ def lab(changed, elements, *, writes=()):
         "different": [weights],
         "text": "It came out healthy.",
     }
-    return Finding(detector="lab", kind="outside", at=moment(200), detail=detail)
+    return LabResult("outside", detail)
 
 
 def test_unseen_writes_are_code_where_whole_tensors_are_others():
@@ -139,4 +138,4 @@ def test_bears_missing_and_broken_values(what, value):
     run.grad[150:] = np.nan
     for without in ((), ("grad_norm", "lr-", "batch/")):
         store = run.store(without=without)
-        assert np.isfinite(CodeBug().examine(Case(store, store.episodes[0])).total)
+        assert np.isfinite(said_of("code_bug", store, store.episodes[0]).total)

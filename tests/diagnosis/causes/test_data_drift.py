@@ -2,11 +2,8 @@
 
 import numpy as np
 import pytest
-from synthetic import Run, an_episode
+from synthetic import Run, an_episode, said_of
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.causes.data_drift import DataDrift
-from lightning_spike.diagnosis.constants import STRONG
 from lightning_spike.diagnosis.rank import diagnose
 
 
@@ -26,7 +23,7 @@ def drift(onset=206, begin=200, by=2.0, length=None):
 
 def said(run, without=()):
     store = run.store(without=without)
-    return DataDrift().examine(Case(store, store.episodes[0]))
+    return said_of("data_drift", store, store.episodes[0])
 
 
 @pytest.mark.parametrize("by", [2.0, -2.0])
@@ -39,16 +36,16 @@ def test_it_comes_first_and_the_batch_below(by, onset):
 
 
 def test_inputs_as_ever_and_a_single_odd_batch_speak_against_it():
-    assert said(drift(by=0.0)).total < -STRONG
+    assert said(drift(by=0.0)).total < -3.0
     run = drift(by=0.0)
     run.odd_batch(206, 40)
-    assert said(run).total < -STRONG
-    assert not said(run).speaks
+    assert said(run).total < -3.0
+    assert not said(run).supported
 
 
 def test_what_moved_only_long_after_the_trouble_has_not_made_it():
     run = drift(begin=260)
-    assert not said(run, without=("batch/input/drift",)).speaks
+    assert not said(run, without=("batch/input/drift",)).supported
 
 
 def test_a_stretch_that_came_sorted_is_no_drift():
@@ -59,7 +56,7 @@ def test_a_stretch_that_came_sorted_is_no_drift():
 
 def test_tokens_move_by_their_moving_average_alone():
     told = said(drift(), without=("batch/input/mean", "batch/input/std", "batch/input/max_abs"))
-    assert told.total > STRONG
+    assert told.total > 3.0
     assert told.change.setting == "normalisation"
 
 
@@ -76,8 +73,8 @@ def test_signals_that_are_missing_or_not_finite_are_borne(bad):
     run = drift()
     for series in (run.mean, run.std, run.max_abs, run.more["batch/input/drift"]):
         series[:] = bad
-    assert not said(run).speaks
-    assert not said(drift(), without=("batch/",)).speaks
+    assert not said(run).supported
+    assert not said(drift(), without=("batch/",)).supported
 
 
 def without_episode(*, fall=0.0, rise=1.0, back=None):

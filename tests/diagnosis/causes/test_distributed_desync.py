@@ -4,10 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from synthetic import Run, an_episode, moment
+from synthetic import Run, an_episode, moment, said_of
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.causes.distributed_desync import DistributedDesync
 from lightning_spike.diagnosis.rank import diagnose
 from lightning_spike.records import Change, Finding, LayerRow
 
@@ -39,7 +37,7 @@ def a_run(*findings, world_size=2, onset=None):
 
 def examined(run):
     store = run.store()
-    return DistributedDesync().examine(Case(store, store.episodes[0]))
+    return said_of("distributed_desync", store, store.episodes[0])
 
 
 @pytest.mark.parametrize("onset", [None, 150, 250])
@@ -59,7 +57,7 @@ def test_gradients_that_differ_are_the_cause_of_weights_that_do():
 
 
 def test_an_episode_while_the_ranks_were_still_equal_is_none_of_it():
-    assert not examined(a_run(found("weights_differ", at=300, last_equal=200), onset=150)).speaks
+    assert not examined(a_run(found("weights_differ", at=300, last_equal=200), onset=150)).supported
 
 
 def test_one_process_has_nothing_to_part_from():
@@ -74,7 +72,7 @@ def test_ranks_that_were_compared_and_equal_clear_it():
         for at in looks:
             row = LayerRow(at=moment(at), signal="ranks/weights", values=np.zeros(1, dtype=np.float32))
             store.layers.setdefault("ranks/weights", []).append(row)
-        return DistributedDesync().examine(Case(store, store.episodes[0])).total
+        return said_of("distributed_desync", store, store.episodes[0]).total
 
     assert total(100, 300) < -4.0 < total(100) < -1.0
 
@@ -103,4 +101,4 @@ def test_bears_missing_and_broken_values(kind, value):
     run.grad[100:] = np.nan
     examination = examined(run)
     assert np.isfinite(examination.total)
-    assert examination.speaks
+    assert examination.supported

@@ -1,11 +1,9 @@
 """A gradient that exploded and did its harm out of the optimizer's state, some updates later."""
 
-from synthetic import ADAMW, Run, an_episode, moment
+from lab_results import LabResult
+from synthetic import ADAMW, Run, an_episode, said_of
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.causes.momentum_reversal import MomentumReversal
 from lightning_spike.diagnosis.rank import diagnose
-from lightning_spike.records import Finding
 
 
 def a_run(*, exploded, odd=False):
@@ -18,7 +16,7 @@ def a_run(*, exploded, odd=False):
     run.episodes = [an_episode(200, 202, 240, height=run.loss[202], before=0.35)]
     finer = [{"factor": "momentum", "group": "optimizer", "share": 0.9}]
     for kind, detail in (("blame", {"shares": {"optimizer": 0.9}}), ("factors", {"ordinal": 197, "finer": finer})):
-        run.note(Finding(detector="lab", kind=kind, at=moment(200), detail={"episode": 1, **detail}))
+        run.note(LabResult(kind, {"episode": 1, **detail}))
     return run
 
 
@@ -27,7 +25,7 @@ def test_a_state_that_holds_an_exploded_gradient_is_the_explosion_and_no_reversa
     assert (first.cause, first.probability > 0.5) == ("gradient_explosion", True)
     assert all(v.probability < 0.2 for v in rest)
     with_it, without = (a_run(exploded=exploded).store() for exploded in (True, False))
-    totals = [MomentumReversal().examine(Case(s, s.episodes[0])).total for s in (with_it, without)]
+    totals = [said_of("momentum_reversal", s, s.episodes[0]).total for s in (with_it, without)]
     assert totals[0] < totals[1] - 3.0
 
 

@@ -4,10 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from synthetic import SGD, Run, an_episode, moment
+from lab_results import LabResult
+from synthetic import SGD, Run, an_episode, moment, said_of
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.causes.gradient_vanishing import GradientVanishing
 from lightning_spike.diagnosis.rank import diagnose
 from lightning_spike.records import Change, EpisodeKind, Finding, Recovery
 
@@ -36,7 +35,7 @@ def a_run(*, found=True, loss=True, now=2e-6, flat=False, odd=False):
 
 def examined(run, **options):
     store = run.store(**options)
-    return GradientVanishing().examine(Case(store, store.episodes[0]))
+    return said_of("gradient_vanishing", store, store.episodes[0])
 
 
 @pytest.mark.parametrize("loss", [True, False])
@@ -112,6 +111,6 @@ def test_a_gradient_that_falls_off_by_experiment_shows_it(first, computation, sp
     ]
     detail = {"episode": 1, "what": "modules", "first": None, "modules": modules, "text": "It has changed."}
     for name, told in (("split", split), ("measured", detail)):
-        run.note(Finding(detector="lab", kind=name, at=moment(200), detail=told))
+        run.note(LabResult(name, told))
     assert (examined(run).total > 2.0) is speaks
     assert ("net.0" in examined(run).fixes[0]) is speaks

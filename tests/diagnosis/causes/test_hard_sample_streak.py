@@ -2,13 +2,10 @@
 
 import numpy as np
 import pytest
-from synthetic import Run, an_episode, moment
+from lab_results import LabResult
+from synthetic import Run, an_episode, said_of
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.causes.hard_sample_streak import HardSampleStreak
-from lightning_spike.diagnosis.constants import STRONG
 from lightning_spike.diagnosis.rank import diagnose
-from lightning_spike.records import Finding
 
 
 def sorted_stretch(length=12, onset=206, classes=True):
@@ -32,7 +29,7 @@ def sorted_stretch(length=12, onset=206, classes=True):
 
 def said(run, without=()):
     store = run.store(without=without)
-    return HardSampleStreak().examine(Case(store, store.episodes[0]))
+    return said_of("hard_sample_streak", store, store.episodes[0])
 
 
 @pytest.mark.parametrize("classes", [True, False])
@@ -46,19 +43,19 @@ def test_it_comes_first_also_when_the_loss_rises_late(classes, onset):
 def test_one_or_two_one_sided_batches_or_none_do_not_speak():
     for length in (0, 2):
         told = said(sorted_stretch(length=length))
-        assert not told.speaks
-        assert told.total <= -STRONG
+        assert not told.supported
+        assert told.total <= -3.0
 
 
 def test_a_stretch_that_comes_after_the_trouble_has_not_made_it():
-    assert not said(sorted_stretch(onset=185)).speaks
+    assert not said(sorted_stretch(onset=185)).supported
 
 
 def test_the_lab_can_confirm_and_refute_it():
     totals = []
     for left in (0.1, 0.95):
         run = sorted_stretch()
-        run.note(Finding(detector="lab", kind="order", at=moment(206), detail={"episode": 1, "left": left}))
+        run.note(LabResult("order", {"episode": 1, "left": left}))
         totals.append(said(run).total)
     assert totals[0] > said(sorted_stretch()).total > totals[1]
 
@@ -75,5 +72,5 @@ def test_signals_that_are_missing_or_not_finite_are_borne(bad):
     run = sorted_stretch()
     for series in run.more.values():
         series[:] = bad
-    assert not said(run).speaks
-    assert not said(sorted_stretch(), without=("batch/",)).speaks
+    assert not said(run).supported
+    assert not said(sorted_stretch(), without=("batch/",)).supported

@@ -2,18 +2,15 @@
 
 import numpy as np
 import pytest
-from synthetic import Run, an_episode, moment
+from lab_results import LabResult
+from synthetic import Run, an_episode, moment, said_of
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.causes.hardware_fault import HardwareFault
 from lightning_spike.diagnosis.rank import diagnose
 from lightning_spike.records import Change, Finding, LayerRow
 
 
 def of_lab(kind, **detail):
-    return Finding(
-        detector="lab", kind=kind, at=moment(200), detail={"episode": 1, "text": f"The lab says {kind}."} | detail
-    )
+    return LabResult(kind, {"episode": 1, "text": f"The lab says {kind}."} | detail)
 
 
 def outside(changed, hit=0, flips=0, *, writes=(), of=1000, **detail):
@@ -32,7 +29,7 @@ def spiked(*findings):
 
 def examined(run):
     store = run.store()
-    return HardwareFault().examine(Case(store, store.episodes[0]))
+    return said_of("hardware_fault", store, store.episodes[0])
 
 
 NOT_AGAIN = of_lab("split", verdict="not_reproduced"), of_lab("blame", shares={"outside": 1.0})
@@ -79,7 +76,7 @@ def test_somebody_who_was_seen_writing_clears_the_machine():
 @pytest.mark.parametrize("told", [(), (of_lab("split", verdict="data"), of_lab("blame", shares={"data": 1.0}))])
 def test_without_a_re_run_that_differs_nothing_speaks_for_it(told):
     examination = examined(spiked(*told))
-    assert not examination.speaks
+    assert not examination.supported
     assert examination.total < -2.0
 
 
@@ -92,7 +89,7 @@ def test_a_weight_that_no_training_makes(size, speaks):
     store.layers["weight_max"] = [
         LayerRow(at=moment(at), signal="weight_max", values=np.array(v, dtype=np.float32)) for v, at in rows
     ]
-    assert HardwareFault().examine(Case(store, store.episodes[0])).speaks is speaks
+    assert said_of("hardware_fault", store, store.episodes[0]).supported is speaks
 
 
 @pytest.mark.parametrize("value", [None, np.nan, np.inf, "x"])

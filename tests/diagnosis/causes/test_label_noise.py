@@ -2,13 +2,11 @@
 
 import numpy as np
 import pytest
-from synthetic import Run, an_episode, moment
+from lab_results import LabResult
+from synthetic import Run, an_episode, moment, said_of
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.causes.bad_batch import BadBatch
-from lightning_spike.diagnosis.causes.label_noise import LabelNoise
-from lightning_spike.diagnosis.constants import STRONG
 from lightning_spike.diagnosis.rank import diagnose
+from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import Finding
 
 
@@ -34,13 +32,13 @@ def wrong_labels(seed=0, share=1.0, lab=True, first=None, height=None):
             ("measured", {"modules": [], "first": first, "text": ""}),
             ("measured", {"losses": samples, "usual_losses": [0.1, 0.2, 0.5, 0.3], "text": ""}),
         ):
-            run.note(Finding(detector="lab", kind=kind, at=moment(200), detail={"episode": 1, **detail}))
+            run.note(LabResult(kind, {"episode": 1, **detail}))
     return run
 
 
 def said(run, without=()):
     store = run.store(without=without)
-    return LabelNoise().examine(Case(store, store.episodes[0]))
+    return said_of("label_noise", store, store.episodes[0])
 
 
 def test_it_comes_first_and_the_batch_is_its_symptom():
@@ -61,7 +59,7 @@ def test_outputs_that_blew_up_are_no_matter_of_labels():
     before = said(run).total
     sizes = {"module": "head", "now": {"rms": 2400.0}, "usual": {"rms": 2.4}}
     detail = {"episode": 1, "what": "modules", "modules": [sizes], "first": "head", "text": ""}
-    run.note(Finding(detector="lab", kind="measured", at=moment(200), detail=detail))
+    run.note(LabResult("measured", detail))
     assert said(run).total < before - 4.0
 
 
@@ -82,8 +80,8 @@ def test_tokens_of_another_make_up_are_a_batch_and_no_labels():
 
 def test_without_anything_that_shows_the_samples_it_does_not_speak():
     run = wrong_labels(lab=False)
-    assert not said(run).speaks
-    assert said(run).total <= -STRONG
+    assert not said(run).supported
+    assert said(run).total <= -3.0
     detail = {"episode": 1, "count": 14, "batch_size": 16, "losses": [6.0], "median_loss": 6.0}
     run.note(Finding(detector="batch", kind="suspect_samples", at=moment(200), detail=detail))
     assert said(run).total > 0.0
@@ -92,14 +90,14 @@ def test_without_anything_that_shows_the_samples_it_does_not_speak():
 def test_weights_at_fault_and_losses_that_are_not_finite_are_no_labels():
     run = wrong_labels(lab=False)
     run.lab_split("weights")
-    assert not said(run).speaks
-    assert said(wrong_labels(height=np.nan)).total < said(wrong_labels()).total - STRONG
+    assert not said(run).supported
+    assert said(wrong_labels(height=np.nan)).total < said(wrong_labels()).total - 3.0
 
 
 def test_a_target_that_came_sorted_is_a_matter_of_order():
     run = wrong_labels()
     run.more["batch/target/entropy"][190:205] = 0.1
-    assert said(run).total < said(wrong_labels()).total - STRONG
+    assert said(run).total < said(wrong_labels()).total - 3.0
 
 
 def test_the_samples_named_are_to_be_left_out():
@@ -135,6 +133,6 @@ def test_a_lone_batch_no_higher_than_the_highest_of_so_many_is_chance(cause, far
         "data": 0.2 * (far - 2.0),
         "text": "So it is.",
     }
-    run.note(Finding(detector="lab", kind="split", at=moment(300), detail=detail))
+    run.note(LabResult("split", detail))
     store = run.store()
-    assert cause().examine(Case(store, store.episodes[0])).speaks is speaks
+    assert cause().examine(EpisodeView(store, store.episodes[0])).supported is speaks

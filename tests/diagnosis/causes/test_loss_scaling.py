@@ -4,10 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from synthetic import Run, an_episode, moment
+from synthetic import Run, an_episode, moment, said_of
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.causes.loss_scaling import LossScaling
 from lightning_spike.diagnosis.rank import diagnose
 from lightning_spike.records import Change, EpisodeKind, Finding, Recovery
 
@@ -44,7 +42,7 @@ def half(*findings, episode=True, zeros=None, scaled=True, kind=EpisodeKind.SPIK
 
 def examined(run):
     store = run.store()
-    return LossScaling().examine(Case(store, store.episodes[0]))
+    return said_of("loss_scaling", store, store.episodes[0])
 
 
 @pytest.mark.parametrize("episode", [True, False])

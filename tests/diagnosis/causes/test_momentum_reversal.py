@@ -4,10 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
-from synthetic import ADAMW, SGD, Run, an_episode, moment
+from lab_results import LabResult
+from synthetic import ADAMW, SGD, Run, an_episode, moment, said_of
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.causes.momentum_reversal import MomentumReversal
 from lightning_spike.diagnosis.rank import diagnose
 from lightning_spike.records import Change, Finding
 
@@ -23,8 +22,8 @@ def changed(at=190, before=0.9, after=0.999, name="momentum"):
 def blamed(group, **factors):
     shares = [{"factor": name, "group": "optimizer", "share": share} for name, share in factors.items()]
     return (
-        Finding(detector="lab", kind="blame", at=moment(200), detail={"episode": 1, "shares": {group: 1.0}}),
-        Finding(detector="lab", kind="factors", at=moment(200), detail={"episode": 1, "finer": shares}),
+        LabResult("blame", {"episode": 1, "shares": {group: 1.0}}),
+        LabResult("factors", {"episode": 1, "finer": shares}),
     )
 
 
@@ -48,7 +47,7 @@ def spiked(*findings, optimizer=SGD, cosine=None):
 
 def examined(run):
     store = run.store()
-    return MomentumReversal().examine(Case(store, store.episodes[0]))
+    return said_of("momentum_reversal", store, store.episodes[0])
 
 
 @pytest.mark.parametrize(("optimizer", "name"), [(SGD, "momentum"), (ADAMW, "betas")])
@@ -101,13 +100,13 @@ def test_a_step_that_went_up_the_gradients_speaks_for_it_and_one_that_was_too_lo
     totals = []
     for direction in ("wrong_direction", "unclear", "too_long"):
         detail = {"episode": 1, "direction": direction, "against": 0.3, "text": "So it went."}
-        totals.append(examined(spiked(Finding(detector="lab", kind="measured", at=moment(200), detail=detail))).total)
+        totals.append(examined(spiked(LabResult("measured", detail))).total)
     assert totals[0] > totals[1] > totals[2]
 
 
 def test_a_state_at_fault_in_the_update_itself_is_not_refuted_by_steps_that_look_too_long():
     shares = [{"factor": "optimizer_state", "group": "optimizer", "share": 0.74}]
-    factors = Finding(detector="lab", kind="factors", at=moment(200), detail={"episode": 1, "shares": shares})
+    factors = LabResult("factors", {"episode": 1, "shares": shares})
     alone = spiked(blamed("intrinsic")[0])
     both = spiked(blamed("intrinsic")[0], factors)
     assert examined(both).total > examined(alone).total + 3.0
@@ -122,7 +121,7 @@ def test_a_rate_that_has_climbed_speaks_against_it():
 
 def test_a_gradient_that_points_up_its_own_loss_is_proof_and_names_the_step():
     detail = {"episode": 1, "what": "updates", "direction": "turned", "step": 199, "text": "It points the other way."}
-    run = spiked(blamed("gradient")[0], Finding(detector="lab", kind="measured", at=moment(200), detail=detail))
+    run = spiked(blamed("gradient")[0], LabResult("measured", detail))
     first = diagnose(run.store()).overall[0]
     assert (first.cause, first.confirmed, first.change) == (ID, True, Change(setting="code:gradient", value=None))
     assert first.probability > 0.7

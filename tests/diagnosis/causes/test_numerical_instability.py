@@ -3,14 +3,11 @@
 import math
 
 import pytest
-from synthetic import Run, an_episode, moment
+from lab_results import LabResult
+from synthetic import Run, an_episode, said_of
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.causes.bad_batch import BadBatch
-from lightning_spike.diagnosis.causes.label_noise import LabelNoise
-from lightning_spike.diagnosis.causes.numerical_instability import NumericalInstability
 from lightning_spike.diagnosis.rank import diagnose
-from lightning_spike.records import Finding
+from lightning_spike.diagnosis.view import EpisodeView
 
 
 def a_run(*, noise=30.0, verdict="noise", height=40.0, before=0.35):
@@ -20,13 +17,13 @@ def a_run(*, noise=30.0, verdict="noise", height=40.0, before=0.35):
     run.bump(203, 2.0, 15)
     run.episodes = [an_episode(200, 201, 220, height=height, before=before)]
     detail = {"episode": 1, "verdict": verdict, "noise": noise, "text": "That is within the scatter."}
-    run.note(Finding(detector="lab", kind="split", at=moment(200), detail=detail))
+    run.note(LabResult("split", detail))
     return run
 
 
 def examined(run):
     store = run.store()
-    return NumericalInstability().examine(Case(store, store.episodes[0]))
+    return said_of("numerical_instability", store, store.episodes[0])
 
 
 def test_ordinary_batches_that_scatter_by_orders_of_magnitude_show_a_division_by_nearly_nothing():
@@ -54,12 +51,7 @@ def outputs_grown(times, *, computation, verdict="weights"):
     activity = [{"module": "head", "now": {"rms": times}, "usual": {"rms": 1.0}}]
     split = {"episode": 1, "verdict": verdict, "computation": computation, "noise": 0.2, "text": ""}
     modules = {"episode": 1, "what": "modules", "first": "head", "modules": activity, "text": ""}
-    run.note(
-        *(
-            Finding(detector="lab", kind=k, at=moment(200), detail=d)
-            for k, d in (("split", split), ("measured", modules))
-        )
-    )
+    run.note(*(LabResult(k, d) for k, d in (("split", split), ("measured", modules))))
     return examined(run).total
 
 
@@ -75,5 +67,5 @@ def test_what_scatters_all_batches_is_not_in_one_of_them(cause):
     for noise in (0.2, 30.0):
         run = a_run(noise=noise, verdict="data")
         store = run.store()
-        totals.append(cause().examine(Case(store, store.episodes[0])).total)
+        totals.append(cause().examine(EpisodeView(store, store.episodes[0])).total)
     assert totals[1] <= totals[0] - 3.0

@@ -4,10 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
-from synthetic import Run, an_episode, moment
+from lab_results import LabResult
+from synthetic import Run, an_episode, moment, said_of
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.causes.optimizer_state_corruption import OptimizerStateCorruption
 from lightning_spike.diagnosis.rank import diagnose
 from lightning_spike.records import Change, EpisodeKind, Finding, Recovery
 
@@ -22,11 +21,11 @@ def write(at, kind="optimizer_state"):
 
 def outside(changed, writes=()):
     detail = {"episode": 1, "changed": changed, "writes": list(writes), "repaired": 0.98, "text": "Changed it was."}
-    return Finding(detector="lab", kind="outside", at=moment(200), detail=detail)
+    return LabResult("outside", detail)
 
 
 def blame(group):
-    return Finding(detector="lab", kind="blame", at=moment(200), detail={"episode": 1, "shares": {group: 1.0}})
+    return LabResult("blame", {"episode": 1, "shares": {group: 1.0}})
 
 
 def spiked(*findings, onset=200, optimizer=None):
@@ -60,7 +59,7 @@ def with_signals(run, **signals):
 
 def examined(run):
     store = run.store()
-    return OptimizerStateCorruption().examine(Case(store, store.episodes[0]))
+    return said_of("optimizer_state_corruption", store, store.episodes[0])
 
 
 @pytest.mark.parametrize("kind", ["optimizer_state", "optimizer_state_at_validation"])
@@ -105,7 +104,7 @@ def test_who_resets_the_state_every_so_often_means_it():
 def test_without_a_write_it_is_out_of_the_question():
     plain, watched = spiked(), with_signals(spiked(), momentum_cosine=0.3)
     assert examined(watched).total < examined(plain).total < -2.0
-    assert not examined(watched).speaks
+    assert not examined(watched).supported
 
 
 @pytest.mark.parametrize("lag", [40, 120])
@@ -117,7 +116,7 @@ def test_a_write_long_before_is_no_explanation(lag):
 def test_an_experiment_with_later_updates_refutes_no_write_before_them():
     early, late = (spiked(write(191), blame("intrinsic")) for _ in range(2))
     for run, first in ((early, 192), (late, 197)):
-        run.note(Finding(detector="lab", kind="factors", at=moment(200), detail={"episode": 1, "ordinal": first}))
+        run.note(LabResult("factors", {"episode": 1, "ordinal": first}))
     assert examined(late).total == pytest.approx(examined(early).total + 3.0)
 
 
@@ -131,7 +130,7 @@ def test_a_long_update_after_the_write_shows_what_it_did():
 
 
 def test_a_write_after_the_peak_is_none():
-    assert not examined(spiked(write(205))).speaks
+    assert not examined(spiked(write(205))).supported
 
 
 def test_who_writes_into_weights_and_state_alike_is_less_likely_this():

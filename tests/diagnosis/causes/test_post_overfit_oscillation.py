@@ -4,10 +4,8 @@ import math
 
 import numpy as np
 import pytest
-from synthetic import Run, an_episode, moment
+from synthetic import Run, an_episode, moment, said_of
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.causes.post_overfit_oscillation import PostOverfitOscillation
 from lightning_spike.diagnosis.rank import diagnose
 from lightning_spike.records import Change, EpisodeKind, Recovery, ValidationPoint
 
@@ -47,7 +45,7 @@ def by_heart(*, high="altered", **options):
 
 def examined(run, **options):
     store = run.store(**options)
-    return PostOverfitOscillation().examine(Case(store, store.episodes[0]))
+    return said_of("post_overfit_oscillation", store, store.episodes[0])
 
 
 def test_swings_after_the_validation_has_turned_come_first_and_name_the_step_to_stop_at():

@@ -4,10 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from synthetic import Run, an_episode, moment
+from synthetic import Run, an_episode, moment, said_of
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.causes.resume_fault import ResumeFault
 from lightning_spike.diagnosis.rank import diagnose
 from lightning_spike.records import Change, Finding
 
@@ -37,7 +35,7 @@ def a_run(*findings, onset=None, resumed="last.ckpt"):
 
 def examined(run):
     store = run.store()
-    return ResumeFault().examine(Case(store, store.episodes[0]))
+    return said_of("resume_fault", store, store.episodes[0])
 
 
 @pytest.mark.parametrize("onset", [None, 5, 40])
@@ -83,4 +81,4 @@ def test_bears_missing_and_broken_values(kind, value):
     broken = found(kind, what=value, saved=value, restored=value, rate_saved=value, text=value, optimizer=value)
     examination = examined(a_run(broken, onset=5))
     assert np.isfinite(examination.total)
-    assert examination.speaks
+    assert examination.supported

@@ -4,10 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
-from synthetic import ADAMW, SGD, Run, an_episode, moment
+from lab_results import LabResult
+from synthetic import ADAMW, SGD, Run, an_episode, moment, said_of
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.causes.stale_second_moment import StaleSecondMoment
 from lightning_spike.diagnosis.rank import diagnose
 from lightning_spike.records import Change, Finding
 
@@ -22,8 +21,8 @@ def stale(at=195):
 def blamed(group, **parts):
     finer = [{"factor": name, "group": "optimizer", "share": share} for name, share in parts.items()]
     return (
-        Finding(detector="lab", kind="blame", at=moment(200), detail={"episode": 1, "shares": {group: 1.0}}),
-        Finding(detector="lab", kind="factors", at=moment(200), detail={"episode": 1, "finer": finer}),
+        LabResult("blame", {"episode": 1, "shares": {group: 1.0}}),
+        LabResult("factors", {"episode": 1, "finer": finer}),
     )
 
 
@@ -46,7 +45,7 @@ def grown(*findings, rms=5.0, growth=1.05, optimizer=ADAMW, episode=True):
 
 def examined(run):
     store = run.store()
-    return StaleSecondMoment().examine(Case(store, store.episodes[0]))
+    return said_of("stale_second_moment", store, store.episodes[0])
 
 
 def test_gradients_that_outgrew_it_are_blamed_for_the_spike():

@@ -5,11 +5,9 @@ import math
 
 import numpy as np
 import pytest
-from synthetic import ADAMW, Run, an_episode, moment
+from lab_results import LabResult
+from synthetic import ADAMW, Run, an_episode, moment, said_of
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.causes.lr_too_high import LrTooHigh
-from lightning_spike.diagnosis.causes.weight_blowup import WeightBlowup
 from lightning_spike.diagnosis.rank import diagnose
 from lightning_spike.records import Change, EpisodeKind, Finding, Recovery
 
@@ -40,7 +38,7 @@ def a_run(*, each=EACH, begin=BEGIN, along=1.0, weights=True, updates=True):
 
 def examined(run, **options):
     store = run.store(**options)
-    return WeightBlowup().examine(Case(store, store.episodes[0]))
+    return said_of("weight_blowup", store, store.episodes[0])
 
 
 def changed(name="weight_decay", at=BEGIN, before=0.01, after=-3.0):
@@ -59,7 +57,7 @@ def test_weights_that_every_update_scales_come_first_and_steps_that_are_too_long
 
 def test_long_steps_alone_would_be_the_verdict_without_the_weights():
     store = a_run(weights=False, updates=False).store()
-    assert LrTooHigh().examine(Case(store, store.episodes[0])).total > 0.0
+    assert said_of("lr_too_high", store, store.episodes[0]).total > 0.0
     assert all(v.cause != "weight_blowup" for v in diagnose(store).overall)
 
 
@@ -114,7 +112,7 @@ def test_the_same_jump_with_the_weights_of_before_refutes_it():
     run = a_run()
     before = examined(run).total
     detail = {"episode": 1, "shares": {"computation": 0.95}}
-    run.note(Finding(detector="lab", kind="blame", at=moment(200), detail=detail))
+    run.note(LabResult("blame", detail))
     assert examined(run).total < before - 4.0
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from synthetic import Run, an_episode
 
-from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.observations.layers import layer_table, shifted_most, usual_of
+from lightning_spike.diagnosis.view import EpisodeView
 
 
 def a_case(rows, names=("a", "b", "c")):
@@ -13,7 +13,7 @@ def a_case(rows, names=("a", "b", "c")):
     run.layers["size"] = (names, rows)
     run.episodes = [an_episode(200, 205, 220)]
     store = run.store()
-    return Case(store, store.episodes[0])
+    return EpisodeView(store, store.episodes[0])
 
 
 def test_the_usual_is_the_median_of_healthy_rows_before_the_onset():

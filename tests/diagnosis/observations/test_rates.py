@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from synthetic import Run, an_episode
 
-from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.observations.rates import climbed
 from lightning_spike.diagnosis.rank import diagnose
+from lightning_spike.diagnosis.view import EpisodeView
 
 
 def case_of(rate, onset=250):
@@ -14,7 +14,7 @@ def case_of(rate, onset=250):
     run.rate = np.asarray(rate, dtype=float)
     run.episodes = [an_episode(onset, onset + 5, onset + 60)]
     store = run.store()
-    return store, Case(store, store.episodes[0])
+    return store, EpisodeView(store, store.episodes[0])
 
 
 STEPS = np.arange(400)

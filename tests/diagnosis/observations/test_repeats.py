@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from synthetic import Run, an_episode
 
-from lightning_spike.diagnosis.case import Case
 from lightning_spike.diagnosis.observations.repeats import repeats
+from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import EpisodeKind, Recovery
 
 ONSET = 200
@@ -28,7 +28,7 @@ def a_run(kinds=2, *, begin=100, altered=0, tremble=0.0):
 
 def told(run, **options):
     store = run.store(**options)
-    return repeats(Case(store, store.episodes[0]))
+    return repeats(EpisodeView(store, store.episodes[0]))
 
 
 @pytest.mark.parametrize("kinds", [1, 2, 5])

@@ -2,16 +2,17 @@ import math
 
 import numpy as np
 import pytest
+from lab_results import LabResult
 from synthetic import Run, an_episode, moment
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.records import EpisodeKind, Finding, StepRow
+from lightning_spike.diagnosis.view import EpisodeView
+from lightning_spike.records import EpisodeKind, StepRow
 from lightning_spike.store import TrainerStateStore
 
 
 def case_of(run, episode):
     run.episodes = [episode]
-    return Case(run.store(), episode)
+    return EpisodeView(run.store(), episode)
 
 
 def test_an_excess_is_measured_against_the_healthy_values_before():
@@ -31,7 +32,7 @@ def test_values_inside_episodes_and_just_before_the_onset_are_not_healthy():
     run.grad[195:] = 700.0
     first, second = an_episode(120, 125, 139), an_episode(200, 200, 210, id=2)
     run.episodes = [first, second]
-    assert Case(run.store(), second).before("grad_norm", 128).max() < 10.0
+    assert EpisodeView(run.store(), second).before("grad_norm", 128).max() < 10.0
 
 
 def test_a_healthy_value_is_not_odd():
@@ -67,7 +68,7 @@ def test_a_short_last_batch_is_allowed_its_noise():
             store.append(
                 StepRow(at=row.at, values=row.values, batch_size=size if ordinal == 200 else 32, usual_batch_size=32)
             )
-        scores.append(Case(store, an_episode(200, 200, 201)).excess("grad_norm", 200).z)
+        scores.append(EpisodeView(store, an_episode(200, 200, 201)).excess("grad_norm", 200).z)
     assert scores[1] == pytest.approx(scores[0] / 4.0)
 
 
@@ -97,8 +98,8 @@ def test_a_rate_is_that_of_the_last_update_before_the_onset():
         if ordinal % 4 != 3:  # four batches an update
             del values["lr-AdamW"]
         store.append(StepRow(at=moment(ordinal), values=values))
-    assert Case(store, an_episode(203, 203, 210)).rate("lr-AdamW") == 0.01
-    assert Case(store, an_episode(204, 204, 210)).rate("lr-AdamW") == 0.5
+    assert EpisodeView(store, an_episode(203, 203, 210)).rate("lr-AdamW") == 0.01
+    assert EpisodeView(store, an_episode(204, 204, 210)).rate("lr-AdamW") == 0.5
 
 
 def test_the_bearable_rate_is_one_used_at_the_same_level_of_the_loss():
@@ -130,9 +131,9 @@ def test_what_follows_on_another_episode_knows_it():
     shock, after, later = an_episode(100, 100, 110), an_episode(120, 120, 125, id=2), an_episode(300, 300, 310, id=3)
     run.episodes = [shock, after, later]
     store = run.store()
-    assert Case(store, after).previous == shock
-    assert Case(store, later).previous is None
-    assert Case(store, shock).previous is None
+    assert EpisodeView(store, after).previous == shock
+    assert EpisodeView(store, later).previous is None
+    assert EpisodeView(store, shock).previous is None
 
 
 def test_the_loss_is_told_in_words_even_where_it_is_no_number():
@@ -144,5 +145,5 @@ def test_the_loss_is_told_in_words_even_where_it_is_no_number():
 
 def test_a_finding_without_an_episode_is_nobodys():
     run = Run(0)
-    run.note(Finding(detector="lab", kind="split", at=moment(1), detail={"verdict": "data"}))
+    run.note(LabResult("split", {"verdict": "data"}))
     assert case_of(run, an_episode(200, 200, 210)).split is None

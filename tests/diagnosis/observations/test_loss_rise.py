@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from synthetic import Run, an_episode, moment
+from lab_results import LabResult
+from synthetic import Run, an_episode
 
-from lightning_spike.diagnosis.observations.quiet import rise_after
+from lightning_spike.diagnosis.observations.loss_rise import rise_after
 from lightning_spike.diagnosis.observations.rates import begins_to_climb
 from lightning_spike.diagnosis.observations.step_length import (
     goes_on_falling,
@@ -14,7 +15,7 @@ from lightning_spike.diagnosis.observations.step_length import (
     wild_start,
 )
 from lightning_spike.diagnosis.rank import diagnose
-from lightning_spike.records import EpisodeKind, Finding
+from lightning_spike.records import EpisodeKind
 
 STEPS = np.arange(400)
 
@@ -211,7 +212,7 @@ def test_runs_whose_updates_were_not_measured_say_nothing():
 def test_what_the_lab_found_of_a_run_without_an_episode_is_told():
     run = quiet()
     detail = {"rho": 0.3, "worsened": 0.3, "overshot": 0.3, "updates": 24, "text": "Of the 24 updates before …"}
-    run.note(Finding(detector="lab", kind="steps_too_long", at=moment(255), detail=detail))
+    run.note(LabResult("steps_too_long", detail))
     assert max(named(run), key=named(run).get) == "lr_too_high"
 
 

@@ -1,21 +1,22 @@
 """What the optimizer's state held when the lab blames it: the gradient that exploded before, or nothing of the kind."""
 
 import pytest
-from synthetic import Run, an_episode, moment
+from lab_results import attribution, experiments, with_shares
+from synthetic import Run, an_episode
 
-from lightning_spike.diagnosis.case import Case
-from lightning_spike.diagnosis.observations.held import held_gradient
-from lightning_spike.records import Finding
+from lightning_spike.diagnosis.observations.gradient_in_state import exploded_gradient_in_state
+from lightning_spike.diagnosis.view import EpisodeView
 
 
 def told(*, exploded=197, times=100.0, first=198, group="optimizer"):
     run = Run(0)
     run.grad[exploded] *= times
     run.episodes = [an_episode(200, 202, 240, before=0.35)]
-    for kind, detail in (("blame", {"shares": {group: 0.9}}), ("factors", {"ordinal": first})):
-        run.note(Finding(detector="lab", kind=kind, at=moment(200), detail={"episode": 1, **detail}))
+    fields = with_shares(**{group: 0.9})
+    fields["attribution"] = None if first is None else attribution(ordinal=first)
+    run.note(experiments(**fields))
     store = run.store()
-    return held_gradient(Case(store, store.episodes[0]))
+    return exploded_gradient_in_state(EpisodeView(store, store.episodes[0]))
 
 
 def test_the_gradient_before_the_updates_that_were_examined():
