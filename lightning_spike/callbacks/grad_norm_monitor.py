@@ -14,12 +14,12 @@ from typing_extensions import override
 from lightning_spike.arguments import whole_number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.detectors.layer_falls import Fall, GradientFalls
+from lightning_spike.record.mixed_precision import left_scale
 from lightning_spike.record.participant import TrainingBatch
 from lightning_spike.record.recorder import Arrival
 from lightning_spike.records import Finding, RunStatus
 from lightning_spike.signals.gradients import gradient_norms
 from lightning_spike.signals.learning_rate import optimizer_names
-from lightning_spike.signals.precision import left_scale
 
 NAMED: Final = 8
 

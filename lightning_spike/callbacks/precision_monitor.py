@@ -10,9 +10,10 @@ from typing_extensions import override
 from lightning_spike.arguments import whole_number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.detectors.loss_scale import LossScaleDetector
+from lightning_spike.record.mixed_precision import left_scale, low_precision, scaler_of
 from lightning_spike.record.participant import TrainingBatch
 from lightning_spike.record.recorder import Arrival
-from lightning_spike.signals.precision import left_scale, loss_scale, low_precision, scaler_of, underflow
+from lightning_spike.signals.precision import loss_scale, underflow
 
 
 class PrecisionMonitor(SpikeCallback):

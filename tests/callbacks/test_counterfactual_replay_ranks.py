@@ -17,7 +17,7 @@ from callbacks.test_counterfactual_replay import EARLY, LATE, SIZE, At, Losses, 
 from lightning.pytorch import Callback, seed_everything
 from training_tasks import Digits, digits, train
 from lightning_spike import CounterfactualReplay, TrainerStateStore
-from lightning_spike.lab import wishes
+from lightning_spike.ranks import rank_agreement as wishes
 
 torch.set_num_threads(1)
 

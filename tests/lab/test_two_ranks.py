@@ -30,7 +30,7 @@ class Tells(Probe):
             told["differs_at"] = again.differs_at
             told["losses"] = again.replayed == self.recorded[LAST] and all(
                 loss == self.recorded[entry.at.ordinal]
-                for leg in again.legs for entry, loss in zip(leg.update.entries, leg.made.losses)
+                for leg in again.updates_replayed for entry, loss in zip(leg.update.entries, leg.made.losses)
             )
             told["weights"] = all(torch.equal(again.weights[name], value) for name, value in self.weights.items())
             told["steps"] = again.steps
