@@ -7,13 +7,14 @@ STAMP := .venv/.installed
 # One thread per process: the models are small, and the tests run in two processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test lint docs clean
 
 help:
 	@echo "make install   .venv with pinned versions and all extras"
 	@echo "make demo      three short trainings that go wrong, each with its report under runs/"
 	@echo "make test      the whole test suite"
 	@echo "make lint      ruff and mypy"
+	@echo "make docs      the tables of the documentation that follow from the code"
 	@echo "make clean     remove .venv, caches and runs/"
 
 install: $(STAMP)
@@ -36,6 +37,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/python docs/make_tables.py
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist runs

@@ -80,7 +80,11 @@ def _build_record(kind: Any, content: object, where: str) -> Any:  # noqa: ANN40
     _expect(isinstance(content, Mapping), kind, content, where)
     given = typing.cast("Mapping[str, object]", content)
     hints = _hints(kind)
-    known = {f.name: _build(hints[f.name], given[f.name], f"{where}.{f.name}") for f in dataclasses.fields(kind) if f.name in given}
+    known = {
+        f.name: _build(hints[f.name], given[f.name], f"{where}.{f.name}")
+        for f in dataclasses.fields(kind)
+        if f.name in given
+    }
     missing = [f.name for f in dataclasses.fields(kind) if f.name not in known and _is_required(f)]
     _expect(not missing, f"{kind.__name__} with {', '.join(missing)}", content, where)
     return kind(**known)

@@ -225,9 +225,7 @@ class TrainerStateStore:
         for layer_row in layers:
             self.layers.setdefault(layer_row.signal, deque(maxlen=LAYER_ROWS)).append(layer_row)
 
-    def note(
-        self, *items: ValidationPoint | Finding | Action | Disabled | Experiments | StepSizeTest | str
-    ) -> None:
+    def note(self, *items: ValidationPoint | Finding | Action | Disabled | Experiments | StepSizeTest | str) -> None:
         """Take in anything else that happened; a string is a remark for the report and is kept once."""
         for item in items:
             match item:

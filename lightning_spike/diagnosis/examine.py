@@ -13,9 +13,7 @@ from lightning_spike.diagnosis.weights import Weights
 from lightning_spike.records import Evidence
 
 
-def examine_all(
-    view: EpisodeView, causes: Iterable[Cause], weights: Weights, remarks: list[str]
-) -> list[Examined]:
+def examine_all(view: EpisodeView, causes: Iterable[Cause], weights: Weights, remarks: list[str]) -> list[Examined]:
     """Every cause that applies to this kind of episode; one that breaks is left out and named in `remarks`."""
     fitting = [cause for cause in causes if view.kind in cause.applies_to]
     return [found for cause in fitting if (found := examine(cause, view, weights, remarks)) is not None]

@@ -184,7 +184,11 @@ def _fixes(verdicts: Sequence[Verdict], clearest: Verdict) -> tuple[str, ...]:
     """Each episode has data of its own to mend, so the first fix of every one is told; the rest is that of the clearest."""
     ordered = sorted((v for v in verdicts if v.fixes), key=lambda v: v.episodes[0])
     own = tuple(dict.fromkeys(v.fixes[0] for v in ordered))
-    more = (f"The same for {len(own) - MAX_EPISODES_WITH_FIXES} more episodes.",) if len(own) > MAX_EPISODES_WITH_FIXES else ()
+    more = (
+        (f"The same for {len(own) - MAX_EPISODES_WITH_FIXES} more episodes.",)
+        if len(own) > MAX_EPISODES_WITH_FIXES
+        else ()
+    )
     return (*own[:MAX_EPISODES_WITH_FIXES], *more, *clearest.fixes[1:])
 
 

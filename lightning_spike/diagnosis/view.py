@@ -436,7 +436,9 @@ class EpisodeView:
 
     def _newest(self, kind: str) -> Finding | None:
         found = self.store.findings
-        mine = [f for f in found if f.detector == "batch" and f.kind == kind and f.detail.get("episode") == self.episode.id]
+        mine = [
+            f for f in found if f.detector == "batch" and f.kind == kind and f.detail.get("episode") == self.episode.id
+        ]
         return mine[-1] if mine else None
 
     @functools.cached_property

@@ -47,9 +47,7 @@ class Examined:
         return any(item.weight > 0.0 for item in self.evidence)
 
 
-def probabilities(
-    examined: Sequence[Examined], inherited: Mapping[str, float], weights: Weights
-) -> dict[str, float]:
+def probabilities(examined: Sequence[Examined], inherited: Mapping[str, float], weights: Weights) -> dict[str, float]:
     """Probability by cause; what they leave up to 1 is "unexplained".
 
     Args:

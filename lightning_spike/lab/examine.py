@@ -184,9 +184,7 @@ def _first_nonfinite(scene: Scene, sandbox: Sandbox, replay: Reproduction | None
     return None if found is None else dataclasses.replace(found, with_healthy_weights=old is not None)
 
 
-def _first_nonfinite_under(
-    sandbox: Sandbox, weights: Mapping[str, Tensor], entry: RingEntry
-) -> FirstNonFinite | None:
+def _first_nonfinite_under(sandbox: Sandbox, weights: Mapping[str, Tensor], entry: RingEntry) -> FirstNonFinite | None:
     sandbox.rewind()
     load_module(sandbox.module, weights)
     return first_nonfinite(sandbox, entry.batch, entry.at.batch_idx, random=entry.rng, at=entry.at)
@@ -242,7 +240,10 @@ def _attributed(scene: Scene, sandbox: Sandbox, replay: Reproduction, parts: Spl
     if _asks_step_size(parts, damage):
         steps = step_size(sandbox, replay.updates_replayed, replay.end, but=located)
     found = Experiments(
-        episode=scene.episode.id, step_size=steps, cooldown=_cooldown(scene, sandbox, replay, parts, steps), attribution=damage
+        episode=scene.episode.id,
+        step_size=steps,
+        cooldown=_cooldown(scene, sandbox, replay, parts, steps),
+        attribution=damage,
     )
     found = joined(found, _measured(scene, sandbox, replay, parts, located))
     exchange = exchange_of_samples(scene, sandbox, replay, parts)

@@ -143,7 +143,7 @@ def test_the_loss_is_told_in_words_even_where_it_is_no_number():
     assert case_of(run, nan).loss_text == "the loss became NaN (before: 0.3)"
 
 
-def test_a_finding_without_an_episode_is_nobodys():
+def test_experiments_on_another_episode_are_not_its_own():
     run = Run(0)
-    run.note(LabResult("split", {"verdict": "data"}))
+    run.note(LabResult("split", {"episode": 2, "verdict": "data"}))
     assert case_of(run, an_episode(200, 200, 210)).split is None

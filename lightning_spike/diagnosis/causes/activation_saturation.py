@@ -63,7 +63,9 @@ def _silent_by_experiment(view: EpisodeView) -> Observation | None:
     if silent is None or measured is None:
         return None
     text = f"{sentences.modules(measured)} Its inputs are in their usual range."
-    return Observation(level="silent", text=text, signal="lab/modules", step=view.step, observed=silent[1], expected=1.0)
+    return Observation(
+        level="silent", text=text, signal="lab/modules", step=view.step, observed=silent[1], expected=1.0
+    )
 
 
 @observer("dropout")
@@ -81,7 +83,12 @@ def _dropout(view: EpisodeView) -> Observation | None:
         f"(usually {growth[2]:.3g}), as with dropout."
     )
     return Observation(
-        level="dropout", text=text, signal="activation_rms", step=view.step_of(at), observed=growth[1], expected=growth[2]
+        level="dropout",
+        text=text,
+        signal="activation_rms",
+        step=view.step_of(at),
+        observed=growth[1],
+        expected=growth[2],
     )
 
 
@@ -216,7 +223,7 @@ CAUSE: Final = Cause(
     id="activation_saturation",
     family=Family.NUMERICS,
     title="Dead or saturated units",
-    meaning="dead ReLU, saturated sigmoid or tanh",
+    meaning="dead ReLUs, saturated sigmoid or tanh",
     observations=(FLAT_UNITS, lasting, alive_after_rise, *map(_if_flat, UPSTREAM)),
     summary=_summary,
     fixes=_fixes,

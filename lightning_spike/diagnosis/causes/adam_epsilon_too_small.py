@@ -184,7 +184,7 @@ CAUSE: Final = Cause(
     id="adam_epsilon_too_small",
     family=Family.OPTIMIZER,
     title="Adam's epsilon is too small",
-    meaning="v_t near zero and eps smaller still: noise is turned into full-size updates",
+    meaning="v_t is near zero and eps smaller still: noise becomes full-size updates",
     requires=(has_epsilon,),
     observations=(
         first_of("epsilon", _lowered_epsilon, _epsilon),

@@ -273,7 +273,7 @@ CAUSE: Final = Cause(
     id="code_bug",
     family=Family.ENVIRONMENT,
     title="A bug in the training logic",
-    meaning="training logic: gradients not zeroed, eval mode left on, parameters outside the optimizer",
+    meaning="gradients not zeroed, eval mode left on, parameters not optimized, weights overwritten",
     observations=(
         _check("not_zeroed", _not_zeroed, "lasting", "past"),
         _check("eval_mode", _eval_mode, "near", "known modules", "other modules"),

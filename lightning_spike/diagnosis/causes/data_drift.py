@@ -175,7 +175,12 @@ def sorted_samples(view: EpisodeView) -> Observation | None:
         return None
     text = f"The targets are less mixed than ever in {batches(found[1].count)}: sorted samples move the inputs for a while."
     return Observation(
-        level="one-sided", text=text, signal=found[0], step=view.step, observed=found[1].furthest, expected=found[1].usual
+        level="one-sided",
+        text=text,
+        signal=found[0],
+        step=view.step,
+        observed=found[1].furthest,
+        expected=found[1].usual,
     )
 
 
@@ -207,7 +212,9 @@ def _is_drift(signal: str) -> bool:
 
 def _shown(store: TrainerStateStore) -> Shown | None:
     """Where an input surely moved, and the loss rose, steps became too long (larger inputs make a steeper loss surface) or the loss stopped falling."""
-    left = [at for signal in store.history.signals if _is_drift(signal) and (at := _left_range(store, signal)) is not None]
+    left = [
+        at for signal in store.history.signals if _is_drift(signal) and (at := _left_range(store, signal)) is not None
+    ]
     began = min(left, key=lambda at: at.ordinal, default=None)
     if began is None:
         return None
@@ -275,7 +282,7 @@ CAUSE: Final = Cause(
     id="data_drift",
     family=Family.DATA,
     title="The data have moved",
-    meaning="the input distribution moves: extreme augmentation, a new source, a changed normalisation",
+    meaning="the input distribution moves: extreme augmentation, a new source, a changed normalization",
     requires=(few_batches, inputs_in_range),
     observations=(
         stretch_out_of_range,

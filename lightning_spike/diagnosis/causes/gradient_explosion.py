@@ -108,7 +108,9 @@ def optimizer_state(view: EpisodeView) -> Observation | None:
     held = view.once(_in_state)
     if held is None or view.experiments is None:
         return None
-    text = f"{sentences.jump(view.experiments)} The state held the exploded gradient of step {view.step_of(held.ordinal)}."
+    text = (
+        f"{sentences.jump(view.experiments)} The state held the exploded gradient of step {view.step_of(held.ordinal)}."
+    )
     return Observation(
         level="holds the exploded gradient", text=text, signal="lab/attribution", step=view.step,
         observed=held.observed, expected=held.expected,
@@ -121,9 +123,7 @@ def batch(view: EpisodeView) -> Observation | None:
     found = batch_values(view)
     if found is None or found.level == "odd" or early_gradient(view) is None:
         return found
-    return Observation(
-        level="ordinary after a large gradient", text=found.text, signal=found.signal, step=found.step
-    )
+    return Observation(level="ordinary after a large gradient", text=found.text, signal=found.signal, step=found.step)
 
 
 def _in_state(view: EpisodeView) -> Excess | None:
@@ -164,7 +164,10 @@ def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
     clip = clip_fix(view) or (Fix(text, change),)
     if layer is None:
         return clip
-    return (*clip, Fix(f"Look at {layer[0]}, whose gradient grew ×{layer[1]:.3g}: its initial scale, a norm layer before it."))
+    return (
+        *clip,
+        Fix(f"Look at {layer[0]}, whose gradient grew ×{layer[1]:.3g}: its initial scale, a norm layer before it."),
+    )
 
 
 TESTED_BY: Final = frozenset({Group.INTRINSIC, Group.CLIPPING})

@@ -88,7 +88,9 @@ def vanished_after_jump(view: EpisodeView) -> Observation | None:
     norms = [float(row.values[place]) for row in rows if len(row.values) == len(layers)]
     if not norms or not min(norms) >= NOT_VANISHED * before > 0.0:
         return None
-    text = f"When the loss had jumped, the gradient of {names[0]} was in its range ({min(norms):.3g}): it vanished later."
+    text = (
+        f"When the loss had jumped, the gradient of {names[0]} was in its range ({min(norms):.3g}): it vanished later."
+    )
     return Observation(
         level="later", text=text, signal="grad_norm", step=view.step, observed=min(norms), expected=before
     )

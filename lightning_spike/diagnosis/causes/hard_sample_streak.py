@@ -33,7 +33,9 @@ def targets_mixed(view: EpisodeView) -> Observation | None:
     if view.once(one_sided) is not None:
         return None
     if not targets_known(view):
-        return Observation(level="unknown", text="The order of samples was not recorded.", signal="batch/target", step=view.step)
+        return Observation(
+            level="unknown", text="The order of samples was not recorded.", signal="batch/target", step=view.step
+        )
     text = "The targets of the batches before and at the onset are as mixed as before."
     return Observation(level="as mixed as before", text=text, signal="batch/target", step=view.step)
 
@@ -67,7 +69,12 @@ def run_of_one_target(view: EpisodeView) -> Observation | None:
         if series is not None and (run := float(series.values.max())) > series.high:
             text = f"Up to {run:.0f} samples in a row have the same target, usually {series.middle:.0f}."
             return Observation(
-                level="longer than ever", text=text, signal=series.signal, step=view.step, observed=run, expected=series.middle
+                level="longer than ever",
+                text=text,
+                signal=series.signal,
+                step=view.step,
+                observed=run,
+                expected=series.middle,
             )
     return None
 
@@ -87,7 +94,12 @@ def target_level(view: EpisodeView) -> Observation | None:
         f"before, from {series.low:.3g} to {series.high:.3g}."
     )
     return Observation(
-        level="moves", text=text, signal=signal, step=view.step, observed=float(series.values.max()), expected=series.middle
+        level="moves",
+        text=text,
+        signal=signal,
+        step=view.step,
+        observed=float(series.values.max()),
+        expected=series.middle,
     )
 
 
@@ -135,7 +147,7 @@ CAUSE: Final = Cause(
     id="hard_sample_streak",
     family=Family.DATA,
     title="One-sided samples in a row",
-    meaning="order sensitivity: hard or one-sided samples in a row, a sorted or unshuffled stretch",
+    meaning="hard or one-sided samples in a row, a sorted or unshuffled stretch",
     requires=(targets_mixed,),
     observations=(one_sided_stretch, run_of_one_target, target_level, reshuffled),
     summary=_summary,

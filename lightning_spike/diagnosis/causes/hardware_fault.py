@@ -65,7 +65,9 @@ def what_changed(view: EpisodeView) -> Observation | None:
     elements, of, powers = changed_weights(change)
     text = sentences.outside_change(change)
     if of:
-        text = f"{elements} of {of} weights of these tensors differ, {powers} of them by a power of two or in sign alone."
+        text = (
+            f"{elements} of {of} weights of these tensors differ, {powers} of them by a power of two or in sign alone."
+        )
     return Observation(
         level=level, text=text, signal="lab/outside_change", step=view.step, observed=float(elements), expected=0.0
     )
@@ -113,9 +115,7 @@ def giant_weight(view: EpisodeView) -> Observation | None:
         return None
     largest, usual = float(after[0][jumped].max()), float(before[-1][jumped].max())
     text = f"A weight is {largest:.3g}; the largest of its tensor was {usual:.3g} at the look before. One flipped bit does that."
-    return Observation(
-        level="giant", text=text, signal="weight_max", step=view.step, observed=largest, expected=usual
-    )
+    return Observation(level="giant", text=text, signal="weight_max", step=view.step, observed=largest, expected=usual)
 
 
 def _written(view: EpisodeView, change: OutsideChange) -> bool:
@@ -158,7 +158,7 @@ CAUSE: Final = Cause(
     id="hardware_fault",
     family=Family.ENVIRONMENT,
     title="An error of the machine",
-    meaning="the same inputs do not give the same result: a transient error, a flipped bit",
+    meaning="the same inputs give different results: a transient error, a flipped bit",
     observations=(reproduction, what_changed, writes, giant_weight),
     summary=_summary,
     fixes=_fixes,

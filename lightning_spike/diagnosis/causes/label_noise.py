@@ -147,7 +147,12 @@ def _loss_above_prior(view: EpisodeView) -> Observation | None:
         if 0.0 < before < prior and loss >= CONFIDENTLY_WRONG * prior:
             text = f"The loss of {loss:.3g} exceeds that of a class-prior predictor ({prior:.3g}): the model is confident in other labels."
             return Observation(
-                level="confidently wrong", text=text, signal=view.episode.signal, step=view.step, observed=loss, expected=prior
+                level="confidently wrong",
+                text=text,
+                signal=view.episode.signal,
+                step=view.step,
+                observed=loss,
+                expected=prior,
             )
     return None
 
@@ -179,7 +184,12 @@ def sorted_samples(view: EpisodeView) -> Observation | None:
         return None
     text = f"The targets are less mixed than ever in {batches(found[1].count)} in a row: a matter of order."
     return Observation(
-        level="one-sided", text=text, signal=found[0], step=view.step, observed=found[1].furthest, expected=found[1].usual
+        level="one-sided",
+        text=text,
+        signal=found[0],
+        step=view.step,
+        observed=found[1].furthest,
+        expected=found[1].usual,
     )
 
 
@@ -202,7 +212,9 @@ def _summary(view: EpisodeView) -> str:
 def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
     return (
         dataset_fix(view, more=" Its inputs are ordinary: check the labels."),
-        Fix("Look at how labels are joined to samples: a shifted label file, a join by the wrong key, two classes mixed up."),
+        Fix(
+            "Look at how labels are joined to samples: a shifted label file, a join by the wrong key, two classes mixed up."
+        ),
         Fix("Until then, label smoothing or a robust loss keeps single wrong labels from pulling hard."),
     )
 

@@ -85,9 +85,7 @@ def lost_gradients(view: EpisodeView) -> Observation | None:
     if now < LOST_SHARE or now < usual + LOST_MORE:
         return None
     text = f"{now:.0%} of the gradients' entries are 0 or have lost digits in half precision, usually {usual:.0%}."
-    return Observation(
-        level="lost", text=text, signal="grad_underflow", step=view.step, observed=now, expected=usual
-    )
+    return Observation(level="lost", text=text, signal="grad_underflow", step=view.step, observed=now, expected=usual)
 
 
 @observer("in range")

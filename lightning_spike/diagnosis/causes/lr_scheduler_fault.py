@@ -99,7 +99,10 @@ def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
         return (Fix(_swap_text(wrong), change), go_back)
     steady = "its schedule's value" if event.before is None else f"{event.before:.3g}, its value at the update before"
     return (
-        Fix(f"Find what set {event.signal} to {event.after:.3g} at step {event.step}, and put it back to {steady}.", change),
+        Fix(
+            f"Find what set {event.signal} to {event.after:.3g} at step {event.step}, and put it back to {steady}.",
+            change,
+        ),
         Fix(
             f"{_schedules(view)} Check the interval, "
             "and what on_train_batch_start/end or a resume do to param_groups['lr']."
@@ -130,7 +133,7 @@ CAUSE: Final = Cause(
     id="lr_scheduler_fault",
     family=Family.LEARNING_RATE,
     title="A jump of the learning rate that no schedule explains",
-    meaning="the schedule jumps where no schedule should: a bug, a wrong interval, a bad resume",
+    meaning="the schedule jumps unintentionally: a bug, a wrong interval, a bad resume",
     requires=(unscheduled_jump,),
     observations=(jump, interval, resume, transient_loss, batch_values, split_of_jump(TESTED_BY)),
     summary=_summary,

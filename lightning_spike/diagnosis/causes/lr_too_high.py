@@ -77,7 +77,9 @@ def schedule_event(view: EpisodeView) -> Observation | None:
     event = rate_event(view, SCHEDULED + JUMPS)
     if event is None:
         return None
-    return Observation(level="event", text=f"A schedule event explains it: {event.text}.", signal=event.signal, step=event.step)
+    return Observation(
+        level="event", text=f"A schedule event explains it: {event.text}.", signal=event.signal, step=event.step
+    )
 
 
 @observer("climbed", "tolerated", "highest")
@@ -86,7 +88,12 @@ def rate_so_far(view: EpisodeView) -> Observation | None:
     climb = climbed(view)
     if climb is not None:
         return Observation(
-            level="climbed", text=f"{climb.text}.", signal=climb.signal, step=view.step, observed=climb.now, expected=climb.usual
+            level="climbed",
+            text=f"{climb.text}.",
+            signal=climb.signal,
+            step=view.step,
+            observed=climb.now,
+            expected=climb.usual,
         )
     signal = _highest_signal(view)
     rate = None if signal is None else view.rate(signal)
@@ -94,7 +101,10 @@ def rate_so_far(view: EpisodeView) -> Observation | None:
     if signal is None or rate is None or highest is None or not rate > 0.0:
         return None
     if highest >= TOLERATED_FACTOR * rate:
-        level, text = "tolerated", f"{signal} was {rate:.3g}; the run tolerated up to {highest:.3g} before at the same loss."
+        level, text = (
+            "tolerated",
+            f"{signal} was {rate:.3g}; the run tolerated up to {highest:.3g} before at the same loss.",
+        )
     elif rate > HIGHEST_FACTOR * highest:
         level, text = "highest", f"{signal} was {rate:.3g}, higher than ever before at this loss ({highest:.3g})."
     else:
@@ -111,7 +121,9 @@ def _loss_shape(view: EpisodeView) -> Observation | None:
     level = float(np.median(losses)) if losses.size == LEVEL_BATCHES else None
     if before is not None and level is not None and level < LEVEL_FELL * before:
         text = f"The loss went on falling, from {before:.3g} to {level:.3g}."
-        return Observation(level="went on falling", text=text, signal=signal, step=view.step, observed=level, expected=before)
+        return Observation(
+            level="went on falling", text=text, signal=signal, step=view.step, observed=level, expected=before
+        )
     if view.kind is EpisodeKind.OSCILLATION and view.jump is not None and view.jump < LEVEL_ROSE:
         return None
     if view.kind in {EpisodeKind.DIVERGENCE, EpisodeKind.OSCILLATION}:
@@ -157,7 +169,12 @@ def _loss_growth(view: EpisodeView) -> Observation | None:
         return None
     text = f"The loss grew over {losses.size} batches to its peak."
     return Observation(
-        level="grew", text=text, signal=signal, step=view.step, observed=float(losses[-1]), expected=view.episode.loss_before
+        level="grew",
+        text=text,
+        signal=signal,
+        step=view.step,
+        observed=float(losses[-1]),
+        expected=view.episode.loss_before,
     )
 
 
@@ -202,7 +219,12 @@ def steps(view: EpisodeView) -> Observation | None:
     if test is not None:
         text = sentences.step_size(test.result)
         return Observation(
-            level="by experiment", text=text, signal="lab/steps", step=test.at.step, observed=finite(test.result.rho), expected=1.0
+            level="by experiment",
+            text=text,
+            signal="lab/steps",
+            step=test.at.step,
+            observed=finite(test.result.rho),
+            expected=1.0,
         )
     long = long_steps(view.store)
     if long is not None:
@@ -232,7 +254,12 @@ def _gradient_growth(view: EpisodeView) -> Observation | None:
     )
     level = next((name for factor, name in EXPLOSIONS if first.ratio >= factor), "10-fold at once")
     return Observation(
-        level=level, text=text, signal="grad_norm", step=view.step, observed=finite(lead.observed), expected=lead.expected
+        level=level,
+        text=text,
+        signal="grad_norm",
+        step=view.step,
+        observed=finite(lead.observed),
+        expected=lead.expected,
     )
 
 
@@ -281,7 +308,7 @@ CAUSE: Final = Cause(
     id="lr_too_high",
     family=Family.LEARNING_RATE,
     title="The learning rate is too high",
-    meaning="the step size is beyond what the loss surface bears, with no schedule event to blame",
+    meaning="the step size is too long for the loss surface, with no schedule event to blame",
     observations=(
         schedule_event,
         rate_so_far,

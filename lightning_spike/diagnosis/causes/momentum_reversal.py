@@ -222,7 +222,7 @@ CAUSE: Final = Cause(
     id="momentum_reversal",
     family=Family.OPTIMIZER,
     title="Momentum against the gradient",
-    meaning="accumulated momentum points against the present gradient",
+    meaning="the accumulated momentum points against the present gradient",
     requires=(has_momentum,),
     observations=(
         first_of("momentum", _raised_momentum, _high_momentum),

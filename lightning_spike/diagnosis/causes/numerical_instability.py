@@ -85,7 +85,11 @@ def _nonfinite_loss(view: EpisodeView) -> Observation | None:
         return None
     text = f"At step {view.step} {view.loss_text}."
     return Observation(
-        level="non-finite loss", text=text, signal=view.episode.signal, step=view.step, expected=view.episode.loss_before
+        level="non-finite loss",
+        text=text,
+        signal=view.episode.signal,
+        step=view.step,
+        expected=view.episode.loss_before,
     )
 
 
@@ -240,7 +244,7 @@ CAUSE: Final = Cause(
     id="numerical_instability",
     family=Family.NUMERICS,
     title="A non-finite value is born in the model or the loss",
-    meaning="a non-finite or huge value is born inside the model or loss: log(0), exp overflow, x/0",
+    meaning="the model or loss creates a NaN, Inf or huge value: log(0), exp overflow, x/0",
     requires=(value_born,),
     observations=(
         BIRTH,

@@ -113,7 +113,12 @@ def update_after(view: EpisodeView) -> Observation | None:
         return None
     text = f"After it an update was ×{size.ratio:.3g} as long as usual."
     return Observation(
-        level="long update", text=text, signal="update_norm", step=view.step, observed=size.observed, expected=size.expected
+        level="long update",
+        text=text,
+        signal="update_norm",
+        step=view.step,
+        observed=size.observed,
+        expected=size.expected,
     )
 
 
@@ -180,7 +185,7 @@ CAUSE: Final = Cause(
     id="optimizer_state_corruption",
     family=Family.OPTIMIZER,
     title="A corrupt optimizer state",
-    meaning="the optimizer's state changed other than by its own step",
+    meaning="the optimizer state changed other than by its own step",
     observations=(write, changed, examined_updates, update_after, weights_written, split_of_jump(TESTED_BY)),
     summary=_summary,
     fixes=_fixes,

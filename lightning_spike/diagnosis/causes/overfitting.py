@@ -50,7 +50,9 @@ def growing_gap(view: EpisodeView) -> Observation | None:
     text += "" if above is None else f": the validation loss {above:.3g} % above its best"
     text += "" if rises is None else f", up {rises:.0f} validations in a row"
     level = "grows" if view.kind is EpisodeKind.OVERFIT else "grew before a spike"
-    return Observation(level=level, text=f"{text}.", signal="val_loss", step=found.at.step, observed=found.number("gap"))
+    return Observation(
+        level=level, text=f"{text}.", signal="val_loss", step=found.at.step, observed=found.number("gap")
+    )
 
 
 @observer("clearly above best", "above best", "at best", "before a spike")

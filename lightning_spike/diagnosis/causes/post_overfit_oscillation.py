@@ -95,7 +95,12 @@ def repeated_batches(view: EpisodeView) -> Observation | None:
         return None
     text = f"{found.came} of the {found.window} batches before were the same {found.kinds} repeated."
     return Observation(
-        level="repeated", text=text, signal="batch", step=view.step, observed=float(found.kinds), expected=float(found.window)
+        level="repeated",
+        text=text,
+        signal="batch",
+        step=view.step,
+        observed=float(found.kinds),
+        expected=float(found.window),
     )
 
 
@@ -110,7 +115,12 @@ def altered_batches(view: EpisodeView) -> Observation | None:
             return None
         text = f"The repeated batches have ×{found.known:.2g} their earlier loss."
         return Observation(
-            level="repeated batches are high", text=text, signal="loss", step=view.step, observed=found.known, expected=1.0
+            level="repeated batches are high",
+            text=text,
+            signal="loss",
+            step=view.step,
+            observed=found.known,
+            expected=1.0,
         )
     apart = found.altered >= APART * found.known
     text = f"Since then repeated batches have ×{found.known:.2g} the earlier loss, others ×{found.altered:.2g}."
@@ -181,7 +191,7 @@ CAUSE: Final = Cause(
     id="post_overfit_oscillation",
     family=Family.GENERALIZATION,
     title="Swings after overfitting",
-    meaning="past overfitting, with no early stopping: training loss swings wider and wider",
+    meaning="the run goes on after overfitting: training loss swings ever wider",
     observations=(validation_above_best, gap, repeated_batches, altered_batches, swings, rate_upstream),
     summary=_summary,
     fixes=_fixes,

@@ -59,7 +59,12 @@ def largest_weight(view: EpisodeView) -> Observation | None:
     times = series.times(worst) if worst > series.high else 1.0
     text = f"The largest weight of '{leaf}' around step {view.step} is {worst:.3g}, usually {series.middle:.3g}."
     return Observation(
-        level=_size_level(times), text=text, signal=series.signal, step=view.step, observed=worst, expected=series.middle
+        level=_size_level(times),
+        text=text,
+        signal=series.signal,
+        step=view.step,
+        observed=worst,
+        expected=series.middle,
     )
 
 
@@ -137,7 +142,9 @@ def _summary(view: EpisodeView) -> str:
 
 def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
     found = view.once(_largest)
-    normalise = Fix("Normalise weights in each batch, so that the loss keeps its scale: (weight * losses).sum() / weight.sum().")
+    normalise = Fix(
+        "Normalise weights in each batch, so that the loss keeps its scale: (weight * losses).sum() / weight.sum()."
+    )
     if found is None:
         return (normalise,)
     cap = float(f"{CAP * found[1].middle:.2g}")

@@ -63,7 +63,9 @@ def _stale_finding(view: EpisodeView) -> Observation | None:
         return None
     near = not view.store.episodes or view.onset - found.at.ordinal <= GROWTH_BATCHES
     level = "stale just before" if near else "stale long before"
-    return Observation(level=level, text=f"At step {found.at.step}: {found.text}", signal="update_rms", step=found.at.step)
+    return Observation(
+        level=level, text=f"At step {found.at.step}: {found.text}", signal="update_rms", step=found.at.step
+    )
 
 
 @observer("unknown", "up to date", "high", "often high")

@@ -52,12 +52,14 @@ SMALL_JUMPS: Final = ("less than 2-fold", "2-fold")
 """Jumps of the loss after which steps may still be the reason."""
 
 
-@observer("resumed", "late")
+@observer("resumed", "late", "rate unknown")
 def start_of_run(view: EpisodeView) -> Observation | None:
-    """The premise: the first updates of an untrained model."""
+    """The premise: the first updates of an untrained model, and a known rate."""
     if view.facts.first_step > 0:
         text = "The run was resumed: its first updates are not those of an untrained model."
         return Observation(level="resumed", text=text, signal="lr", step=view.step)
+    if not view.rate_signals:
+        return Observation(level="rate unknown", text="No learning rate was recorded.", signal="lr", step=view.step)
     if _updates(view) <= _early_limit(view):
         return None
     text = f"It began {_updates(view)} updates into the run, long after its start."

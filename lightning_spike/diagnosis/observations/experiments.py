@@ -126,7 +126,9 @@ def gradient_fall(view: EpisodeView) -> tuple[str, str, float] | None:
     measured = None if view.experiments is None else view.experiments.modules
     if measured is None or not computation_changed(view):
         return None
-    kept = [(m.module, m.now.gradient / m.usual.gradient) for m in measured.modules if m.now.gradient and m.usual.gradient]
+    kept = [
+        (m.module, m.now.gradient / m.usual.gradient) for m in measured.modules if m.now.gradient and m.usual.gradient
+    ]
     pairs = ((early, late) for k, early in enumerate(kept) for late in kept[k + 1 :])
     falls = [(early[0], late[0], late[1] / early[1]) for early, late in pairs]
     return max(falls, key=lambda fall: fall[2], default=None)

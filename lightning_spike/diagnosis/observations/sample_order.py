@@ -27,7 +27,8 @@ def one_sided(view: EpisodeView) -> tuple[str, Stretch] | None:
     found = [
         (signal, stretch)
         for signal in _signals(view)
-        if (told := reference_range(view, signal, view.onset - GAP, max(view.onset, view.episode.peak.ordinal))) is not None
+        if (told := reference_range(view, signal, view.onset - GAP, max(view.onset, view.episode.peak.ordinal)))
+        is not None
         and (stretch := longest(s for s in told.stretches(above=False) if s.first <= view.onset + GUARD)) is not None
     ]
     best = max(found, key=lambda pair: pair[1].count, default=None)

@@ -60,7 +60,9 @@ def setting_change(view: EpisodeView, change: SettingChange, *, soon: int = NEAR
         when = f", {batches(lag)} before the loss rose" if lag > 0 else ", as the loss rose"
     text = f"{change.text}{when}."
     signal = f"optimizer/{change.name}"
-    return Observation(level=level, text=text, signal=signal, step=change.step, observed=change.after, expected=change.before)
+    return Observation(
+        level=level, text=text, signal=signal, step=change.step, observed=change.after, expected=change.before
+    )
 
 
 def _nearness(lag: int, soon: int) -> str:

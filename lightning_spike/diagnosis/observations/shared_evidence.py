@@ -53,7 +53,12 @@ def batch_values(view: EpisodeView) -> Observation | None:
         f"usually {worst.excess.expected:.3g}."
     )
     return Observation(
-        level="odd", text=text, signal=worst.signal, step=view.step, observed=worst.excess.observed, expected=worst.excess.expected
+        level="odd",
+        text=text,
+        signal=worst.signal,
+        step=view.step,
+        observed=worst.excess.observed,
+        expected=worst.excess.expected,
     )
 
 
@@ -115,7 +120,12 @@ def gradient_vanished_before(view: EpisodeView) -> Observation | None:
     least = min(recent, key=lambda e: e.z)
     text = f"The gradient norm had fallen to {least.observed:.3g} just before, usually {least.expected:.3g}."
     return Observation(
-        level="vanished", text=text, signal="grad_norm", step=view.step, observed=least.observed, expected=least.expected
+        level="vanished",
+        text=text,
+        signal="grad_norm",
+        step=view.step,
+        observed=least.observed,
+        expected=least.expected,
     )
 
 
@@ -126,11 +136,14 @@ def gradient_in_range(view: EpisodeView) -> Observation | None:
     if not recent or any(e.above for e in recent) or gradient_vanished_before(view) is not None:
         return None
     highest = max(recent, key=lambda e: e.z)
-    text = (
-        f"The gradient norm was in its range up to the batch before: {highest.observed:.3g}, usually {highest.expected:.3g}."
-    )
+    text = f"The gradient norm was in its range up to the batch before: {highest.observed:.3g}, usually {highest.expected:.3g}."
     return Observation(
-        level="in range", text=text, signal="grad_norm", step=view.step, observed=highest.observed, expected=highest.expected
+        level="in range",
+        text=text,
+        signal="grad_norm",
+        step=view.step,
+        observed=highest.observed,
+        expected=highest.expected,
     )
 
 

@@ -69,7 +69,9 @@ def _steps_too_long(view: EpisodeView) -> Observation | None:
     test = step_size_test(view)
     if test is None:
         return None
-    return Observation(level="steps too long", text=sentences.step_size(test.result), signal="lab/steps", step=test.at.step)
+    return Observation(
+        level="steps too long", text=sentences.step_size(test.result), signal="lab/steps", step=test.at.step
+    )
 
 
 @observer("written")

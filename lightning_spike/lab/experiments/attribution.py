@@ -181,7 +181,9 @@ class _Cells:
         """Look for samples that stand out in the batches of the updates, where these are few."""
         entries = [entry for leg in self._legs for entry in leg.update.entries]
         weights, needed = self._legs[0].before.weights, sum(map(passes_to_name, entries))
-        if len(entries) > MAX_BATCHES_WITH_NAMED_SAMPLES or not self._bench.affords("samples that stand out in that batch", gradients=needed):
+        if len(entries) > MAX_BATCHES_WITH_NAMED_SAMPLES or not self._bench.affords(
+            "samples that stand out in that batch", gradients=needed
+        ):
             return
         named = {e.at.ordinal: name_samples(self._bench, weights, e, self._controls) for e in entries}
         self._around = dataclasses.replace(self._around, named=named)

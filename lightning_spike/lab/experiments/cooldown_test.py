@@ -40,7 +40,9 @@ def cooldown_test(
     if not updates_replayed:
         return None
     cooler = [at_rate(leg.update, COOLDOWN_RATE) for leg in updates_replayed]
-    after = loss_after_updates(sandbox, updates_replayed[0].before, cooler, [spike, *controls[:MAX_CONTROLS]], like=spike)
+    after = loss_after_updates(
+        sandbox, updates_replayed[0].before, cooler, [spike, *controls[:MAX_CONTROLS]], like=spike
+    )
     if after is None:
         return None
     scaled = log_scale(after)(after)

@@ -44,7 +44,9 @@ def unexplained(found: Experiments) -> str | None:
 def earlier_step_size(store: TrainerStateStore, episode: Episode) -> StepSize | None:
     """The newest step sizes from before an episode that were too long, if learning rates have not come down since; `None` without any. Pure."""
     onset = episode.onset.ordinal
-    tests = [(t.at.ordinal, t.at.step, t.result) for t in store.step_size_tests if steps_too_long_in_quiet_run(t.result)]
+    tests = [
+        (t.at.ordinal, t.at.step, t.result) for t in store.step_size_tests if steps_too_long_in_quiet_run(t.result)
+    ]
     for other in store.episodes:
         found = store.experiments.get(other.id)
         shares = jump_shares(found)

@@ -20,6 +20,7 @@ from lightning_spike.signals.random_state import RandomState
 LOSS_MODULES: Final = "torch.nn.modules.loss"
 """Where the classes of loss modules live."""
 
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Birth:
     operation: str

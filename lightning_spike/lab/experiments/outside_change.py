@@ -38,7 +38,6 @@ ROUNDING: Final = 1e-5
 """Share of a weight up to which a difference may be rounding."""
 
 
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LocatedChange:
     """A change that explains how the run differs from its re-run."""

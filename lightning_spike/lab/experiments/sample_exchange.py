@@ -103,6 +103,4 @@ def exchange_samples(
     )
     scaled = log_scale(losses)(losses)
     left = min(max(1.0 - float(scaled[0] - scaled[1]) / excess, 0.0), 1.0)
-    return SampleExchange(
-        positions=positions, samples=size, loss=float(losses[0]), without=float(losses[1]), left=left
-    )
+    return SampleExchange(positions=positions, samples=size, loss=float(losses[0]), without=float(losses[1]), left=left)

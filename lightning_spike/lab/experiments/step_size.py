@@ -34,9 +34,7 @@ def step_size(
     return summarized([change_and_promise(sandbox, updates_replayed[k], states[k + 1]) for k in places])
 
 
-def summarized(
-    kept: Sequence[tuple[float, float]], source: Literal["replay", "present"] = "replay"
-) -> StepSize | None:
+def summarized(kept: Sequence[tuple[float, float]], source: Literal["replay", "present"] = "replay") -> StepSize | None:
     """The step sizes of updates; `None` for too few.
 
     Args:

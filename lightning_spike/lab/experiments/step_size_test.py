@@ -23,6 +23,8 @@ STEP_SIZE_TEST_STEPS: Final = 40
 
 MIN_PROMISE: Final = 1e-5
 """Share of the loss that a gradient must promise for what became of it to be more than rounding."""
+
+
 def step_size_test(
     trainer: Trainer,
     module: LightningModule,
@@ -64,7 +66,9 @@ def step_size_test(
             if made.spoilt_at is not None:
                 return None
             after = TrainState.take(sandbox, update.entries[-1].at)
-            change, promise = change_and_promise(sandbox, ReplayedUpdate(before=before, update=update, made=made), after)
+            change, promise = change_and_promise(
+                sandbox, ReplayedUpdate(before=before, update=update, made=made), after
+            )
             if abs(promise) > MIN_PROMISE * abs(made.losses[0]):
                 kept.append((change, promise))
     return summarized(kept, source="present")

@@ -27,9 +27,7 @@ def measure_modes(
     if now[0] is None or now[1] is None:
         return None
     sandbox.rewind()
-    return ModeMeasurement(
-        train=now[0], eval=now[1], usual_train=then[0], usual_eval=then[1], frozen=_frozen(sandbox)
-    )
+    return ModeMeasurement(train=now[0], eval=now[1], usual_train=then[0], usual_eval=then[1], frozen=_frozen(sandbox))
 
 
 def _loss(sandbox: Sandbox, weights: Mapping[str, Tensor], entry: RingEntry, *, in_eval: bool) -> float | None:

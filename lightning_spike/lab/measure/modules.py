@@ -19,6 +19,8 @@ MAX_MODULES: Final = 8
 """Modules listed at most; engineering choice."""
 SATURATED: Final = {nn.Sigmoid: (0.01, 0.99), nn.Tanh: (-0.99, 0.99)}
 """Outputs beyond which next to no gradient comes through (a fiftieth of the steepest slope and less); an engineering choice."""
+
+
 def measure_modules(
     sandbox: Sandbox, spike: RingEntry, ordinary: RingEntry, *, old: Mapping[str, Tensor], new: Mapping[str, Tensor]
 ) -> ModuleMeasurement:

@@ -59,7 +59,9 @@ def measure_update(sandbox: Sandbox, replay: Reproduction, leg: int) -> UpdateMe
     mean, error = _mean(against)
     rho = change / promise if promise != 0.0 and math.isfinite(change / promise) else None
     slope = _slope(sandbox, here) if rho is not None and rho < ORDINARY_RHO else None
-    usual = _slope(sandbox, replay.updates_replayed[0]) if slope is not None and slope < TURNED_SLOPE and leg > 0 else None
+    usual = (
+        _slope(sandbox, replay.updates_replayed[0]) if slope is not None and slope < TURNED_SLOPE and leg > 0 else None
+    )
     weights = _norm({name: here.before.weights[name] for name in steps[-1]})
     return UpdateMeasurement(
         ordinal=here.update.ordinal,

@@ -26,7 +26,9 @@ def differences(actual: TrainState, replayed: TrainState) -> tuple[TensorDiffere
     return tuple(sorted(found, key=lambda d: -d.relative))
 
 
-def _pairs(kind: WriteKind, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Iterator[tuple[WriteKind, str, Tensor, Tensor]]:
+def _pairs(
+    kind: WriteKind, a: Mapping[str, Tensor], b: Mapping[str, Tensor]
+) -> Iterator[tuple[WriteKind, str, Tensor, Tensor]]:
     for name in a.keys() & b.keys():
         there = b[name].to(a[name].device)
         if there.shape == a[name].shape:

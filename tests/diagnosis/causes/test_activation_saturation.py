@@ -51,7 +51,7 @@ def test_units_that_go_flat_with_the_loss_come_first(signal, usual, word):
 def test_without_an_episode_the_finding_shows_it():
     (first,) = diagnose(a_run(loss=False, found=True).store()).overall
     assert (first.cause, first.probability > 0.5) == ("activation_saturation", True)
-    assert "the loss has shown nothing" in first.summary
+    assert "the loss does not show it" in first.summary
     assert diagnose(a_run(loss=False).store()).overall == ()
 
 

@@ -51,7 +51,7 @@ def test_it_comes_first_with_or_without_an_episode_and_its_symptoms_below_it(ons
     told = diagnose(a_run(onset=onset).store()).overall
     assert (told[0].cause, told[0].probability > 0.5) == ("bad_initialization", True)
     assert all(v.probability < 0.2 for v in told[1:])
-    assert "net.2.weight most: 29 times" in told[0].summary
+    assert "net.2.weight most: ×29" in told[0].summary
     assert "the loss began at 30" in told[0].summary
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from synthetic import Run, an_episode, said_of
 
+from lightning_spike.diagnosis.causes.data_drift import CAUSE
 from lightning_spike.diagnosis.rank import diagnose
 
 
@@ -101,4 +102,4 @@ def test_a_run_without_an_episode_is_told_of_where_the_loss_shows_something(opti
     "options", [{"fall": 0.004}, {"rise": 1.6, "back": 30}], ids=["a loss that falls on", "inputs that came back"]
 )
 def test_and_not_of_where_it_shows_nothing(options):
-    assert DataDrift().shown(without_episode(**options).store()) is None
+    assert CAUSE.shown(without_episode(**options).store()) is None

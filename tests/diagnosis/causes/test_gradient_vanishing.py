@@ -44,7 +44,7 @@ def test_gradients_that_vanished_come_first_with_or_without_an_episode(loss):
     assert (first.cause, first.probability > 0.5) == ("gradient_vanishing", True)
     assert all(v.probability < 0.2 for v in rest)
     assert first.change == Change(setting="normalization_layer", value="net.0")
-    assert "fell 2.5e+05 times" in first.summary
+    assert "by a factor of 2.5e+05" in first.summary
     assert "around net.0" in first.fixes[0]
 
 

@@ -6,7 +6,6 @@ from lab_results import LabResult
 from synthetic import Run, an_episode, moment, said_of
 
 from lightning_spike.diagnosis.rank import diagnose
-from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import Finding
 
 
@@ -118,7 +117,7 @@ def test_signals_that_are_missing_or_not_finite_are_borne(bad):
     assert np.isfinite(said(wrong_labels(), without=("batch/", "grad_norm", "lr-")).total)
 
 
-@pytest.mark.parametrize("cause", [LabelNoise, BadBatch])
+@pytest.mark.parametrize("cause", ["label_noise", "bad_batch"])
 @pytest.mark.parametrize(("far", "speaks"), [(3.4, False), (6.0, True)])
 def test_a_lone_batch_no_higher_than_the_highest_of_so_many_is_chance(cause, far, speaks):
     """With 300 batches before it, of which the highest lies sqrt(2 ln 300) = 3.4 standard deviations above the others."""
@@ -135,4 +134,4 @@ def test_a_lone_batch_no_higher_than_the_highest_of_so_many_is_chance(cause, far
     }
     run.note(LabResult("split", detail))
     store = run.store()
-    assert cause().examine(EpisodeView(store, store.episodes[0])).supported is speaks
+    assert said_of(cause, store, store.episodes[0]).supported is speaks

@@ -56,7 +56,7 @@ def test_a_momentum_of_nearly_one_is_blamed_for_what_follows(optimizer, name):
     first = diagnose(spiked(changed(190, *values, name=name), optimizer=optimizer, cosine=0.1).store()).overall[0]
     assert (first.cause, first.change) == (ID, Change(setting="momentum", value=0.9))
     assert first.probability > 0.5
-    assert "10 updates long in place of 1000" in first.fixes[0]
+    assert "10 updates in place of 1000" in first.fixes[0]
 
 
 @pytest.mark.parametrize(
@@ -117,12 +117,3 @@ def test_a_rate_that_has_climbed_speaks_against_it():
     steady, climbing = spiked(cosine=-0.9), spiked(cosine=-0.9)
     climbing.rate = 0.01 * 1.04 ** np.clip(np.arange(climbing.length) - 150, 0, 60)
     assert examined(climbing).total < examined(steady).total - 1.0
-
-
-def test_a_gradient_that_points_up_its_own_loss_is_proof_and_names_the_step():
-    detail = {"episode": 1, "what": "updates", "direction": "turned", "step": 199, "text": "It points the other way."}
-    run = spiked(blamed("gradient")[0], LabResult("measured", detail))
-    first = diagnose(run.store()).overall[0]
-    assert (first.cause, first.confirmed, first.change) == (ID, True, Change(setting="code:gradient", value=None))
-    assert first.probability > 0.7
-    assert "step 199" in first.fixes[0]

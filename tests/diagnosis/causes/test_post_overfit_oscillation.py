@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from synthetic import Run, an_episode, moment, said_of
 
+from lightning_spike.diagnosis.causes.post_overfit_oscillation import CAUSE
 from lightning_spike.diagnosis.rank import diagnose
 from lightning_spike.records import Change, EpisodeKind, Recovery, ValidationPoint
 
@@ -83,7 +84,7 @@ def test_a_net_that_knows_two_batches_by_heart_has_overfitted_whatever_the_valid
     first, *rest = diagnose(by_heart().store()).overall
     assert (first.cause, first.probability > 0.5) == ("post_overfit_oscillation", True)
     assert all(v.probability < 0.2 for v in rest)
-    assert "same 2 batches" in first.summary
+    assert "same 2 repeated batches" in first.summary
 
 
 def test_the_very_batches_that_are_known_by_heart_have_no_high_loss_of_it():
@@ -106,4 +107,4 @@ def test_a_single_validation_above_the_best_is_no_turn():
 
 
 def test_a_loss_that_is_not_finite_is_no_swing():
-    assert EpisodeKind.NONFINITE not in PostOverfitOscillation.applies_to
+    assert EpisodeKind.NONFINITE not in CAUSE.applies_to

@@ -12,8 +12,8 @@ def told(*, exploded=197, times=100.0, first=198, group="optimizer"):
     run = Run(0)
     run.grad[exploded] *= times
     run.episodes = [an_episode(200, 202, 240, before=0.35)]
-    fields = with_shares(**{group: 0.9})
-    fields["attribution"] = None if first is None else attribution(ordinal=first)
+    fields = with_shares(**{group: 1.0})
+    fields["attribution"] = None if first is None else attribution({group: 1.0}, ordinal=first)
     run.note(experiments(**fields))
     store = run.store()
     return exploded_gradient_in_state(EpisodeView(store, store.episodes[0]))

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from lab_results import LabResult
-from synthetic import Run, an_episode
+from synthetic import Run, an_episode, moment
 
 from lightning_spike.diagnosis.observations.loss_rise import rise_after
 from lightning_spike.diagnosis.observations.rates import begins_to_climb
@@ -15,6 +14,7 @@ from lightning_spike.diagnosis.observations.step_length import (
     wild_start,
 )
 from lightning_spike.diagnosis.rank import diagnose
+from lightning_spike.experiments import StepSize, StepSizeTest
 from lightning_spike.records import EpisodeKind
 
 STEPS = np.arange(400)
@@ -211,8 +211,8 @@ def test_runs_whose_updates_were_not_measured_say_nothing():
 
 def test_what_the_lab_found_of_a_run_without_an_episode_is_told():
     run = quiet()
-    detail = {"rho": 0.3, "worsened": 0.3, "overshot": 0.3, "updates": 24, "text": "Of the 24 updates before …"}
-    run.note(LabResult("steps_too_long", detail))
+    steps = StepSize(rho=0.3, worsened=0.3, against=0.0, overshot=0.3, updates=24, source="present")
+    run.note(StepSizeTest(at=moment(255), result=steps))
     assert max(named(run), key=named(run).get) == "lr_too_high"
 
 
