@@ -2,12 +2,14 @@
 
     python benchmarks/detectors.py [--quick] [--jobs 2] [--out detectors.json] [--seed 20000]
 
-Synthetic streams with ten classic events, swings, a stall and periodic spikes, under five kinds of noise; clean streams of fifteen
-kinds, 3 x 10^6 steps in all; loss curves of real trainings done here, healthy ones and ones with one fault. Thresholds were chosen on
-seeds below 1000; quote a seed that no threshold has seen.
+Synthetic streams with ten classic events, swings, a stall and periodic spikes, under five kinds of noise; clean streams
+of fifteen kinds, 3 x 10^6 steps in all; loss curves of real trainings done here, healthy ones and ones with one fault.
+Thresholds were chosen on seeds below 1000; quote a seed that no threshold has seen.
 
-A peer's flag counts as seeing an event if it falls between the onset and the end of the delay that is allowed, and flags up to 25
-steps apart make one false event. Ours is held to more: an episode *noticed* in that time, and its kind and onset are judged as well.
+A peer's flag counts as seeing an event if it falls between the onset and the end of the delay that is allowed, and
+flags up to 25
+steps apart make one false event. Ours is held to more: an episode *noticed* in that time, and its kind and onset are
+judged as well.
 """
 
 import argparse

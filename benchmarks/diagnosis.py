@@ -1,14 +1,20 @@
 """The benchmark of spike diagnosis: labelled faults in the middle of real trainings, and which cause the suite names.
 
-    python benchmarks/diagnosis.py [--seed 0] [--seeds 3] [--jobs 2] [--task TASK ...] [--cause CAUSE ...] [--runs runs/] [--out diagnosis.json] [--picture confusion.png] [--fit FILE] [--wrong]
+    python benchmarks/diagnosis.py [--seed 0] [--seeds 3] [--jobs 2] [--task TASK ...] [--cause CAUSE ...] [--runs
+    runs/] [--out diagnosis.json] [--picture confusion.png] [--fit FILE] [--wrong]
 
-Nine tasks (images, text, a table, sequences, nested batches, patches, origins, colours, tags) x every cause of the catalogue x two strengths x seeds, beside them clean twins of 2,000 steps, harmless decoys, faults that no cause covers,
-scenes that look like another cause, and runs with two faults. Every run is recorded under `--runs`, so a run that was stopped goes on where it was, and judging again (with other weights) takes
-no training; `--wrong` lists what was misread.
+Nine tasks (images, text, a table, sequences, nested batches, patches, origins, colours, tags) x every cause of the
+catalogue x two strengths x seeds, beside them clean twins of 2,000 steps, harmless decoys, faults that no cause covers,
+scenes that look like another cause, and runs with two faults. Every run is recorded under `--runs`, so a run that was
+stopped goes on where it was, and judging again (with other weights) takes no training; `--wrong` lists what was
+misread.
 
-A run is judged if it did harm (its loss is clearly worse than its clean twin's) or if anything was said about it. Printed are AC@1, AC@3 and MRR with 95 % intervals (Wilson), by family, cause, task and
-strength, with the lab and without it, beside two baselines; false alarms and probabilities in clean twins; onset errors; Brier score and calibration error; the share confirmed by the lab. Probabilities are
-those of weights that are fitted on the other tasks, leaving one out at a time; `--fit FILE` writes the one over all tasks, which is what `lightning_spike/diagnosis/weights.json` holds.
+A run is judged if it did harm (its loss is clearly worse than its clean twin's) or if anything was said about it.
+Printed are AC@1, AC@3 and MRR with 95 % intervals (Wilson), by family, cause, task and strength, with the lab and
+without it, beside two baselines; false alarms and probabilities in clean twins; onset errors; Brier score and
+calibration error; the share confirmed by the lab. Probabilities are those of weights that are fitted on the other
+tasks, leaving one out at a time; `--fit FILE` writes the one over all tasks, which is what
+`lightning_spike/diagnosis/weights.json` holds.
 """
 
 import argparse
@@ -90,9 +96,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cause", nargs="+", choices=FAMILY, metavar="CAUSE", help="only faults of these causes")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where recorded runs are")
     parser.add_argument("--judge-only", action="store_true", help="train nothing, judge what is there")
-    parser.add_argument(
-        "--as-shipped", action="store_true", help="with the package's own weights, fitted on all tasks"
-    )
+    parser.add_argument("--as-shipped", action="store_true", help="with the package's own weights, fitted on all tasks")
     parser.add_argument("--wrong", action="store_true", help="list the runs that were misread")
     parser.add_argument("--out", type=Path, help="all answers as JSON")
     parser.add_argument("--picture", type=Path, help="the confusion matrix as a picture")
@@ -100,7 +104,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-# -- training ------------------------------------------------------------------------------------------------------------
+# -- training
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _train_all(cells: Sequence[Cell], folder: Path, jobs: int) -> None:
@@ -115,7 +120,8 @@ def _train_all(cells: Sequence[Cell], folder: Path, jobs: int) -> None:
                 print(f"{futures[future].key}: {error}", flush=True)
 
 
-# -- judging -------------------------------------------------------------------------------------------------------------
+# -- judging
+# -------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +174,8 @@ def _twin(folder: Path, task: str, seed: int) -> TrainerStateStore | None:
     return None if clean is None else clean.store
 
 
-# -- printing ------------------------------------------------------------------------------------------------------------
+# -- printing
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _print(console: Console, answers: Sequence[Answer], *, show_wrong: bool) -> None:
@@ -299,7 +306,8 @@ def _loudest(judged: Judged) -> float:
     return max((p for name, p in judged.ranked if name != UNEXPLAINED), default=0.0)
 
 
-# -- writing -------------------------------------------------------------------------------------------------------------
+# -- writing
+# -------------------------------------------------------------------------------------------------------------
 
 
 def _for_json(answers: Sequence[Answer]) -> list[dict[str, Any]]:

@@ -1,12 +1,19 @@
-"""Does the first fix heal? Every run of the diagnosis benchmark that did harm is trained again with the first fix of its report applied.
+"""Does the first fix heal?
+
+Every run of the diagnosis benchmark that did harm is trained again with the first fix of its report applied.
 
     python benchmarks/diagnosis.py --runs runs/ ...            (first: the runs whose reports are to be followed)
-    python benchmarks/fixes.py --runs runs/ [--seed 0] [--seeds 3] [--task TASK ...] [--cause CAUSE ...] [--jobs 2] [--out fixes.json]
+    python benchmarks/fixes.py --runs runs/ [--seed 0] [--seeds 3] [--task TASK ...] [--cause CAUSE ...] [--jobs 2]
+    [--out fixes.json]
 
-A fix that is a setting with a value (a rate, a warm-up, a norm to clip at, an epsilon, a decay, a step to stop at, a limit of sample weights) is applied with that value while the fault goes on
-as before. Samples that are to be dropped or mended come out of the fault as they went in, those that are named and no others. What tells the user to mend something of theirs (a line of code, an operation, a device) is
-applied by leaving the fault out, but only where it names what was put in. The trouble is gone if the loss does no harm any more, as the benchmark judges it: by comparison with the clean twin, a resumed run from its
-resume on; a run with a restart by comparison with one whose restart goes no higher than the module's own rate. Printed are the shares by cause, and what did not help.
+A fix that is a setting with a value (a rate, a warm-up, a norm to clip at, an epsilon, a decay, a step to stop at, a
+limit of sample weights) is applied with that value while the fault goes on as before. Samples that are to be dropped or
+mended come out of the fault as they went in, those that are named and no others. What tells the user to mend something
+of theirs (a line of code, an operation, a device) is
+applied by leaving the fault out, but only where it names what was put in. The trouble is gone if the loss does no harm
+any more, as the benchmark judges it: by comparison with the clean twin, a resumed run from its resume on; a run with a
+restart by comparison with one whose restart goes no higher than the module's own rate. Printed are the shares by cause,
+and what did not help.
 """
 
 import argparse
@@ -66,7 +73,8 @@ MENDS: Final[Mapping[str, frozenset[str]]] = {
 """What must be mended for a fault to be gone, by its cause or class."""
 
 
-# -- applying ------------------------------------------------------------------------------------------------------------
+# -- applying
+# ------------------------------------------------------------------------------------------------------------
 
 
 class SettingsHeld(Callback):
@@ -259,7 +267,8 @@ def _order(cell: Cell, count: int) -> list[list[int]]:
     return batches[:count]
 
 
-# -- one run -------------------------------------------------------------------------------------------------------------
+# -- one run
+# -------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,7 +317,11 @@ def _losses_only(scratch: Path) -> list[Callback]:
 
 
 def _like(cell: Cell, twin: TrainerStateStore) -> TrainerStateStore:
-    """The run that a cell is held against: its clean twin; for a restart one that restarts at the module's own rate, for the schedule's low rates before have their price too."""
+    """The run that a cell is held against.
+
+    Its clean twin; for a restart one that restarts at the module's own rate, for the schedule's low rates before have
+    their price too.
+    """
     faults = faults_of(cell)
     if not any(isinstance(fault, WarmRestarts) for fault in faults):
         return twin

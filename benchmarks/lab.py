@@ -1,11 +1,15 @@
 """What the lab says of faults whose factor is known, with decoys beside them.
 
-    python benchmarks/lab.py [--quick] [--seed 0] [--seeds 3] [--jobs 2] [--net NET ...] [--fault FAULT ...] [--out lab.json] [--show]
+    python benchmarks/lab.py [--quick] [--seed 0] [--seeds 3] [--jobs 2] [--net NET ...] [--fault FAULT ...] [--out
+    lab.json] [--show]
 
-Five nets, SGD with momentum and AdamW, batch 4 and 32, faults of four groups (data, learning rate, optimizer state, weights from outside) in three strengths, each with the decoys that fit: a
-batch with somewhat too much contrast and a rate of 1.5 times the usual at the same step. Beside them runs whose rate was too high all along, and runs with two faults at
-once (counted where each really adds to the rise, as four trainings of the same run without us show). A run counts if an episode was seen within eight batches. Prints how often the group that the lab names first is the right one, with the 95 % interval
-(Wilson), beside what the signatures alone would name; how often the located update is the one; and what an examination costs in training steps.
+Five nets, SGD with momentum and AdamW, batch 4 and 32, faults of four groups (data, learning rate, optimizer state,
+weights from outside) in three strengths, each with the decoys that fit: a batch with somewhat too much contrast and a
+rate of 1.5 times the usual at the same step. Beside them runs whose rate was too high all along, and runs with two
+faults at once (counted where each really adds to the rise, as four trainings of the same run without us show). A run
+counts if an episode was seen within eight batches. Prints how often the group that the lab names first is the right
+one, with the 95 % interval (Wilson), beside what the signatures alone would name; how often the located update is the
+one; and what an examination costs in training steps.
 """
 
 import argparse
@@ -68,15 +72,16 @@ CHRONIC_SETTINGS: Final[Mapping[tuple[str, str], tuple[tuple[float, float], ...]
     ("autoencoder", "SGD"): ((18.0, 0.9), (25.0, 0.9), (12.0, 0.95)),
     ("gru", "SGD"): ((6.0, 0.9),),
 }
-"""Factors on a good rate, and momenta, at which runs go on training but spike now and then; chosen by that alone, with plain loops of 800 steps on seeds 0 and 1. What is not
-listed only gets noisy, or does not train."""
+"""Factors on a good rate, and momenta, at which runs go on training but spike now and then; chosen by that alone, with
+plain loops of 800 steps on seeds 0 and 1. What is not listed only gets noisy, or does not train."""
 CHRONIC_EPISODES: Final = 3
 """Episodes of a run with a rate that is too high all along that count, the first ones."""
 SETTLED: Final = 60
 """Batches after which a run has left its first, wild phase."""
 
 
-# -- what is put in ------------------------------------------------------------------------------------------------------
+# -- what is put in
+# ------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,16 +206,21 @@ class Outcome:
     updates: int | None = None
     """… and how many of them went on to an update."""
     true_shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """With two faults, what each of them really adds to the rise of the struck batch's loss: its Shapley value over four trainings, with and without each, as a share of both."""
+    """With two faults, what each of them really adds to the rise of the struck batch's loss: its Shapley value over
+    four trainings, with and without each, as a share of both."""
     worsened: tuple[int, int] | None = None
     """Of the updates before, how many worsened their own batch's loss, and how many there were."""
 
 
-# -- one run -------------------------------------------------------------------------------------------------------------
+# -- one run
+# -------------------------------------------------------------------------------------------------------------
 
 
 class WithTriage(CounterfactualReplay):
-    """Makes a triage before every full examination, and takes the processor's time of both: with others on the machine the clock on the wall tells little."""
+    """Makes a triage before every full examination, and takes the processor's time of both.
+
+    With others on the machine the clock on the wall tells little.
+    """
 
     def __init__(self) -> None:
         super().__init__(budget=1.0)
@@ -270,7 +280,10 @@ def outcomes_of(run: Run, show: bool = False) -> list[Outcome]:
 
 
 def _true_shares(run: Run) -> dict[str, float]:
-    """By trainings without any of us: the loss of the struck batch with none of the two faults, either, and both. What one adds is no fault of the run where it adds nothing."""
+    """By trainings without any of us: the loss of the struck batch with none of the two faults, either, and both.
+
+    What one adds is no fault of the run where it adds nothing.
+    """
     rate, labels = run.faults()
     none, with_rate, with_labels, both = (
         math.log(_struck_loss(run, list(faults))) for faults in ((), (rate,), (labels,), (rate, labels))
@@ -394,7 +407,8 @@ def _by_signature(store: TrainerStateStore, episode: int) -> str | None:
     return SIGNATURES.get(verdicts[0].family, str(verdicts[0].family)) if verdicts else None
 
 
-# -- all runs ------------------------------------------------------------------------------------------------------------
+# -- all runs
+# ------------------------------------------------------------------------------------------------------------
 
 
 def runs(net: str, optimizer: str, batch_size: int, seed: int, faults: Sequence[str], *, quick: bool) -> Iterable[Run]:

@@ -1,15 +1,19 @@
 """Are the corrupted samples of a batch named, and no others.
 
-    python benchmarks/samples.py [--seed 0] [--seeds 3] [--jobs 2] [--net NET ...] [--kind KIND ...] [--direct] [--out samples.json]
+    python benchmarks/samples.py [--seed 0] [--seeds 3] [--jobs 2] [--net NET ...] [--kind KIND ...] [--direct] [--out
+    samples.json]
 
-Six trainings with AdamW and batches of 32: an MLP and a CNN on digits, an autoencoder, a byte GRU, a byte Transformer, and the MLP again with its batch as a nested dict. Of one batch
-1, 3 or 8 samples are corrupted, in seven ways as far as they fit the data. Printed is how many of the corrupted samples are named, and how many innocent ones for 32 samples:
+Six trainings with AdamW and batches of 32: an MLP and a CNN on digits, an autoencoder, a byte GRU, a byte Transformer,
+and the MLP again with its batch as a nested dict. Of one batch 1, 3 or 8 samples are corrupted, in seven ways as far as
+they fit the data. Printed is how many of the corrupted samples are named, and how many innocent ones for 32 samples:
 
-* "finding": what the finding `suspect_samples` of the episode names, in runs of the whole suite in which an episode was seen at the struck batch;
+* "finding": what the finding `suspect_samples` of the episode names, in runs of the whole suite in which an episode was
+  seen at the struck batch;
 * "direct": what the same naming says of the struck batch, whether or not there was an episode;
 * the row "nothing": of a batch that nothing was done to, for each training.
 
-Corrupted samples that are like the others' can have no name: a wrong label early in a training, where healthy losses are as high.
+Corrupted samples that are like the others' can have no name: a wrong label early in a training, where healthy losses
+are as high.
 """
 
 import argparse
@@ -54,7 +58,8 @@ NESTED: Final = "nested"
 NOTHING: Final = "nothing"
 
 
-# -- what is put in ------------------------------------------------------------------------------------------------------
+# -- what is put in
+# ------------------------------------------------------------------------------------------------------
 
 
 def _scaled(value: Tensor, _: torch.Generator) -> Tensor:
@@ -217,7 +222,8 @@ class Corrupts(Fault):
         return self.case.corrupt(batch)
 
 
-# -- the trainings -------------------------------------------------------------------------------------------------------
+# -- the trainings
+# -------------------------------------------------------------------------------------------------------
 
 
 class NestedTask(Task):
@@ -301,7 +307,8 @@ def _train(net: str, seed: int, steps: int, callbacks: Sequence[Callback]) -> Tr
     return TrainerStateStore.of(trainer)
 
 
-# -- all of them ---------------------------------------------------------------------------------------------------------
+# -- all of them
+# ---------------------------------------------------------------------------------------------------------
 
 
 def table(outcomes: Sequence[Outcome]) -> Table:

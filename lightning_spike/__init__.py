@@ -4,9 +4,11 @@ One training step, as the suite sees it; every step of the way is a file of that
 
 ```
 on_train_batch_start      the batch: sample ids, random state, a reference into the ring        signals/batch
-on_before_optimizer_step  gradients as they are (synced, unscaled, unclipped), the LR in use     signals/gradients, learning_rate
-on_train_batch_end        the loss; the row starts its way to the host, and the rows that        signals/loss, record/recorder
-                          have arrived are stored and judged; whoever acts, acts here            store, detectors, actions, lab
+on_before_optimizer_step  gradients as they are (synced, unscaled, unclipped), the LR in use     signals/gradients,
+learning_rate on_train_batch_end        the loss; the row starts its way to the host, and the rows that
+signals/loss, record/recorder
+                          have arrived are stored and judged; whoever acts, acts here            store, detectors,
+                          actions, lab
 on_validation_end         the validation loss                                                    detectors/overfit
 on_fit_end, on_exception  rank the causes, render, write                                         diagnosis, report
 ```

@@ -1,4 +1,7 @@
-"""Checks of what a user hands to a constructor: each returns the value, or says what was expected, what was given and what to do."""
+"""Checks of what a user hands to a constructor.
+
+Each returns the value, or says what was expected, what was given and what to do.
+"""
 
 import math
 from pathlib import Path

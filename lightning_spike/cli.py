@@ -39,11 +39,12 @@ _DESCRIPTION: Final = "Lightning callbacks that catch a loss spike and say what 
 class SpikeCLI(LightningCLI):
     """A LightningCLI that has the whole suite built in.
 
-    Each callback's settings stand under its own key (`grad_norm_monitor`, `overfit_watcher`, …), and the options of `suite()` under
-    `spike`, in the YAML and on the command line. `spike.rollback: true` adds `anomaly_rollback`, `spike.replay: false` leaves
-    `counterfactual_replay` out; otherwise the settings of these two say only how, not whether. `spike.early_stop: true` sets `stop` and `restore_best` of
-    `overfit_watcher`, and `spike.dirpath` is the folder of every callback that is given none of its own. A callback under
-    `trainer.callbacks` takes the place of the suite's one of its class, settings and all.
+    Each callback's settings stand under its own key (`grad_norm_monitor`, `overfit_watcher`, …), and the options of
+    `suite()` under `spike`, in the YAML and on the command line. `spike.rollback: true` adds `anomaly_rollback`,
+    `spike.replay: false` leaves `counterfactual_replay` out; otherwise the settings of these two say only how, not
+    whether. `spike.early_stop: true` sets `stop` and `restore_best` of `overfit_watcher`, and `spike.dirpath` is the
+    folder of every callback that is given none of its own. A callback under `trainer.callbacks` takes the place of the
+    suite's one of its class, settings and all.
 
     Takes the arguments of `LightningCLI`.
 
@@ -115,8 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What stands behind the command; by default that of this process.
 
     Returns:
-        The exit status: 0 where all went well, 1 where a demo's report does not put the right cause first, a package is missing, a report cannot be read, or no
-        scene could be run again, 2 where there is nothing to replay or the config is not that of the run.
+        The exit status: 0 where all went well, 1 where a demo's report does not put the right cause first, a package is
+        missing, a report cannot be read, or no scene could be run again, 2 where there is nothing to replay or the
+        config is not that of the run.
 
     Raises:
         SystemExit: With status 2, for arguments that are none.

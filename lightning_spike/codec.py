@@ -1,7 +1,9 @@
 """Frozen records to plain data and back: the one way in which records reach a file.
 
-`to_plain` makes dicts, lists, strings and numbers of a record; `from_plain` makes the record again by the types of its fields. Fields that a file lacks take their
-defaults and keys that a record lacks are passed over, so files of older and newer versions are read alike. Nothing in a file names a class: only the given type is built.
+`to_plain` makes dicts, lists, strings and numbers of a record; `from_plain` makes the record again by the types of its
+fields. Fields that a file lacks take their
+defaults and keys that a record lacks are passed over, so files of older and newer versions are read alike. Nothing in a
+file names a class: only the given type is built.
 """
 
 import dataclasses

@@ -2,12 +2,12 @@
 
 ```
 SpikeError
-├── ConfigurationError(ValueError)   an argument or a combination of callbacks makes no sense; raised at construction or in `setup`
-├── MissingExtraError(ImportError)   an optional package is needed for what was asked
-└── UnreadableReportError            a report.json that is not ours, or of another schema
-```
+├── ConfigurationError(ValueError)   an argument or a combination of callbacks makes no sense; raised at construction or
+in `setup` ├── MissingExtraError(ImportError)   an optional package is needed for what was asked └──
+UnreadableReportError            a report.json that is not ours, or of another schema ```
 
-Nothing here is raised from inside a running training: there an error of ours switches the part off and is named in the report.
+Nothing here is raised from inside a running training: there an error of ours switches the part off and is named in the
+report.
 """
 
 
@@ -48,7 +48,9 @@ class UnreadableReportError(SpikeError):
 
 
 class CannotReplay(SpikeError):  # noqa: N818 - it is an answer more than an error: who asks turns it into a finding
-    """The moment cannot be run again in a way that leaves no trace, or not with the same numbers; the message says why, for a person.
+    """The moment cannot be run again in a way that leaves no trace, or not with the same numbers.
+
+    The message says why, for a person.
 
     Raised inside the lab only. Callers turn it into a finding of kind "not_run"; it never reaches the training.
     """

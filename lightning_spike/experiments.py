@@ -1,9 +1,11 @@
 """What the lab measured about one episode: frozen records of plain numbers, no torch, no sentence and no judgement.
 
-The lab fills one `Experiments` for each examined episode; the store keeps it, report.json holds it (`codec`), and `diagnosis` reads it: what a number means
-is decided in `diagnosis.judgement`, how it is said in `diagnosis.sentences`. So a report can be ranked again by a later version.
+The lab fills one `Experiments` for each examined episode; the store keeps it, report.json holds it (`codec`), and
+`diagnosis` reads it: what a number means is decided in `diagnosis.judgement`, how it is said in `diagnosis.sentences`.
+So a report can be ranked again by a later version.
 
-A loss difference is a difference of log losses where all losses are positive, else of the losses themselves ("loss units" below).
+A loss difference is a difference of log losses where all losses are positive, else of the losses themselves ("loss
+units" below).
 """
 
 import dataclasses
@@ -43,20 +45,22 @@ class Replay:
 class Split:
     """Old and new weights, each on the batch in question and on control batches: what of the jump is due to which.
 
-    The four means are Y00 (controls, old weights), Y01 (batch, old), Y10 (controls, new) and Y11 (batch, new); "old" are the snapshot's weights, "new" those at
-    the onset. All effects are in loss units.
+    The four means are Y00 (controls, old weights), Y01 (batch, old), Y10 (controls, new) and Y11 (batch, new); "old"
+    are the snapshot's weights, "new" those at the onset. All effects are in loss units.
     """
 
     jump: float
     """Y11 - Y00, plus `computation_effect`."""
     data_effect: float
-    """Y01 - Y00, less two standard deviations of the batches (the batch was selected for its high loss: winner's curse), at least 0."""
+    """Y01 - Y00, less two standard deviations of the batches (the batch was selected for its high loss: winner's
+    curse), at least 0."""
     weights_effect: float
     """Y10 - Y00."""
     interaction_effect: float
     """What only both together make: the rest of the jump, selection not corrected."""
     computation_effect: float
-    """Rise of the controls under the old weights over the losses that the training recorded for them: the same inputs give a higher loss now."""
+    """Rise of the controls under the old weights over the losses that the training recorded for them: the same inputs
+    give a higher loss now."""
     weights_error: float
     """Standard error of `weights_effect`, from control batch to control batch."""
     excess: float
@@ -115,11 +119,13 @@ class FirstNonFinite:
     """Where the first NaN or Inf appears when the batch is run."""
 
     phase: Phase
-    """`"loss"`: outside all modules that have parameters or pass activations on, after the last of them, or in a loss module."""
+    """`"loss"`: outside all modules that have parameters or pass activations on, after the last of them, or in a loss
+    module."""
     module: str | None
     """Name of the submodule, `""` for the LightningModule itself; `None` for the input, or where it is not known."""
     operation: str | None
-    """As torch calls it: `"log"`, `"_softmax"`, in the backward pass `"SqrtBackward0"`; for the input the path of the leaf."""
+    """As torch calls it: `"log"`, `"_softmax"`, in the backward pass `"SqrtBackward0"`; for the input the path of the
+    leaf."""
     count: int | None = None
     """Values of the input that are not finite; `None` for another phase."""
     with_healthy_weights: bool = True
@@ -130,11 +136,15 @@ class FirstNonFinite:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepSize:
-    """Updates against the first-order promise of their gradients (science.md 2.3): does each step do what its gradient says?"""
+    """Updates against the first-order promise of their gradients (science.md 2.3).
+
+    Does each step do what its gradient says?
+    """
 
     rho: float
-    """Median over the updates of the change of the batch's own loss over `g . u`, the promised change: 1 for a step that is short against the curvature, below 0
-    for one that overshot so far that the loss rose. NaN where no gradient promised anything."""
+    """Median over the updates of the change of the batch's own loss over `g . u`, the promised change: 1 for a step
+    that is short against the curvature, below 0 for one that overshot so far that the loss rose. NaN where no gradient
+    promised anything."""
     worsened: float
     """Share of the updates after which their own batch's loss was higher than before."""
     against: float
@@ -143,7 +153,8 @@ class StepSize:
     """Share of the updates that went down the gradient of their own batch and so far that its loss rose."""
     updates: int
     source: Literal["replay", "present", "earlier"] = "replay"
-    """Where the updates are from: the replay up to the onset, the newest batches repeated on the present weights, or such a test before the episode."""
+    """Where the updates are from: the replay up to the onset, the newest batches repeated on the present weights, or
+    such a test before the episode."""
     at_step: int | None = None
     """`global_step` at which an earlier test was made; `None` for the other sources."""
 
@@ -178,7 +189,8 @@ class FactorShare:
     """The share of one factor in the damage of an update."""
 
     factor: str
-    """`"batch"`, `"samples"`, `"learning_rate"`, `"clipping"`, `"optimizer_state"`, `"momentum"`, `"second_moments"`, `"epsilon"` or `"precision"`."""
+    """`"batch"`, `"samples"`, `"learning_rate"`, `"clipping"`, `"optimizer_state"`, `"momentum"`, `"second_moments"`,
+    `"epsilon"` or `"precision"`."""
     group: str
     """`"data"`, `"learning_rate"`, `"clipping"`, `"optimizer"` or `"numerics"`."""
     share: float
@@ -189,7 +201,10 @@ class FactorShare:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Attribution:
-    """The damage of an update, or of a few in a row, shared out among the factors that were not at their baseline; shares and `intrinsic` add up to 1."""
+    """The damage of an update, or of a few in a row, shared out among the factors that were not at their baseline.
+
+    Shares and `intrinsic` add up to 1.
+    """
 
     ordinal: int
     """The batch that closed the first of the updates."""
@@ -211,7 +226,10 @@ class Attribution:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Remedy:
-    """One safer setting at the damaging update, and how much of the damage it takes away. A remedy is no evidence of the cause."""
+    """One safer setting at the damaging update, and how much of the damage it takes away.
+
+    A remedy is no evidence of the cause.
+    """
 
     remedy: RemedyName
     value: float | None
@@ -228,12 +246,14 @@ class TensorDifference:
     """The module's name for it, or `"<place of the parameter>.<state>"` for an optimizer's."""
     kind: WriteKind
     relative: float
-    """L2 norm of the difference over that of the replayed tensor; infinite where that is 0 or something is not finite."""
+    """L2 norm of the difference over that of the replayed tensor; infinite where that is 0 or something is not
+    finite."""
     elements: int
     changed: int
     """Elements that differ by more than rounding."""
     powers_of_two: int
-    """Changed elements that are a power of two times what they were: what a flipped bit of the exponent or the sign does."""
+    """Changed elements that are a power of two times what they were: what a flipped bit of the exponent or the sign
+    does."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,19 +268,24 @@ class OutsideWrite:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class OutsideChange:
-    """Something that the replay does not carry made the loss jump: the replay gives a healthy loss where the training did not."""
+    """Something that the replay does not carry made the loss jump.
+
+    The replay gives a healthy loss where the training did not.
+    """
 
     ordinal: int | None
     """First batch whose loss differs."""
     step: int | None
     kind: ChangeKind | None
-    """What was changed, as far as the experiment found it; `"result"`: weights, batch and random state were the same and the result differs."""
+    """What was changed, as far as the experiment found it; `"result"`: weights, batch and random state were the same
+    and the result differs."""
     writes: tuple[OutsideWrite, ...] = ()
     """Writes that were seen just before."""
     different: tuple[TensorDifference, ...] = ()
     """Tensors that differ, the most different first; at most eight."""
     eval_modules: tuple[str, ...] | None = None
-    """For `"modes"`: the outermost modules in eval mode from the change on, `("",)` for the whole module; `None` for another kind."""
+    """For `"modes"`: the outermost modules in eval mode from the change on, `("",)` for the whole module; `None` for
+    another kind."""
     loss_with_change: float | None = None
     """Loss of the batch in a replay with nothing but this change put in."""
     repaired: float | None = None
@@ -343,7 +368,8 @@ class UpdateMeasurement:
     tensor: str | None
     """The parameter with the largest `rms`."""
     rms: float | None
-    """sqrt(mean(g^2 / max(v, eps^2))) of that parameter, with the second moment v from *before* the update (bias-corrected; Wortsman et al. 2023)."""
+    """sqrt(mean(g^2 / max(v, eps^2))) of that parameter, with the second moment v from *before* the update
+    (bias-corrected; Wortsman et al. 2023)."""
     rms_usual: float | None
     """The median of the same parameter's in the updates before."""
     cosine: float | None
@@ -360,8 +386,8 @@ class UpdateMeasurement:
     rho: float | None
     """Measured change of the loss of the update's own batches over `promised`."""
     slope: float | None
-    """Measured over promised change for a step down the update's own gradient too short to overshoot: 1 for a true gradient, below 0 for one that points up its own
-    loss. Measured in float32, where `rho` is below 0.5."""
+    """Measured over promised change for a step down the update's own gradient too short to overshoot: 1 for a true
+    gradient, below 0 for one that points up its own loss. Measured in float32, where `rho` is below 0.5."""
     slope_usual: float | None
     """The same for the earliest update of the replay, where `slope` is below 0."""
     against: float | None

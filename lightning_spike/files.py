@@ -31,8 +31,8 @@ def write_whole(path: Path, content: str | bytes) -> Path:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A handle to write to, whose content appears under `path` when the block ends well, and never where it raises.
 
-    The bytes go to a hidden file in the same folder (a rename is atomic only inside one file system), are synced to the disk, and then renamed. A
-    process that is killed on the way leaves only that hidden file (`.<name>.<random>.tmp`).
+    The bytes go to a hidden file in the same folder (a rename is atomic only inside one file system), are synced to the
+    disk, and then renamed. A process that is killed on the way leaves only that hidden file (`.<name>.<random>.tmp`).
 
     Raises:
         OSError: It could not be written; what was there before is untouched.
@@ -55,8 +55,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """An empty folder to write into, which appears under `path` when the block ends well, and never where it raises.
 
-    A folder already at `path` is replaced as a whole: moved aside, and removed once the new one stands in its place, so that a reader finds the old one, the
-    new one or none, never a mixture. The files in it are synced to the disk here.
+    A folder already at `path` is replaced as a whole: moved aside, and removed once the new one stands in its place, so
+    that a reader finds the old one, the new one or none, never a mixture. The files in it are synced to the disk here.
 
     Raises:
         OSError: It could not be written.

@@ -1,7 +1,8 @@
 """What one part hands to the next: frozen records of plain numbers and strings, no torch, no Lightning.
 
-In the order in which they come to be: a training batch becomes a `StepRow`, a validation a `ValidationPoint`; detectors turn
-rows into `Episode`s and `Finding`s; actions leave an `Action`; the diagnosis ranks `Verdict`s, each with its `Evidence`.
+In the order in which they come to be: a training batch becomes a `StepRow`, a validation a `ValidationPoint`; detectors
+turn rows into `Episode`s and `Finding`s; actions leave an `Action`; the diagnosis ranks `Verdict`s, each with its
+`Evidence`.
 """
 
 import dataclasses
@@ -86,8 +87,8 @@ class Moment:
 class StepRow:
     """One training batch, as numbers.
 
-    `values` maps signal names (see `lightning_spike.signals`) to floats; a signal that this batch did not have is absent, one
-    that was not finite is there as NaN or ±Inf.
+    `values` maps signal names (see `lightning_spike.signals`) to floats; a signal that this batch did not have is
+    absent, one that was not finite is there as NaN or ±Inf.
     """
 
     at: Moment
@@ -215,7 +216,8 @@ class OptimizerFacts:
     """Lightning's name for it, as in `lr-<name>`: `"AdamW"`, `"SGD-1"` for the second SGD."""
     class_name: str
     groups: tuple[Mapping[str, Any], ...] = ()
-    """Per parameter group the hyperparameters that are numbers, booleans or tuples of numbers, as at the start: lr, betas, eps, momentum, …"""
+    """Per parameter group the hyperparameters that are numbers, booleans or tuples of numbers, as at the start: lr,
+    betas, eps, momentum, …"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,7 +247,8 @@ class RunFacts:
     gradient_clip_algorithm: str | None = None
     """`"norm"` or `"value"`; `None` where Lightning does not clip."""
     clips_by_hand: bool = False
-    """The module overrides `configure_gradient_clipping` or optimises by hand: what is clipped is measured, not known."""
+    """The module overrides `configure_gradient_clipping` or optimises by hand: what is clipped is measured, not
+    known."""
     automatic_optimization: bool = True
     optimizers: tuple[OptimizerFacts, ...] = ()
     schedulers: tuple[SchedulerFacts, ...] = ()
@@ -287,14 +290,18 @@ class Change:
     | `warmup_steps` | updates over which the rate should rise to its peak |
     | `schedule` | the rate that the schedule should have had; `None` where only the event must go |
     | `gradient_clip_val` | norm to clip at |
-    | `drop_samples` | dataset indices to leave out; `None` where they are not known and the batch itself is to be left out |
-    | `shuffle`, `input_limit`, `sample_weight_limit`, `normalisation` | what to do to the data, with its limit where it is a number |
+    | `drop_samples` | dataset indices to leave out; `None` where they are not known and the batch itself is to be left
+    out |
+    | `shuffle`, `input_limit`, `sample_weight_limit`, `normalisation` | what to do to the data, with its limit where it
+    is a number |
     | `betas`, `eps`, `momentum`, `weight_decay` | of the optimizer; for `betas` the second of the two |
     | `optimizer_state` | the step of the last healthy snapshot to take it back from, `None` for a fresh start |
-    | `initialization`, `activation`, `normalization_layer`, `operation` | in the model: the module or operation to change |
+    | `initialization`, `activation`, `normalization_layer`, `operation` | in the model: the module or operation to
+    change |
     | `loss_scale` | the scale to begin with, `precision` | the precision to train in |
     | `max_steps` | the step to stop at |
-    | `code` | the place in the user's own code: `zero_grad`, `train_mode`, `parameters`, `weights`, `all_reduce`, `resume` … |
+    | `code` | the place in the user's own code: `zero_grad`, `train_mode`, `parameters`, `weights`, `all_reduce`,
+    `resume` … |
     | `hardware` | the device to check |
     """
 

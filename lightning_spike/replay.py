@@ -53,7 +53,8 @@ QUIET: Final = {
     "use_distributed_sampler": False,
     "max_time": None,
 }
-"""Settings of the trainer that have no part in a replay: it draws no data, writes nothing, and the callbacks of the run are not run again."""
+"""Settings of the trainer that have no part in a replay: it draws no data, writes nothing, and the callbacks of the run
+are not run again."""
 TOLD: Final = ("torch", "lightning", "lightning-spike")
 """Packages whose version may change what comes out."""
 
@@ -116,7 +117,8 @@ def cannot_make(what: str, said: object) -> ConfigurationError:
     )
 
 
-# -- the module, as the run had it ---------------------------------------------------------------------------------------
+# -- the module, as the run had it
+# ---------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +132,9 @@ class Makers:
 
     @classmethod
     def of(cls, scene: Path, configs: Sequence[Path]) -> "Makers":
-        """Those of the run that a scene is of; its classes are looked for in the working directory and beside the script that was run.
+        """Those of the run that a scene is of.
+
+        Its classes are looked for in the working directory and beside the script that was run.
 
         Raises:
             CannotReplay: A class cannot be imported.
@@ -192,7 +196,8 @@ def _nothing_trains() -> Iterator[None]:
             setattr(kind, name, original)
 
 
-# -- the training that ends before its first batch -----------------------------------------------------------------------
+# -- the training that ends before its first batch
+# -----------------------------------------------------------------------
 
 
 class _Examined(Exception):  # noqa: N818 - no error: the way out of a fit that has done what it was for
@@ -260,7 +265,8 @@ def _replayed(place: Path, trainer: Trainer, module: LightningModule) -> Replaye
 class ReplayingCLI(LightningCLI):
     """A LightningCLI that makes module, data module and trainer from a run's config, and examines scenes in place of training.
 
-    Mixed into the run's own kind of CLI. No logger, no callbacks, no checkpoints; the data module is set up, and no data are drawn from it.
+    Mixed into the run's own kind of CLI. No logger, no callbacks, no checkpoints; the data module is set up, and no
+    data are drawn from it.
 
     Args:
         args: As of the CLI that it is mixed into.

@@ -1,7 +1,7 @@
 """Robust statistics over the recent past of one series: plain Python, JSON-able state, a few microseconds per value.
 
-Everything here takes finite floats; whoever calls keeps NaN and Inf out. `SortedWindow` is the workhorse: a ring of the last
-values beside the same values in order, so that any quantile is one look-up and an insertion is one `bisect`.
+Everything here takes finite floats; whoever calls keeps NaN and Inf out. `SortedWindow` is the workhorse: a ring of the
+last values beside the same values in order, so that any quantile is one look-up and an insertion is one `bisect`.
 """
 
 import math
@@ -42,7 +42,10 @@ def mad(values: Sequence[float]) -> float:
 
 
 def median_error(values: Sequence[float]) -> float:
-    """Standard error of the median of at least one value, for noise that is normal about it: sqrt(pi / 2) times that of the mean, with the spread taken from the `mad`."""
+    """Standard error of the median of at least one value, for noise that is normal about it.
+
+    Sqrt(pi / 2) times that of the mean, with the spread taken from the `mad`.
+    """
     return 1.2533 * MAD_TO_SIGMA * mad(values) / math.sqrt(len(values))
 
 
@@ -115,8 +118,9 @@ class SortedWindow:
 class LazyWindow:
     """The last `size` values, put in order only when they are asked for.
 
-    For windows that are read once in many pushes: a push stores, and the sort that follows finds nearly all in order already. What
-    was pushed since the last look at `ordered` is kept beside the last `size` values, so look now and then.
+    For windows that are read once in many pushes: a push stores, and the sort that follows finds nearly all in order
+    already. What was pushed since the last look at `ordered` is kept beside the last `size` values, so look now and
+    then.
     """
 
     __slots__ = ("_ordered", "_settled", "_values", "size")
@@ -170,7 +174,10 @@ class LazyWindow:
 
 
 class Cusum:
-    """One-sided cumulative sum `S = max(0, S + min(z, clip) - slack)`: adds up small evidence for a rise (Page 1954)."""
+    """One-sided cumulative sum `S = max(0, S + min(z, clip) - slack)`.
+
+    Adds up small evidence for a rise (Page 1954).
+    """
 
     def __init__(self, *, slack: float, clip: float) -> None:
         """Start at zero.

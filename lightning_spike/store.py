@@ -1,7 +1,8 @@
 """What all parts of the suite share about one run: `TrainerStateStore`, and the bounded series inside it.
 
-The store only remembers. Three verbs write (`append`, `note`, `replace_episode`), everything else reads. It knows neither torch nor Lightning, so that
-diagnosis and report can be run, and tested, without a trainer; the only thing it asks of a trainer is to carry it (`of`).
+The store only remembers. Three verbs write (`append`, `note`, `replace_episode`), everything else reads. It knows
+neither torch nor Lightning, so that diagnosis and report can be run, and tested, without a trainer; the only thing it
+asks of a trainer is to carry it (`of`).
 """
 
 import itertools
@@ -42,10 +43,13 @@ T = TypeVar("T")
 
 
 class History:
-    """Scalar series over the run, one row a batch: recent rows in full, older ones thinned, marked stretches kept whole.
+    """Scalar series over the run, one row a batch.
 
-    A row is kept as it came; when `capacity` rows are reached, the unmarked rows of the older half are thinned to every 2nd, 4th,
-    8th … one. So the memory is bounded for a run of any length, and what is left of the far past is evenly spaced.
+    Recent rows in full, older ones thinned, marked stretches kept whole.
+
+    A row is kept as it came; when `capacity` rows are reached, the unmarked rows of the older half are thinned to every
+    2nd, 4th, 8th … one. So the memory is bounded for a run of any length, and what is left of the far past is evenly
+    spaced.
 
     Args:
         capacity: Rows at which thinning sets in, at least 64.
@@ -145,7 +149,10 @@ class History:
         return Moment(ordinal=ordinal, step=step, epoch=epoch, batch_idx=batch_idx)
 
     def _thin(self) -> None:
-        """Thin the older half to a quarter of the capacity: to every 2nd, 4th, 8th … ordinal, whichever first is few enough."""
+        """Thin the older half to a quarter of the capacity.
+
+        To every 2nd, 4th, 8th … ordinal, whichever first is few enough.
+        """
         half, stride = self._size // 2, 2
         marked = self._is_marked()[:half]
         if (
@@ -175,7 +182,8 @@ class History:
 class TrainerStateStore:
     """The state of one run that all callbacks of the suite share; made anew for every `fit`.
 
-    Get it with `TrainerStateStore.of(trainer)` from anywhere a trainer is at hand, e.g. to read the recorded series in a callback
+    Get it with `TrainerStateStore.of(trainer)` from anywhere a trainer is at hand, e.g. to read the recorded series in
+    a callback
     of your own. Everything in it is host memory and plain numbers: reading never touches the device and never blocks.
     """
 

@@ -15,7 +15,10 @@ settings.load_profile("ci" if os.environ.get("CI") else "developer")
 
 @pytest.fixture(autouse=True)
 def swallowed_warnings(monkeypatch):
-    """Warnings of ours never raise, so an unexpected one would pass unseen; here it fails the test. `pytest.warns` takes the expected ones first."""
+    """Warnings of ours never raise, so an unexpected one would pass unseen; here it fails the test.
+
+    `pytest.warns` takes the expected ones first.
+    """
     swallowed = []
     original = warn_module.rank_zero_warn
 

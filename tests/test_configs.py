@@ -1,4 +1,7 @@
-"""Every YAML in `configs/` trains, for real, with the command line that its first lines name; and none has fallen behind the code."""
+"""Every YAML in `configs/` trains, for real, with the command line that its first lines name.
+
+And none has fallen behind the code.
+"""
 
 import inspect
 import json

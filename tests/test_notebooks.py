@@ -1,4 +1,7 @@
-"""Every notebook is committed with its outputs and runs from top to bottom; what it prints of causes is what is committed."""
+"""Every notebook is committed with its outputs and runs from top to bottom.
+
+What it prints of causes is what is committed.
+"""
 
 import re
 from pathlib import Path

@@ -41,7 +41,10 @@ def test_only_languages_that_are_run_or_are_output():
 
 @pytest.mark.slow
 def test_the_python_blocks_run_and_find_what_the_readme_says(tmp_path):
-    """In a process of its own, on one thread, with the package as installed; the report that is shown is the one that comes out."""
+    """In a process of its own, on one thread, with the package as installed.
+
+    The report that is shown is the one that comes out.
+    """
     script = "\n".join(blocks("python"))
     (tmp_path / "readme.py").write_text(script)
     done = subprocess.run(

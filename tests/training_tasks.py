@@ -1,4 +1,7 @@
-"""Small real trainings that many tests share: digits from scikit-learn, written as a user would write them, with nothing of ours in them."""
+"""Small real trainings that many tests share.
+
+Digits from scikit-learn, written as a user would write them, with nothing of ours in them.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +22,10 @@ def digits(count: int = 512) -> TensorDataset:
 
 
 def spoilt_digits(count: int = 1024) -> TensorDataset:
-    """The digits with one image blown up: once an epoch its batch is extreme, so episodes, dumps and replays really happen."""
+    """The digits with one image blown up.
+
+    Once an epoch its batch is extreme, so episodes, dumps and replays really happen.
+    """
     dataset = digits(count)
     dataset.tensors[0][200] *= 500
     return dataset
@@ -130,7 +136,10 @@ def train(
     validate: bool = False,
     **trainer: Any,
 ) -> Trainer:
-    """Train as a user would, on one core; what the tests are not about (logger, bar, checkpoints) is off unless asked for."""
+    """Train as a user would, on one core.
+
+    What the tests are not about (logger, bar, checkpoints) is off unless asked for.
+    """
     dataset = dataset or digits()
     options = {
         "max_epochs": 2,
@@ -151,7 +160,10 @@ def train(
 
 
 def build(task: str, seed: int = 0) -> tuple[LightningModule, dict[str, Any]]:
-    """A task's module with weights from `seed`, and its Trainer arguments; the global generators stand at `seed` afterwards."""
+    """A task's module with weights from `seed`, and its Trainer arguments.
+
+    The global generators stand at `seed` afterwards.
+    """
     seed_everything(seed, verbose=False)
     make, options = TASKS[task]
     module = make()

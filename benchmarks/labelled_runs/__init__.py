@@ -1,1 +1,4 @@
-"""Labelled trainings: tasks, faults put into them, what was recorded, and how the diagnosis of it is judged and fitted."""
+"""Labelled trainings.
+
+Tasks, faults put into them, what was recorded, and how the diagnosis of it is judged and fitted.
+"""

@@ -1,7 +1,8 @@
 """Fits what each level weighs, and the numbers between weights and probabilities, on labelled runs.
 
-The model is the package's own (`lightning_spike.diagnosis.weigh`), by penalised maximum likelihood: every weight is its hand-set value times a factor whose logarithm has a normal prior about 0, so that
-a fitted weight keeps its sign and is shrunk towards the hand-set one; temper, offsets and the share of "unexplained" have normal priors as well.
+The model is the package's own (`lightning_spike.diagnosis.weigh`), by penalised maximum likelihood: every weight is its
+hand-set value times a factor whose logarithm has a normal prior about 0, so that a fitted weight keeps its sign and is
+shrunk towards the hand-set one; temper, offsets and the share of "unexplained" have normal priors as well.
 """
 
 import dataclasses
@@ -29,9 +30,11 @@ Key = tuple[str, str, str]
 CAUSES: Final = tuple(sorted(cause.id for cause in catalogue()))
 PLACES: Final[Mapping[str, int]] = MappingProxyType({name: k for k, name in enumerate(CAUSES)})
 WEIGHT_SPREAD: Final = 0.25
-"""Standard deviation of the log factor on a hand-set weight: two in three stay within 22 to 28 % of it; engineering choice."""
+"""Standard deviation of the log factor on a hand-set weight: two in three stay within 22 to 28 % of it; engineering
+choice."""
 OFFSET_SPREAD: Final = 0.4
-"""Standard deviation of the normal prior on the offsets: a few runs of a cause shall not move it far; engineering choice."""
+"""Standard deviation of the normal prior on the offsets: a few runs of a cause shall not move it far; engineering
+choice."""
 TEMPER_SPREAD: Final = 0.5
 """… and of that on the log of the temper, about `PRIOR_TEMPER` (science.md 3.2: 0.5 to 0.7)."""
 PRIOR_TEMPER: Final = 0.6
@@ -64,7 +67,9 @@ def example(found: RecordedRun) -> Example | None:
     examined = examine_all(view, catalogue(), _by_hand(), [])
     return Example(
         evidence=tuple(
-            (PLACES[e.cause.id], _key(e.cause.id, item.observation, item.level)) for e in examined for item in e.evidence
+            (PLACES[e.cause.id], _key(e.cause.id, item.observation, item.level))
+            for e in examined
+            for item in e.evidence
         ),
         applies=frozenset(PLACES[e.cause.id] for e in examined),
         label=PLACES.get(label, len(CAUSES)),
@@ -103,7 +108,10 @@ def fit(examples: Sequence[Example | None]) -> Weights:
 
 
 def as_file(weights: Weights, *, made_by: str, runs: int) -> str:
-    """The content of `weights.json`: one line for each observer of a cause, each level with its hand-set and its fitted weight."""
+    """The content of `weights.json`.
+
+    One line for each observer of a cause, each level with its hand-set and its fitted weight.
+    """
     by_hand = _by_hand().table
     lines = [
         "{",

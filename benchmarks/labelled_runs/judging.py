@@ -40,7 +40,8 @@ class Judged:
 
     cell: Cell
     harmed: bool
-    """Its loss is clearly worse than that of its clean twin, of overfitting its validation loss than its own best: a judgement by the losses alone, none of ours."""
+    """Its loss is clearly worse than that of its clean twin, of overfitting its validation loss than its own best: a
+    judgement by the losses alone, none of ours."""
     ranked: tuple[tuple[str, float], ...]
     """Causes with their probabilities, first first; "unexplained" among them with what is left."""
     confirmed: bool | None
@@ -49,7 +50,8 @@ class Judged:
     overfits: bool
     """It overfits by its own validation curve."""
     onset_error: int | None
-    """Batches between the first batch whose loss the fault can touch and the nearest onset of a spike; `None` without one."""
+    """Batches between the first batch whose loss the fault can touch and the nearest onset of a spike; `None` without
+    one."""
     first_fix: str | None
 
     @property
@@ -121,7 +123,8 @@ def _losses(store: TrainerStateStore) -> npt.NDArray[np.float64]:
 def harmed(cell: Cell, store: TrainerStateStore, twin: TrainerStateStore | None, *, steps: int | None = None) -> bool:
     """Whether the loss of a run is clearly worse than that of its clean twin; `steps` where it was stopped before its time.
 
-    Of overfitting the validation loss tells: that few batches have another training loss than many is no harm. A resumed run counts its batches from the resume on; its data go on as those of the twin.
+    Of overfitting the validation loss tells: that few batches have another training loss than many is no harm. A
+    resumed run counts its batches from the resume on; its data go on as those of the twin.
     """
     if cell.sort == "clean" or twin is None:
         return False
@@ -139,7 +142,11 @@ def harmed(cell: Cell, store: TrainerStateStore, twin: TrainerStateStore | None,
 
 
 def overfits(store: TrainerStateStore | None) -> bool:
-    """Whether a run overfits by its own validations: their last quarter lies `TURNED` times above the lowest mean of three in a row. A judgement by the curve alone, none of ours."""
+    """Whether a run overfits by its own validations.
+
+    Their last quarter lies `TURNED` times above the lowest mean of three in a row. A judgement by the curve alone, none
+    of ours.
+    """
     values = [] if store is None else [point.value for point in store.validations]
     if len(values) < 4 * SMOOTH:
         return False
@@ -170,7 +177,10 @@ def _thumb(store: TrainerStateStore) -> str:
 
 
 def calibration_error(said: Iterable[tuple[float, bool]], bins: int = 10) -> float:
-    """Expected calibration error: by bins of equal width, the distance of mean probability and share right, weighed by size (Guo et al. 2017)."""
+    """Expected calibration error.
+
+    By bins of equal width, the distance of mean probability and share right, weighed by size (Guo et al. 2017).
+    """
     known = sorted(said)
     total = len(known)
     error = 0.0

@@ -1,4 +1,7 @@
-"""One labelled run of the diagnosis benchmark: a task, a fault, the whole suite; what it recorded is kept on disk, so that ranking can be done again in no time."""
+"""One labelled run of the diagnosis benchmark.
+
+A task, a fault, the whole suite; what it recorded is kept on disk, so that ranking can be done again in no time.
+"""
 
 import contextlib
 import copyreg
@@ -60,7 +63,8 @@ BY_NAME: Final[Mapping[str, type[Fault]]] = {kind.__name__: kind for kind in (*F
 """Every fault of the package and of others."""
 
 
-# -- what is run ---------------------------------------------------------------------------------------------------------
+# -- what is run
+# ---------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +194,8 @@ def faults_of(cell: Cell) -> list[Fault]:
     return []
 
 
-# -- one run -------------------------------------------------------------------------------------------------------------
+# -- one run
+# -------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

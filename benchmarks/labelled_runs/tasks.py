@@ -1,6 +1,10 @@
-"""The trainings of the diagnosis benchmark: images, text, a table, sequences, batches that nest, patches of photographs, the origins of source text, colours, and tags; real data that other packages bundle.
+"""The trainings of the diagnosis benchmark.
 
-The causes were written with the first seven before their authors' eyes; "colours" and "tags" were added when they stood, so that there are two tasks that nobody had looked at.
+Images, text, a table, sequences, batches that nest, patches of photographs, the origins of source text, colours, and
+tags; real data that other packages bundle.
+
+The causes were written with the first seven before their authors' eyes; "colours" and "tags" were added when they
+stood, so that there are two tasks that nobody had looked at.
 """
 
 import argparse
@@ -142,13 +146,17 @@ def patch_net() -> nn.Module:
 
 
 def table_net() -> nn.Module:
-    """Two hidden layers for the thirty measurements; with dropout, for without it 2,000 steps overfit, and a clean twin must not."""
+    """Two hidden layers for the thirty measurements.
+
+    With dropout, for without it 2,000 steps overfit, and a clean twin must not.
+    """
     return nn.Sequential(
         nn.Linear(30, 24), nn.ReLU(), nn.Dropout(0.3), nn.Linear(24, 24), nn.ReLU(), nn.Dropout(0.3), nn.Linear(24, 2)
     )
 
 
-# -- data ----------------------------------------------------------------------------------------------------------------
+# -- data
+# ----------------------------------------------------------------------------------------------------------------
 
 
 class Rows(Dataset[Any]):
@@ -263,7 +271,10 @@ def nested() -> Dataset[Any]:
 
 @functools.cache
 def colours() -> Dataset[Any]:
-    """Squares of two photographs: brightness and place, and the colours, all about 0; the photograph's number as a name."""
+    """Squares of two photographs.
+
+    Brightness and place, and the colours, all about 0; the photograph's number as a name.
+    """
     photographs = [torch.tensor(image, dtype=torch.float32) / 255 - 0.5 for image in load_sample_images().images]
     generator = torch.Generator().manual_seed(7)
     squares = []
@@ -301,7 +312,8 @@ def tags() -> Dataset[Any]:
     return Rows(len(x), lambda k: (x[k], y[k]))
 
 
-# -- tasks ---------------------------------------------------------------------------------------------------------------
+# -- tasks
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,7 @@
-"""What other systems do, beside ours: the real class where it can be run, the published rule written anew where it cannot."""
+"""What other systems do, beside ours.
+
+The real class where it can be run, the published rule written anew where it cannot.
+"""
 
 import math
 import tempfile
@@ -25,7 +28,8 @@ class Rule(Protocol):
 class LightningSpikeDetection:
     """The class of the installed Lightning, with its defaults; what it raises is counted and the run goes on.
 
-    Its batch index is handed on as the step, so that its warm-up does not start again; a run of it would end at the first spike.
+    Its batch index is handed on as the step, so that its warm-up does not start again; a run of it would end at the
+    first spike.
     """
 
     def __init__(self) -> None:
@@ -143,7 +147,10 @@ class Megatron:
 
 
 class ThreeTimesEma:
-    """The rule of many home-grown monitors: not finite, or above three times an exponential mean (0.98) of the finite losses."""
+    """The rule of many home-grown monitors.
+
+    Not finite, or above three times an exponential mean (0.98) of the finite losses.
+    """
 
     def __init__(self) -> None:
         """Start without a mean."""
@@ -159,7 +166,10 @@ class ThreeTimesEma:
 
 
 class ZClip:
-    """ZClip's rule, on the loss: z > 2.5 against exponential mean and variance (0.97), which take in the clipped value."""
+    """ZClip's rule, on the loss.
+
+    Z > 2.5 against exponential mean and variance (0.97), which take in the clipped value.
+    """
 
     def __init__(self) -> None:
         """Defaults: alpha 0.97, threshold 2.5, 25 values of warm-up."""

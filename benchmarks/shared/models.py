@@ -1,4 +1,7 @@
-"""Small real trainings that the benchmarks share: five nets on scikit-learn's digits and on the standard library's source text."""
+"""Small real trainings that the benchmarks share.
+
+Five nets on scikit-learn's digits and on the standard library's source text.
+"""
 
 import dataclasses
 import functools
@@ -99,7 +102,8 @@ class Task(LightningModule):
     Args:
         net: A key of `NETS`.
         optimizer: `"SGD"` or `"AdamW"`.
-        batch_size: Rates are for 32; with smaller batches they go with the square root for AdamW and in proportion for SGD.
+        batch_size: Rates are for 32; with smaller batches they go with the square root for AdamW and in proportion for
+            SGD.
         faster: Factor on the rate.
         momentum: SGD's momentum, AdamW's first beta.
     """

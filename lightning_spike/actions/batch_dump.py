@@ -2,11 +2,13 @@
 
 ```
 step000123_epoch2_batch17_rank0/
-    manifest.json         what the batch is: structure, leaves and their statistics, random states, and the facts that the writer adds
+    manifest.json         what the batch is: structure, leaves and their statistics, random states, and the facts that
+    the writer adds
     tensors.safetensors   the tensors: batch/<path>, random/torch, random/<device>
 ```
 
-Both files are readable without this package. In the manifest, numbers that JSON does not have are the strings "nan", "inf" and "-inf".
+Both files are readable without this package. In the manifest, numbers that JSON does not have are the strings "nan",
+"inf" and "-inf".
 """
 
 import base64
@@ -70,8 +72,8 @@ class LoadedDump:
     """A batch as it comes back from disk."""
 
     batch: Any
-    """In its original structure of dicts, lists, tuples, None, strings, numbers, numpy arrays and tensors (on the CPU). A mapping or dataclass of
-    the user's own is a dict, a namedtuple a tuple, any other object an `Unreadable`."""
+    """In its original structure of dicts, lists, tuples, None, strings, numbers, numpy arrays and tensors (on the CPU).
+    A mapping or dataclass of the user's own is a dict, a namedtuple a tuple, any other object an `Unreadable`."""
     random: RandomState
     """As it was before the batch's forward pass."""
     manifest: Mapping[str, Any]
@@ -153,7 +155,10 @@ def tensor_bytes(batch: object, depth: int = MAX_DEPTH) -> int:
 
 
 def content_hash(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 over dtypes, shapes and bytes of some tensors, in order, hexadecimal: names a sample that has no index. Blocks."""
+    """SHA-256 over dtypes, shapes and bytes of some tensors, in order, hexadecimal: names a sample that has no index.
+
+    Blocks.
+    """
     digest = hashlib.sha256()
     for tensor in tensors:
         host = _on_host(tensor)
@@ -227,7 +232,10 @@ def _keep(host: Tensor, path: str, tensors: dict[str, Tensor], kind: str) -> Nod
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """A copy of its own: safetensors refuses tensors that share memory, and the training goes on writing to the original's."""
+    """A copy of its own.
+
+    Safetensors refuses tensors that share memory, and the training goes on writing to the original's.
+    """
     plain = tensor.detach().as_subclass(Tensor).cpu().resolve_conj().resolve_neg()
     return plain.clone(memory_format=torch.contiguous_format)
 

@@ -10,9 +10,9 @@ from torch.utils.hooks import RemovableHandle
 class LearningRateCut:
     """Multiplies the learning rate of every parameter group by `factor` for the duration of `optimizer.step()`.
 
-    A scheduler, recursive or closed, or a user's own code sees and writes the planned rate as ever: so the plan keeps its
-    shape, and the rate in use is the plan times the factor at every step. What `on_before_optimizer_step` reads is the rate in use
-    (under fp16 with a GradScaler, where that hook comes before the step, the planned one).
+    A scheduler, recursive or closed, or a user's own code sees and writes the planned rate as ever: so the plan keeps
+    its shape, and the rate in use is the plan times the factor at every step. What `on_before_optimizer_step` reads is
+    the rate in use (under fp16 with a GradScaler, where that hook comes before the step, the planned one).
     """
 
     def __init__(self) -> None:

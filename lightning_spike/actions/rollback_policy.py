@@ -17,7 +17,8 @@ SETTLED: Final = 16
 LEFT: Final = 0.25
 """Share of a divergence's rise up to which it has come back, as in the slow detector."""
 OVERFLOWS: Final = 4
-"""Non-finite losses in a row that a GradScaler is given to deal with: it skips those updates and halves the scale each time."""
+"""Non-finite losses in a row that a GradScaler is given to deal with: it skips those updates and halves the scale each
+time."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +35,11 @@ class Wish:
 class RollbackPolicy:
     """Decides from the episodes, row by row, with a threshold that hardens with every rollback in a row.
 
-    A non-finite loss is a reason at once; a spike or divergence is one when it has not come back within `patience` batches. After the
-    n-th rollback without a calm stretch of `cooldown` batches since the one before, the patience is 2^n times as long and nothing at all, a
-    non-finite loss included, is a reason for the next 2^(n-1) - 1 batches: a stretch of poisonous data is passed by, and trouble that comes from
-    the run itself uses up its budget slowly. dlib's trainer hardens likewise (`dnn/trainer.h`), but not for NaN, where it can go round for ever.
+    A non-finite loss is a reason at once; a spike or divergence is one when it has not come back within `patience`
+    batches. After the n-th rollback without a calm stretch of `cooldown` batches since the one before, the patience is
+    2^n times as long and nothing at all, a non-finite loss included, is a reason for the next 2^(n-1) - 1 batches: a
+    stretch of poisonous data is passed by, and trouble that comes from the run itself uses up its budget slowly. dlib's
+    trainer hardens likewise (`dnn/trainer.h`), but not for NaN, where it can go round for ever.
 
     Args:
         patience: Batches that a finite trouble is given.
@@ -71,7 +73,10 @@ class RollbackPolicy:
         self.tolerated = OVERFLOWS
 
     def judge(self, row: StepRow, *, healthy: bool) -> None:
-        """Take in a batch that has arrived; those from before the last rollback say nothing about the run as it is now."""
+        """Take in a batch that has arrived.
+
+        Those from before the last rollback say nothing about the run as it is now.
+        """
         self._newest = row.at.ordinal
         if self._newest <= self._last:
             return
@@ -110,7 +115,10 @@ class RollbackPolicy:
         self.failed(now)
 
     def failed(self, now: int) -> None:
-        """There was nothing to go back to at the end of batch `now`: costs no budget, but is not tried again at once either."""
+        """There was nothing to go back to at the end of batch `now`.
+
+        Costs no budget, but is not tried again at once either.
+        """
         self.level += 1
         self._last, self._calm, self._bad = now, 0, []
 
@@ -139,7 +147,10 @@ def _is_open(episode: Episode) -> bool:
 
 
 def _is_nonfinite(row: StepRow) -> bool:
-    """By the training loss; by any of several where there is no single one. A further value that a step returns may well be NaN by design."""
+    """By the training loss; by any of several where there is no single one.
+
+    A further value that a step returns may well be NaN by design.
+    """
     if "loss" in row.values:
         return not math.isfinite(row.values["loss"])
     return any(not math.isfinite(v) for name, v in row.values.items() if name.startswith("loss/"))

@@ -1,4 +1,7 @@
-"""`ActivationMonitor`: how large activations are, how many units are dead or saturated, and whether modules are in train mode."""
+"""`ActivationMonitor`.
+
+How large activations are, how many units are dead or saturated, and whether modules are in train mode.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,7 +54,8 @@ class _Watched:
     name: str
     module: nn.Module
     function: nn.Module
-    """The activation that the output comes from, or (`is_before`) goes through next; the module itself where that is one."""
+    """The activation that the output comes from, or (`is_before`) goes through next; the module itself where that is
+    one."""
     shape: Shape
     is_before: bool
 
@@ -59,22 +63,29 @@ class _Watched:
 class ActivationMonitor(SpikeCallback):
     """Records activation statistics of every module without children, every few batches, and finds modules left in eval mode.
 
-    Vectors, an entry for each module, -1 where the batch did not pass through it: `activation_max` (largest absolute value, NaN or Inf where one is in the output),
-    `activation_rms`; over ReLU and its kin `activation_zeros` (share of the elements in the flat part) and `activation_dead` (share of the units, channels or features, that are flat for the
-    whole batch); over sigmoid, tanh, their kin and recurrent layers `activation_saturated` (share of the elements in the flat parts). Where a module runs several times in a
-    batch the largest counts.
+    Vectors, an entry for each module, -1 where the batch did not pass through it: `activation_max` (largest absolute
+    value, NaN or Inf where one is in the output), `activation_rms`; over ReLU and its kin `activation_zeros` (share of
+    the elements in the flat part) and `activation_dead` (share of the units, channels or features, that are flat for
+    the whole batch); over sigmoid, tanh, their kin and recurrent layers `activation_saturated` (share of the elements
+    in the flat parts). Where a module runs several times in a batch the largest counts.
 
-    Forward hooks are installed before a sampled batch and removed after it. They change nothing, draw nothing and keep nothing alive. Modules under `torch.compile` are passed over, and the
-    report says so; so are scripted ones, losses and metrics. Functions called without a module (`torch.relu`) are not seen, but for those in torch's Transformer layers.
+    Forward hooks are installed before a sampled batch and removed after it. They change nothing, draw nothing and keep
+    nothing alive. Modules under `torch.compile` are passed over, and the report says so; so are scripted ones, losses
+    and metrics. Functions called without a module (`torch.relu`) are not seen, but for those in torch's Transformer
+    layers.
 
-    Finding: detector `"modes"`, kind `"eval_mode"`: modules that were in train mode when training began are not any more when a batch begins, though they are not frozen; looked at
-    for every batch. `names` (the first eight), `count`, `of`, `matters` (those of them whose result depends on it: dropout, batch norm) and `text`.
+    Finding: detector `"modes"`, kind `"eval_mode"`: modules that were in train mode when training began are not any
+        more when a batch begins, though they are not frozen; looked at
+    for every batch. `names` (the first eight), `count`, `of`, `matters` (those of them whose result depends on it:
+    dropout, batch norm) and `text`.
 
-    Finding: detector `"activations"`, kind `"flat"`, once for each layer: its units have gone flat (dead or saturated) from one look to the next, and were so at the look after, too.
+    Finding: detector `"activations"`, kind `"flat"`, once for each layer: its units have gone flat (dead or saturated)
+        from one look to the next, and were so at the look after, too.
     `names` (the first eight), `count`, `of`, `share` (of the outputs that are flat, in the worst), `before` and `text`.
 
     Args:
-        every: Batches between two that are measured; 1 for each. The batch after an episode has been noticed is measured, too.
+        every: Batches between two that are measured; 1 for each. The batch after an episode has been noticed is
+            measured, too.
 
     Raises:
         ConfigurationError: `every` is not a whole number of at least 1.

@@ -24,34 +24,41 @@ from lightning_spike.records import Action, Episode
 MARKER: Final = "spike/rollback"
 """Metric that the loggers get at a rollback: how many there have been."""
 TOGETHER_EVERY: Final = 8
-"""On accelerators with several ranks the joint decision, which waits for the device, is taken at every 8th optimizer step."""
+"""On accelerators with several ranks the joint decision, which waits for the device, is taken at every 8th optimizer
+step."""
 
 
 class AnomalyRollback(SpikeCallback):
-    """Heals a run inside `fit`: restores the last verified-healthy snapshot when the loss is not finite or does not come back.
+    """Heals a run inside `fit`.
 
-    Weights, buffers, optimizer states, loss scale and averaged models (EMA, SWA) go back; learning rates, schedulers, loops, random
-    states and the loggers' step axis do not, and the training goes on with the next batches. Gradients are dropped, running means and metrics that
-    have become non-finite are cleaned. Non-finite losses are a reason at once (under a GradScaler only if they stay, since it skips such updates
-    itself), spikes and divergences after `patience` batches. Under DDP all ranks decide together and go back to the same snapshot. Loggers get
+    Restores the last verified-healthy snapshot when the loss is not finite or does not come back.
+
+    Weights, buffers, optimizer states, loss scale and averaged models (EMA, SWA) go back; learning rates, schedulers,
+    loops, random states and the loggers' step axis do not, and the training goes on with the next batches. Gradients
+    are dropped, running means and metrics that have become non-finite are cleaned. Non-finite losses are a reason at
+    once (under a GradScaler only if they stay, since it skips such updates itself), spikes and divergences after
+    `patience` batches. Under DDP all ranks decide together and go back to the same snapshot. Loggers get
     `spike/rollback`, the report an action with what was given up.
 
-    Each rollback in a row doubles the patience for the next and holds it off for 0, 1, 3, 7, … batches, and after `max_rollbacks` there are no
+    Each rollback in a row doubles the patience for the next and holds it off for 0, 1, 3, 7, … batches, and after
+    `max_rollbacks` there are no
     more: the training then simply goes on, and the report says so.
 
     Args:
         patience: Batches that a spike or divergence is given to come back by itself.
         max_rollbacks: Rollbacks in the whole run, resumes included.
-        lr_scale: Factor on all learning rates from each rollback on, 1.0 to leave them. It multiplies with every rollback, and holds under any
+        lr_scale: Factor on all learning rates from each rollback on, 1.0 to leave them. It multiplies with every
+            rollback, and holds under any
             scheduler: the schedule goes on as planned, the rate used at each step is the plan times the factor.
         reset_optimizer: Start with empty optimizer states (momentum, second moments) in place of the snapshot's.
         every: Batches between two snapshots: what a rollback loses at most, plus the time until trouble is noticed.
-        memory_mb: Memory for all snapshots together, on the host where they are large; two must fit (12 bytes a parameter each under Adam).
+        memory_mb: Memory for all snapshots together, on the host where they are large; two must fit (12 bytes a
+            parameter each under Adam).
         cooldown: Accepted losses in a row after which a rollback counts as a success and the next trouble starts anew.
 
     Raises:
-        ConfigurationError: An argument is out of its range; or, when `fit` begins, the strategy (FSDP, DeepSpeed, ModelParallel) cannot put its
-            state back in memory.
+        ConfigurationError: An argument is out of its range; or, when `fit` begins, the strategy (FSDP, DeepSpeed,
+            ModelParallel) cannot put its state back in memory.
     """
 
     def __init__(
@@ -224,7 +231,10 @@ class AnomalyRollback(SpikeCallback):
 
 
 def _ends_window(trainer: Trainer) -> bool:
-    """The batch has closed its accumulation window: half a window's gradients would be of the course that is given up."""
+    """The batch has closed its accumulation window.
+
+    Half a window's gradients would be of the course that is given up.
+    """
     return not trainer.fit_loop.epoch_loop._should_accumulate()  # noqa: SLF001 - Lightning's own test, the short last window included
 
 

@@ -45,7 +45,10 @@ class _Due:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Yardstick:
-    """What the batches of an episode are held against: the samples of healthy batches from before it, and weights from there."""
+    """What the batches of an episode are held against.
+
+    The samples of healthy batches from before it, and weights from there.
+    """
 
     usual: tuple[Mapping[str, SampleValues], ...]
     snapshot: Snapshot | None
@@ -56,21 +59,25 @@ class _Yardstick:
 class BadBatchDumper(SpikeCallback):
     """Writes the batch at which an episode began, and its neighbours, and names the samples that stand out in it.
 
-    For each new spike, divergence or non-finite loss (and the first oscillation) a folder per batch under `<dirpath>/batches`: the tensors as
-    safetensors, and a JSON manifest with the step, loss, gradient norm, learning rates, dataset indices (under shuffling, workers, `Subset` and
-    DistributedSampler), value statistics, losses of single samples where they can be had, random states and package versions. Under gradient accumulation all
-    micro-batches of the step are written, the worst as the onset. `lightning_spike.actions.batch_dump.load_dump` reads a folder back.
+    For each new spike, divergence or non-finite loss (and the first oscillation) a folder per batch under
+    `<dirpath>/batches`: the tensors as safetensors, and a JSON manifest with the step, loss, gradient norm, learning
+    rates, dataset indices (under shuffling, workers, `Subset` and DistributedSampler), value statistics, losses of
+    single samples where they can be had, random states and package versions. Under gradient accumulation all
+    micro-batches of the step are written, the worst as the onset. `lightning_spike.actions.batch_dump.load_dump` reads
+    a folder back.
 
-    Every rank writes its own batches. Training is not changed; only the batches of the last steps are kept by reference, and writing blocks for as long
-    as the disk takes.
+    Every rank writes its own batches. Training is not changed; only the batches of the last steps are kept by
+    reference, and writing blocks for as long as the disk takes.
 
     Args:
         dirpath: Folder in which `batches/` is made; by default `<logger.log_dir, else trainer.default_root_dir>/spike`.
-        max_mb: Megabytes (10^6 bytes) of tensors written per run and rank at most; 0 writes none and still names the samples that stand out.
+        max_mb: Megabytes (10^6 bytes) of tensors written per run and rank at most; 0 writes none and still names the
+            samples that stand out.
         max_dumps: Episodes that are written at most.
         neighbours: Batches written before and after the onset's step; 0 for the onset alone.
-        target: Path of the target in a batch where the convention does not fit: keys and positions joined by dots, as `"labels"` or `"1.y"`. By
-            convention the last tensor of a tuple or list, or what is called label(s), target(s) or y.
+        target: Path of the target in a batch where the convention does not fit: keys and positions joined by dots, as
+            `"labels"` or `"1.y"`. By convention the last tensor of a tuple or list, or what is called label(s),
+            target(s) or y.
         weight: Path of the sample weights; by convention what is called weight(s) or sample_weight(s).
 
     Raises:
@@ -116,7 +123,10 @@ class BadBatchDumper(SpikeCallback):
 
     @override
     def conclude(self, trainer: Trainer, status: RunStatus, error: BaseException | None) -> None:
-        """Write what became known with the last rows. Nothing is run again here: the module may be on its way off the device."""
+        """Write what became known with the last rows.
+
+        Nothing is run again here: the module may be on its way off the device.
+        """
         self._take_up(self.flight.store.episodes, trainer, None)
         for stretch, _ in self._followed:
             self._close(stretch)
@@ -230,7 +240,10 @@ class BadBatchDumper(SpikeCallback):
     def _examine_next(
         self, entry: RingEntry, yardstick: _Yardstick, trainer: Trainer, module: LightningModule
     ) -> ExaminedBatch:
-        """Under the weights that the onset's batch was looked at; those of the training have gone on since, and say nothing where they were that yardstick."""
+        """Under the weights that the onset's batch was looked at.
+
+        Those of the training have gone on since, and say nothing where they were that yardstick.
+        """
         seen, first = self._look_at(entry), yardstick.losses
         losses: SampleLosses | None = None
         if first is not None and yardstick.snapshot is not None and seen.size is not None:

@@ -20,8 +20,8 @@ A = ParamSpec("A")
 class SpikeCallback(Participant, Callback):
     """Base of the suite's callbacks: Lightning's hooks on one side, the phases of `Participant` on the other.
 
-    All callbacks of a trainer join one `Flight`. Lightning calls each of them at every hook; only the first in the list (the leader) passes the call on, so
-    that each phase runs once, for everybody, whatever the order of the list.
+    All callbacks of a trainer join one `Flight`. Lightning calls each of them at every hook; only the first in the list
+    (the leader) passes the call on, so that each phase runs once, for everybody, whatever the order of the list.
     """
 
     flight: Flight
@@ -111,7 +111,11 @@ class SpikeCallback(Participant, Callback):
         """Take up what `own_state` gave."""
 
     def _drive(self, step: Callable[Concatenate[Flight, A], None], *args: A.args, **kwargs: A.kwargs) -> None:
-        """Pass a hook on. If the loop itself breaks, nothing is sensed any more; the training goes on, and the report still comes and says so."""
+        """Pass a hook on.
+
+        If the loop itself breaks, nothing is sensed any more; the training goes on, and the report still comes and says
+        so.
+        """
         if self.flight.broken and step not in {Flight.conclude, Flight.release}:
             return
         try:

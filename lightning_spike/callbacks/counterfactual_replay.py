@@ -1,4 +1,7 @@
-"""`CounterfactualReplay`: after an episode, run the moment again and see whether the batch or the weights made the loss jump."""
+"""`CounterfactualReplay`.
+
+After an episode, run the moment again and see whether the batch or the weights made the loss jump.
+"""
 
 import dataclasses
 import time
@@ -28,44 +31,59 @@ from lightning_spike.records import Action, Episode, EpisodeKind, RunStatus
 from lightning_spike.sandbox.budget import FULL_STEPS, LEAST_STEPS, TRIAGE_STEPS, Budget, Extent
 
 OUTGROWN: Final = 2.0
-"""How many times as severe an episode must have become since its examination for it to be examined again, at its peak."""
+"""How many times as severe an episode must have become since its examination for it to be examined again, at its
+peak."""
 FREE_SECONDS: Final = 5.0
 """Seconds in all that re-runs may take whatever the budget: nobody minds a few, and a short run has no 2 % to spend."""
 
 FIRST_TEST: Final = 128
-"""Batches after which a run that has had no episode is looked at for the first time, if its loss has stopped falling; then at every doubling, so that all looks together cost less and less of the run."""
+"""Batches after which a run that has had no episode is looked at for the first time, if its loss has stopped falling;
+then at every doubling, so that all looks together cost less and less of the run."""
 
 
 class CounterfactualReplay(SpikeCallback):
-    """Confirms causes by experiment: after an episode, the moment is run again with the weights and the batches exchanged.
+    """Confirms causes by experiment.
 
-    From the last snapshot that has proven healthy the run is trained again up to the onset, with the recorded batches, random states and learning rates; then old and
-    new weights are evaluated on the batch of the onset and on ordinary ones. That splits the jump into what the batch does and what the weights do; a spike that does not
-    come back was made from outside. Where the loss is not finite, the module and operation that made the first such value are named.
+    After an episode, the moment is run again with the weights and the batches exchanged.
 
-    Where the onset is no longer held (a loss that crept away was noticed late), and where a loss without any episode has stopped falling (looked at after 128 batches, 256, 512 and so on),
-    the newest updates are made once more from the present weights on: whether steps of this size keep what their gradients promise tells a learning rate that is too high all along.
+    From the last snapshot that has proven healthy the run is trained again up to the onset, with the recorded batches,
+    random states and learning rates; then old and new weights are evaluated on the batch of the onset and on ordinary
+    ones. That splits the jump into what the batch does and what the weights do; a spike that does not come back was
+    made from outside. Where the loss is not finite, the module and operation that made the first such value are named.
 
-    Afterwards everything is as before, to the bit, and so is the rest of the training; where a moment cannot be run again, the report says why.
-    What leaks all the same is what `training_step` itself writes to files, globals or writers of its own (`sandbox.isolation`).
+    Where the onset is no longer held (a loss that crept away was noticed late), and where a loss without any episode
+    has stopped falling (looked at after 128 batches, 256, 512 and so on),
+    the newest updates are made once more from the present weights on: whether steps of this size keep what their
+    gradients promise tells a learning rate that is too high all along.
 
-    With several ranks under DDP all examine the same episode at the same batch: the most severe that one of them has seen. Every loss is then the mean over the ranks, that of the
-    global batch, so all decide alike; a fault in one rank's batch counts as far as it shows in that mean. Each rank notes the findings about its own episode, if its onset is within 8 batches;
-    rank 0's report tells in a remark what others saw and its own loss did not show. For that, after every fourth batch, every rank sends two numbers over a group of its own
-    (gloo, on the CPU) and reads the others' four batches later: no device is read, and nobody waits, unless a rank is that far behind or gone, and then
+    Afterwards everything is as before, to the bit, and so is the rest of the training; where a moment cannot be run
+    again, the report says why. What leaks all the same is what `training_step` itself writes to files, globals or
+    writers of its own (`sandbox.isolation`).
+
+    With several ranks under DDP all examine the same episode at the same batch: the most severe that one of them has
+    seen. Every loss is then the mean over the ranks, that of the global batch, so all decide alike; a fault in one
+    rank's batch counts as far as it shows in that mean. Each rank notes the findings about its own episode, if its
+    onset is within 8 batches; rank 0's report tells in a remark what others saw and its own loss did not show. For
+    that, after every fourth batch, every rank sends two numbers over a group of its own (gloo, on the CPU) and reads
+    the others' four batches later: no device is read, and nobody waits, unless a rank is that far behind or gone, and
+    then
     for five minutes at most and once: there are no more examinations after that.
 
-    An exception in the re-run on one rank ends it on all, who say why, and the training goes on. Not so for one inside a backward pass: there the others wait for that rank's gradients, as they would
-    in the training, until the process group's timeout. Steps that are only looked at are run by each rank alone: SyncBatchNorm then goes by the rank's own batch, and a `training_step` that
-    gathers through Lightning is not examined; where it talks to other ranks through `torch.distributed` itself, leave this callback out. Several ranks under
-    other strategies (FSDP, DeepSpeed, model parallel) are not examined, and the report says so.
+    An exception in the re-run on one rank ends it on all, who say why, and the training goes on. Not so for one inside
+    a backward pass: there the others wait for that rank's gradients, as they would in the training, until the process
+    group's timeout. Steps that are only looked at are run by each rank alone: SyncBatchNorm then goes by the rank's own
+    batch, and a `training_step` that gathers through Lightning is not examined; where it talks to other ranks through
+    `torch.distributed` itself, leave this callback out. Several ranks under other strategies (FSDP, DeepSpeed, model
+    parallel) are not examined, and the report says so.
 
     Args:
-        budget: Share of the run's time so far that re-runs may take, above 0 and at most 1; 5 seconds in all are free on top of it, so that short
-            runs get their answers too, and the first episode is always examined. Episodes are examined as they come; one that is worse than all before it may
-            overdraw the budget, others that no longer fit get a triage (some three steps' worth), or are named in the report.
+        budget: Share of the run's time so far that re-runs may take, above 0 and at most 1; 5 seconds in all are free
+            on top of it, so that short runs get their answers too, and the first episode is always examined. Episodes
+            are examined as they come; one that is worse than all before it may overdraw the budget, others that no
+            longer fit get a triage (some three steps' worth), or are named in the report.
         max_episodes: Episodes examined at most in one fit.
-        controls: Ordinary batches that the batch of the onset is compared with; more make small effects of the weights visible.
+        controls: Ordinary batches that the batch of the onset is compared with; more make small effects of the weights
+            visible.
 
     Raises:
         ConfigurationError: An argument is out of its range.
@@ -212,7 +230,10 @@ class CounterfactualReplay(SpikeCallback):
                 self._strange = [other for other in self._strange if other is not examined]
 
     def _has_outgrown(self, episode: Episode) -> bool:
-        """What was examined was only the beginning: the peak has become another matter. Looked into once; if the weights were at fault already, it is their doing."""
+        """What was examined was only the beginning: the peak has become another matter.
+
+        Looked into once; if the weights were at fault already, it is their doing.
+        """
         severities = self._seen.get(episode.id, [])
         return (
             len(severities) == 1
@@ -337,7 +358,10 @@ def _remark(shared: SharedExamination) -> str:
 
 
 def _may_wait(episode: Episode, batch: TrainingBatch) -> bool:
-    """Whether to look at the next loss first: where the batch of the onset has only just been trained on, the jump itself may be still to come."""
+    """Whether to look at the next loss first.
+
+    Where the batch of the onset has only just been trained on, the jump itself may be still to come.
+    """
     if episode.kind is EpisodeKind.NONFINITE or batch.at.ordinal > episode.onset.ordinal:
         return False
     return not _is_last(batch.trainer)

@@ -1,4 +1,7 @@
-"""`DataMonitor`: what is in the batches: how large values are, how classes and sample weights are spread, and whether the inputs move."""
+"""`DataMonitor`: what is in the batches.
+
+How large values are, how classes and sample weights are spread, and whether the inputs move.
+"""
 
 import math
 from collections.abc import Callable
@@ -27,18 +30,22 @@ MOST: Final = 5.0
 class DataMonitor(SpikeCallback):
     """Records statistics of every batch; what they show is evidence for the ranking, and is written to `signals/`.
 
-    For every floating tensor `batch/<leaf>/mean`, `std`, `max_abs`, `nonfinite`, `zeros`; for an integer target or input (tokens) `distinct`, `entropy`, `largest`, `longest_run` and the vector `histogram`
-    (classes modulo 64); for sample weights also `ess` and `max_share`; see `signals.batch`. For inputs also `batch/<leaf>/drift`: how far the moving average of mean
-    and log spread (of tokens: of the roots of their counts) over the last thirty or so batches, those before this one, lies from the run's first 64, in standard errors: around 1
-    where the data stay as they are.
+    For every floating tensor `batch/<leaf>/mean`, `std`, `max_abs`, `nonfinite`, `zeros`; for an integer target or
+    input (tokens) `distinct`, `entropy`, `largest`, `longest_run` and the vector `histogram` (classes modulo 64); for
+    sample weights also `ess` and `max_share`; see `signals.batch`. For inputs also `batch/<leaf>/drift`: how far the
+    moving average of mean and log spread (of tokens: of the roots of their counts) over the last thirty or so batches,
+    those before this one, lies from the run's first 64, in standard errors: around 1 where the data stay as they are.
 
-    All batches are measured, since the one that matters is not known beforehand. A few kernels for each tensor, nothing blocks. `BadBatchDumper` measures the same where it
-    is alone; where both say which part of a batch is what, the later in the list of callbacks wins.
+    All batches are measured, since the one that matters is not known beforehand. A few kernels for each tensor, nothing
+    blocks. `BadBatchDumper` measures the same where it is alone; where both say which part of a batch is what, the
+    later in the list of callbacks wins.
 
     Args:
-        input: Path of the input in a batch where the convention does not fit: keys and positions joined by dots, as `"image"` or `"0.x"`. What is then neither input nor
-            target nor weight is passed over. By convention all that is neither target nor weight.
-        target: Path of the target. By convention the last tensor of a tuple or list, or what is called label(s), target(s) or y.
+        input: Path of the input in a batch where the convention does not fit: keys and positions joined by dots, as
+            `"image"` or `"0.x"`. What is then neither input nor target nor weight is passed over. By convention all
+            that is neither target nor weight.
+        target: Path of the target. By convention the last tensor of a tuple or list, or what is called label(s),
+            target(s) or y.
         weight: Path of the sample weights; by convention what is called weight(s) or sample_weight(s).
 
     Raises:
@@ -91,13 +98,19 @@ def _furthest(away: npt.NDArray[np.float64]) -> float:
 
 
 def _together(away: npt.NDArray[np.float64]) -> float:
-    """Root of the mean square: the furthest of 64 would be far where nothing moves. Of the kinds of token that occur at all."""
+    """Root of the mean square: the furthest of 64 would be far where nothing moves.
+
+    Of the kinds of token that occur at all.
+    """
     moving = away[away != 0.0]
     return float(np.sqrt(np.mean(np.square(moving)))) if moving.size else 0.0
 
 
 class _Drift:
-    """How far an input's statistics have moved from where they began: of each the mean and spread over the reference, and the moving average since."""
+    """How far an input's statistics have moved from where they began.
+
+    Of each the mean and spread over the reference, and the moving average since.
+    """
 
     ERROR: Final = math.sqrt(SHARE / (2 - SHARE) + 1 / REFERENCE)
     """Standard error of the moving average less the reference's mean, in spreads between single batches."""

@@ -27,16 +27,19 @@ NAMED: Final = 8
 class GradNormMonitor(SpikeCallback):
     """Records the gradient norm of every step, in all and for every parameter, before clipping, and whether clipping acted.
 
-    The norms are read in `on_before_optimizer_step`: gradients are complete over the accumulation, averaged over the ranks, unscaled, and not yet
-    clipped. One fused pass over the gradients, no blocking read. What it sees is evidence for the ranking (explosion, vanishing, which
-    layer first) and is written to `signals/`.
+    The norms are read in `on_before_optimizer_step`: gradients are complete over the accumulation, averaged over the
+    ranks, unscaled, and not yet clipped. One fused pass over the gradients, no blocking read. What it sees is evidence
+    for the ranking (explosion, vanishing, which layer first) and is written to `signals/`.
 
-    Finding: detector `"gradients"`, kind `"vanished"`, once for each optimizer: the gradients of some parameters have fallen to a fraction of what they were, far more than those of others,
-    with a loss no lower than before; judged by medians of 16 rows, after two in a row. `names` (the first eight, the worst first), `count`, `of`, `before` and `now` (norms of the worst) and `text`.
+    Finding: detector `"gradients"`, kind `"vanished"`, once for each optimizer: the gradients of some parameters have
+        fallen to a fraction of what they were, far more than those of others,
+    with a loss no lower than before; judged by medians of 16 rows, after two in a row. `names` (the first eight, the
+    worst first), `count`, `of`, `before` and `now` (norms of the worst) and `text`.
 
     Args:
-        per_layer_every: Record the norm of every single parameter at each so-manieth optimizer step, 1 for each step; the total is
-            recorded at every step in any case. Larger values save memory on models with very many parameters.
+        per_layer_every: Record the norm of every single parameter at each so-manieth optimizer step, 1 for each step;
+            the total is recorded at every step in any case. Larger values save memory on models with very many
+            parameters.
 
     Raises:
         ConfigurationError: `per_layer_every` is not a whole number of at least 1.

@@ -1,4 +1,7 @@
-"""`LRPeakDetector`: the learning rate of every update, and what it did: restarts, peaks, the end of a warm-up, jumps that no schedule explains."""
+"""`LRPeakDetector`: the learning rate of every update, and what it did.
+
+Restarts, peaks, the end of a warm-up, jumps that no schedule explains.
+"""
 
 import math
 from typing import Any, Final
@@ -24,14 +27,15 @@ BY_RATIO: Final = frozenset({"restart", "unexplained_jump", "drop"})
 class LRPeakDetector(SpikeCallback):
     """Records the learning rate that every update really uses, of every optimizer and parameter group, and tells what it does.
 
-    It goes by the rates themselves, so it works for any scheduler, for one of your own and for none: a warm restart, the peak of a cycle,
-    the end of a warm-up, a jump that no configured schedule explains, a length that counts batches where epochs were meant. What it
-    finds is evidence for the ranking. The rates are read in `on_before_optimizer_step`, for at a batch's end Lightning has stepped the scheduler already;
-    they are numbers on the host, so nothing blocks (a rate that is a device tensor travels with the other signals).
+    It goes by the rates themselves, so it works for any scheduler, for one of your own and for none: a warm restart,
+    the peak of a cycle, the end of a warm-up, a jump that no configured schedule explains, a length that counts batches
+    where epochs were meant. What it finds is evidence for the ranking. The rates are read in
+    `on_before_optimizer_step`, for at a batch's end Lightning has stepped the scheduler already; they are numbers on
+    the host, so nothing blocks (a rate that is a device tensor travels with the other signals).
 
     Args:
-        jump: Report a move of the rate from one update to the next (a restart, a jump, a drop) from this ratio on, at least 1.5. A larger value
-            keeps small planned restarts out of the report.
+        jump: Report a move of the rate from one update to the next (a restart, a jump, a drop) from this ratio on, at
+            least 1.5. A larger value keeps small planned restarts out of the report.
 
     Raises:
         ConfigurationError: `jump` is not a finite number of at least 1.5.

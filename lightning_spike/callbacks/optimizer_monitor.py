@@ -1,4 +1,7 @@
-"""`OptimizerMonitor`: what the optimizer's state says about its updates, and whether the training step does what every training step must."""
+"""`OptimizerMonitor`.
+
+What the optimizer's state says about its updates, and whether the training step does what every training step must.
+"""
 
 import weakref
 from collections.abc import Callable
@@ -37,25 +40,32 @@ CONFIRMED: Final = 2
 class OptimizerMonitor(SpikeCallback):
     """Records what the optimizer remembers against what it gets, every few updates, and finds training steps that do not do what they must.
 
-    For Adam's kind and RMSprop: `update_rms`, the highest over the parameters of RMS_t = sqrt(mean(g² / max(v, eps²))) (Wortsman et al. 2023) with the gradient that the update used
-    and the second moment from before it, and the vector of the same for every parameter; `eps_share`, the share of all coordinates whose sqrt(v) is below 10 eps, and the vector.
-    For any optimizer with momentum: `momentum_cosine`, the cosine between the gradient and the momentum before the update. Of parameters with more than 16,384 elements a
-    subset is taken; in the vectors -1 stands for a parameter without. With several optimizers the one whose RMS_t is highest counts, and the lowest cosine.
+    For Adam's kind and RMSprop: `update_rms`, the highest over the parameters of RMS_t = sqrt(mean(g² / max(v, eps²)))
+    (Wortsman et al. 2023) with the gradient that the update used and the second moment from before it, and the vector
+    of the same for every parameter; `eps_share`, the share of all coordinates whose sqrt(v) is below 10 eps, and the
+    vector.
+    For any optimizer with momentum: `momentum_cosine`, the cosine between the gradient and the momentum before the
+    update. Of parameters with more than 16,384 elements a subset is taken; in the vectors -1 stands for a parameter
+    without. With several optimizers the one whose RMS_t is highest counts, and the lowest cosine.
 
     Findings, which hardly ever are false alarms:
 
     - those of `GradientChecks`: detector `"optimizer"`, kinds `"not_optimized"`, `"no_gradient"`, `"not_zeroed"`;
-    - detector `"optimizer"`, kind `"no_update"`: in two measured updates in a row nothing that is looked at changed, though there were gradients and a learning rate above a thousandth
-      of its highest; `text`;
+    - detector `"optimizer"`, kind `"no_update"`: in two measured updates in a row nothing that is looked at changed,
+      though there were gradients and a learning rate above a thousandth of its highest; `text`;
     - detector `"optimizer"`, kind `"second_moment_stale"` of `SecondMomentDetector`;
-    - detector `"optimizer"`, kind `"settings_changed"`: a setting other than the learning rate (weight decay, eps, betas, momentum, …) that had stood still for eight updates has another
-      value from the update of the batch `at` on; `optimizer` (Lightning's name), `group` (from 1 on), `name`, `before`, `after` and `text`;
-    - detector `"outside_writes"`, kinds `"weights"` and `"optimizer_state"`: something was written into them in place that the training step does not write; `names` (the first
-      eight), `count`, `text`. `"weights_at_validation"` and `"optimizer_state_at_validation"` where a validation lay in between, for averaged weights are swapped in there and out
-      again. `at` is the batch between whose beginning and the next one's it was.
+    - detector `"optimizer"`, kind `"settings_changed"`: a setting other than the learning rate (weight decay, eps,
+      betas, momentum, …) that had stood still for eight updates has another value from the update of the batch `at` on;
+      `optimizer` (Lightning's name), `group` (from 1 on), `name`, `before`, `after` and `text`;
+    - detector `"outside_writes"`, kinds `"weights"` and `"optimizer_state"`: something was written into them in place
+      that the training step does not write; `names` (the first eight), `count`, `text`. `"weights_at_validation"` and
+      `"optimizer_state_at_validation"` where a validation lay in between, for averaged weights are swapped in there and
+      out again. `at` is the batch between whose beginning and the next one's it was.
 
-    - detector `"resume"`, kinds `"optimizer_state"` and `"schedule"`, at the first batch of a run that goes on from a checkpoint: state, learning rates or the scheduler's place are not what
-      they were when it was written (`record.resume_check`); `optimizer`, `what`, `saved`, `restored`, `text`. A checkpoint that was written without this callback says nothing.
+    - detector `"resume"`, kinds `"optimizer_state"` and `"schedule"`, at the first batch of a run that goes on from a
+      checkpoint: state, learning rates or the scheduler's place are not what they were when it was written
+      (`record.resume_check`); `optimizer`, `what`, `saved`, `restored`, `text`. A checkpoint that was written without
+      this callback says nothing.
 
     Args:
         every: Updates between two looks at the optimizer's state; 1 for each. What must hold is checked at every step.
@@ -177,7 +187,10 @@ class OptimizerMonitor(SpikeCallback):
 
     @override
     def own_state(self) -> dict[str, Any]:
-        """What a run that goes on from this checkpoint must find; the norms of the optimizers' states are read, which waits for the device as writing the checkpoint does."""
+        """What a run that goes on from this checkpoint must find.
+
+        The norms of the optimizers' states are read, which waits for the device as writing the checkpoint does.
+        """
         trainer = self._trainer()
         try:
             found = {} if trainer is None else summary(trainer)
@@ -190,7 +203,10 @@ class OptimizerMonitor(SpikeCallback):
         self._saved = state.get("summary", {})
 
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ANN401 - as torch calls it
-        """Called by torch when the optimizer has stepped, the gradients still as it used them; inside the user's step, so that nothing may be raised here."""
+        """Called by torch when the optimizer has stepped, the gradients still as it used them.
+
+        Inside the user's step, so that nothing may be raised here.
+        """
         del args, kwargs
         due = self._due.pop(id(optimizer), None)
         if due is None or torch.compiler.is_compiling():

@@ -20,20 +20,22 @@ from lightning_spike.records import Action, Disabled, EpisodeKind, Moment, Valid
 class OverfitWatcher(SpikeCallback):
     """Sees when the validation loss rises while the training loss still falls, and says since when.
 
-    After every validation the monitored loss is compared with its own course and with the mean training loss since the validation before
-    (rises by several times the curve's own noise, over three validations, with a growing gap; see `OverfitDetector`). By itself it changes nothing. With `stop` it
-    ends the training once the overfit has lasted, with `restore_best` it puts the weights of the best validation back in place
-    when training ends, before the last checkpoint is written. Under DDP the ranks' values are averaged for both, and all ranks act alike.
+    After every validation the monitored loss is compared with its own course and with the mean training loss since the
+    validation before (rises by several times the curve's own noise, over three validations, with a growing gap; see
+    `OverfitDetector`). By itself it changes nothing. With `stop` it ends the training once the overfit has lasted, with
+    `restore_best` it puts the weights of the best validation back in place when training ends, before the last
+    checkpoint is written. Under DDP the ranks' values are averaged for both, and all ranks act alike.
 
-    A validation loss may come down again after a rise (double descent), and may rise while the accuracy still improves: "overfitting" here says
-    that the gap is growing, not that more training is in vain.
+    A validation loss may come down again after a rise (double descent), and may rise while the accuracy still improves:
+    "overfitting" here says that the gap is growing, not that more training is in vain.
 
     Args:
         monitor: Name of the validation loss as it is logged; lower is better. For an accuracy log its error as well.
-        patience: Validations in a row that the overfit must have lasted before `stop` acts; 1 to stop as soon as it is noticed.
+        patience: Validations in a row that the overfit must have lasted before `stop` acts; 1 to stop as soon as it is
+            noticed.
         stop: End the training when it overfits.
-        restore_best: At the end of training put the weights and buffers of the best validation back, for which one copy of them is kept;
-            the optimizer's state stays that of the end.
+        restore_best: At the end of training put the weights and buffers of the best validation back, for which one copy
+            of them is kept; the optimizer's state stays that of the end.
 
     Raises:
         ConfigurationError: An argument is not of its kind.

@@ -1,4 +1,7 @@
-"""`PrecisionMonitor`: the loss scale, the updates that it makes the scaler skip, and gradients too small for half precision."""
+"""`PrecisionMonitor`.
+
+The loss scale, the updates that it makes the scaler skip, and gradients too small for half precision.
+"""
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -19,13 +22,17 @@ from lightning_spike.signals.precision import loss_scale, underflow
 class PrecisionMonitor(SpikeCallback):
     """Records what half precision does to the training; in float32 it does nothing and costs nothing.
 
-    With a gradient scaler (`16-mixed`) at every update `loss_scale` (the scale that the batch's loss was multiplied by) and `skipped_step` (1 where the scaler skipped the update because a
-    gradient was not finite and lowered the scale, 0 else). In any half precision, every few updates, `grad_zeros` (share of the gradients' entries that are exactly 0) and `grad_underflow` (share of
-    those that are not 0 but, scaled, below the smallest normal number of the half precision, 6.1e-5 for float16: where digits are lost). Of large gradients 16,384 entries are taken.
+    With a gradient scaler (`16-mixed`) at every update `loss_scale` (the scale that the batch's loss was multiplied by)
+    and `skipped_step` (1 where the scaler skipped the update because a gradient was not finite and lowered the scale, 0
+    else). In any half precision, every few updates, `grad_zeros` (share of the gradients' entries that are exactly 0)
+    and `grad_underflow` (share of those that are not 0 but, scaled, below the smallest normal number of the half
+    precision, 6.1e-5 for float16: where digits are lost). Of large gradients 16,384 entries are taken.
 
-    Findings are those of `LossScaleDetector`: detector `"precision"`, kinds `"scale_leapt"`, `"often_skipped"`, `"scale_too_low"`.
+    Findings are those of `LossScaleDetector`: detector `"precision"`, kinds `"scale_leapt"`, `"often_skipped"`,
+    `"scale_too_low"`.
 
-    About one skipped update in 2,000 is ordinary for float16: that is how the scaler finds its scale. The scale is read as a device tensor, so that nothing waits for the device.
+    About one skipped update in 2,000 is ordinary for float16: that is how the scaler finds its scale. The scale is read
+    as a device tensor, so that nothing waits for the device.
 
     Args:
         every: Updates between two looks at the gradients; 1 for each.

@@ -1,4 +1,7 @@
-"""`RankSyncMonitor`: whether the ranks of a DDP training still hold the same weights, got the same gradients, and are at the same place."""
+"""`RankSyncMonitor`.
+
+Whether the ranks of a DDP training still hold the same weights, got the same gradients, and are at the same place.
+"""
 
 import dataclasses
 import math
@@ -47,21 +50,28 @@ class _Exchange:
 
 
 class RankSyncMonitor(SpikeCallback):
-    """Compares the ranks of a DDP training every few batches, to the bit; with a single process it does nothing, costs nothing and installs nothing.
+    """Compares the ranks of a DDP training every few batches, to the bit.
 
-    After the update of a sampled batch every rank takes a checksum of each parameter, and before it of each gradient (after DDP's averaging, before clipping): the vectors `ranks/weights`
-    and `ranks/gradients`, whole numbers below 2^24, -1 for a parameter without. When they have reached the host they are exchanged over a process group of their own
-    (gloo, on the CPU), without anybody waiting: a rank that has ended or failed leaves the others' exchange open and holds nobody up. The one collective call that waits is the
-    making of the group, when training starts.
+    With a single process it does nothing, costs nothing and installs nothing.
+
+    After the update of a sampled batch every rank takes a checksum of each parameter, and before it of each gradient
+    (after DDP's averaging, before clipping): the vectors `ranks/weights` and `ranks/gradients`, whole numbers below
+    2^24, -1 for a parameter without. When they have reached the host they are exchanged over a process group of their
+    own (gloo, on the CPU), without anybody waiting: a rank that has ended or failed leaves the others' exchange open
+    and holds nobody up. The one collective call that waits is the making of the group, when training starts.
 
     Findings, on every rank alike, detector `"ranks"`:
 
-    - `"weights_differ"` and `"gradient_differs"`, once each time it begins: `parameters` (the first eight), `count`, `of`, `ranks` (those that differ from most others), `last_equal` (ordinal of
-      the last look at which they were equal, `None` where there was none), `text`. `at` is the look at which it was seen.
-    - `"counters_differ"`: batches begun, `global_step` or learning rate are not the same; `what`, `values` (one for each rank), `text`.
-    - `"rank_outlier"`: one rank's loss is not finite while others are, or ten times the median at three looks in a row; `rank`, `losses`, `text`.
+    - `"weights_differ"` and `"gradient_differs"`, once each time it begins: `parameters` (the first eight), `count`,
+      `of`, `ranks` (those that differ from most others), `last_equal` (ordinal of the last look at which they were
+      equal, `None` where there was none), `text`. `at` is the look at which it was seen.
+    - `"counters_differ"`: batches begun, `global_step` or learning rate are not the same; `what`, `values` (one for
+      each rank), `text`.
+    - `"rank_outlier"`: one rank's loss is not finite while others are, or ten times the median at three looks in a row;
+      `rank`, `losses`, `text`.
 
-    Gradients of the ranks before averaging are not seen. Strategies that shard weights (FSDP, DeepSpeed) are not compared, and the report says so.
+    Gradients of the ranks before averaging are not seen. Strategies that shard weights (FSDP, DeepSpeed) are not
+    compared, and the report says so.
 
     Args:
         every: Batches between two looks; under accumulation the first update from there on.

@@ -28,16 +28,21 @@ BESIDE: Final[Mapping[Format, str]] = MappingProxyType({"signals": "signals", "h
 
 
 class RootCauseReport(SpikeCallback):
-    """Prints and writes the ranked root causes when training ends: finished, stopped early, by an exception or by Ctrl-C.
+    """Prints and writes the ranked root causes when training ends.
 
-    A healthy run gives one line. It works alone; what the suite's other callbacks see makes the ranking sharper. Rank 0 prints and writes; a run that
-    ended before its first batch gives no report. Afterwards `report` holds the report (on every rank). Nothing that goes wrong in here
-    reaches the training: what could not be written is named in the terminal, and an exception of your own passes through untouched.
+    Finished, stopped early, by an exception or by Ctrl-C.
+
+    A healthy run gives one line. It works alone; what the suite's other callbacks see makes the ranking sharper. Rank 0
+    prints and writes; a run that ended before its first batch gives no report. Afterwards `report` holds the report (on
+    every rank). Nothing that goes wrong in here
+    reaches the training: what could not be written is named in the terminal, and an exception of your own passes
+    through untouched.
 
     Args:
-        dirpath: Folder for `report.json`, `report.html` and `signals/`; by default `<logger.log_dir, else trainer.default_root_dir>/spike`. What an earlier run
-            left there is replaced.
-        formats: Which forms the report takes, of `terminal` (printed), `json`, `html` (needs the extra `html`) and `signals` (the recorded series).
+        dirpath: Folder for `report.json`, `report.html` and `signals/`; by default `<logger.log_dir, else
+            trainer.default_root_dir>/spike`. What an earlier run left there is replaced.
+        formats: Which forms the report takes, of `terminal` (printed), `json`, `html` (needs the extra `html`) and
+            `signals` (the recorded series).
 
     Raises:
         ConfigurationError: `formats` is empty or names a form that there is not, or `dirpath` is a file.

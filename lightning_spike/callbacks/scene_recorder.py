@@ -35,17 +35,21 @@ class _Written:
 class SceneRecorder(SpikeCallback):
     """Writes the scene of an episode to disk, so that `lightning-spike replay` can examine it in another process, when the run is over.
 
-    For each new spike, divergence or non-finite loss a folder under `<dirpath>/scenes`: the last healthy snapshot, the batches from before it up to the
-    present with their random states, the learning rates, the losses, and the present weights and optimizer states. It takes as much room as weights and optimizer states
-    twice, and the last 80 or so batches; what is the same is written once. All of it is tensors and JSON, and reading it runs no code that it brings.
+    For each new spike, divergence or non-finite loss a folder under `<dirpath>/scenes`: the last healthy snapshot, the
+    batches from before it up to the present with their random states, the learning rates, the losses, and the present
+    weights and optimizer states. It takes as much room as weights and optimizer states twice, and the last 80 or so
+    batches; what is the same is written once. All of it is tensors and JSON, and reading it runs no code that it
+    brings.
 
-    The training is not changed. Writing blocks for as long as the disk takes, and happens only when there is an episode. With more than one rank, and where the
-    batches hold what cannot be written so that it comes back (sparse tensors, functions, classes made inside functions), nothing is written, and the report
-    says why.
+    The training is not changed. Writing blocks for as long as the disk takes, and happens only when there is an
+    episode. With more than one rank, and where the batches hold what cannot be written so that it comes back (sparse
+    tensors, functions, classes made inside functions), nothing is written, and the report says why.
 
     Args:
-        dirpath: Folder in which `scenes/` is made; by default `<logger.log_dir, else trainer.default_root_dir>/spike`. A scene of an earlier run is replaced by one of the same episode number.
-        max_scenes: Scenes held at most for one fit; once there are so many, a more severe episode takes the place of the least severe.
+        dirpath: Folder in which `scenes/` is made; by default `<logger.log_dir, else trainer.default_root_dir>/spike`.
+            A scene of an earlier run is replaced by one of the same episode number.
+        max_scenes: Scenes held at most for one fit; once there are so many, a more severe episode takes the place of
+            the least severe.
         max_mb: Megabytes (10^6 bytes) that one scene may take; of larger ones none is written, and the report says so.
 
     Raises:

@@ -29,15 +29,20 @@ def suite(
 ) -> list[Callback]:
     """All callbacks, with defaults that fit together: `Trainer(callbacks=[*suite()])`.
 
-    By default the suite observes and reports and changes nothing: losses and weights are bit-identical with and without it.
+    By default the suite observes and reports and changes nothing: losses and weights are bit-identical with and without
+    it.
 
     Args:
-        own: Callbacks of your own choice; one of the suite's classes takes the place of the suite's own instance, any other is added.
-        dirpath: Where reports, batches and signals go; by default `<logger.log_dir, else trainer.default_root_dir>/spike`.
-        rollback: Heal the run: `AnomalyRollback` goes back to the last healthy snapshot when the loss does not come back.
+        own: Callbacks of your own choice; one of the suite's classes takes the place of the suite's own instance, any
+            other is added.
+        dirpath: Where reports, batches and signals go; by default `<logger.log_dir, else
+            trainer.default_root_dir>/spike`.
+        rollback: Heal the run: `AnomalyRollback` goes back to the last healthy snapshot when the loss does not come
+            back.
         early_stop: Let `OverfitWatcher` stop the run and restore the best weights once it overfits.
-        replay: Confirm by experiment: after an episode, run the moment again with one thing changed (`CounterfactualReplay`), and write
-            down what that takes, so that it can be done when the run is over too (`SceneRecorder`).
+        replay: Confirm by experiment: after an episode, run the moment again with one thing changed
+            (`CounterfactualReplay`), and write down what that takes, so that it can be done when the run is over too
+            (`SceneRecorder`).
 
     Returns:
         The callbacks, in no order that matters.

@@ -19,7 +19,8 @@ from lightning_spike.signals.subset import is_readable
 from lightning_spike.signals.weights import fan_scale, initial_scales, weight_sizes
 
 TOO_LARGE: Final = 4.0
-"""Initial scale over 1 / sqrt(fan-in) above which it is no usual initialisation any more: the largest that `torch.nn.init` gives is 2.4 (He with the gain of tanh)."""
+"""Initial scale over 1 / sqrt(fan-in) above which it is no usual initialisation any more: the largest that
+`torch.nn.init` gives is 2.4 (He with the gain of tanh)."""
 FAR_TOO_LARGE: Final = 8.0
 """The same for a single weight among sound ones."""
 TOO_SMALL: Final = 0.02
@@ -36,12 +37,16 @@ SCALES: Final = "initial_scale"
 class WeightMonitor(SpikeCallback):
     """Records sizes of weights and of updates every few batches.
 
-    `weight_norm` (L2 norm of all parameters) and, for every parameter, the vectors `weight_norm` and `weight_max` (largest absolute value), in one pass each; `update_norm`
-    (L2 norm of the last change of all parameters) and the vector of the same for every parameter, -1 for one that the update did not concern: before the optimizer's step a
-    copy is taken of up to 16,384 elements of each parameter, so the norm of a larger one is an estimate. Parameters that are sharded over ranks are passed over.
+    `weight_norm` (L2 norm of all parameters) and, for every parameter, the vectors `weight_norm` and `weight_max`
+    (largest absolute value), in one pass each; `update_norm` (L2 norm of the last change of all parameters) and the
+    vector of the same for every parameter, -1 for one that the update did not concern: before the optimizer's step a
+    copy is taken of up to 16,384 elements of each parameter, so the norm of a larger one is an estimate. Parameters
+    that are sharded over ranks are passed over.
 
-    At the start of a run that is not resumed the vector `initial_scale`: the root mean square of each weight of a layer of torch, over 1 / sqrt(fan-in). Where that is extreme, a finding:
-    detector `"weights"`, kind `"initial_scale"`, with `names` (the first eight), `count`, `of`, `scale` (the most extreme), `direction` (`"large"` or `"small"`) and `text`.
+    At the start of a run that is not resumed the vector `initial_scale`: the root mean square of each weight of a layer
+    of torch, over 1 / sqrt(fan-in). Where that is extreme, a finding: detector `"weights"`, kind `"initial_scale"`,
+    with `names` (the first eight), `count`, `of`, `scale` (the most extreme), `direction` (`"large"` or `"small"`) and
+    `text`.
 
     Args:
         every: Batches between two looks at the weights, and updates between two looks at an update; 1 for each.

@@ -14,7 +14,8 @@ _BRIGHTEST = 16.0
 class DigitsData(LightningDataModule):
     """Scikit-learn's digits, split into training and validation images.
 
-    A batch is the pair ``(images, labels)``: images float32 of shape ``(B, 1, 8, 8)`` with values from 0 to 1, labels int64 of shape ``(B,)``.
+    A batch is the pair ``(images, labels)``: images float32 of shape ``(B, 1, 8, 8)`` with values from 0 to 1, labels
+    int64 of shape ``(B,)``.
 
     Args:
         batch_size: Images per batch, in training and validation.

@@ -19,8 +19,8 @@ _LEFT_OUT = frozenset({"dist-packages", "encodings", "pydoc_data", "site-package
 class ByteWindows(Dataset[tuple[Tensor, Tensor]]):
     """Fixed windows over the bytes of several files, in the order of the files.
 
-    An item is ``(bytes, next_bytes)``, both int64 of shape ``(context,)``, the second shifted by one byte. A window never
-    spans two files, so that an index belongs to exactly one of them.
+    An item is ``(bytes, next_bytes)``, both int64 of shape ``(context,)``, the second shifted by one byte. A window
+    never spans two files, so that an index belongs to exactly one of them.
 
     Args:
         files: The bytes of each file; what does not fill a last window is left out.
@@ -54,7 +54,8 @@ class ByteWindows(Dataset[tuple[Tensor, Tensor]]):
 class SourceCodeData(LightningDataModule):
     """Source files of the standard library as a language-modelling task on bytes.
 
-    The files are read in a shuffled order, each once per epoch and each in one piece, as a training on a stream of documents does.
+    The files are read in a shuffled order, each once per epoch and each in one piece, as a training on a stream of
+    documents does.
     Asked to, it makes some files corrupt: in their place stands their compressed form, as if an archive had been taken
     for text.
 

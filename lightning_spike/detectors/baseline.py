@@ -1,9 +1,9 @@
 """How far a value lies outside the recent accepted values of its series.
 
-One ruler for every series: loss, gradient norm, update size. A value is compared with the median of the last 32 accepted ones;
-the difference is taken on a logarithmic scale (or, once the series has been negative, on a plain one), so that noise that is
-proportional to the level has one size along a falling curve. Its unit is the upper half-width of the noise, and how far out is
-far is read off the tail that the series itself has shown.
+One ruler for every series: loss, gradient norm, update size. A value is compared with the median of the last 32
+accepted ones; the difference is taken on a logarithmic scale (or, once the series has been negative, on a plain one),
+so that noise that is proportional to the level has one size along a falling curve. Its unit is the upper half-width of
+the noise, and how far out is far is read off the tail that the series itself has shown.
 """
 
 import math
@@ -14,27 +14,31 @@ from typing import Any, Final
 from lightning_spike.rolling import LazyWindow, SortedWindow, quantile
 
 CENTRE: Final = 32
-"""Accepted values that make the present level: its median then adds 2.4 % to the noise, and follows a trend within 16 steps."""
+"""Accepted values that make the present level: its median then adds 2.4 % to the noise, and follows a trend within 16
+steps."""
 SIDE: Final = 8
-"""Accepted values on either side of the one whose noise is learnt: the mean of their two medians leaves no trend in the residual."""
+"""Accepted values on either side of the one whose noise is learnt: the mean of their two medians leaves no trend in the
+residual."""
 SCALE: Final = 512
 """Residuals that make the present noise; its standard error is then 5 %."""
 AHEAD: Final = 128
 """Differences between a value and the level before it, which are larger than the noise where the loss wanders."""
 WIDER: Final = 0.98
-"""Standard deviation of normal noise about the median of the 32 values before it, over that about the mean of the two medians around
+"""Standard deviation of normal noise about the median of the 32 values before it, over that about the mean of the two
+medians around
 it: sqrt(1 + 1.53 / 32) / sqrt(1 + 1.46 / 8 / 2), with the variance of a median of 32 and of 8."""
 WANDER: Final = 0.85
 """Share of the width of those differences below which it is not believed: their own standard error is 11 %."""
 TAIL: Final = 1536
 """Standardised residuals that show how heavy the tail is."""
 NEARBY: Final = 64
-"""Residuals around one that standardise it for the tail: noise that grows or shrinks along the run must not pass for a heavy tail."""
+"""Residuals around one that standardise it for the tail: noise that grows or shrinks along the run must not pass for a
+heavy tail."""
 LEAST: Final = 8
 """Accepted values without which no statement is made."""
 OFFSET: Final = 0.5
-"""Share of the median that is added before the logarithm: between none, which makes noise of a loss near zero all lower tail, and
-one, which takes the logarithm back (science.md 1.5 compares 0.25 and 1)."""
+"""Share of the median that is added before the logarithm: between none, which makes noise of a loss near zero all lower
+tail, and one, which takes the logarithm back (science.md 1.5 compares 0.25 and 1)."""
 REFIT_EVERY: Final = 16
 """Pushes between two measures of the noise; amortises their cost."""
 EVERY_TIME: Final = 4 * REFIT_EVERY
@@ -64,7 +68,8 @@ BOTH_DOUBT: Final = 0.5
 HEAVY: Final = (2.0, 4.0)
 """Standard errors of h up to which a tail counts as that of normal noise, and from which on as heavier in full."""
 POWER: Final = 1.2
-"""Factor on the shape of a heavy tail: one that falls like a power stretches further out than the quantiles that were read tell …"""
+"""Factor on the shape of a heavy tail: one that falls like a power stretches further out than the quantiles that were
+read tell …"""
 ADDED: Final = 2.0
 """… plus this many standard errors."""
 KNOWN: Final = 1100
@@ -76,15 +81,16 @@ EARLY_MOST: Final = 0.2
 SKEW_DOUBT: Final = 1.1
 """Standard error of the skew times the square root of the number of residuals, for normal noise."""
 SKEW_POINTS: Final = (0.975, 0.99)
-"""Probabilities at which the two sides are compared: for lognormal noise of 10 % they differ by 10 %, four standard errors."""
+"""Probabilities at which the two sides are compared: for lognormal noise of 10 % they differ by 10 %, four standard
+errors."""
 SURE: Final = 6.0
-"""On the logarithmic scale tails are light (science.md 1.5), so however heavy the tail may look or might still turn out to be, this
-many standard deviations …"""
+"""On the logarithmic scale tails are light (science.md 1.5), so however heavy the tail may look or might still turn out
+to be, this many standard deviations …"""
 SURE_EARLY: Final = 5.0
 """… plus this over the square root of the number of residuals, for a scale that is not well known yet …"""
 DOUBLED: Final = 0.5
-"""… are too far where the value also stands this much, in logarithms, above the level: about twice it. Below, the noise is small beside
-the level and a heavy tail can well be an additive one."""
+"""… are too far where the value also stands this much, in logarithms, above the level: about twice it. Below, the noise
+is small beside the level and a heavy tail can well be an additive one."""
 WINDOWS: Final = ("centre", "residuals", "ahead", "tail")
 LISTS: Final = ("levels", "right", "rights", "waiting")
 NUMBERS: Final = (
@@ -104,8 +110,8 @@ NUMBERS: Final = (
     "side",
 )
 FAR_BEYOND: Final = 5.0
-"""Times the largest excess of the last 512 values from which on a value is too far whatever the law of the noise: beyond that, a tail
-that falls like 1/x^3 has 2e-5 of its values (1 / 512 / 5^3) …"""
+"""Times the largest excess of the last 512 values from which on a value is too far whatever the law of the noise:
+beyond that, a tail that falls like 1/x^3 has 2e-5 of its values (1 / 512 / 5^3) …"""
 FEW: Final = 128.0
 """… plus this over the number of values."""
 NEAR_TOP: Final = 1.5
@@ -121,20 +127,22 @@ PAIR_LIMIT: Final = 3.2
 LATELY_DOUBT: Final = 0.4
 """Standard error of a median of eight about that of the 32 that they belong to."""
 AHEAD_OF_LATELY: Final = 1.4
-"""Where a straight line through the two medians leads to: they are 16.5 and 4.5 values old, so 4.5 / 12 of their distance further."""
+"""Where a straight line through the two medians leads to: they are 16.5 and 4.5 values old, so 4.5 / 12 of their
+distance further."""
 RUN: Final = 8
 """Successive scores that are summed."""
 RUN_CLIP: Final = 3.0
 """Most that one of them may add: a heavy tail then says no more than normal noise does."""
 RUN_LIMIT: Final = 4.6
-"""Standard deviations of the sum that are too far: 2e-6 of the normal ones lie beyond. More where each score is like the one before,
-which is measured by the noise about a level that follows them, and is therefore more than it seems."""
+"""Standard deviations of the sum that are too far: 2e-6 of the normal ones lie beyond. More where each score is like
+the one before, which is measured by the noise about a level that follows them, and is therefore more than it seems."""
 CENTRE_VARIANCE: Final = 1.53 / CENTRE
 """Variance of a median of 32 normal values, which all of them share."""
 MEMORY: Final = 1.0 / 128.0
 """Weight of the newest pair in the share of neighbours on the same side of the level."""
 LIKE: Final = 0.5
-"""Share by which the limit grows where each value is like the one before: the scale is then made of few independent values."""
+"""Share by which the limit grows where each value is like the one before: the scale is then made of few independent
+values."""
 HUGE: Final = 1e300
 """Values are cut here, so that differences stay finite."""
 MOST_RULED: Final = math.log(HUGE)
@@ -151,7 +159,8 @@ def _half_width(ordered: list[float]) -> float:
 def _shapes(ordered: list[float]) -> tuple[float, float]:
     """Tail shape h of Tukey's g-and-h family, of the upper tail and of both together.
 
-    A quantile at normal score z is stretched by exp(h z^2 / 2). Where both tails are heavy, twice the values tell of it.
+    A quantile at normal score z is stretched by exp(h z^2 / 2). Where both tails are heavy, twice the values tell of
+    it.
     """
     one = 0.5 * (quantile(ordered, ONE_SIGMA) - quantile(ordered, 1.0 - ONE_SIGMA))
     if one <= 0.0:
@@ -167,7 +176,10 @@ def _shapes(ordered: list[float]) -> tuple[float, float]:
 
 
 def _heavy(shape: float, doubt: float) -> float:
-    """What is made of a measured shape with this standard error: nothing for one that chance can give, the more the surer it is."""
+    """What is made of a measured shape with this standard error.
+
+    Nothing for one that chance can give, the more the surer it is.
+    """
     sure = (shape / doubt - HEAVY[0]) / (HEAVY[1] - HEAVY[0])
     return max(0.0, min(1.0, sure)) * (POWER * shape + ADDED * doubt)
 
@@ -356,7 +368,10 @@ class Baseline:
         self._refit()
 
     def _forecast(self) -> float:
-        """The level that a straight line through the last two medians leads to; without it a steep fall would pass for noise."""
+        """The level that a straight line through the last two medians leads to.
+
+        Without it a steep fall would pass for noise.
+        """
         if len(self._levels) <= CENTRE:
             return self._level
         return self._level + (self._level - self._levels[0]) * ((CENTRE + 1) / (2 * CENTRE))
@@ -420,7 +435,10 @@ class Baseline:
         self._run_limit = RUN_LIMIT * (1.0 + agree) * math.sqrt(RUN + 2.0 * alike + RUN * RUN * CENTRE_VARIANCE)
 
     def _present(self) -> float:
-        """The noise by the values that make the level alone, their trend taken off: it knows at once when noise grows."""
+        """The noise by the values that make the level alone, their trend taken off.
+
+        It knows at once when noise grows.
+        """
         fall = self._levels[0] - self._level if len(self._levels) > CENTRE else 0.0
         return self._ruled(self._centre.quantile(ONE_SIGMA) - self._level - TREND * max(0.0, fall))
 

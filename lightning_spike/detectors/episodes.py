@@ -22,9 +22,10 @@ FAMILY: Final = 64
 class EpisodeDetector:
     """Judges every loss of a run as it arrives.
 
-    Pure: plain numbers in, records out; some fifteen microseconds per batch; memory does not grow with the run. Judged is `"loss"`,
-    and every `"loss/<name>"` beside it; a trouble seen in several series is one episode, of the series that showed it first
-    (`"loss"` if at the same batch). A batch without a loss is passed over.
+    Pure: plain numbers in, records out; some fifteen microseconds per batch; memory does not grow with the run. Judged
+        is `"loss"`,
+    and every `"loss/<name>"` beside it; a trouble seen in several series is one episode, of the series that showed it
+    first (`"loss"` if at the same batch). A batch without a loss is passed over.
     """
 
     def __init__(self) -> None:
@@ -80,7 +81,10 @@ class EpisodeDetector:
         return self._series[signal]
 
     def observe_validation(self, point: ValidationPoint) -> list[Episode]:
-        """Judge one validation result: overfitting, and, where the run has no training loss, everything else as well."""
+        """Judge one validation result.
+
+        Overfitting, and, where the run has no training loss, everything else as well.
+        """
         changed: list[Draft] = []
         if not any(name == "loss" or name.startswith("loss/") for name in self._series) and self._room(point.metric):
             changed += self._tracker(point.metric).observe(point.at, point.value, 1.0)

@@ -7,7 +7,8 @@ from typing import Any, Final
 from lightning_spike.detectors.baseline import RUN, RUN_CLIP, Baseline
 
 LEAST_RISE: Final = 0.05
-"""A loss has to be this share above the level to matter, however small the noise (the prototype of peers.md 0a: ratio > 1.05)."""
+"""A loss has to be this share above the level to matter, however small the noise (the prototype of peers.md 0a: ratio >
+1.05)."""
 LEAST_PAIR_RISE: Final = 0.10
 """The same for two in a row: below, it may be the level that moved a little, as after a warm restart."""
 LEAST_OF_START: Final = 1e-3
@@ -21,9 +22,11 @@ LEAST_SEEN: Final = 4
 START: Final = 32
 """Accepted values whose median is the level at which the run began."""
 ONE_SAMPLE: Final = 6.0
-"""Times the loss at which the run began that one hard sample of a healthy run can have: some nine nats of ten classes, confidently wrong."""
+"""Times the loss at which the run began that one hard sample of a healthy run can have: some nine nats of ten classes,
+confidently wrong."""
 MOST_LIFT: Final = 2.0
-"""Standard deviations up to which a level that has just risen excuses a loss: a warm restart lifts all of them a little …"""
+"""Standard deviations up to which a level that has just risen excuses a loss: a warm restart lifts all of them a little
+…"""
 MODEST: Final = 0.33
 """… if the loss is less than this share above the level: what stands higher is no matter of a little."""
 LEAST_RUN: Final = 2.0
@@ -55,7 +58,8 @@ class FastDetector:
         Args:
             value: The loss, finite, a mean over the batch.
             score: Its score by the baseline.
-            samples: In the batch, where known: a rise that one hard sample can make alone is judged by the tail that was seen.
+            samples: In the batch, where known: a rise that one hard sample can make alone is judged by the tail that
+                was seen.
             inside_episode: The batches before were outside.
         """
         baseline = self.baseline

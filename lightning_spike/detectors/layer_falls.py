@@ -1,4 +1,7 @@
-"""Layers that break down from one moment to the next and for good: gradients that no longer reach them, units that are flat."""
+"""Layers that break down from one moment to the next and for good.
+
+Gradients that no longer reach them, units that are flat.
+"""
 
 import dataclasses
 import math
@@ -15,10 +18,11 @@ BLOCK: Final = 16
 BLOCKS: Final = 4
 """Blocks of which an expectation is made."""
 OWN: Final = 10.0
-"""Times that a gradient must have fallen against its own past, and against that of the parameter that has fallen least: training as a whole may well make
-all gradients smaller, but alike …"""
+"""Times that a gradient must have fallen against its own past, and against that of the parameter that has fallen least:
+training as a whole may well make all gradients smaller, but alike …"""
 BOTH: Final = 1000.0
-"""… and of the two together: AUTOTRAINER calls a gradient vanished whose norm is a thousandth of that of the last layer."""
+"""… and of the two together: AUTOTRAINER calls a gradient vanished whose norm is a thousandth of that of the last
+layer."""
 SAME_LOSS: Final = 0.3
 """Share of its level that the loss must have kept: gradients get small where a loss does."""
 CONFIRMED: Final = 2
@@ -27,11 +31,13 @@ CONFIRMED: Final = 2
 LEAST_LOOKS: Final = 3
 """Looks at the units before one is judged."""
 FLAT: Final = 0.8
-"""Share of a layer's outputs in the flat parts from which it hardly computes anything any more (TheDeepChecker: saturated from 0.85 on, dead where half of the units are)."""
+"""Share of a layer's outputs in the flat parts from which it hardly computes anything any more (TheDeepChecker:
+saturated from 0.85 on, dead where half of the units are)."""
 ALIVE: Final = 0.05
 """Share that must not have been flat before: below it a layer was as good as flat already."""
 SUDDEN: Final = 4.0
-"""Times that the share which is not flat must be smaller than at any of the last looks: nets may get sparse, but bit by bit."""
+"""Times that the share which is not flat must be smaller than at any of the last looks: nets may get sparse, but bit by
+bit."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +61,10 @@ class GradientFalls:
         self._told = False
 
     def push(self, norms: Array, loss: float) -> Fall | None:
-        """Take the norms of one update, below 0 where there is no gradient, and the loss of its batch; a fall when it has just been confirmed."""
+        """Take the norms of one update, below 0 where there is no gradient, and the loss of its batch.
+
+        A fall when it has just been confirmed.
+        """
         self._size = norms.size if self._size is None else self._size
         if self._told or norms.size != self._size or not np.isfinite(norms).all():
             return None
@@ -88,7 +97,10 @@ class GradientFalls:
 
 
 class FlatUnits:
-    """Watches the share of every layer's outputs that are flat; says once for each layer when all but all of it has gone flat from one look to the next."""
+    """Watches the share of every layer's outputs that are flat.
+
+    Says once for each layer when all but all of it has gone flat from one look to the next.
+    """
 
     def __init__(self) -> None:
         self._past: deque[Array] = deque(maxlen=LEAST_LOOKS)
@@ -96,7 +108,10 @@ class FlatUnits:
         self._told: set[int] = set()
 
     def push(self, shares: Array) -> Fall | None:
-        """Take the shares of one look, below 0 for a layer that did not run; the layers that have just been confirmed to be flat."""
+        """Take the shares of one look, below 0 for a layer that did not run.
+
+        The layers that have just been confirmed to be flat.
+        """
         alive = np.where((shares >= 0.0) & np.isfinite(shares), 1.0 - shares, np.nan)
         if len(self._past) < LEAST_LOOKS or self._past[0].shape != alive.shape:
             self._past.append(alive)

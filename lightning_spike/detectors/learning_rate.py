@@ -1,6 +1,9 @@
-"""What the learning rate does, whoever moves it: warm restarts, cycles, the end of a warm-up, drops, and jumps nobody planned.
+"""What the learning rate does, whoever moves it.
 
-Judged by the rates that were used, batch by batch, so that it works for any scheduler and for none. Where the configured schedulers
+Warm restarts, cycles, the end of a warm-up, drops, and jumps nobody planned.
+
+Judged by the rates that were used, batch by batch, so that it works for any scheduler and for none. Where the
+configured schedulers
 are known, what was seen is compared with what they do: a jump inside a scheduler that only decays is nobody's plan.
 """
 
@@ -16,7 +19,8 @@ from lightning_spike.rolling import median
 JUMP: Final = 1.5
 """Ratio of two successive rates from which the move is a jump, not a slope."""
 STEEPER: Final = 3.0
-"""Times the last smooth moves that a jump or a drop must be: near zero a smooth schedule has large ratios but small moves."""
+"""Times the last smooth moves that a jump or a drop must be: near zero a smooth schedule has large ratios but small
+moves."""
 SMOOTH_MOVES: Final = 3
 """Smooth moves that are remembered for that."""
 SAME: Final = 1e-9
@@ -91,20 +95,23 @@ class _Series:
 class LearningRateDetector:
     """Watches every parameter group's rate.
 
-    Findings (detector `"learning_rate"`); `at` is the first batch that used the new rate, for peaks the batch that used the peak.
-    Detail of all: `name` (the series), `from_lr`, `to_lr`, `ratio` (to / from, `None` from zero), `scheduler` (class name of the
-    optimizer's scheduler, several joined by `+`, `None` where there is none or it is not known). Besides:
+    Findings (detector `"learning_rate"`); `at` is the first batch that used the new rate, for peaks the batch that used
+    the peak.
+    Detail of all: `name` (the series), `from_lr`, `to_lr`, `ratio` (to / from, `None` from zero), `scheduler` (class
+    name of the optimizer's scheduler, several joined by `+`, `None` where there is none or it is not known). Besides:
 
-    - `"restart"`: up in one move, back toward the peak after a decay. `peak_lr`, `period` (batches since the restart before,
-      `None` for the first), `period_steps` (the same in optimizer steps), `planned` (`True` if the configured scheduler restarts
-      by design), `expected_lr` (what the course so far led to).
-    - `"cyclic_peak"`: the top of a gradual rise by at least 1.5 that now falls. `trough_lr`, `period` as above, between peaks.
+    - `"restart"`: up in one move, back toward the peak after a decay. `peak_lr`, `period` (batches since the restart
+      before, `None` for the first), `period_steps` (the same in optimizer steps), `planned` (`True` if the configured
+      scheduler restarts by design), `expected_lr` (what the course so far led to).
+    - `"cyclic_peak"`: the top of a gradual rise by at least 1.5 that now falls. `trough_lr`, `period` as above, between
+      peaks.
     - `"warmup_end"`: the first rise of the run is over. `trough_lr`.
-    - `"unexplained_jump"`: up by more than 1.5 in one move without such a pattern, or inside schedulers that never do this, or, with
-      `resumed` true, a break in either direction across a resume. `expected_lr`, `peak_lr`, `resumed`.
+    - `"unexplained_jump"`: up by more than 1.5 in one move without such a pattern, or inside schedulers that never do
+      this, or, with `resumed` true, a break in either direction across a resume. `expected_lr`, `peak_lr`, `resumed`.
     - `"drop"`: down to less than 1 / 1.5 in one move. `after_jump` (it takes an unexplained jump back), `expected_lr`.
-    - `"wrong_interval"`: the schedule counts batches where epochs were meant or the reverse. `configured` and `observed`
-      (`"epoch"` or `"step"`), `setting` and `value` (the length that gives it away, `None` where the moves do).
+    - `"wrong_interval"`: the schedule counts batches where epochs were meant or the reverse. `configured` and
+      `observed` (`"epoch"` or `"step"`), `setting` and `value` (the length that gives it away, `None` where the moves
+      do).
     - `"nonfinite"`: NaN, Inf or negative; once per series.
     """
 

@@ -1,4 +1,7 @@
-"""The loss scale of mixed precision: moves that no scaler makes by itself, updates skipped too often, a scale that is too low to be of use."""
+"""The loss scale of mixed precision.
+
+Moves that no scaler makes by itself, updates skipped too often, a scale that is too low to be of use.
+"""
 
 from collections import deque
 from typing import Final
@@ -6,7 +9,8 @@ from typing import Final
 from lightning_spike.records import Finding, StepRow
 
 LEAP: Final = 16.0
-"""Factor between the scales of two updates from which the scaler did not make it: it grows by 2 and backs off by 0.5 (torch.amp.GradScaler)."""
+"""Factor between the scales of two updates from which the scaler did not make it: it grows by 2 and backs off by 0.5
+(torch.amp.GradScaler)."""
 SETTLES: Final = 32
 """Updates at the start in which the scaler looks for its scale: from 65,536 down to 1 it is 16 skips."""
 WINDOW: Final = 100
@@ -21,8 +25,10 @@ CONFIRMED: Final = 3
 class LossScaleDetector:
     """Looks at `loss_scale` and `skipped_step`; findings of the detector `"precision"`.
 
-    `"scale_leapt"` (`before`, `after`): the scale is another by a factor of 16 or more than at the update before. `"often_skipped"` (`skips`, `of`, `scale`): 3 of the last 100 updates were skipped
-    because a gradient was not finite; said again only after 100 updates. `"scale_too_low"` (`scale`): it is below 1 for three updates in a row; said once. Each with `text`.
+    `"scale_leapt"` (`before`, `after`): the scale is another by a factor of 16 or more than at the update before.
+    `"often_skipped"` (`skips`, `of`, `scale`): 3 of the last 100 updates were skipped because a gradient was not
+    finite; said again only after 100 updates. `"scale_too_low"` (`scale`): it is below 1 for three updates in a row;
+    said once. Each with `text`.
     """
 
     def __init__(self) -> None:

@@ -12,12 +12,13 @@ FloatArray: TypeAlias = npt.NDArray[np.float64]
 def ramp_onset(values: Sequence[float]) -> int:
     """Index of the last level value before a rise: the best fit of a step or of a ramp over all places.
 
-    Least squares in closed form for every place at once, of `a + b * (t > k)` and of `a + b * max(0, t - k)`, on values cut at
-    their 2nd and 98th percentile so that one outlier does not bend the fit. Offline change-point fitting as in science.md 1.8,
-    with a ramp beside the step.
+    Least squares in closed form for every place at once, of `a + b * (t > k)` and of `a + b * max(0, t - k)`, on values
+    cut at their 2nd and 98th percentile so that one outlier does not bend the fit. Offline change-point fitting as in
+    science.md 1.8, with a ramp beside the step.
 
     Args:
-        values: At least one finite value, oldest first, the rise at the end. Quadratic in their number: for some hundreds.
+        values: At least one finite value, oldest first, the rise at the end. Quadratic in their number: for some
+            hundreds.
 
     Returns:
         In [0, len(values) - 1].

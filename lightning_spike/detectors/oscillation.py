@@ -1,8 +1,8 @@
 """Swings: the loss goes up and down by several times its usual noise, again and again.
 
-Every 16 losses the spread (10th to 90th percentile) of the last 64 is compared with what it was before. A burst also widens the
-spread, but crosses the middle twice; spikes in a row cross it often, but most losses between them are low. Swings cross it often
-and spend their time on both sides.
+Every 16 losses the spread (10th to 90th percentile) of the last 64 is compared with what it was before. A burst also
+widens the spread, but crosses the middle twice; spikes in a row cross it often, but most losses between them are low.
+Swings cross it often and spend their time on both sides.
 """
 
 import math
@@ -21,7 +21,8 @@ LEAST_HISTORY: Final = 6
 OFFSET: Final = 0.25
 """Share of the middle that is added before the logarithm (science.md 1.5)."""
 WIDER: Final = 3.0
-"""Times the usual spread from which it is called a swing; science.md 1.8 takes a variance ratio of 4 (2 in spread) as a hint."""
+"""Times the usual spread from which it is called a swing; science.md 1.8 takes a variance ratio of 4 (2 in spread) as a
+hint."""
 PLAIN: Final = 2.0
 """Times the usual spread on the plain scale as well: noise that stays while the level falls is no swing."""
 CALMER: Final = 1.6
@@ -86,7 +87,10 @@ class SwingDetector:
         )
 
     def _choose_scale(self, ordered: list[float]) -> float:
-        """Share of the middle that is added before the logarithm; a loss that is not positive ends the logarithmic scale for good."""
+        """Share of the middle that is added before the logarithm.
+
+        A loss that is not positive ends the logarithmic scale for good.
+        """
         middle = quantile(ordered, 0.5)
         if self._logarithmic and (ordered[0] < 0.0 or middle <= 0.0):
             self._logarithmic = False

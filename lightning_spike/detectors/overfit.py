@@ -1,9 +1,11 @@
 """Overfitting: the validation loss turns up while the training loss goes on falling.
 
-After Prechelt, "Early Stopping - But When?" (1998): GL is the percentage by which the validation loss is above its best, P_k says
-how much the training loss still moves, PQ is their quotient, UP_s counts rises in a row. Validation curves are noisy and have many
-local minima, so none of these is believed alone: what is asked is a rise of the smoothed curve by several times the noise of the
-curve itself, over at least three validations, with a training loss that is lower than at the best point and a gap that grows.
+After Prechelt, "Early Stopping - But When?" (1998): GL is the percentage by which the validation loss is above its
+best, P_k says how much the training loss still moves, PQ is their quotient, UP_s counts rises in a row. Validation
+curves are noisy and have many
+local minima, so none of these is believed alone: what is asked is a rise of the smoothed curve by several times the
+noise of the curve itself, over at least three validations, with a training loss that is lower than at the best point
+and a gap that grows.
 """
 
 import math
@@ -24,11 +26,13 @@ STRIP: Final = 5
 SURE: Final = 4.0
 """Noise standard deviations that the smoothed curve must have risen; the best of many looks better than it is."""
 FEW: Final = 8.0
-"""The noise estimated from this many validations is doubled, from more it is widened less: it may be too small by chance."""
+"""The noise estimated from this many validations is doubled, from more it is widened less: it may be too small by
+chance."""
 LEAST_GL: Final = 2.0
 """Per cent above the best below which nothing is said; Prechelt's thresholds for GL go from 1 to 5."""
 SWINGS: Final = 2.0
-"""Ratio of the training loss's residual variance, newest quarter to the quarter before, from which swings widen (science.md 5)."""
+"""Ratio of the training loss's residual variance, newest quarter to the quarter before, from which swings widen
+(science.md 5)."""
 
 
 def _noise(values: list[float]) -> float:
@@ -52,12 +56,12 @@ class OverfitDetector:
 
     Findings (detector `"overfit"`):
 
-    - `"gap_growing"`, once per overfit, when it is noticed. Detail: `metric`, `best_step` and `best_ordinal` (the best validation),
-      `best_value`, `value`, `gl` (per cent above the best), `pq` (GL / P_5; `None` where the training loss stands still),
-      `up` (rises in a row of the smoothed curve), `gap` (validation minus training loss), `gap_slope` (its change per validation),
-      `train_loss`, `train_at_best`, `noise` (standard deviation of the curve).
-    - `"widening_swings"`, once, while overfit: the training loss has begun to swing. Detail: `metric`, `best_step`, `ratio`
-      (residual variance, newest quarter to the one before), `train_loss`.
+    - `"gap_growing"`, once per overfit, when it is noticed. Detail: `metric`, `best_step` and `best_ordinal` (the best
+      validation), `best_value`, `value`, `gl` (per cent above the best), `pq` (GL / P_5; `None` where the training loss
+      stands still), `up` (rises in a row of the smoothed curve), `gap` (validation minus training loss), `gap_slope`
+      (its change per validation), `train_loss`, `train_at_best`, `noise` (standard deviation of the curve).
+    - `"widening_swings"`, once, while overfit: the training loss has begun to swing. Detail: `metric`, `best_step`,
+      `ratio` (residual variance, newest quarter to the one before), `train_loss`.
     """
 
     def __init__(self) -> None:

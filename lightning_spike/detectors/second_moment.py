@@ -15,14 +15,16 @@ BEFORE: Final = 8
 MORE: Final = 2.0
 """Factor over the usual RMS_t."""
 GREW: Final = 3.0
-"""Factor on the gradient norm, as `LARGE` in `gradient_explosion`: what does not grow does not leave its second moment behind."""
+"""Factor on the gradient norm, as `LARGE` in `gradient_explosion`: what does not grow does not leave its second moment
+behind."""
 
 
 class SecondMomentDetector:
     """Looks at `update_rms` and `grad_norm`; findings of the detector `"optimizer"`.
 
-    `"second_moment_stale"` (`rms`, `usual`, `grad_norm`, `grad_norm_before`, `text`): RMS_t above 2.3 and twice its usual in four looks in a row, over which the gradients are three times as large
-    as before. Said once for each such stretch.
+    `"second_moment_stale"` (`rms`, `usual`, `grad_norm`, `grad_norm_before`, `text`): RMS_t above 2.3 and twice its
+    usual in four looks in a row, over which the gradients are three times as large as before. Said once for each such
+    stretch.
     """
 
     def __init__(self) -> None:

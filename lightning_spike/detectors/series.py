@@ -29,7 +29,8 @@ ABSORB: Final = 32
 LEADING: Final = 2.5
 """A loss just before the first flagged one belongs to the episode if its score is above this."""
 JUMP: Final = 0.5
-"""… and above this share of the score that follows: on the logarithmic scale twice the score is a jump, and it began with that batch."""
+"""… and above this share of the score that follows: on the logarithmic scale twice the score is a jump, and it began
+with that batch."""
 FAR: Final = 12.0
 """Score that is counted at most for that, so that a climb into NaN keeps its beginning."""
 WHOLE: Final = 0.2
@@ -37,7 +38,8 @@ WHOLE: Final = 0.2
 PART: Final = 0.8
 """Share of the rise from which on nothing recovered (science.md 1.8)."""
 NOISE_OF_PEAK: Final = 2.5
-"""Standard deviations by which the highest of some dozens of losses stands above their level: taken off before the shares."""
+"""Standard deviations by which the highest of some dozens of losses stands above their level: taken off before the
+shares."""
 SHARP: Final = 4
 """Batches from the onset to half of the peak within which a rise is a jump."""
 
@@ -128,7 +130,10 @@ class SeriesTracker:
         )
 
     def _first_of_run(self, at: Moment) -> Moment:
-        """The earliest of the abnormal losses that end with the newest; before a jump, one that is merely high is chance."""
+        """The earliest of the abnormal losses that end with the newest.
+
+        Before a jump, one that is merely high is chance.
+        """
         first, following = at, self._history[-1][2]
         for moment, _, score in islice(reversed(self._history), 1, ABSORB):
             if score < max(LEADING, JUMP * min(following, FAR)):
@@ -157,7 +162,10 @@ class SeriesTracker:
             self._redate(draft)
 
     def _redate(self, draft: Draft) -> None:
-        """Date a slow rise back to where the level begins to climb; never later than the first loss that was flagged."""
+        """Date a slow rise back to where the level begins to climb.
+
+        Never later than the first loss that was flagged.
+        """
         recent = [(moment, value) for moment, value, _ in self._history if math.isfinite(value)][-256:]
         first = next((i for i, (m, _) in enumerate(recent) if m.ordinal >= draft.onset.ordinal), len(recent))
         recent = recent[max(0, first - 128) :]

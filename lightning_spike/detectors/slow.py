@@ -1,8 +1,8 @@
 """The slow detector: has the level crept up in a way that the fast one gets used to?
 
-Works on medians of 16 losses, flagged ones included: a CUSUM of their distance from the level of some blocks ago, in units of
-the spread between blocks. A falling loss keeps the sum at zero, a heavy tail does not move a median, and the clip keeps one
-block from ringing alone.
+Works on medians of 16 losses, flagged ones included: a CUSUM of their distance from the level of some blocks ago, in
+units of the spread between blocks. A falling loss keeps the sum at zero, a heavy tail does not move a median, and the
+clip keeps one block from ringing alone.
 """
 
 import math
@@ -18,9 +18,11 @@ LEAST_BLOCKS: Final = 6
 SLACK: Final = 1.0
 CLIP: Final = 3.0
 ALARM: Final = 8.0
-"""k = 1, h = 8 on clipped scores: Siegmund gives 4.6e7 blocks to a false alarm for normal noise; the spread is only estimated."""
+"""k = 1, h = 8 on clipped scores: Siegmund gives 4.6e7 blocks to a false alarm for normal noise; the spread is only
+estimated."""
 UNSURE: Final = 1.0
-"""Relative standard error of the spread times the square root of the number of blocks; their spread is widened by it."""
+"""Relative standard error of the spread times the square root of the number of blocks; their spread is widened by
+it."""
 LEAST_SPREAD: Final = 1e-3
 """Share of the level below which a spread is not believed."""
 LEAST_RISE: Final = 0.15
@@ -30,7 +32,8 @@ SETTLED: Final = 16
 
 
 EARLY: Final = 8
-"""First blocks of a run whose lowest is remembered: a rate that is too high lets the loss fall for some batches, then throws it back."""
+"""First blocks of a run whose lowest is remembered: a rate that is too high lets the loss fall for some batches, then
+throws it back."""
 EARLY_WATCH: Final = 24
 """Blocks from the start within which the loss is compared with it."""
 LOST: Final = 4
@@ -40,7 +43,10 @@ CLEARLY: Final = 5.0
 
 
 def _spread(blocks: list[float]) -> float:
-    """Standard deviation of block medians, from differences one and four blocks apart: a wandering level widens the latter."""
+    """Standard deviation of block medians, from differences one and four blocks apart.
+
+    A wandering level widens the latter.
+    """
     spreads = [
         median([abs(later - earlier) for earlier, later in zip(blocks, blocks[lag:], strict=False)])
         * MAD_TO_SIGMA
@@ -74,7 +80,10 @@ class SlowDetector:
         return self._look(middle) or (len(self._early) < EARLY_WATCH and self._fell_back(middle, median_error(block)))
 
     def _fell_back(self, block: float, error: float) -> bool:
-        """Whether a young run has lost for good what it had learned: too early for the sum, which needs a level to compare with."""
+        """Whether a young run has lost for good what it had learned.
+
+        Too early for the sum, which needs a level to compare with.
+        """
         self._early.append([block, error])
         if len(self._early) < LOST + 2:
             return False
@@ -109,7 +118,10 @@ class SlowDetector:
         return False
 
     def _distance(self, block: float, reference: float) -> float:
-        """How far a block lies above the reference: on the logarithmic scale while all are positive, medians of heavy tails have a tail."""
+        """How far a block lies above the reference.
+
+        On the logarithmic scale while all are positive, medians of heavy tails have a tail.
+        """
         doubtful = 1.0 + UNSURE / math.sqrt(len(self._blocks))
         if min(block, reference, *self._blocks) > 0.0:
             unit = max(_spread([math.log(value) for value in self._blocks]), LEAST_SPREAD)

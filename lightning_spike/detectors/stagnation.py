@@ -1,4 +1,7 @@
-"""Whether a loss has stopped falling: no detector of episodes, but a question that is asked of a run in which nothing else has happened."""
+"""Whether a loss has stopped falling.
+
+No detector of episodes, but a question that is asked of a run in which nothing else has happened.
+"""
 
 from typing import Final
 
@@ -16,7 +19,9 @@ CLEARLY: Final = 2.0
 
 
 def stagnates(losses: npt.NDArray[np.float64]) -> bool:
-    """Whether the loss has stopped falling: its newest level is not below the lowest of the first half of the run; false for a run too young to tell. Pure.
+    """Whether the loss has stopped falling.
+
+    Its newest level is not below the lowest of the first half of the run; false for a run too young to tell. Pure.
 
     Args:
         losses: All so far, oldest first, shape `(n,)`; what is not finite is left out.

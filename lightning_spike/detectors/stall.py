@@ -1,8 +1,8 @@
 """A loss that was falling and stops from one moment to the next, or that never moved at all.
 
-Every training slows down, so "it no longer falls" is no finding. What healthy curves do not do is to break off: their decrements
-shrink smoothly. So five decrements in a row are continued geometrically, and if the loss then stays flat where a good part of that
-was due, it has stalled. The same is looked for at four time scales.
+Every training slows down, so "it no longer falls" is no finding. What healthy curves do not do is to break off: their
+decrements shrink smoothly. So five decrements in a row are continued geometrically, and if the loss then stays flat
+where a good part of that was due, it has stalled. The same is looked for at four time scales.
 """
 
 import itertools
@@ -52,8 +52,10 @@ def _broke_off(groups: list[float], noise: float) -> float | None:
     """Where the first five decrements, all of them falls, run on a smooth course and the last three, due on it, are missing.
 
     Returns:
-        The break, in groups from the first one on; `None` where there is none. Between the last falling and the first flat group the
-        decrement is the larger the later the break: all of it is there for a break at the far end of the two, half for the middle.
+        The break, in groups from the first one on; `None` where there is none. Between the last falling and the first
+        flat group the
+        decrement is the larger the later the break: all of it is there for a break at the far end of the two, half for
+        the middle.
     """
     drops = [earlier - later for earlier, later in itertools.pairwise(groups)]
     noise *= math.sqrt(2.0)

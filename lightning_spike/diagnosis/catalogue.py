@@ -16,9 +16,12 @@ ENTRY_POINTS: Final = "lightning_spike.causes"
 
 
 def catalogue() -> tuple[Cause, ...]:
-    """Every cause that is known, ours first, each by name; a cause of another package with one of our ids takes its place.
+    """Every cause that is known, ours first, each by name.
 
-    An entry point that cannot be loaded is passed over with a warning: another package must not cost the user the report. Imports modules; otherwise does not block.
+    A cause of another package with one of our ids takes its place.
+
+    An entry point that cannot be loaded is passed over with a warning: another package must not cost the user the
+    report. Imports modules; otherwise does not block.
     """
     found = {cause.id: cause for cause in (*_own(), *_offered())}
     return tuple(found.values())

@@ -1,4 +1,7 @@
-"""What is observed about one episode for one cause: its observers run, their levels weighed, and whether experiments confirm it."""
+"""What is observed about one episode for one cause.
+
+Its observers run, their levels weighed, and whether experiments confirm it.
+"""
 
 import math
 from collections.abc import Iterable, Sequence

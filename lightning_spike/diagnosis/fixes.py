@@ -15,13 +15,15 @@ from lightning_spike.records import Change, Recovery
 HEADROOM = 1.5
 """Clip this far above the 95th percentile of the healthy norms: ordinary steps stay as they are."""
 CAUTIOUS_CUT = 3.0
-"""Factor by which a rate is lowered where the run does not show its limit: half an order of magnitude, the usual step of a rate search."""
+"""Factor by which a rate is lowered where the run does not show its limit: half an order of magnitude, the usual step
+of a rate search."""
 DEEP_CUT = 10.0
 """… and where it was lost for good, or a replay has shown that so much helps: the whole order (science.md 2b.6)."""
 HELPED = 0.5
 """Share of the damage that a remedy must take away to have helped."""
 GENTLE_STEP = 0.01
-"""Share of their size by which an update changes the weights at a healthy rate: a tenth of the most, ten times what is typical later in a training (1e-3; science.md 2.2)."""
+"""Share of their size by which an update changes the weights at a healthy rate: a tenth of the most, ten times what is
+typical later in a training (1e-3; science.md 2.2)."""
 MOST_STEP = 0.1
 """… and the most (TheDeepChecker: between 1e-4 and 1e-1)."""
 AS_HIGH = 0.7
@@ -60,14 +62,17 @@ def clip_fix(view: EpisodeView) -> tuple[Fix, ...]:
 def lower_peak(view: EpisodeView, signal: str, culprit: float, since: int | None = None) -> tuple[float, str]:
     """A rate to use in place of `culprit`, and why that one.
 
-    The run's usual rate where it has climbed from there; else the highest that it has borne, if updates were of a healthy length there; else a third where an earlier cycle of the schedule went as high, the loss has come
-    down since, and came back from this one too; else the one that makes updates of a healthy length (`gentle_rate`); else a third, or a tenth where the loss was lost for good or the lab's replay has shown that it helps.
+    The run's usual rate where it has climbed from there; else the highest that it has borne, if updates were of a
+    healthy length there; else a third where an earlier cycle of the schedule went as high, the loss has come down
+    since, and came back from this one too; else the one that makes updates of a healthy length (`gentle_rate`); else a
+    third, or a tenth where the loss was lost for good or the lab's replay has shown that it helps.
 
     Args:
         view: The episode.
         signal: The series of the rate.
         culprit: The rate that was too high.
-        since: Ordinal of the event that brought it, if one did: what was borne before counts whatever the level of the loss, if the event went well above it.
+        since: Ordinal of the event that brought it, if one did: what was borne before counts whatever the level of the
+            loss, if the event went well above it.
     """
     climb = climbed(view)
     if climb is not None and climb.signal == signal and climb.usual < culprit:
@@ -187,7 +192,10 @@ def _of_bad_run(view: EpisodeView) -> str:
 
 
 def sample_words(view: EpisodeView) -> str:
-    """`"samples 11456-11471 of the dataset"`: those that stand out, or the whole batch of the onset; empty where indices are not known or are a shuffled batch's."""
+    """`"samples 11456-11471 of the dataset"`.
+
+    Those that stand out, or the whole batch of the onset; empty where indices are not known or are a shuffled batch's.
+    """
     spans = _spans(view.suspect_indices)
     if not spans or (len(spans) > MOST_SPANS and view.suspects is None and view.bad_run is None):
         return ""

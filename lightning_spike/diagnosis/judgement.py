@@ -1,9 +1,11 @@
 """The one judge of experiments: every band, every share, and the meaning of "confirmed".
 
-The lab measures and returns numbers (`lightning_spike.experiments`); what they mean is decided here and nowhere else. Pure; knows neither torch nor Lightning.
+The lab measures and returns numbers (`lightning_spike.experiments`); what they mean is decided here and nowhere else.
+Pure; knows neither torch nor Lightning.
 
-A cause is **confirmed** where replay gives at least half of the jump to what the cause is about (a repair fraction of one half, science.md 3.3), or where an experiment
-on this very cause answers yes; it is **refuted** where the share is at most a tenth, or the answer is no; else no experiment decides.
+A cause is **confirmed** where replay gives at least half of the jump to what the cause is about (a repair fraction of
+one half, science.md 3.3), or where an experiment on this very cause answers yes; it is **refuted** where the share is
+at most a tenth, or the answer is no; else no experiment decides.
 """
 
 import math
@@ -59,7 +61,8 @@ class SplitVerdict(StrEnum):
 
 Direction = Literal["ordinary", "too_long", "wrong_direction", "turned", "unclear"]
 
-# -- shares of the jump --------------------------------------------------------------------------------------------------
+# -- shares of the jump
+# --------------------------------------------------------------------------------------------------
 
 CONFIRMING_SHARE: Final = 0.5
 """Share of the jump from which a replay confirms a cause (a repair fraction of one half, science.md 3.3)."""
@@ -68,23 +71,29 @@ SUPPORTING_SHARE: Final = 0.25
 REFUTING_SHARE: Final = 0.1
 """Share up to which it refutes one: the same jump comes without it; engineering choice."""
 LOOKED_INTO_WEIGHTS_SHARE: Final = 0.1
-"""Share from which the lab looks into the weights: a second fault may hide behind a batch that stands out far more; engineering choice."""
+"""Share from which the lab looks into the weights: a second fault may hide behind a batch that stands out far more;
+engineering choice."""
 
-# -- the split -----------------------------------------------------------------------------------------------------------
+# -- the split
+# -----------------------------------------------------------------------------------------------------------
 
 BELIEVED_ERRORS: Final = 3.0
 """Standard errors from which an effect is believed (3 sigma)."""
 ENTWINED_SHARE: Final = 0.5
-"""Share of the interaction in the sum of the magnitudes from which neither batch nor weights can be named alone; engineering choice."""
+"""Share of the interaction in the sum of the magnitudes from which neither batch nor weights can be named alone;
+engineering choice."""
 
-# -- step size -----------------------------------------------------------------------------------------------------------
+# -- step size
+# -----------------------------------------------------------------------------------------------------------
 
 WORSENED_IF_HEALTHY: Final = 0.02
-"""Share of a healthy run's updates that worsen their own batch's loss, under the random state that the batch had (`python benchmarks/lab.py`) …"""
+"""Share of a healthy run's updates that worsen their own batch's loss, under the random state that the batch had
+(`python benchmarks/lab.py`) …"""
 WORSENED_IF_CHRONIC: Final = 0.15
 """… and of a run whose rate is too high (the same command)."""
 RHO_IF_CHRONIC: Final = 0.6
-"""Median rho between healthy runs and such whose rate is too high: below 0.65 it is strong evidence (science.md 2.3)."""
+"""Median rho between healthy runs and such whose rate is too high: below 0.65 it is strong evidence (science.md
+2.3)."""
 LOG_ODDS_PER_RHO: Final = 15.0
 """Log-odds for each unit of rho below that: three to one within 0.07; engineering choice."""
 MAX_LOG_ODDS_OF_RHO: Final = 3.0
@@ -98,26 +107,32 @@ UNKNOWN_PROBABILITY: Final = 0.5
 OVERSHOT_SHARE: Final = 0.2
 """Share of overshooting updates that is too many: ten times that of worsened ones in a healthy run."""
 QUIET_RHO: Final = 0.5
-"""Rho below which steps are called too long in a run without an episode: a net that trains well at a brisk rate keeps more; engineering choice."""
+"""Rho below which steps are called too long in a run without an episode: a net that trains well at a brisk rate keeps
+more; engineering choice."""
 
-# -- one update ----------------------------------------------------------------------------------------------------------
+# -- one update
+# ----------------------------------------------------------------------------------------------------------
 
 ORDINARY_RHO: Final = 0.5
-"""Rho from which a step is ordinary; healthy ones have 0.83 to 0.96, steps that are too long less than 0 (science.md 2.3)."""
+"""Rho from which a step is ordinary; healthy ones have 0.83 to 0.96, steps that are too long less than 0 (science.md
+2.3)."""
 TURNED_SLOPE: Final = -0.01
 """Slope below which a gradient points up the loss it was made from; float32 rounding makes a hundredth of that."""
 
-# -- modules -------------------------------------------------------------------------------------------------------------
+# -- modules
+# -------------------------------------------------------------------------------------------------------------
 
 CHANGED_OUTPUTS: Final = 3.0
 """Factor from which a module's outputs have changed: ordinary batches differ by less; engineering choice."""
 MODE_GAP_CHANGED: Final = 2.0
 """Factor by which the ratio of eval to train loss must change to be told; engineering choice."""
 
-# -- other experiments ---------------------------------------------------------------------------------------------------
+# -- other experiments
+# ---------------------------------------------------------------------------------------------------
 
 ORDER_LEFT: Final = 2 / 3
-"""Share of the excess that a reshuffled stretch may keep for the order to have made it: a one-sided stretch stays so in any order; engineering choice."""
+"""Share of the excess that a reshuffled stretch may keep for the order to have made it: a one-sided stretch stays so in
+any order; engineering choice."""
 ORDER_CONFIRMED_LEFT: Final = 0.5
 """… up to which the order is the cause: the confirming share is gone …"""
 ORDER_REFUTED_LEFT: Final = 0.9
@@ -125,7 +140,8 @@ ORDER_REFUTED_LEFT: Final = 0.9
 FEW_SAMPLES_SHARE: Final = 0.5
 """Share of the excess that must go with the exchanged samples for these few to carry it; engineering choice."""
 COOLED_DOWN_LEFT: Final = 0.5
-"""Share of the excess left under cooled-down weights from which the batch itself is out of the ordinary; engineering choice."""
+"""Share of the excess left under cooled-down weights from which the batch itself is out of the ordinary; engineering
+choice."""
 HELPING_SHARE: Final = 0.25
 """Share of the damage that a remedy must take away to be listed; engineering choice."""
 MODES_REPAIRED: Final = 0.5
@@ -133,7 +149,9 @@ MODES_REPAIRED: Final = 0.5
 
 
 def confirmed(answers: Iterable[bool | None]) -> bool | None:
-    """Whether experiments confirm a cause: true if one confirms it, false if one refutes it and none confirms, `None` where none decides.
+    """Whether experiments confirm a cause.
+
+    True if one confirms it, false if one refutes it and none confirms, `None` where none decides.
 
     Args:
         answers: `Observation.confirms` of every observation about the cause.
@@ -163,13 +181,17 @@ def tested_share(experiments: Experiments | None, groups: frozenset[Group]) -> f
 
 
 def split_refutes(verdict: SplitVerdict, groups: frozenset[Group]) -> bool | None:
-    """What a split without shares (a triage, say) says of a cause that is tested by these groups: false where it gives the jump to the other side; it never confirms."""
+    """What a split without shares (a triage, say) says of a cause that is tested by these groups.
+
+    False where it gives the jump to the other side; it never confirms.
+    """
     if Group.DATA in groups:
         return False if verdict is SplitVerdict.WEIGHTS else None
     return False if groups and verdict is SplitVerdict.DATA else None
 
 
-# -- the split -----------------------------------------------------------------------------------------------------------
+# -- the split
+# -----------------------------------------------------------------------------------------------------------
 
 
 def split_verdict(experiments: Experiments | None) -> SplitVerdict | None:
@@ -184,7 +206,8 @@ def split_verdict(experiments: Experiments | None) -> SplitVerdict | None:
 def verdict_of(split: Split) -> SplitVerdict:
     """Whether batch, weights, both or the computation made the jump, or whether it is within the scatter.
 
-    The weights are judged by pairs, the same batch under both: that tells them from noise where the jump by itself does not.
+    The weights are judged by pairs, the same batch under both: that tells them from noise where the jump by itself does
+    not.
     """
     if split.computation >= CONFIRMING_SHARE:
         return SplitVerdict.COMPUTATION
@@ -198,14 +221,15 @@ def verdict_of(split: Split) -> SplitVerdict:
     return SplitVerdict.WEIGHTS if by_weights else SplitVerdict.DATA
 
 
-# -- step size -----------------------------------------------------------------------------------------------------------
+# -- step size
+# -----------------------------------------------------------------------------------------------------------
 
 
 def p_chronic(steps: StepSize) -> float:
     """Probability, in [0, 1], that steps are too long all the time, at even prior odds.
 
-    From two binomial rates of worsened updates against each other, and from the median rho: a chronically high rate worsens the loss of few batches, and keeps less
-    of its promise with all of them.
+    From two binomial rates of worsened updates against each other, and from the median rho: a chronically high rate
+    worsens the loss of few batches, and keeps less of its promise with all of them.
     """
     bad = round(steps.worsened * steps.updates)
     good = steps.updates - bad
@@ -225,8 +249,9 @@ def is_chronic(steps: StepSize | None) -> bool:
 def steps_too_long(steps: StepSize) -> bool:
     """Whether steps are too long for the loss surface, where there is trouble and nothing else is known of it.
 
-    Worsened updates alone do not tell: momentum carries an update up the gradient of its own batch now and then in a healthy run too. So too little of what the gradients
-    promised must be kept, or too many updates must have gone down their gradient and overshot.
+    Worsened updates alone do not tell: momentum carries an update up the gradient of its own batch now and then in a
+    healthy run too. So too little of what the gradients promised must be kept, or too many updates must have gone down
+    their gradient and overshot.
     """
     return is_chronic(steps) and (steps.rho < RHO_IF_CHRONIC or steps.overshot >= OVERSHOT_SHARE)
 
@@ -236,16 +261,18 @@ def steps_too_long_in_quiet_run(steps: StepSize) -> bool:
     return is_chronic(steps) and steps.rho < QUIET_RHO
 
 
-# -- whose the jump is ---------------------------------------------------------------------------------------------------
+# -- whose the jump is
+# ---------------------------------------------------------------------------------------------------
 
 
 def jump_shares(experiments: Experiments | None) -> Mapping[Group, float]:
     """Shares of the jump by group, in [0, 1], adding up to 1; empty where the experiments do not tell.
 
-    The batch's part of the jump (half of the interaction included) is the data's, as far as it is still there under cooled-down weights; the rest of it is due to steps that are
-    too long all along. The weights' part is shared out as the damage of the located update is, with two exceptions: an ordinary batch whose step did damage, and momentum or a
-    batch's pull that chronically long steps have swung up. Both count as such steps. Where the computation has changed, or the gradient points up its own loss,
-    that takes the place of a step that is too long.
+    The batch's part of the jump (half of the interaction included) is the data's, as far as it is still there under
+    cooled-down weights; the rest of it is due to steps that are too long all along. The weights' part is shared out as
+    the damage of the located update is, with two exceptions: an ordinary batch whose step did damage, and momentum or a
+    batch's pull that chronically long steps have swung up. Both count as such steps. Where the computation has changed,
+    or the gradient points up its own loss, that takes the place of a step that is too long.
     """
     if experiments is None:
         return {}
@@ -279,7 +306,10 @@ def _raw_shares(experiments: Experiments, split: Split) -> dict[Group, float]:
 
 
 def _kept_when_cool(experiments: Experiments, split: Split) -> float:
-    """Share of the batch's part that stays the batch's; where the cooldown test was due and could not be afforded, the probability that it would."""
+    """Share of the batch's part that stays the batch's.
+
+    Where the cooldown test was due and could not be afforded, the probability that it would.
+    """
     if experiments.cooldown is not None:
         return experiments.cooldown.left
     steps = experiments.step_size
@@ -316,7 +346,10 @@ def _damage_parts(damage: Attribution | None, p: float) -> dict[Group, float]:
 
 
 def _without_ordinary_batch(parts: dict[Group, float]) -> dict[Group, float]:
-    """An ordinary batch is what everything else met: its part is theirs. Where nothing else stands out it is the length of the step."""
+    """An ordinary batch is what everything else met: its part is theirs.
+
+    Where nothing else stands out it is the length of the step.
+    """
     of_batch = parts.pop(Group.DATA)
     rest = sum(parts.values())
     return {g: p * (1.0 + of_batch / rest) for g, p in parts.items()} if rest > 0 else {Group.INTRINSIC: of_batch}
@@ -333,12 +366,19 @@ def only_steps() -> Mapping[Group, float]:
 
 
 def _blames_steps(steps: StepSize) -> bool:
-    """Whether a step-size test in place of a replay gives the trouble to the steps; an earlier one was made because they were too long."""
+    """Whether a step-size test in place of a replay gives the trouble to the steps.
+
+    An earlier one was made because they were too long.
+    """
     return steps.source == "earlier" or (steps.source == "present" and steps_too_long(steps))
 
 
 def outside_shares(change: OutsideChange) -> Mapping[Group, float]:
-    """All of it came from outside the training step: into the optimizer's state, or into weights, gradients, modes or the result; even odds where momentum and gradient cannot be told apart."""
+    """All of it came from outside the training step.
+
+    Into the optimizer's state, or into weights, gradients, modes or the result; even odds where momentum and gradient
+    cannot be told apart.
+    """
     optimizer = {"optimizer": 1.0, "momentum_or_gradient": 0.5}.get(change_kind(change), 0.0)
     return dict.fromkeys(Group, 0.0) | {Group.OPTIMIZER: optimizer, Group.OUTSIDE: 1.0 - optimizer}
 
@@ -352,13 +392,17 @@ def change_kind(change: OutsideChange) -> str:
 
 
 def birth_confirms(found: FirstNonFinite) -> bool | None:
-    """Whether a first non-finite value confirms that the model or loss makes it; where only the weights of the onset do, it may just be where they ended."""
+    """Whether a first non-finite value confirms that the model or loss makes it.
+
+    Where only the weights of the onset do, it may just be where they ended.
+    """
     if found.phase == "input":
         return False
     return True if found.with_healthy_weights else None
 
 
-# -- sample order --------------------------------------------------------------------------------------------------------
+# -- sample order
+# --------------------------------------------------------------------------------------------------------
 
 
 def order_level(order: SampleOrder) -> str:
@@ -373,7 +417,8 @@ def order_confirms(order: SampleOrder) -> bool | None:
     return {"order": True, "same in any order": False}.get(order_level(order))
 
 
-# -- one update, modules, modes ------------------------------------------------------------------------------------------
+# -- one update, modules, modes
+# ------------------------------------------------------------------------------------------
 
 
 def update_direction(update: UpdateMeasurement) -> Direction:

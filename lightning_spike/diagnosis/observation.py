@@ -1,7 +1,8 @@
 """What an observation is: a level, the numbers behind it, and a sentence; and the function that makes one.
 
-An observer looks at one episode and says which of its *levels* holds, or nothing where it cannot tell. It knows no weights: what a level weighs for a cause
-stands in `weights.json`, so one observer serves many causes, and weights can be fitted.
+An observer looks at one episode and says which of its *levels* holds, or nothing where it cannot tell. It knows no
+weights: what a level weighs for a cause stands in `weights.json`, so one observer serves many causes, and weights can
+be fitted.
 """
 
 import dataclasses
@@ -26,7 +27,8 @@ class Observation:
     observed: float | None = None
     expected: float | None = None
     confirms: bool | None = None
-    """What an experiment on this very cause says: it is the cause, it is not, or (`None`) no experiment decides. Set by `judgement` alone."""
+    """What an experiment on this very cause says: it is the cause, it is not, or (`None`) no experiment decides. Set by
+    `judgement` alone."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,4 +1,8 @@
-"""Store in, ranked causes out: every cause examines every episode, the answers are weighed up (`weigh`), and the episodes are put together over the run."""
+"""Store in, ranked causes out.
+
+Every cause examines every episode, the answers are weighed up (`weigh`), and the episodes are put together over the
+run.
+"""
 
 import dataclasses
 import itertools
@@ -35,11 +39,13 @@ class Diagnosis:
     """The ranked causes of a run."""
 
     per_episode: Mapping[int, tuple[Verdict, ...]] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
-    """By episode id, most probable first; their sum is at most 1, the rest is "unexplained". Every episode has an entry, which may be empty."""
+    """By episode id, most probable first; their sum is at most 1, the rest is "unexplained". Every episode has an
+    entry, which may be empty."""
     overall: tuple[Verdict, ...] = ()
     """Over the run: the mean over the episodes, each weighing as much as it is severe. Empty on a healthy run."""
     remarks: tuple[str, ...] = ()
-    """What could not be examined, and why: episodes that were not run again, and broken causes (one of another package costs that cause and not the report)."""
+    """What could not be examined, and why: episodes that were not run again, and broken causes (one of another package
+    costs that cause and not the report)."""
 
 
 def diagnose(
@@ -70,9 +76,12 @@ def diagnose(
 def _without_episode(
     store: TrainerStateStore, causes: Sequence[Cause], remarks: list[str], weights: Weights
 ) -> tuple[tuple[Episode, ...], tuple[Verdict, ...]]:
-    """What is wrong in a run before its loss shows anything, by the findings that are sufficient for a cause: as an episode of its own, and its verdicts.
+    """What is wrong in a run before its loss shows anything, by the findings that are sufficient for a cause.
 
-    Ignored if a severe episode exists, or from 12 batches before the first onset on: what comes later may be the trace of that episode.
+    As an episode of its own, and its verdicts.
+
+    Ignored if a severe episode exists, or from 12 batches before the first onset on: what comes later may be the trace
+    of that episode.
     """
     if any(not e.severity < QUIET_SEVERITY for e in store.episodes):
         return (), ()
@@ -181,7 +190,10 @@ def _over_run(episodes: Sequence[Episode], per_episode: Mapping[int, tuple[Verdi
 
 
 def _fixes(verdicts: Sequence[Verdict], clearest: Verdict) -> tuple[str, ...]:
-    """Each episode has data of its own to mend, so the first fix of every one is told; the rest is that of the clearest."""
+    """Each episode has data of its own to mend, so the first fix of every one is told.
+
+    The rest is that of the clearest.
+    """
     ordered = sorted((v for v in verdicts if v.fixes), key=lambda v: v.episodes[0])
     own = tuple(dict.fromkeys(v.fixes[0] for v in ordered))
     more = (

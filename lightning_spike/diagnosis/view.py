@@ -25,13 +25,15 @@ ASSUMED_SPREAD = 0.5
 ASSUMED_LIMIT = 4.3
 """… with the limit of normal noise; together a factor of 8.6 is needed in the first batches of a run."""
 MAX_LIMIT = 12.0
-"""Cap of the limit: a short history makes a baseline allow for tails of any weight, which is right for raising an alarm but here one has been raised."""
+"""Cap of the limit: a short history makes a baseline allow for tails of any weight, which is right for raising an alarm
+but here one has been raised."""
 MAX_TRANSIENT_BATCHES = 2
 """Batches that an episode may last to be called lone, however it ended."""
 SLOW = frozenset({EpisodeKind.DIVERGENCE, EpisodeKind.OSCILLATION})
 """Kinds of episode whose onset may be dated some batches too early."""
 BACK_IN_ONE_BATCH_SHARE = 0.5
-"""Share of the whole rise (log scale) that the last abnormal batch must still be up by, and lose with the next, for the loss to have come back at one blow."""
+"""Share of the whole rise (log scale) that the last abnormal batch must still be up by, and lose with the next, for the
+loss to have come back at one blow."""
 
 
 T = TypeVar("T")
@@ -45,7 +47,8 @@ class Excess:
     observed: float
     expected: float
     z: float
-    """Robust standard deviations above (+) or below (-) what was expected, on the log scale; ±Inf for a value that is not finite."""
+    """Robust standard deviations above (+) or below (-) what was expected, on the log scale; ±Inf for a value that is
+    not finite."""
     limit: float
     """The |z| beyond which a value does not belong to the noise of this series."""
     ratio: float
@@ -79,8 +82,9 @@ class Oddity:
 class EpisodeView:
     """One episode of a run, and everything in the store that bears on it.
 
-    About time: the loss of batch t is computed before update t. So a bad batch shows in its own loss, at the onset or one before; a bad update (learning
-    rate, gradient, optimizer) at t shows in the losses from t + 1 on, so the updates before the onset are the suspects.
+    About time: the loss of batch t is computed before update t. So a bad batch shows in its own loss, at the onset or
+    one before; a bad update (learning rate, gradient, optimizer) at t shows in the losses from t + 1 on, so the updates
+    before the onset are the suspects.
 
     Args:
         store: The run; it is only read.
@@ -128,13 +132,20 @@ class EpisodeView:
 
     @property
     def suspect_batches(self) -> tuple[int, ...]:
-        """Batches that may be the one that went wrong: the onset, and the peak where it is the very next, for a high but ordinary loss just before it may have been dated the onset."""
+        """Batches that may be the one that went wrong.
+
+        The onset, and the peak where it is the very next, for a high but ordinary loss just before it may have been
+        dated the onset.
+        """
         peak = self.episode.peak.ordinal
         return (self.onset, peak) if peak == self.onset + 1 else (self.onset,)
 
     @property
     def dated_early(self) -> int:
-        """Batches by which the onset may be dated too early: what creeps up is dated back to where it may have begun, which is before anything is out of its range."""
+        """Batches by which the onset may be dated too early.
+
+        What creeps up is dated back to where it may have begun, which is before anything is out of its range.
+        """
         return GUARD if self.kind in SLOW else 0
 
     def step_of(self, ordinal: int) -> int:
@@ -173,9 +184,12 @@ class EpisodeView:
 
     @property
     def transient(self) -> bool:
-        """The loss was out and then wholly back at once, after one or two batches or at one blow after several: the weights bore no lasting damage.
+        """The loss was out and then wholly back at once, after one or two batches or at one blow after several.
 
-        Weights that a step has damaged are trained back, so their loss falls over several batches; a stretch of bad batches ends with the last of them.
+        The weights bore no lasting damage.
+
+        Weights that a step has damaged are trained back, so their loss falls over several batches; a stretch of bad
+        batches ends with the last of them.
         """
         if self.episode.end is None or self.episode.recovery is not Recovery.WHOLE:
             return False
@@ -217,7 +231,10 @@ class EpisodeView:
 
     @functools.cached_property
     def previous(self) -> Episode | None:
-        """The episode of which this one may be the rest: the last that ended shortly before its onset, or was still open."""
+        """The episode of which this one may be the rest.
+
+        The last that ended shortly before its onset, or was still open.
+        """
         earlier = [e for e in self.store.episodes if e.id != self.episode.id and e.onset.ordinal < self.onset]
         near = [e for e in earlier if e.end is None or self.onset - e.end.ordinal <= AFTERSHOCK]
         return near[-1] if near else None
@@ -253,7 +270,10 @@ class EpisodeView:
         return fine
 
     def before(self, signal: str, count: int) -> npt.NDArray[np.float64]:
-        """The last `count` finite healthy values before the onset, oldest first; the few batches just before it are left out if others are there."""
+        """The last `count` finite healthy values before the onset, oldest first.
+
+        The few batches just before it are left out if others are there.
+        """
         history = self.store.history
         values = history.series(signal)
         fine = self.healthy & np.isfinite(values)
@@ -278,7 +298,10 @@ class EpisodeView:
         return Excess(ordinal=ordinal, observed=observed, expected=expected, z=z, limit=limit, ratio=ratio)
 
     def worst(self, signal: str, first: int, last: int) -> Excess | None:
-        """The value with the highest excess among the batches `first` to `last`; the first of them where several are not finite."""
+        """The value with the highest excess among the batches `first` to `last`.
+
+        The first of them where several are not finite.
+        """
         found = [e for ordinal in range(max(first, 0), last + 1) if (e := self.excess(signal, ordinal)) is not None]
         return max(found, key=lambda e: e.z, default=None)
 
@@ -336,7 +359,10 @@ class EpisodeView:
         return out
 
     def _in_spreads(self, leaf: str, excess: Excess) -> Excess | None:
-        """A mean may be near zero, so its ratio says nothing: its shift is told in spreads of the values instead, 1 + shift / std."""
+        """A mean may be near zero, so its ratio says nothing.
+
+        Its shift is told in spreads of the values instead, 1 + shift / std.
+        """
         spreads = self.before(f"batch/{leaf}/std", REFERENCE)
         spread = median(spreads.tolist()) if spreads.size else 0.0
         if not spread > 0.0:
@@ -373,8 +399,8 @@ class EpisodeView:
     def bearable(self, signal: str, culprit: float) -> float | None:
         """The highest rate clearly below `culprit` at which the loss stayed in its range, at about the level it had before the episode.
 
-        First from the batches before: those whose loss, smoothed over 15, was at most 1.5 times the one before the episode. Else the rate at which the
-        loss came back. `None` where the run never used such a rate.
+        First from the batches before: those whose loss, smoothed over 15, was at most 1.5 times the one before the
+        episode. Else the rate at which the loss came back. `None` where the run never used such a rate.
         """
         before = self.highest_healthy(signal)
         if before is not None and before < 0.7 * culprit:
@@ -419,7 +445,8 @@ class EpisodeView:
     def split(self) -> SplitVerdict | None:
         """What the split gives the jump to.
 
-        That the onset is within the ordinary scatter is no answer where the jump may have come with the batch after it: `None` then.
+        That the onset is within the ordinary scatter is no answer where the jump may have come with the batch after it:
+        `None` then.
         """
         verdict = judgement.split_verdict(self.experiments)
         return None if verdict is SplitVerdict.NOISE and len(self.suspect_batches) > 1 else verdict
@@ -431,7 +458,10 @@ class EpisodeView:
 
     @functools.cached_property
     def bad_run(self) -> Finding | None:
-        """The finding `suspect_batches` of this episode: the batches that are bad from the onset on, with their samples."""
+        """The finding `suspect_batches` of this episode.
+
+        The batches that are bad from the onset on, with their samples.
+        """
         return self._newest("suspect_batches")
 
     def _newest(self, kind: str) -> Finding | None:
@@ -443,7 +473,10 @@ class EpisodeView:
 
     @functools.cached_property
     def suspect_indices(self) -> tuple[int, ...]:
-        """Dataset indices of the samples that stand out, in all batches of a bad run; of the whole batch where no sample does."""
+        """Dataset indices of the samples that stand out, in all batches of a bad run.
+
+        Of the whole batch where no sample does.
+        """
         lists = [found.whole_numbers("dataset_indices") for found in (self.bad_run, self.suspects) if found is not None]
         dumps = (a for a in self.store.actions if a.action == "dump" and a.detail.get("episode") == self.episode.id)
         for dump in dumps:

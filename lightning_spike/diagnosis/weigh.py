@@ -1,7 +1,9 @@
 """Evidence to probabilities: what the causes say of one episode, weighed against each other and against "unexplained".
 
-The model is tempered log-linear naive Bayes (science.md 3): the logit of a cause is the log of its prior plus a temper times the sum of its weights; a softmax over the
-causes and "unexplained" makes probabilities. Before that, symptoms give way to the causes that bring them about. The numbers are fitted: see `weights`.
+The model is tempered log-linear naive Bayes (science.md 3): the logit of a cause is the log of its prior plus a temper
+times the sum of its weights; a softmax over the
+causes and "unexplained" makes probabilities. Before that, symptoms give way to the causes that bring them about. The
+numbers are fitted: see `weights`.
 """
 
 import dataclasses
@@ -15,7 +17,8 @@ from lightning_spike.diagnosis.weights import Weights
 from lightning_spike.records import Evidence, Family
 
 UPSTREAM_EVIDENCE: Final = 3.0
-"""Evidence for a cause from which none of its symptoms may rank above it: twenty to one, the lower end of what a replay is worth (science.md 3.3)."""
+"""Evidence for a cause from which none of its symptoms may rank above it: twenty to one, the lower end of what a replay
+is worth (science.md 3.3)."""
 SYMPTOMS_OF: Mapping[Family, frozenset[str]] = MappingProxyType(
     {
         Family.DATA: frozenset({"gradient_explosion"}),
@@ -96,7 +99,10 @@ def symptoms(cause: Cause) -> frozenset[str]:
 
 
 def upstream(causes: Sequence[Cause]) -> dict[str, set[str]]:
-    """For every cause those that bring it about, directly or through others; two that claim each other are left alone."""
+    """For every cause those that bring it about, directly or through others.
+
+    Two that claim each other are left alone.
+    """
     explains = {cause.id: symptoms(cause) for cause in causes}
     reach = {name: _reached(name, explains) for name in explains}
     return {

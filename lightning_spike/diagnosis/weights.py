@@ -1,8 +1,12 @@
-"""What each level of an observation weighs for each cause, and the numbers between weights and probabilities; read from `weights.json` beside this module.
+"""What each level of an observation weighs for each cause, and the numbers between weights and probabilities.
 
-`weights.json` is written by `python benchmarks/diagnosis.py --fit FILE`: every weight twice, as set by hand and as fitted (shrunk towards the hand-set value), then the
-temper, the share of "unexplained" and an offset for each cause. Hand-set weights are natural logs of likelihood ratios: 0.7 twice as common under the cause as
-without it, 1.6 five times, 3.0 twenty times (the lower end of what a replay is worth, science.md 3.3), 3.9 fifty times (the upper end), 4.6 a hundred times: the cause itself was seen.
+Read from `weights.json` beside this module.
+
+`weights.json` is written by `python benchmarks/diagnosis.py --fit FILE`: every weight twice, as set by hand and as
+fitted (shrunk towards the hand-set value), then the temper, the share of "unexplained" and an offset for each cause.
+Hand-set weights are natural logs of likelihood ratios: 0.7 twice as common under the cause as without it, 1.6 five
+times, 3.0 twenty times (the lower end of what a replay is worth, science.md 3.3), 3.9 fifty times (the upper end), 4.6
+a hundred times: the cause itself was seen.
 """
 
 import dataclasses
@@ -31,7 +35,8 @@ class Weights:
     """
 
     temper: float
-    """Factor on the sums: observations of one moment depend on one another, so they count less than if each stood alone (science.md 3.2)."""
+    """Factor on the sums: observations of one moment depend on one another, so they count less than if each stood alone
+    (science.md 3.2)."""
     unexplained: float
     """Share of episodes, before anything is known of them, that no cause of the catalogue explains."""
     offsets: Mapping[str, float] = dataclasses.field(default_factory=lambda: MappingProxyType({}))

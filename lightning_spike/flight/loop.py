@@ -24,8 +24,8 @@ P = TypeVar("P", bound=Participant)
 class Flight:
     """One fit, as the suite sees it: the store, the recorder, the episode detector and all participants.
 
-    The first callback of the suite in the trainer's list drives it (see `base`); the others only take part. It is made in `setup` and
-    closed when the fit ends, so that a second `fit` begins a new one.
+    The first callback of the suite in the trainer's list drives it (see `base`); the others only take part. It is made
+    in `setup` and closed when the fit ends, so that a second `fit` begins a new one.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -36,7 +36,8 @@ class Flight:
         self.broken = False
         """The loop itself has failed: nothing is sensed or judged any more."""
         self.default_dirpath = Path(trainer.log_dir or trainer.default_root_dir) / "spike"
-        """Where files go that no callback was given a place for. `trainer.log_dir` is a collective, so it is asked for here, on every rank."""
+        """Where files go that no callback was given a place for. `trainer.log_dir` is a collective, so it is asked for
+        here, on every rank."""
         self._participants: list[Participant] = []
         self._batch: TrainingBatch | None = None
         self._next_ordinal = 0
@@ -55,7 +56,10 @@ class Flight:
         return flight
 
     def join(self, participant: P, trainer: Trainer, module: LightningModule) -> P:
-        """Let a participant take part from now on; its `attach` may raise, for a bad configuration must stop the fit before it begins."""
+        """Let a participant take part from now on.
+
+        Its `attach` may raise, for a bad configuration must stop the fit before it begins.
+        """
         participant.flight = self
         participant.attach(trainer, module)
         self._participants.append(participant)
@@ -93,7 +97,10 @@ class Flight:
         self._each(lambda p: p.sense_batch(current))
 
     def backward(self, loss: Tensor) -> None:
-        """`on_before_backward`. Under manual optimisation this is where a loss that `training_step` does not return is seen."""
+        """`on_before_backward`.
+
+        Under manual optimisation this is where a loss that `training_step` does not return is seen.
+        """
         if (current := self._batch) is None:
             return
         if not self.store.facts.automatic_optimization and loss.numel() == 1:
@@ -125,7 +132,10 @@ class Flight:
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def conclude(self, trainer: Trainer, status: RunStatus, error: BaseException | None = None) -> None:
-        """`on_fit_end` or `on_exception`: settle what is open, let everybody explain, and close; only the first call counts."""
+        """`on_fit_end` or `on_exception`.
+
+        Settle what is open, let everybody explain, and close; only the first call counts.
+        """
         if self.closed:
             return
         self.closed = True
@@ -135,7 +145,10 @@ class Flight:
         self.release()
 
     def _settle(self) -> None:
-        """Take in what is still under way; where that fails (after an error of the device nothing can be read from it) the report says so and goes without."""
+        """Take in what is still under way.
+
+        Where that fails (after an error of the device nothing can be read from it) the report says so and goes without.
+        """
         for part, step in (
             ("recorder", lambda: self._judge(self.recorder.flush())),
             ("episodes", lambda: self.update_episodes(self.episodes.finish())),
@@ -206,7 +219,10 @@ class Flight:
         return changed
 
     def _each(self, phase: Callable[[Participant], object]) -> None:
-        """Run one phase for all; who raises is switched off, for an observer that breaks must never break the training."""
+        """Run one phase for all.
+
+        Who raises is switched off, for an observer that breaks must never break the training.
+        """
         for participant in tuple(self._participants):
             try:
                 phase(participant)
@@ -222,6 +238,9 @@ class Flight:
 
 
 def batch_size(batch: object) -> int | None:
-    """The number of samples: the length of the first dimension that most tensors of the batch share, `None` where there is none."""
+    """The number of samples.
+
+    The length of the first dimension that most tensors of the batch share, `None` where there is none.
+    """
     lengths = [leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0]
     return max(lengths, key=lengths.count, default=None)

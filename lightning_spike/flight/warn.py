@@ -6,6 +6,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 
 def warn(message: str) -> None:
-    """Warn once, on rank 0, under our name. Under ``-W error`` the warning is lost: the report names everything that is warned of here too."""
+    """Warn once, on rank 0, under our name.
+
+    Under ``-W error`` the warning is lost: the report names everything that is warned of here too.
+    """
     with contextlib.suppress(Warning):
         rank_zero_warn(f"lightning_spike: {message}", stacklevel=6)

@@ -1,6 +1,7 @@
 """Values of any structure as JSON and tensors, and back exactly as they were: what a scene is written with.
 
-Unlike the dump of a batch, which is for readers of all kinds, this is for running again: types, strides and what is shared between values come back, and what cannot come back is refused
+Unlike the dump of a batch, which is for readers of all kinds, this is for running again: types, strides and what is
+shared between values come back, and what cannot come back is refused
 when it is written. Reading runs no code that the file brings: objects of classes that are there are made by
 `__new__` and given their state as pickle would give it to them.
 """
@@ -30,9 +31,11 @@ from lightning_spike.errors import CannotReplay
 from lightning_spike.signals.random_state import RandomState
 
 MANY: Final = 32
-"""Whole numbers in a row from which a list or tuple of them is kept as an array: the states of random generators have 625."""
+"""Whole numbers in a row from which a list or tuple of them is kept as an array: the states of random generators have
+625."""
 WASTE: Final = 2
-"""Times its elements that a tensor's stretch of memory is written whole for, so that its strides come back; one with more gaps is made contiguous."""
+"""Times its elements that a tensor's stretch of memory is written whole for, so that its strides come back; one with
+more gaps is made contiguous."""
 MOST_LEVELS: Final = 64
 """Of nesting; much deeper structures would overrun Python's stack."""
 INT64: Final = 1 << 63
@@ -215,7 +218,8 @@ class Decoder:
     Args:
         tensors: As the encoder collected them, on the host; they may end up in the values.
         device: Where tensors go that were on a device.
-        host_too: Those that were on the host go there as well, but for single numbers and random states: for a run on the CPU that is read for a device.
+        host_too: Those that were on the host go there as well, but for single numbers and random states: for a run on
+            the CPU that is read for a device.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], device: torch.device, *, host_too: bool = False) -> None:
@@ -335,11 +339,14 @@ class Decoder:
         return flat
 
 
-# -- classes by name -----------------------------------------------------------------------------------------------------
+# -- classes by name
+# -----------------------------------------------------------------------------------------------------
 
 
 def class_name(kind: type, path: str) -> str:
-    """`package.module:Class`, by which another process finds it; a class of the script that is being run by the name that the script has as a module.
+    """`package.module:Class`, by which another process finds it.
+
+    A class of the script that is being run by the name that the script has as a module.
 
     Args:
         kind: The class.
@@ -402,7 +409,8 @@ def _subclass(name: str, of: type[Any]) -> Any:  # noqa: ANN401 - a class of the
     return kind
 
 
-# -- inside --------------------------------------------------------------------------------------------------------------
+# -- inside
+# --------------------------------------------------------------------------------------------------------------
 
 
 def _constant(value: object, path: str) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """The examination of one episode: replay it, then one experiment after the other, in the order of their worth.
 
-It measures; what the numbers mean is said in `diagnosis.judgement`, which is also asked where the next experiment depends on the last one's result.
+It measures; what the numbers mean is said in `diagnosis.judgement`, which is also asked where the next experiment
+depends on the last one's result.
 """
 
 import dataclasses
@@ -59,11 +60,14 @@ from lightning_spike.sandbox.isolation import Sandbox, isolated
 from lightning_spike.sandbox.state import TrainState
 
 MIN_DATA_SHARE: Final = 0.5
-"""Share of the jump that the batch makes alone below which its neighbours are examined before the updates; engineering choice."""
+"""Share of the jump that the batch makes alone below which its neighbours are examined before the updates; engineering
+choice."""
 UNCHANGED_COMPUTATION_SHARE: Final = 0.5
-"""Share of the controls' rise that the snapshot's own batch must show for the computation to have changed; engineering choice."""
+"""Share of the controls' rise that the snapshot's own batch must show for the computation to have changed; engineering
+choice."""
 RATE_JUMP: Final = 2.0
-"""Times the rate of the update before from which updates are examined before the order of a streak (as in `detectors.learning_rate`)."""
+"""Times the rate of the update before from which updates are examined before the order of a streak (as in
+`detectors.learning_rate`)."""
 TRIAGE_CONTROLS: Final = 2
 """Control batches in a triage: five forward passes in all; engineering choice."""
 WHICH_UPDATE: Final = "which update did the damage, and what about it"
@@ -76,8 +80,9 @@ Ask = Callable[[], tuple[Remedy, ...]]
 def examine(scene: Scene) -> Experiments:
     """Examine one episode in full; leaves no trace in the training. Blocks.
 
-    First come the replay, batch against weights and the attribution of the damage; then step sizes, measurements, samples, their order, and at last the remedies. What no
-    longer fits into 40 training steps' worth of time (`sandbox.budget`) is left out, and the `cost` says so.
+    First come the replay, batch against weights and the attribution of the damage; then step sizes, measurements,
+    samples, their order, and at last the remedies. What no longer fits into 40 training steps' worth of time
+    (`sandbox.budget`) is left out, and the `cost` says so.
 
     Raises:
         CannotReplay: It cannot be examined; the message says why.
@@ -97,7 +102,9 @@ def examine(scene: Scene) -> Experiments:
 
 
 def triage(scene: Scene) -> Experiments:
-    """The split alone, with few batches and without a replay: is the batch high for healthy weights too? Costs some three training steps (`python benchmarks/lab.py`, the column triage).
+    """The split alone, with few batches and without a replay: is the batch high for healthy weights too?
+
+    Costs some three training steps (`python benchmarks/lab.py`, the column triage).
 
     Raises:
         CannotReplay: As `examine`, and other exceptions too.
@@ -155,7 +162,8 @@ def _replay_record(scene: Scene, replay: Reproduction | None, failure: str | Non
     )
 
 
-# -- replay --------------------------------------------------------------------------------------------------------------
+# -- replay
+# --------------------------------------------------------------------------------------------------------------
 
 
 def _reproduced(scene: Scene, sandbox: Sandbox, known: Reproduction | None) -> tuple[Reproduction | None, str | None]:
@@ -170,7 +178,8 @@ def _reproduced(scene: Scene, sandbox: Sandbox, known: Reproduction | None) -> t
         return None, str(reason)
 
 
-# -- first non-finite value ----------------------------------------------------------------------------------------------
+# -- first non-finite value
+# ----------------------------------------------------------------------------------------------
 
 
 def _first_nonfinite(scene: Scene, sandbox: Sandbox, replay: Reproduction | None) -> FirstNonFinite | None:
@@ -190,7 +199,8 @@ def _first_nonfinite_under(sandbox: Sandbox, weights: Mapping[str, Tensor], entr
     return first_nonfinite(sandbox, entry.batch, entry.at.batch_idx, random=entry.rng, at=entry.at)
 
 
-# -- batch against weights -----------------------------------------------------------------------------------------------
+# -- batch against weights
+# -----------------------------------------------------------------------------------------------
 
 
 def _split(scene: Scene, sandbox: Sandbox, replay: Reproduction | None) -> Split:
@@ -213,7 +223,10 @@ def _parts(scene: Scene, sandbox: Sandbox, replay: Reproduction | None, losses: 
 
 
 def _computes_as_before(scene: Scene, sandbox: Sandbox, parts: Split) -> bool:
-    """Whether the snapshot's own batch has its recorded loss: other batches met other weights, and steps that throw weights about make their losses differ."""
+    """Whether the snapshot's own batch has its recorded loss.
+
+    Other batches met other weights, and steps that throw weights about make their losses differ.
+    """
     first = scene.stretch[0]
     recorded = scene.losses.get(first.at.ordinal, math.nan)
     if first.at.ordinal == scene.target_ordinal or not math.isfinite(recorded):
@@ -223,7 +236,8 @@ def _computes_as_before(scene: Scene, sandbox: Sandbox, parts: Split) -> bool:
     return bool(now - before < UNCHANGED_COMPUTATION_SHARE * parts.computation * parts.jump)
 
 
-# -- what the parts are made of ------------------------------------------------------------------------------------------
+# -- what the parts are made of
+# ------------------------------------------------------------------------------------------
 
 
 def _attributed(scene: Scene, sandbox: Sandbox, replay: Reproduction, parts: Split) -> Experiments:
@@ -268,7 +282,10 @@ def _cooldown(
 
 
 def _asks_step_size(parts: Split, damage: Attribution | None) -> bool:
-    """Whether it matters if steps are too long all the time: not where the batch has no part, and the learning rate explains the damage of the located update."""
+    """Whether it matters if steps are too long all the time.
+
+    Not where the batch has no part, and the learning rate explains the damage of the located update.
+    """
     if damage is None or parts.batch_part >= SUPPORTING_SHARE:
         return True
     return _share_of(damage, "learning_rate") < 1.0 - SUPPORTING_SHARE
@@ -284,7 +301,10 @@ def _measured(scene: Scene, sandbox: Sandbox, replay: Reproduction, parts: Split
 
 
 def _rate_jumped(scene: Scene, replay: Reproduction) -> bool:
-    """Whether one of the replayed updates had a rate far above that of the update before it: then updates are examined first."""
+    """Whether one of the replayed updates had a rate far above that of the update before it.
+
+    Then updates are examined first.
+    """
     kept = {one.update.ordinal for one in replay.updates_replayed}
     first = [
         (k, float(steps[0][0].get("lr", 0.0))) for k, steps in sorted(scene.settings.items()) if steps and steps[0]

@@ -24,7 +24,8 @@ EXAMINED: Final = frozenset({EpisodeKind.SPIKE, EpisodeKind.DIVERGENCE, EpisodeK
 """Kinds of episodes that have a moment to go back to."""
 
 REACH: Final = 72
-"""Batches kept for the re-run: the cadence of the snapshots (16 to 50), what proves one of them healthy (8), and controls from before it."""
+"""Batches kept for the re-run: the cadence of the snapshots (16 to 50), what proves one of them healthy (8), and
+controls from before it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -70,10 +71,13 @@ class _Held:
 def live_scene(
     batch: TrainingBatch, episode: Episode, witnesses: Witnesses, *, controls: int, ranks: Ranks = ALONE
 ) -> Scene:
-    """What an episode needs to be run again; references to what is held, nothing is copied. Does not block, but for waiting for the other ranks.
+    """What an episode needs to be run again; references to what is held, nothing is copied.
 
-    With several ranks the scene is made of what all of them hold: the newest snapshot that every rank has, the batches that are there on all (each rank has its own), the means of
-    the losses, everybody's outside writes. So all decide alike by it.
+    Does not block, but for waiting for the other ranks.
+
+    With several ranks the scene is made of what all of them hold: the newest snapshot that every rank has, the batches
+    that are there on all (each rank has its own), the means of the losses, everybody's outside writes. So all decide
+    alike by it.
 
     Args:
         batch: The batch that the loop is at.
@@ -154,7 +158,10 @@ def _common_snapshot(everybody: Sequence[_Held], witnesses: Witnesses, onset: in
 
 
 def recorded_losses(history: History, ordinals: Iterable[int]) -> dict[int, float]:
-    """The loss of each of these batches; the sum where a batch has several under manual optimisation. Batches without one are left out."""
+    """The loss of each of these batches; the sum where a batch has several under manual optimisation.
+
+    Batches without one are left out.
+    """
     signals = [name for name in history.signals if name == "loss" or name.startswith("loss/")]
     losses: dict[int, float] = {}
     for ordinal in ordinals:

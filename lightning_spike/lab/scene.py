@@ -27,7 +27,10 @@ TWICE = 2.0
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Scene:
-    """One episode, with what is needed to run it again; made live by `CounterfactualReplay`, or read from disk in another process."""
+    """One episode, with what is needed to run it again.
+
+    Made live by `CounterfactualReplay`, or read from disk in another process.
+    """
 
     trainer: Trainer
     """Between two batches, with its optimizers set up."""
@@ -36,17 +39,20 @@ class Scene:
     snapshot: Snapshot
     """The newest from before the onset that has proven healthy."""
     entries: tuple[RingEntry, ...]
-    """Every batch that is held, oldest first: some from before the snapshot (to compare with), all from the snapshot to the present, none left out."""
+    """Every batch that is held, oldest first: some from before the snapshot (to compare with), all from the snapshot to
+    the present, none left out."""
     settings: Mapping[int, Sequence[Settings]]
     """Of the optimizer steps, one for each, by the ordinal of the batch they were made in."""
     losses: Mapping[int, float]
-    """The training losses as recorded, by ordinal; from `2 * WINDOW` batches before the onset on. With several ranks the means over them."""
+    """The training losses as recorded, by ordinal; from `2 * WINDOW` batches before the onset on. With several ranks
+    the means over them."""
     controls: int
     """Ordinary batches to compare with, at most."""
     writes: tuple[OutsideWrite, ...] = ()
     """What others than the training step have written into weights and optimizer states, oldest first."""
     modes: Mapping[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    """By the ordinal of the batch from which on, the names of the modules that were in eval mode; an entry for each change."""
+    """By the ordinal of the batch from which on, the names of the modules that were in eval mode; an entry for each
+    change."""
     looks_at: int | None = None
     """Ordinal of the batch whose loss is to be explained; `None` for the one that the losses themselves point to."""
     ranks: Ranks = ALONE
@@ -59,7 +65,9 @@ class Scene:
 
     @property
     def target_ordinal(self) -> int:
-        """Ordinal of the batch whose loss is to be explained: the onset's, or the next where that one's rose by more than twice as much.
+        """Ordinal of the batch whose loss is to be explained.
+
+        The onset's, or the next where that one's rose by more than twice as much.
 
         A loss that was merely somewhat high just before a jump may have been taken for its onset.
         """

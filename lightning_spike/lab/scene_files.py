@@ -59,7 +59,8 @@ def write_scene(folder: Path, scene: Scene, run: RunFacts, *, limit: float = mat
         Bytes written.
 
     Raises:
-        CannotReplay: Something in it cannot be written so that it comes back, or (`TooLarge`) it takes more than the limit; the message says what.
+        CannotReplay: Something in it cannot be written so that it comes back, or (`TooLarge`) it takes more than the
+            limit; the message says what.
         OSError: It could not be written.
     """
     encoder = Encoder(limit)
@@ -106,7 +107,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def read_scene(folder: Path, trainer: Trainer, module: LightningModule) -> Scene:
     """Read a scene, and put trainer and module into the state that they were in when it was written.
 
-    Weights, buffers, optimizer states and the module's own attributes (with its modes, and which parameters are frozen) are put back. Blocks.
+    Weights, buffers, optimizer states and the module's own attributes (with its modes, and which parameters are frozen)
+    are put back. Blocks.
 
     Args:
         folder: Where it is.
@@ -114,7 +116,8 @@ def read_scene(folder: Path, trainer: Trainer, module: LightningModule) -> Scene
         module: Made as it was in the run.
 
     Raises:
-        ConfigurationError: There is no scene, it is broken, or the module or its optimizers are not those that it is of.
+        ConfigurationError: There is no scene, it is broken, or the module or its optimizers are not those that it is
+            of.
         CannotReplay: A class that it needs cannot be imported here.
     """
     manifest = read_manifest(folder)
@@ -137,7 +140,8 @@ def read_scene(folder: Path, trainer: Trainer, module: LightningModule) -> Scene
     return Scene(trainer=trainer, module=module, **{name: value for name, value in fields.items() if name in known})
 
 
-# -- writing -------------------------------------------------------------------------------------------------------------
+# -- writing
+# -------------------------------------------------------------------------------------------------------------
 
 
 def _fields() -> list[dataclasses.Field[Any]]:
@@ -220,7 +224,8 @@ def _optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     }
 
 
-# -- reading -------------------------------------------------------------------------------------------------------------
+# -- reading
+# -------------------------------------------------------------------------------------------------------------
 
 
 def _check_module(manifest: Mapping[str, Any], module: LightningModule) -> None:

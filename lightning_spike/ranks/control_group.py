@@ -1,4 +1,7 @@
-"""Some numbers between the ranks of a DDP training, over a process group of their own on the CPU: no device is read or waited for."""
+"""Some numbers between the ranks of a DDP training, over a process group of their own on the CPU.
+
+No device is read or waited for.
+"""
 
 import dataclasses
 from datetime import timedelta
@@ -16,7 +19,8 @@ T = TypeVar("T")
 Floats = npt.NDArray[np.float64]
 
 LONGER: Final = 2
-"""Times the timeout of the training's own process group after which a rank that waits for another gives up: what the other is caught in fails first."""
+"""Times the timeout of the training's own process group after which a rank that waits for another gives up: what the
+other is caught in fails first."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -34,7 +38,9 @@ class Exchange:
         return bool(self.work.is_completed())
 
     def table(self, seconds: float | None = None) -> Floats:
-        """The rows by rank, shape `(world_size, n)`, float64; the same on every rank. Waits for ranks that have not sent theirs.
+        """The rows by rank, shape `(world_size, n)`, float64; the same on every rank.
+
+        Waits for ranks that have not sent theirs.
 
         Args:
             seconds: How long to wait at most; as long as the group itself does where it is not given.
@@ -49,8 +55,8 @@ class Exchange:
 class ControlGroup:
     """A process group (gloo, on the CPU) of all ranks, beside that of the training.
 
-    Everything that is sent over one group must be sent by all ranks in the same order; so each part of the suite that exchanges something has a group of its own. Making one waits
-    for all ranks.
+    Everything that is sent over one group must be sent by all ranks in the same order; so each part of the suite that
+    exchanges something has a group of its own. Making one waits for all ranks.
 
     Args:
         trainer: With a DDP model, see `why_no_control_group`.
@@ -95,7 +101,8 @@ class ControlGroup:
 def why_no_control_group(trainer: Trainer) -> str | None:
     """Why the ranks of this trainer cannot be compared, or do something together, as a clause; `None` where they can, and in a single process.
 
-    Under DDP every rank has whole weights and the same ones; other strategies shard them, or have no ranks that could be spoken to.
+    Under DDP every rank has whole weights and the same ones; other strategies shard them, or have no ranks that could
+    be spoken to.
     """
     if trainer.world_size == 1:
         return None

@@ -8,8 +8,8 @@ from lightning_spike.experiments import Experiments
 from lightning_spike.records import Action, Episode
 
 SAME_TROUBLE_BATCHES: Final = 8
-"""Batches between the onsets of two ranks' episodes up to which it is one trouble: each dates it back by its own noise, and one rank's batch hurts the others through the weights, in
-the batch after; engineering choice."""
+"""Batches between the onsets of two ranks' episodes up to which it is one trouble: each dates it back by its own noise,
+and one rank's batch hurts the others through the weights, in the batch after; engineering choice."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,8 @@ class SharedExamination:
 def merged(everybody: Sequence[Experiments], *, by: int) -> Experiments:
     """The experiments of the rank whose loss showed the episode, with what is about a single rank marked as such; pure.
 
-    Decisions were alike, so what is about the global batch is the same on all. Where the first non-finite value appears is taken from the first other rank that knows, if that one does not.
+    Decisions were alike, so what is about the global batch is the same on all. Where the first non-finite value appears
+    is taken from the first other rank that knows, if that one does not.
 
     Args:
         everybody: The experiments of each rank, by rank.

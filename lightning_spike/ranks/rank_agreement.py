@@ -1,4 +1,7 @@
-"""Which episode the ranks examine next: each says what it has seen, and the strongest wish wins on all of them at the same batch."""
+"""Which episode the ranks examine next.
+
+Each says what it has seen, and the strongest wish wins on all of them at the same batch.
+"""
 
 import dataclasses
 from typing import Final
@@ -11,10 +14,12 @@ from lightning_spike.ranks.rank_coordination import OutOfReach
 from lightning_spike.records import Episode
 
 EVERY: Final = 4
-"""Batches from one exchange to the next: a wish is heard four to eight batches after it came up, of the 72 that are held."""
+"""Batches from one exchange to the next: a wish is heard four to eight batches after it came up, of the 72 that are
+held."""
 PATIENCE: Final = 300.0
-"""Seconds that a rank waits for the others' wishes before it gives them up: longer than the writing of a checkpoint, which may be one rank's work, and short enough for a part of
-ours that broke on one rank to cost no more than that, once."""
+"""Seconds that a rank waits for the others' wishes before it gives them up: longer than the writing of a checkpoint,
+which may be one rank's work, and short enough for a part of ours that broke on one rank to cost no more than that,
+once."""
 
 NONE: Final = -1.0
 """Stands for the severity where a rank wants nothing."""
@@ -33,7 +38,8 @@ class ExaminationRequest:
 class ExaminationRequests:
     """Two numbers from every rank to all, sent after every fourth batch and read after the next fourth.
 
-    By then they are there: nobody waits for anybody but for a rank that is four batches behind, which under DDP none can be but on a GPU's queue.
+    By then they are there: nobody waits for anybody but for a rank that is four batches behind, which under DDP none
+    can be but on a GPU's queue.
 
     Args:
         group: Of the ranks; what else goes over it must be sent between `strongest` and the next `send`.

@@ -1,4 +1,7 @@
-"""How the ranks of a DDP training go through an examination together: what is decided by is the same on all of them, and one that fails takes the others out with it."""
+"""How the ranks of a DDP training go through an examination together.
+
+What is decided by is the same on all of them, and one that fails takes the others out with it.
+"""
 
 import contextlib
 import math
@@ -16,7 +19,8 @@ T = TypeVar("T")
 Floats = npt.NDArray[np.float64]
 
 ROOM: Final = 16
-"""Numbers in a row; longer ones are sent in pieces. All rows are alike, so that one that says "I have failed" fits where any other is waited for."""
+"""Numbers in a row; longer ones are sent in pieces. All rows are alike, so that one that says "I have failed" fits
+where any other is waited for."""
 HEAD: Final = 3
 """Before them: how the rank is, what is asked, and how many numbers there are."""
 WELL, FAILED = 0.0, 1.0
@@ -31,13 +35,17 @@ class OutOfReach(Agreed):
 
 
 class Ranks:
-    """What the ranks say to each other during an examination; in a single process nothing, and everything is as this process has it.
+    """What the ranks say to each other during an examination.
 
-    Every rank must ask the same questions in the same order. They are named, so that ranks which have come to different places notice it and leave together, before one of them
-    waits in a gradient's reduction for another that is elsewhere. Every question waits for all ranks.
+    In a single process nothing, and everything is as this process has it.
 
-    What cannot be caught: an exception on one rank alone *inside* a collective call of the training (a backward pass under DDP). The others wait for it there,
-    as they would in the training, until the process group's timeout ends the run.
+    Every rank must ask the same questions in the same order. They are named, so that ranks which have come to different
+    places notice it and leave together, before one of them waits in a gradient's reduction for another that is
+    elsewhere. Every question waits for all ranks.
+
+    What cannot be caught: an exception on one rank alone *inside* a collective call of the training (a backward pass
+    under DDP). The others wait for it there, as they would in the training, until the process group's timeout ends the
+    run.
 
     Args:
         group: Of their own; `None` in a single process, or for a rank by itself.
@@ -50,7 +58,10 @@ class Ranks:
         self.world = 1 if group is None else group.world
 
     def mean(self, what: str, values: Sequence[float] | Floats) -> Floats:
-        """The mean over the ranks, number by number: of losses, the loss of the global batch. What is not finite on one rank is not finite on any."""
+        """The mean over the ranks, number by number: of losses, the loss of the global batch.
+
+        What is not finite on one rank is not finite on any.
+        """
         mine = np.asarray(values, dtype=np.float64)
         if self._group is None:
             return mine

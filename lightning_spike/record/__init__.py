@@ -1,1 +1,4 @@
-"""Everything that takes down each training step: a signal's way to the host, the batches, snapshots and settings that are kept."""
+"""Everything that takes down each training step.
+
+A signal's way to the host, the batches, snapshots and settings that are kept.
+"""

@@ -1,7 +1,10 @@
-"""What a module keeps in attributes of its own: counters, running values, lists, generators that its loss may depend on.
+"""What a module keeps in attributes of its own.
 
-Parameters and buffers are not in it (`state_copy` has them). The copy is plain: tensors, arrays, numbers, strings and containers of them, so that it can be
-written to a file; the way back writes into the containers and objects that are there, as others may hold them too.
+Counters, running values, lists, generators that its loss may depend on.
+
+Parameters and buffers are not in it (`state_copy` has them). The copy is plain: tensors, arrays, numbers, strings and
+containers of them, so that it can be written to a file; the way back writes into the containers and objects that are
+there, as others may hold them too.
 """
 
 import dataclasses
@@ -22,7 +25,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 MOST_ITEMS: Final = 1000
-"""Entries of a container up to which it is copied: each tensor in it is an operation on the device, and who collects more of them computes no loss from them."""
+"""Entries of a container up to which it is copied: each tensor in it is an operation on the device, and who collects
+more of them computes no loss from them."""
 MOST_BYTES: Final = 64 << 20
 """Bytes of tensors and arrays in attributes up to which they are copied: some milliseconds of the host's time."""
 
@@ -77,17 +81,20 @@ class OwnState:
     """A copy of the attributes of a module and all its submodules."""
 
     attributes: dict[str, dict[str, Any]]
-    """By the submodule's name (`""` for the module itself), then by the attribute's; the mode (`training`) is one of them."""
+    """By the submodule's name (`""` for the module itself), then by the attribute's; the mode (`training`) is one of
+    them."""
     frozen: frozenset[str]
     """Names of the parameters that take no gradient."""
     left_out: tuple[str, ...]
-    """Attributes that are too large or of a kind that cannot be copied; a loss that depends on them cannot be had again."""
+    """Attributes that are too large or of a kind that cannot be copied; a loss that depends on them cannot be had
+    again."""
 
 
 def copy_own(module: nn.Module) -> OwnState:
     """Copy the attributes of a module tree; numbers and strings by reference, tensors cloned on their device.
 
-    Never blocks, and draws no random number. Containers beyond `MOST_ITEMS`, and tensors and arrays beyond `MOST_BYTES` in all, are left out.
+    Never blocks, and draws no random number. Containers beyond `MOST_ITEMS`, and tensors and arrays beyond `MOST_BYTES`
+    in all, are left out.
     """
     copier = _Copier(module)
     attributes = {
@@ -103,7 +110,9 @@ def copy_own(module: nn.Module) -> OwnState:
 
 
 def load_own(module: nn.Module, saved: OwnState) -> None:
-    """Put the attributes back; the copy can be put back again. An attribute that has come to be since is removed, if it is state.
+    """Put the attributes back; the copy can be put back again.
+
+    An attribute that has come to be since is removed, if it is state.
 
     Containers and objects are filled in place, tensors replaced by clones.
     """

@@ -18,13 +18,15 @@ from lightning_spike.records import Moment
 from lightning_spike.signals.random_state import RandomState
 
 DEPTH: Final = 8
-"""Batches kept beyond those of one optimizer step and those whose numbers are still under way: how far an onset may be dated back."""
+"""Batches kept beyond those of one optimizer step and those whose numbers are still under way: how far an onset may be
+dated back."""
 
 MAX_BYTES: Final = 1 << 30
-"""Bytes of tensors kept at most; beyond, older batches are let go early, down to those that must stay for the onset to be in reach at all."""
+"""Bytes of tensors kept at most; beyond, older batches are let go early, down to those that must stay for the onset to
+be in reach at all."""
 SHARE_OF_DEVICE: Final = 1 / 64
-"""Of the memory of a device that batches lie on, the most that is kept: what a training leaves free is often no more than some per cent, and
-to run out of memory for an observer's sake would be the worst harm. 256 MB of 16 GB."""
+"""Of the memory of a device that batches lie on, the most that is kept: what a training leaves free is often no more
+than some per cent, and to run out of memory for an observer's sake would be the worst harm. 256 MB of 16 GB."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,21 +35,24 @@ class RingEntry:
 
     at: Moment
     batch: Any
-    """The batch in its own structure, containers copied, tensors by reference: on the device where the training has them."""
+    """The batch in its own structure, containers copied, tensors by reference: on the device where the training has
+    them."""
     ids: SampleIds | None
     rng: RandomState
     """Taken before the forward pass."""
     mutated: bool = False
-    """`training_step` (or what it called) has changed a tensor of the batch in place: the values are not what the forward pass first saw."""
+    """`training_step` (or what it called) has changed a tensor of the batch in place: the values are not what the
+    forward pass first saw."""
 
 
 class BatchRing(Participant):
     """Keeps the last batches with their sample ids and random states, until newer ones take their place.
 
-    Nothing is copied but the containers (so that a step which pops its labels out of a dictionary does not empty the entry) and the random
-    states, some kilobytes. A batch changed in place, by the step or by a loader that writes the next one into the same tensors, is noticed by
-    their version counters and marked. Memory on the host that comes a second time while the first batch on it is still held (a loader's own buffer,
-    whose writes do not count) is cloned from then on.
+    Nothing is copied but the containers (so that a step which pops its labels out of a dictionary does not empty the
+    entry) and the random states, some kilobytes. A batch changed in place, by the step or by a loader that writes the
+    next one into the same tensors, is noticed by their version counters and marked. Memory on the host that comes a
+    second time while the first batch on it is still held (a loader's own buffer, whose writes do not count) is cloned
+    from then on.
 
     Args:
         depth: Batches kept beyond those of one optimizer step and those still on their way through the recorder.
@@ -65,7 +70,10 @@ class BatchRing(Participant):
         self._ids: SampleIdWatch | None = None
 
     def want(self, depth: int) -> None:
-        """What one of those who share it needs: the greatest depth asked for counts, whoever came first. The bound on bytes stays."""
+        """What one of those who share it needs: the greatest depth asked for counts, whoever came first.
+
+        The bound on bytes stays.
+        """
         self._depth = max(self._depth, depth)
 
     @override
@@ -139,7 +147,10 @@ class BatchRing(Participant):
 
 
 def _own(leaf: object) -> object:
-    """A mapping of the user's own class (a tokenizer's output, say) is copied one level deep; anything else is kept as it is."""
+    """A mapping of the user's own class (a tokenizer's output, say) is copied one level deep.
+
+    Anything else is kept as it is.
+    """
     return copy.copy(leaf) if isinstance(leaf, Mapping) else leaf
 
 

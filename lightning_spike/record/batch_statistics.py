@@ -13,7 +13,10 @@ class BatchStatistics(Participant):
         self.roles = BatchRoles()
 
     def take_roles(self, roles: BatchRoles) -> None:
-        """Take over which part of a batch is what; of what one callback leaves to the convention, another may say it."""
+        """Take over which part of a batch is what.
+
+        Of what one callback leaves to the convention, another may say it.
+        """
         self.roles = BatchRoles(
             target=self.roles.target if roles.target is None else roles.target,
             weight=self.roles.weight if roles.weight is None else roles.weight,

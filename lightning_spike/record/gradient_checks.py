@@ -1,4 +1,7 @@
-"""What must hold in every sound training step: each trainable parameter is in an optimizer, gets a gradient, and loses it again before the next backward pass."""
+"""What must hold in every sound training step.
+
+Each trainable parameter is in an optimizer, gets a gradient, and loses it again before the next backward pass.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -18,9 +21,11 @@ from lightning_spike.signals.gradients import tensor_norms
 from lightning_spike.signals.subset import is_readable
 
 LEFTOVER: Final = "grad_norm/leftover"
-"""L2 norm of what an update left of its gradients when the next backward pass begins; recorded only where gradients are still there at all."""
+"""L2 norm of what an update left of its gradients when the next backward pass begins; recorded only where gradients are
+still there at all."""
 PATIENCE: Final = 20
-"""Updates in a row without a gradient after which a parameter is said to get none: a layer that is dropped at random has one before."""
+"""Updates in a row without a gradient after which a parameter is said to get none: a layer that is dropped at random
+has one before."""
 LOOK_EVERY: Final = 10
 """Batches between two looks at gradients that are zeroed rather than removed (`set_to_none=False`)."""
 NAMED: Final = 8
@@ -32,9 +37,12 @@ class GradientChecks(Participant):
 
     Findings, all with `names` (the first eight), `count` and `text`:
 
-    - detector `"optimizer"`, kind `"not_optimized"`: trainable parameters that get gradients and are in no optimizer; `from_start` tells whether they ever were in one: if not, it may be meant.
-    - kind `"no_gradient"`: trainable parameters of an optimizer that had no gradient in 20 of its updates in a row; `from_start` as above.
-    - kind `"not_zeroed"`: an update's gradients are still there, and not 0, when the next backward pass begins; `norm`. Under automatic optimisation only: by hand it may be meant.
+    - detector `"optimizer"`, kind `"not_optimized"`: trainable parameters that get gradients and are in no optimizer;
+      `from_start` tells whether they ever were in one: if not, it may be meant.
+    - kind `"no_gradient"`: trainable parameters of an optimizer that had no gradient in 20 of its updates in a row;
+      `from_start` as above.
+    - kind `"not_zeroed"`: an update's gradients are still there, and not 0, when the next backward pass begins; `norm`.
+      Under automatic optimisation only: by hand it may be meant.
     """
 
     def __init__(self) -> None:
@@ -141,7 +149,10 @@ class GradientChecks(Participant):
         self._stepped = self._stepped or self._in_batch
 
     def _look_at_rest(self, at: Moment) -> None:
-        """Once, when the first gradients are there: parameters that get one and that nobody updates. One without is a teacher's or a metric's."""
+        """Once, when the first gradients are there: parameters that get one and that nobody updates.
+
+        One without is a teacher's or a metric's.
+        """
         self._looked_at_rest = True
         rest = [n for n, p in self._named if p.requires_grad and p.grad is not None and id(p) not in self._optimized]
         if rest:

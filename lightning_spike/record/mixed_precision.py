@@ -24,7 +24,9 @@ def low_precision(trainer: Trainer) -> torch.dtype | None:
 
 
 def left_scale(trainer: Trainer, optimizer: Optimizer) -> Tensor | float:
-    """The loss scale that is still on the gradients: Lightning does not unscale for a fused optimizer under fp16 (it does so itself).
+    """The loss scale that is still on the gradients.
+
+    Lightning does not unscale for a fused optimizer under fp16 (it does so itself).
 
     Read as a device tensor from the scaler, since its public `get_scale()` waits for the device.
     """

@@ -1,4 +1,7 @@
-"""Who else writes into weights and optimizer states: noticed by the version counters that torch keeps, without a look at the values."""
+"""Who else writes into weights and optimizer states.
+
+Noticed by the version counters that torch keeps, without a look at the values.
+"""
 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -16,7 +19,8 @@ from lightning_spike.record.participant import Participant, TrainingBatch
 LEARN: Final = 20
 """Batches after which it is known how often a training step writes into each tensor."""
 RARE: Final = 0.05
-"""Share of the batches up to which a number of writes is not the training's own rhythm: averages that are copied in every few steps are."""
+"""Share of the batches up to which a number of writes is not the training's own rhythm: averages that are copied in
+every few steps are."""
 KEPT: Final = 32
 """Writes remembered."""
 
@@ -24,10 +28,12 @@ KEPT: Final = 32
 class OutsideWrites(Participant):
     """Counts, batch by batch, how often every weight and every optimizer state was written to in place.
 
-    A training step writes into each of them the same number of times whenever the optimizers step alike: an update that a loss scaler skips is no step, though `global_step` counts it;
-    and a weight decay that is switched on is one more write in every step.
-    A higher number that is rare in this run means that somebody else has written too: a callback, a hook, a re-initialisation. Reading torch's version counters costs some ten nanoseconds a tensor and no look at the device. Not seen
-    are writes through `.data`, NumPy views or raw memory, which do not count.
+    A training step writes into each of them the same number of times whenever the optimizers step alike: an update that
+    a loss scaler skips is no step, though `global_step` counts it; and a weight decay that is switched on is one more
+    write in every step.
+    A higher number that is rare in this run means that somebody else has written too: a callback, a hook, a
+    re-initialisation. Reading torch's version counters costs some ten nanoseconds a tensor and no look at the device.
+    Not seen are writes through `.data`, NumPy views or raw memory, which do not count.
     """
 
     def __init__(self) -> None:
@@ -40,8 +46,8 @@ class OutsideWrites(Participant):
         self._counted: Counter[int] = Counter()
         """Steps that each optimizer made in the present batch, by its identity."""
         self._stepped: tuple[int, ...] = ()
-        """… in the batch before this one: counted up to its end, for a lab steps them after that and takes it back. First how many parameters were trained, last which
-        settings of the optimizers are on."""
+        """… in the batch before this one: counted up to its end, for a lab steps them after that and takes it back.
+        First how many parameters were trained, last which settings of the optimizers are on."""
 
     @override
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
@@ -93,7 +99,9 @@ class _Book:
         self._sums: Counter[tuple[tuple[int, ...], int]] = Counter()
 
     def turn(self, tensors: Sequence[Tensor], moved: tuple[int, ...]) -> list[int]:
-        """Take in the versions at the beginning of a batch; the places of the tensors that were written to unusually often since the last one.
+        """Take in the versions at the beginning of a batch.
+
+        The places of the tensors that were written to unusually often since the last one.
 
         Args:
             tensors: All of a kind.
@@ -118,7 +126,10 @@ class _Book:
 
 
 def _switched_on(optimizers: Sequence[Optimizer]) -> Iterator[int]:
-    """Whether each setting is on, i.e. neither 0 nor False: it decides which operations a step is made of. Learning rates are not asked, nor is what is on a device."""
+    """Whether each setting is on, i.e. neither 0 nor False: it decides which operations a step is made of.
+
+    Learning rates are not asked, nor is what is on a device.
+    """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             yield from (int(bool(v)) for name, v in group.items() if name != "lr" and isinstance(v, (bool, int, float)))

@@ -1,4 +1,7 @@
-"""What may take part in the shared loop: the phases of one training step, each a method that does nothing until overridden."""
+"""What may take part in the shared loop.
+
+The phases of one training step, each a method that does nothing until overridden.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -56,18 +59,18 @@ class SharedFlight(Protocol):
 class Participant:
     """One part of the suite: a callback, or something that several callbacks share (the batch ring, the snapshots).
 
-    The phases come in this order, and each runs for *all* participants before the next begins; so the order of the callbacks in the Trainer's list makes
-    no difference. An exception in any of them switches this participant off for the rest of the run, with one warning.
+    The phases come in this order, and each runs for *all* participants before the next begins; so the order of the
+    callbacks in the Trainer's list makes no difference. An exception in any of them switches this participant off for
+    the rest of the run, with one warning.
 
     ```
-    attach            setup                     find what is shared, install what must be in place before the first batch
-    begin             on_train_start            optimizers and loaders exist now
-    sense_batch       on_train_batch_start      ┐
-    sense_backward    on_before_backward        │ put signals into the recorder; no blocking read
-    sense_gradients   on_before_optimizer_step  │
-    sense_outcome     on_train_batch_end        ┘
-    judge             on_train_batch_end        once for every batch whose numbers have arrived on the host
-    act               on_train_batch_end        every batch, on every rank: dump, replay, whatever leaves the run as it is
+    attach            setup                     find what is shared, install what must be in place before the first
+    batch begin             on_train_start            optimizers and loaders exist now sense_batch
+    on_train_batch_start      ┐ sense_backward    on_before_backward        │ put signals into the recorder; no blocking
+    read sense_gradients   on_before_optimizer_step  │ sense_outcome     on_train_batch_end        ┘ judge
+    on_train_batch_end        once for every batch whose numbers have arrived on the host
+    act               on_train_batch_end        every batch, on every rank: dump, replay, whatever leaves the run as it
+    is
     heal              on_train_batch_end        when all have acted: the one phase that may change the run
     sense_validation  on_validation_end
     conclude          on_fit_end, on_exception  once, however the run ended
@@ -101,19 +104,31 @@ class Participant:
         """A batch's numbers have arrived (on a GPU some batches late) and are in the store."""
 
     def act(self, batch: TrainingBatch, changed: Sequence[Episode]) -> None:
-        """Do something about it; called at the end of every batch on every rank, with the episodes that are new or have changed."""
+        """Do something about it.
+
+        Called at the end of every batch on every rank, with the episodes that are new or have changed.
+        """
 
     def heal(self, batch: TrainingBatch, changed: Sequence[Episode]) -> None:
-        """Change the run, back to healthy weights say; after `act` of all, so that the lab still finds the weights as the trouble left them."""
+        """Change the run, back to healthy weights say.
+
+        After `act` of all, so that the lab still finds the weights as the trouble left them.
+        """
 
     def sense_validation(self, trainer: Trainer, module: LightningModule, at: Moment) -> None:
-        """A validation (not the sanity check) has ended after the training batch `at`; reading metrics may block here."""
+        """A validation (not the sanity check) has ended after the training batch `at`.
+
+        Reading metrics may block here.
+        """
 
     def conclude(self, trainer: Trainer, status: RunStatus, error: BaseException | None) -> None:
         """The run is over, all rows have arrived. No collective: other ranks may be gone."""
 
     def explain(self, trainer: Trainer, status: RunStatus, error: BaseException | None) -> None:
-        """All have concluded and the store is as it will stay; only the report takes part in this one. No collective either."""
+        """All have concluded and the store is as it will stay; only the report takes part in this one.
+
+        No collective either.
+        """
 
     def release(self) -> None:
         """Undo what `attach` installed; may be called twice."""

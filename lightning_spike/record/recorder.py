@@ -1,6 +1,9 @@
-"""The one place where device values become numbers: a batch's signals travel to the host without anyone waiting for them.
+"""The one place where device values become numbers.
 
-Signals of the open row are gathered on their device; when the row is closed they are joined into one vector, whose copy into pinned host
+A batch's signals travel to the host without anyone waiting for them.
+
+Signals of the open row are gathered on their device; when the row is closed they are joined into one vector, whose copy
+into pinned host
 memory is started but not waited for. Rows come out in order, once their copy has passed: on a CUDA device some steps
 later, on the CPU at once. Everything downstream therefore works with a lag, never with a stall.
 """
@@ -107,7 +110,10 @@ class Recorder:
             self._open.numbers[signal] = float(value)
 
     def put_vector(self, signal: str, value: Tensor) -> None:
-        """Add a vector of shape `(n,)` to the open row, under the names the store keeps for this signal; never blocks."""
+        """Add a vector of shape `(n,)` to the open row, under the names the store keeps for this signal.
+
+        Never blocks.
+        """
         if self._open is not None:
             self._open.vectors[signal] = value.detach()
 

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from lightning_spike.signals.subset import is_readable
 
 SAME_NORM: Final = 1e-3
-"""Relative difference of two norms of a whole state that still counts as the same: torch casts a state to its parameter's dtype when it loads it, and bfloat16 keeps 8 bits."""
+"""Relative difference of two norms of a whole state that still counts as the same: torch casts a state to its
+parameter's dtype when it loads it, and bfloat16 keeps 8 bits."""
 SAME_RATE: Final = 1e-6
 """… of two learning rates, which are copied as they are."""
 
@@ -33,8 +34,9 @@ class Lost:
 def summary(trainer: Trainer) -> Plain:
     """Of every optimizer the learning rates and, of each kind of state, how many parameters have it, how many of them other than all zero, and its norm; of every scheduler its place.
 
-    Plain numbers, strings, lists and dicts, a few for each optimizer. Reads the states' norms, which waits for the device: for the time of a checkpoint or of a start, not for the loop.
-    Empty where a strategy shards the states, for then none of the ranks has all of them.
+    Plain numbers, strings, lists and dicts, a few for each optimizer. Reads the states' norms, which waits for the
+    device: for the time of a checkpoint or of a start, not for the loop. Empty where a strategy shards the states, for
+    then none of the ranks has all of them.
     """
     if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy) or any(map(_is_sharded, trainer.optimizers)):
         return {}
@@ -45,7 +47,9 @@ def summary(trainer: Trainer) -> Plain:
 
 
 def lost(saved: Mapping[str, Any], now: Mapping[str, Any], names: Sequence[str]) -> list[Lost]:
-    """Compare two summaries; nothing where optimizers or schedulers are others than those that were saved, for then that is meant. Pure.
+    """Compare two summaries.
+
+    Nothing where optimizers or schedulers are others than those that were saved, for then that is meant. Pure.
 
     Args:
         saved: From the checkpoint.
@@ -64,7 +68,8 @@ def lost(saved: Mapping[str, Any], now: Mapping[str, Any], names: Sequence[str])
     return found
 
 
-# -- what is there -------------------------------------------------------------------------------------------------------
+# -- what is there
+# -------------------------------------------------------------------------------------------------------
 
 
 def _is_sharded(optimizer: Optimizer) -> bool:
@@ -99,7 +104,8 @@ def _of_scheduler(scheduler: object) -> Plain:
     return {"class": type(scheduler).__name__, "last_epoch": place if isinstance(place, int) else None}
 
 
-# -- compared ------------------------------------------------------------------------------------------------------------
+# -- compared
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _matching(

@@ -1,7 +1,7 @@
 """What one poisoned batch leaves in the running statistics of an epoch, and how it is taken out again.
 
-`self.log(on_epoch=True)` adds up a mean over the epoch, and a torchmetrics object its states: one NaN in them makes the epoch's value NaN, on which
-`EarlyStopping(check_finite)` would stop a run that has just been healed.
+`self.log(on_epoch=True)` adds up a mean over the epoch, and a torchmetrics object its states: one NaN in them makes the
+epoch's value NaN, on which `EarlyStopping(check_finite)` would stop a run that has just been healed.
 """
 
 import dataclasses
@@ -23,7 +23,10 @@ class RunningMean:
 
 
 def take_running_means(trainer: Trainer) -> dict[str, RunningMean]:
-    """Clone the running reductions of the training epoch, by Lightning's key (`training_step.train_loss`); never blocks."""
+    """Clone the running reductions of the training epoch, by Lightning's key (`training_step.train_loss`).
+
+    Never blocks.
+    """
     return {key: RunningMean(m.value.detach().clone(), _weight(m)) for key, m in _logged(trainer)}
 
 

@@ -1,6 +1,9 @@
-"""Which samples of the dataset are in a batch: the index lists that the loader's own sampler drew, kept until their batch comes.
+"""Which samples of the dataset are in a batch.
 
-With workers the sampler runs several batches ahead of the training, so the lists are numbered as they are drawn, and looked up by the position of the batch in
+The index lists that the loader's own sampler drew, kept until their batch comes.
+
+With workers the sampler runs several batches ahead of the training, so the lists are numbered as they are drawn, and
+looked up by the position of the batch in
 its epoch. The samplers are wrapped, not replaced: they draw what, and when, they would have drawn.
 """
 
@@ -29,7 +32,9 @@ class LoaderIds:
 
     @property
     def indices(self) -> tuple[Any, ...]:
-        """The same as indices of the underlying dataset: positions in a `Subset` (`random_split`) are looked up, however nested.
+        """The same as indices of the underlying dataset.
+
+        Positions in a `Subset` (`random_split`) are looked up, however nested.
 
         Whole numbers become `int`; anything else that a sampler of the user's own drew stays as it is.
         """
@@ -52,9 +57,10 @@ class SampleIds:
 class SampleIdWatch(Participant):
     """Wraps the samplers of the training loaders as Lightning prepares them, and tells the ids of the batch that is being trained on.
 
-    Loaders are caught in `Strategy.process_dataloader`, after Lightning has put in its `DistributedSampler` and before the first iterator is
-    made. What cannot be named (an `IterableDataset`, an iterable that is no `DataLoader`, workers with `in_order=False`, a resume into the
-    middle of an epoch of a stateful loader) is said once, in the store's remarks. `release` takes all wrapping off again.
+    Loaders are caught in `Strategy.process_dataloader`, after Lightning has put in its `DistributedSampler` and before
+    the first iterator is made. What cannot be named (an `IterableDataset`, an iterable that is no `DataLoader`, workers
+    with `in_order=False`, a resume into the middle of an epoch of a stateful loader) is said once, in the store's
+    remarks. `release` takes all wrapping off again.
     """
 
     def __init__(self) -> None:
@@ -104,7 +110,10 @@ class SampleIdWatch(Participant):
         self._taps = []
 
     def _position(self, batch: TrainingBatch) -> int:
-        """How many batches of this epoch's iterators came before. A run resumed inside an epoch counts on, but begins with new iterators."""
+        """How many batches of this epoch's iterators came before.
+
+        A run resumed inside an epoch counts on, but begins with new iterators.
+        """
         if self._first_position is None or batch.at.epoch != self._first_epoch:
             resumed = self._first_position is None and batch.trainer.ckpt_path is not None
             self._first_position = batch.at.batch_idx if resumed else 0
@@ -130,7 +139,10 @@ class SampleIdWatch(Participant):
         self._taps = []
 
     def _known(self, trainer: Trainer, position: int) -> Iterator[LoaderIds]:
-        """Ids by loader, in the order of the loaders; a loader that is replaced between epochs keeps its tap but is asked no more."""
+        """Ids by loader, in the order of the loaders.
+
+        A loader that is replaced between epochs keeps its tap but is asked no more.
+        """
         iterators = getattr(getattr(trainer.fit_loop._combined_loader, "_iterator", None), "iterators", [])  # noqa: SLF001 - see `_loaders`
         for index, loader in enumerate(_loaders(trainer)):
             tap = next((tap for tap in self._taps if tap.loader is loader), None)
@@ -159,7 +171,10 @@ class _Tap:
         self._put(self._sampler, self._watched)
 
     def iterate(self) -> "Iterator[Any]":
-        """An iterator over the sampler; one that begins outside the training (the same loader used for validation) is none of ours."""
+        """An iterator over the sampler.
+
+        One that begins outside the training (the same loader used for validation) is none of ours.
+        """
         iterator: Iterator[Any] = iter(self._sampler)
         if not self._is_training():
             return iterator
@@ -172,7 +187,8 @@ class _Tap:
         Args:
             position: Batches of this epoch before.
             name: What the loader is called in the answer.
-            loader_iterator: The iterator that Lightning draws batches from, where it can be told: user code may have begun another one since.
+            loader_iterator: The iterator that Lightning draws batches from, where it can be told: user code may have
+                begun another one since.
         """
         in_use = getattr(loader_iterator, "_sampler_iter", None)
         iterator = in_use if isinstance(in_use, _WatchedIterator) else self._current
@@ -190,7 +206,10 @@ class _Tap:
             self._current = None
 
     def _in_earlier_rounds(self, position: int) -> int:
-        """Batches of this epoch that came from earlier iterators: in a `CombinedLoader` the shorter loader begins again while the epoch goes on."""
+        """Batches of this epoch that came from earlier iterators.
+
+        In a `CombinedLoader` the shorter loader begins again while the epoch goes on.
+        """
         try:
             length = len(self._watched)
         except TypeError:
@@ -198,7 +217,10 @@ class _Tap:
         return position // length * length if length else 0
 
     def _put(self, present: object, new: object) -> None:
-        """DataLoader forbids the assignment after construction; the iterator of persistent workers has a reference of its own."""
+        """DataLoader forbids the assignment after construction.
+
+        The iterator of persistent workers has a reference of its own.
+        """
         if getattr(self.loader, self._attribute) is present:
             object.__setattr__(self.loader, self._attribute, new)
         iterator = getattr(self.loader, "_iterator", None)
@@ -228,7 +250,10 @@ class _WatchedSampler:
 
 
 class _WatchedIterator:
-    """Hands on what the sampler draws, and numbers it; attributes are the iterator's own, for loaders that save and load its state."""
+    """Hands on what the sampler draws, and numbers it.
+
+    Attributes are the iterator's own, for loaders that save and load its state.
+    """
 
     def __init__(self, iterator: Iterator[Any]) -> None:
         self._iterator = iterator

@@ -1,4 +1,7 @@
-"""Settings of an optimizer that change while training runs, though no schedule moves them: epsilon, betas, momentum, weight decay."""
+"""Settings of an optimizer that change while training runs, though no schedule moves them.
+
+Epsilon, betas, momentum, weight decay.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,7 +10,8 @@ from typing import Any, Final
 from torch.optim import Optimizer
 
 STOOD: Final = 8
-"""Updates that a setting must have stood still for: what moves with every update (OneCycleLR turns momentum and betas) is a schedule's."""
+"""Updates that a setting must have stood still for: what moves with every update (OneCycleLR turns momentum and betas)
+is a schedule's."""
 NOT_SETTINGS: Final = frozenset({"params", "param_names", "lr", "initial_lr", "max_lr", "min_lr", "swa_lr"})
 """Of a parameter group; learning rates have detectors of their own."""
 PLAIN: Final = (bool, int, float, str)
@@ -27,14 +31,20 @@ class SettingChange:
 
 
 class SettingChanges:
-    """Compares an optimizer's settings with those of its update before. Looks at numbers on the host only; a setting that is a tensor is passed over."""
+    """Compares an optimizer's settings with those of its update before.
+
+    Looks at numbers on the host only; a setting that is a tensor is passed over.
+    """
 
     def __init__(self) -> None:
         self._held: dict[tuple[int, int, str], tuple[Value, int]] = {}
         """By optimizer, group and name: the value, and for how many updates it has stood."""
 
     def of(self, optimizer: Optimizer) -> list[SettingChange]:
-        """What has changed since the last call, of the settings that had stood still; to be asked once for every update, just before it. Never blocks."""
+        """What has changed since the last call, of the settings that had stood still.
+
+        To be asked once for every update, just before it. Never blocks.
+        """
         return [
             change
             for k, group in enumerate(optimizer.param_groups, start=1)

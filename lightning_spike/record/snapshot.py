@@ -19,26 +19,33 @@ from lightning_spike.records import Episode, EpisodeKind, Moment
 from lightning_spike.signals.random_state import RandomState
 
 FLAG: Final = "snapshot/finite"
-"""Signal that says whether everything in the snapshot taken at this batch is finite: 1 or 0; one a device, `snapshot/finite/<device>` for further ones."""
+"""Signal that says whether everything in the snapshot taken at this batch is finite: 1 or 0; one a device,
+`snapshot/finite/<device>` for further ones."""
 CONFIRM: Final = 8
-"""Batches after a snapshot whose losses must be accepted before it is believed: what poisons weights shows in the next loss, or the one after
-that; a rise that is slower is dated back by the detector, and then takes the snapshot with it."""
+"""Batches after a snapshot whose losses must be accepted before it is believed: what poisons weights shows in the next
+loss, or the one after that; a rise that is slower is dated back by the detector, and then takes the snapshot with
+it."""
 SLOTS: Final = 4
 """Snapshots held at most, where memory allows: one that waits for its proof, and three to go back to."""
 NEAR_SLOTS: Final = 8
-"""The same where near ones are wanted: five a cadence of 16 apart reach back 72 batches (`lab.live_scene.REACH`), one waits, one is far, one is let go."""
+"""The same where near ones are wanted: five a cadence of 16 apart reach back 72 batches (`lab.live_scene.REACH`), one
+waits, one is far, one is let go."""
 NEAREST: Final = 16
-"""Batches between near snapshots, where memory allows: so that, with the proof, 8 to 24 batches lie between one and the onset of a trouble."""
+"""Batches between near snapshots, where memory allows: so that, with the proof, 8 to 24 batches lie between one and the
+onset of a trouble."""
 FARTHEST: Final = 50
 """Batches between them at most, however large the model."""
 NEAR_MB: Final = 1024
-"""Memory for all near snapshots together; a model of more than 10 M parameters under Adam is held fewer times, and more rarely."""
+"""Memory for all near snapshots together; a model of more than 10 M parameters under Adam is held fewer times, and more
+rarely."""
 LEAST_SLOTS: Final = 2
 """One to go back to while the next waits for its proof."""
 REACH: Final = 8
-"""The oldest snapshot is kept until it is this many cadences old: troubles that are noticed late are dated back past the recent ones."""
+"""The oldest snapshot is kept until it is this many cadences old: troubles that are noticed late are dated back past
+the recent ones."""
 ON_DEVICE_MB: Final = 256
-"""Up to this size in all, snapshots stay on the device; larger ones go to pinned host memory (12 bytes a parameter under Adam: 5 M parameters, 2.5 M near)."""
+"""Up to this size in all, snapshots stay on the device; larger ones go to pinned host memory (12 bytes a parameter
+under Adam: 5 M parameters, 2.5 M near)."""
 MB: Final = 1 << 20
 LOSS_TROUBLES: Final = frozenset(
     {EpisodeKind.SPIKE, EpisodeKind.DIVERGENCE, EpisodeKind.NONFINITE, EpisodeKind.OSCILLATION}
@@ -48,7 +55,10 @@ LOSS_TROUBLES: Final = frozenset(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Snapshot:
-    """The training state as it was before the forward pass of one batch; clones, on the device or in pinned host memory."""
+    """The training state as it was before the forward pass of one batch.
+
+    Clones, on the device or in pinned host memory.
+    """
 
     at: Moment
     """The batch before which it was taken."""
@@ -66,18 +76,22 @@ class Snapshot:
     own: OwnState | None = None
     """What the module keeps in attributes: counters, metrics, hidden states. For re-runs only."""
     gradients: dict[str, Tensor] | None = None
-    """Under manual optimisation, where nobody else knows whether they are used up; by parameter name. For re-runs only."""
+    """Under manual optimisation, where nobody else knows whether they are used up; by parameter name. For re-runs
+    only."""
 
     def load_into(self, trainer: Trainer, module: LightningModule, *, hyperparameters: bool = False) -> None:
-        """Put weights, buffers, optimizers, loss scale and averaged models back, in place; never aliases, so it can be done again.
+        """Put weights, buffers, optimizers, loss scale and averaged models back, in place.
 
-        Random states, gradients, schedulers, loops, logged means and attributes of the module are left alone, as the run goes on from where it is. Does not
-        wait for the device.
+        Never aliases, so it can be done again.
+
+        Random states, gradients, schedulers, loops, logged means and attributes of the module are left alone, as the
+        run goes on from where it is. Does not wait for the device.
 
         Args:
             trainer: The trainer whose optimizers and precision plugin are written to.
             module: The module that the snapshot was taken of.
-            hyperparameters: Put back what schedulers write into parameter groups too (lr, betas, momentum, weight decay).
+            hyperparameters: Put back what schedulers write into parameter groups too (lr, betas, momentum, weight
+                decay).
         """
         state_copy.load_module(module, self.model)
         for optimizer, saved in zip(trainer.optimizers, self.optimizers, strict=True):
@@ -102,16 +116,17 @@ class _Held:
 class Snapshots(Participant):
     """Takes snapshots and proves them; shared by all callbacks that need some.
 
-    A snapshot is taken before the forward pass of the first batch of an accumulation window, on a grid of every `every` batches that is the same on
-    all ranks, and not while the loss is in trouble. It is verified once a flag computed on the device has arrived that says that parameters, buffers and
-    optimizer states are all finite, and the losses of its batch and of the `CONFIRM` batches after it were accepted. An episode
-    takes with it all snapshots from its onset on. Nothing blocks: clones are queued on the stream of the training. For re-runs they are denser, as far as
-    memory allows (`want_near`).
+    A snapshot is taken before the forward pass of the first batch of an accumulation window, on a grid of every `every`
+    batches that is the same on all ranks, and not while the loss is in trouble. It is verified once a flag computed on
+    the device has arrived that says that parameters, buffers and optimizer states are all finite, and the losses of its
+    batch and of the `CONFIRM` batches after it were accepted. An episode
+    takes with it all snapshots from its onset on. Nothing blocks: clones are queued on the stream of the training. For
+    re-runs they are denser, as far as memory allows (`want_near`).
 
     Args:
         every: Batches between two snapshots, unless somebody wants another cadence.
-        memory_mb: Memory for all snapshots together, unless somebody wants another limit; where two do not fit, none are taken and the report
-            says so.
+        memory_mb: Memory for all snapshots together, unless somebody wants another limit; where two do not fit, none
+            are taken and the report says so.
     """
 
     def __init__(self, every: int = 50, memory_mb: int = 4096) -> None:
@@ -141,7 +156,10 @@ class Snapshots(Participant):
         self._wanted.append((every, memory_mb))
 
     def want_near(self, reach: int) -> None:
-        """Somebody trains again from them: snapshots as dense as `NEAR_MB` of memory allows, that reach back this many batches."""
+        """Somebody trains again from them.
+
+        Snapshots as dense as `NEAR_MB` of memory allows, that reach back this many batches.
+        """
         self._reach = max(self._reach, reach)
 
     def latest_healthy(self, before: int | None = None) -> Snapshot | None:
@@ -192,7 +210,10 @@ class Snapshots(Participant):
         )
 
     def _make_room(self, batch: TrainingBatch) -> bool:
-        """Let go of one too many; false where that would be one that waits for its proof, or the memory is too small for two."""
+        """Let go of one too many.
+
+        False where that would be one that waits for its proof, or the memory is too small for two.
+        """
         slots = self._slots(max(_size(batch.trainer, batch.module), 1))
         if slots < LEAST_SLOTS:
             self._give_up(batch)
@@ -215,7 +236,10 @@ class Snapshots(Participant):
         return asked or ([] if self._reach else [self._default[0]])
 
     def _dispensable(self, ordinal: int) -> int | None:
-        """Index of the snapshot to let go: the second oldest while the oldest is not too old, so that both far and near ones are held."""
+        """Index of the snapshot to let go.
+
+        The second oldest while the oldest is not too old, so that both far and near ones are held.
+        """
         verified = [i for i, h in enumerate(self._held) if h.is_verified]
         if len(verified) < LEAST_SLOTS:
             return None
@@ -271,15 +295,18 @@ class Snapshots(Participant):
 
 
 def near_cadence(slots: int, reach: int) -> int:
-    """Batches between two near snapshots: so many that those that are neither waiting nor about to be let go reach back far enough."""
+    """Batches between two near snapshots.
+
+    So many that those that are neither waiting nor about to be let go reach back far enough.
+    """
     return min(max(-(-reach // max(slots - 2, 1)), NEAREST), FARTHEST)
 
 
 def refuses_snapshots(trainer: Trainer) -> str | None:
     """Why this strategy's state cannot be put back in memory, as a sentence; `None` where it can.
 
-    Sharded strategies (FSDP, FSDP2 as ModelParallel, DeepSpeed, XLA FSDP) load model and optimizer from disk only: their in-memory loading does
-    nothing, silently.
+    Sharded strategies (FSDP, FSDP2 as ModelParallel, DeepSpeed, XLA FSDP) load model and optimizer from disk only:
+    their in-memory loading does nothing, silently.
     """
     lineage = [kind.__name__ for kind in type(trainer.strategy).__mro__]
     sharded = next((name for name in lineage if any(s in name for s in ("FSDP", "DeepSpeed", "ModelParallel"))), None)
@@ -307,7 +334,8 @@ def _size(trainer: Trainer, module: LightningModule) -> int:
 def _finite_flags(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
     """A flag a device, float32 of shape `()`, 1 where nothing is poisoned; not read here.
 
-    Poisoned is a NaN anywhere and an Inf in parameters and optimizer states. A buffer may hold Inf by design: an attention mask does.
+    Poisoned is a NaN anywhere and an Inf in parameters and optimizer states. A buffer may hold Inf by design: an
+    attention mask does.
     """
     by_design = {id(buffer) for buffer in module.buffers()}
     groups: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
@@ -327,8 +355,8 @@ def _finite_flags(trainer: Trainer, module: LightningModule) -> dict[str, Tensor
 def _telling(device: torch.device, members: list[Tensor]) -> Tensor:
     """A number for each tensor that is finite exactly if all of it is, shape `(len(members),)`.
 
-    On the GPU the largest magnitudes, one kernel for all. On the CPU that takes twenty times as long as a sum; a sum of float32 overflows only where the
-    weights are past all use.
+    On the GPU the largest magnitudes, one kernel for all. On the CPU that takes twenty times as long as a sum; a sum of
+    float32 overflows only where the weights are past all use.
     """
     if device.type == "cuda":
         return torch.stack(torch._foreach_norm(members, math.inf))  # noqa: SLF001 - as torch's own clipping does

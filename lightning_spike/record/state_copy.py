@@ -1,7 +1,8 @@
 """Copies of what a training step changes, and the way back: always clones, always into the objects that are there.
 
-DDP, compiled graphs and optimizers hold references to the live tensors, so loading writes into them and never swaps them; and a copy
-never shares memory with what is live, neither after taking nor after loading, so that it can be loaded any number of times.
+DDP, compiled graphs and optimizers hold references to the live tensors, so loading writes into them and never swaps
+them; and a copy never shares memory with what is live, neither after taking nor after loading, so that it can be loaded
+any number of times.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,8 +29,9 @@ SCHEDULED: Final = frozenset(
         "weight_decay",
     }
 )
-"""Entries of a parameter group that schedulers write (torch.optim.lr_scheduler and swa_utils; weight decay by users' own): kept as they are now, since
-the schedule itself is not wound back. Any other entry (Prodigy's `d`, a step count) is state and goes back."""
+"""Entries of a parameter group that schedulers write (torch.optim.lr_scheduler and swa_utils; weight decay by users'
+own): kept as they are now, since the schedule itself is not wound back. Any other entry (Prodigy's `d`, a step count)
+is state and goes back."""
 
 
 def copy_module(module: nn.Module, *, to_host: bool = False) -> dict[str, Tensor]:
@@ -44,7 +46,10 @@ def copy_module(module: nn.Module, *, to_host: bool = False) -> dict[str, Tensor
 
 
 def load_module(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Write the copies into the live parameters and buffers; a tensor that did not exist when they were taken is left alone."""
+    """Write the copies into the live parameters and buffers.
+
+    A tensor that did not exist when they were taken is left alone.
+    """
     with torch.no_grad():
         for name, tensor in _named_tensors(module):
             if name in saved:
@@ -52,7 +57,10 @@ def load_module(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
 
 
 def copy_gradients(module: nn.Module, *, to_host: bool = False) -> dict[str, Tensor]:
-    """The gradients that parameters hold, by the parameters' names: under manual optimisation they may be sums that are not yet used."""
+    """The gradients that parameters hold, by the parameters' names.
+
+    Under manual optimisation they may be sums that are not yet used.
+    """
     live = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     return dict(zip(live, _copy_all(list(live.values()), to_host=to_host), strict=True))
 
@@ -84,8 +92,9 @@ def copy_optimizer(optimizer: Optimizer, *, to_host: bool = False) -> dict[str, 
 def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], *, hyperparameters: bool = False) -> None:
     """Put an optimizer back, in place.
 
-    State that has come to be since is removed. What schedulers write into parameter groups (`SCHEDULED`) stays as it is now, unless
-    `hyperparameters` asks for it. A parameter group that was added since keeps its settings and loses its state.
+    State that has come to be since is removed. What schedulers write into parameter groups (`SCHEDULED`) stays as it is
+    now, unless `hyperparameters` asks for it. A parameter group that was added since keeps its settings and loses its
+    state.
     """
     with torch.no_grad():
         for index, parameter in enumerate(_parameters(optimizer)):
@@ -102,7 +111,8 @@ def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], *, hyperparam
 def copy_scaler(trainer: Trainer) -> dict[str, Tensor | None] | None:
     """The loss scale and its growth count, `None` without a GradScaler.
 
-    Its own `state_dict` waits for the device; these are its device tensors, themselves `None` until it has scaled a loss.
+    Its own `state_dict` waits for the device; these are its device tensors, themselves `None` until it has scaled a
+    loss.
     """
     scaler = _scaler(trainer)
     if scaler is None:
@@ -129,7 +139,10 @@ def load_scaler(trainer: Trainer, saved: Mapping[str, Tensor | None] | None) -> 
 
 
 def copy_averages(trainer: Trainer, module: LightningModule, *, to_host: bool = False) -> dict[str, dict[str, Tensor]]:
-    """The averaged models (EMA, SWA) that the trainer's callbacks hold: one poisoned update spoils an average for ever."""
+    """The averaged models (EMA, SWA) that the trainer's callbacks hold.
+
+    One poisoned update spoils an average for ever.
+    """
     return {name: copy_module(held, to_host=to_host) for name, held in _averages(trainer, module)}
 
 
@@ -146,7 +159,10 @@ def tensors_in(*trees: object) -> list[Tensor]:
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What can be copied and written in place: not what has no shape yet, nor what is one number seen many times (`expand`)."""
+    """What can be copied and written in place.
+
+    Not what has no shape yet, nor what is one number seen many times (`expand`).
+    """
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if not is_lazy(tensor) and not _overlaps(tensor):
             yield name, tensor
@@ -222,7 +238,8 @@ def _scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
 
 
 def _averages(trainer: Trainer, module: LightningModule) -> Iterator[tuple[str, nn.Module]]:
-    callbacks: list[object] = list(trainer.callbacks)  # type: ignore[attr-defined]  # Lightning sets it without declaring it
+    # Lightning sets it without declaring it
+    callbacks: list[object] = list(trainer.callbacks)  # type: ignore[attr-defined]
     for place, callback in enumerate(callbacks):
         for name, held in vars(callback).items():
             if isinstance(held, nn.Module) and held is not module:

@@ -1,4 +1,7 @@
-"""How far an update moves the weights: measured around the optimizer's step, every few updates, on a bounded number of elements."""
+"""How far an update moves the weights.
+
+Measured around the optimizer's step, every few updates, on a bounded number of elements.
+"""
 
 import dataclasses
 import sys
@@ -18,7 +21,8 @@ from lightning_spike.signals.weights import Displacement, displacement
 
 UPDATE_NORM = "update_norm"
 NO_UPDATE = "update_norm/none"
-"""1 where a gradient was there and the learning rate was not 0, and yet nothing that is looked at has changed; 0 else."""
+"""1 where a gradient was there and the learning rate was not 0, and yet nothing that is looked at has changed; 0
+else."""
 NOT_MEASURED = -1.0
 """Stands in the vector of norms for a parameter that this update did not concern."""
 
@@ -37,8 +41,9 @@ class _Before:
 class UpdateMeter(Participant):
     """Puts `update_norm` (L2 norm of the change of all weights), the same for every parameter, and `update_norm/none` into the recorder.
 
-    Shared by those who ask for it; the shortest interval counts. Of a parameter with more than 16,384 elements a subset is copied before the step and compared after it, so that the
-    cost and the memory are bounded. An update that a gradient scaler skips is not measured. Nothing is read on the host.
+    Shared by those who ask for it; the shortest interval counts. Of a parameter with more than 16,384 elements a subset
+    is copied before the step and compared after it, so that the cost and the memory are bounded. An update that a
+    gradient scaler skips is not measured. Nothing is read on the host.
     """
 
     def __init__(self) -> None:
@@ -112,7 +117,10 @@ class UpdateMeter(Participant):
         self._before, self._measured, self._places = {}, {}, {}
 
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ANN401 - as torch calls it
-        """Called by torch when the optimizer has stepped, by the lab's too; inside the user's step, so that nothing may be raised here."""
+        """Called by torch when the optimizer has stepped, by the lab's too.
+
+        Inside the user's step, so that nothing may be raised here.
+        """
         del args, kwargs
         before = self._before.pop(id(optimizer), None)
         if before is None or torch.compiler.is_compiling():

@@ -1,4 +1,7 @@
-"""What the optimizers were set to in the recent updates: schedulers move it with every step, and nobody else remembers it."""
+"""What the optimizers were set to in the recent updates.
+
+Schedulers move it with every step, and nobody else remembers it.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -11,21 +14,27 @@ from typing_extensions import override
 from lightning_spike.record.participant import Participant, TrainingBatch
 
 Settings = Sequence[Mapping[str, Any]]
-"""Of one optimizer step, for every parameter group what schedulers write (lr, momentum, betas, weight decay), under `PLACE` whose step it is, and under `CLIP` how gradients were clipped."""
+"""Of one optimizer step, for every parameter group what schedulers write (lr, momentum, betas, weight decay), under
+`PLACE` whose step it is, and under `CLIP` how gradients were clipped."""
 
 PLACE: Final = "optimizer"
 """The place of the optimizer in `trainer.optimizers`; not an entry of the parameter group."""
 CLIP: Final = "clip"
-"""The value and the algorithm that the trainer clipped gradients by, where that was noted; no entry of the parameter group either."""
+"""The value and the algorithm that the trainer clipped gradients by, where that was noted; no entry of the parameter
+group either."""
 
 WRITTEN_BY_SCHEDULERS: Final = ("lr", "momentum", "betas", "weight_decay")
 
 HELD: Final = 144
-"""Batches with an update whose settings are kept: twice as many as batches are held for a re-run (`live_scene.REACH`), some numbers each."""
+"""Batches with an update whose settings are kept: twice as many as batches are held for a re-run (`live_scene.REACH`),
+some numbers each."""
 
 
 class UpdateSettings(Participant):
-    """Remembers the settings of the recent updates; shared by all callbacks that run some again, or write down how to."""
+    """Remembers the settings of the recent updates.
+
+    Shared by all callbacks that run some again, or write down how to.
+    """
 
     def __init__(self) -> None:
         self._held: dict[int, list[Settings]] = {}
@@ -34,12 +43,18 @@ class UpdateSettings(Participant):
 
     @property
     def by_ordinal(self) -> Mapping[int, Sequence[Settings]]:
-        """One entry for each optimizer step, by the ordinal of the batch they were made in; the live record, oldest first."""
+        """One entry for each optimizer step, by the ordinal of the batch they were made in.
+
+        The live record, oldest first.
+        """
         return self._held
 
     @property
     def modes(self) -> Mapping[int, tuple[str, ...]]:
-        """The names of the modules in eval mode, by the ordinal of the batch from which on; an entry for each change."""
+        """The names of the modules in eval mode, by the ordinal of the batch from which on.
+
+        An entry for each change.
+        """
         return self._modes
 
     @override

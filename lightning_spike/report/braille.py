@@ -8,10 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 LOG_FROM: Final = 20.0
-"""A positive series that spans more than this factor is drawn on a log scale: on six rows, 24 dots high, a linear one would flatten its lower end to a dot."""
+"""A positive series that spans more than this factor is drawn on a log scale: on six rows, 24 dots high, a linear one
+would flatten its lower end to a dot."""
 
 DOT_BITS: Final = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
-"""Unicode's Braille patterns: bit of each dot of a character, four rows of two (Unicode Standard, chapter 21, "Braille Patterns")."""
+"""Unicode's Braille patterns: bit of each dot of a character, four rows of two (Unicode Standard, chapter 21, "Braille
+Patterns")."""
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

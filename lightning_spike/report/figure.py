@@ -1,6 +1,7 @@
 """The curves of a run as one SVG, to be set into a page: needs matplotlib.
 
-Colours are left to the page's style sheet: matplotlib draws in colours that stand for `var(--…)` and are replaced in the text.
+Colours are left to the page's style sheet: matplotlib draws in colours that stand for `var(--…)` and are replaced in
+the text.
 """
 
 import io
@@ -58,7 +59,8 @@ def draw_svg(report: Report, *, width: float, panel_height: float) -> str:
     panels = [*_panels(report)]
     if not panels:
         return ""
-    # Values near the largest float, or a name in a script that the font lacks: the picture is still the best there is, and no warning would help its reader.
+    # Values near the largest float, or a name in a script that the font lacks: the picture is still the best there is,
+    # and no warning would help its reader.
     with mpl.rc_context(), np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         mpl.rcdefaults()
@@ -116,7 +118,10 @@ def _panel(ax: Axes, title: str, curves: Sequence[Curve], points: Sequence[Curve
 
 
 def _thinned(curve: Curve) -> tuple[Any, Any]:
-    """At most `MOST_POINTS` points; of each stretch the lowest and the highest value, and where one is not finite a gap."""
+    """At most `MOST_POINTS` points.
+
+    Of each stretch the lowest and the highest value, and where one is not finite a gap.
+    """
     n = len(curve.values)
     if n <= MOST_POINTS:
         return curve.ordinals, np.where(np.isfinite(curve.values), curve.values, np.nan)

@@ -15,7 +15,8 @@ from lightning_spike.report.model import Report
 
 TEMPLATE: Final = "page.html.jinja"
 WIDE, NARROW = (10.0, 1.9), (4.6, 1.5)
-"""Inches: width of the figure and height of a panel, on a screen and on a phone (figure text cannot flow, so there are two)."""
+"""Inches: width of the figure and height of a panel, on a screen and on a phone (figure text cannot flow, so there are
+two)."""
 
 
 def write_page(report: Report, path: Path) -> Path:
@@ -29,7 +30,9 @@ def write_page(report: Report, path: Path) -> Path:
 
 
 def render_page(report: Report) -> str:
-    """The page as text: styles and figures inside, no script, nothing fetched from anywhere; strings of the user's are escaped.
+    """The page as text: styles and figures inside, no script, nothing fetched from anywhere.
+
+    Strings of the user's are escaped.
 
     Raises:
         MissingExtraError: jinja2 or matplotlib is not installed.

@@ -1,18 +1,22 @@
 """`report.json`: the report for programs, schema version 1.
 
-Beyond what every reader of version 1 may rely on (`run`, `episodes`, `causes`, `actions`), these keys were added; a reader must bear further ones:
+Beyond what every reader of version 1 may rely on (`run`, `episodes`, `causes`, `actions`), these keys were added; a
+reader must bear further ones:
 
-- `run.batches`, `run.first_step` (above 0 after a resume), `run.device`, `run.error` (type and message, null where nothing was raised);
-- on an episode `signal`, `noticed_step`, `recovery` (`whole | part | never | open`), `period` (batches between like episodes, or null), `severity`
-  (robust standard deviations above the usual noise, at most 99), `not_replayed` (why it could not be run again, or null) and `moments`, which says of `onset`,
-  `noticed`, `peak` and `end` (null: never recovered) the `ordinal` (batches begun in the run before it), `step`, `epoch` and `batch_idx`;
+- `run.batches`, `run.first_step` (above 0 after a resume), `run.device`, `run.error` (type and message, null where
+  nothing was raised);
+- on an episode `signal`, `noticed_step`, `recovery` (`whole | part | never | open`), `period` (batches between like
+  episodes, or null), `severity` (robust standard deviations above the usual noise, at most 99), `not_replayed` (why it
+  could not be run again, or null) and `moments`, which says of `onset`, `noticed`, `peak` and `end` (null: never
+  recovered) the `ordinal` (batches begun in the run before it), `step`, `epoch` and `batch_idx`;
 - on a piece of evidence `weight`, the natural log of the likelihood ratio that it gives the cause;
 - `disabled`, the parts of the suite that broke and were switched off: `[{"part", "reason", "step"}]`;
 - `remarks`, what could not be observed and why: `["…"]`;
 - further values of `actions[].action`: `restore_best`, `replay`, `scene`, and on an action `at`, its moment as above;
 - `files`, the names of what the run wrote beside this file: some of `signals`, `report.html`;
 - `notes`, what the run could not write, and why: `["…"]`;
-- `nonfinite`, the numbers that are not finite: `{"/episodes/0/loss_peak": "NaN | Infinity | -Infinity"}`, each by its JSON Pointer (RFC 6901).
+- `nonfinite`, the numbers that are not finite: `{"/episodes/0/loss_peak": "NaN | Infinity | -Infinity"}`, each by its
+  JSON Pointer (RFC 6901).
 
 A number that is not finite is `null` in its own place; the file is strict JSON.
 """
@@ -56,7 +60,8 @@ def read_report(path: str | Path) -> dict[str, Any]:
     """A report.json as plain dicts and lists.
 
     Raises:
-        UnreadableReportError: There is no such file, it is no report, or its schema is one that this version cannot read.
+        UnreadableReportError: There is no such file, it is no report, or its schema is one that this version cannot
+            read.
     """
     try:
         content = json.loads(Path(path).read_bytes())
@@ -111,7 +116,10 @@ def as_json(report: Report, *, files: Sequence[str] = (), notes: Sequence[str] =
 
 
 def strict_json(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What `json.dumps(..., allow_nan=False)` takes: null for numbers that are not finite, which stand in `nonfinite` by their JSON Pointers."""
+    """What `json.dumps(..., allow_nan=False)` takes.
+
+    Null for numbers that are not finite, which stand in `nonfinite` by their JSON Pointers.
+    """
     nonfinite: dict[str, str] = {}
     strict: dict[str, Any] = _strict(_plain(content), "", nonfinite)
     return strict | {"nonfinite": nonfinite}
@@ -193,7 +201,10 @@ def _disabled(disabled: Disabled) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401, PLR0911 - JSON is a union, one line for each of its kinds
-    """As JSON knows it, but for numbers that are not finite: NumPy's numbers become Python's, and what JSON has no form for its text."""
+    """As JSON knows it, but for numbers that are not finite.
+
+    NumPy's numbers become Python's, and what JSON has no form for its text.
+    """
     match value:
         case None | bool():
             return value

@@ -1,4 +1,7 @@
-"""The report as a record: everything that a renderer needs, decided once, so that terminal, page and JSON say the same."""
+"""The report as a record.
+
+Everything that a renderer needs, decided once, so that terminal, page and JSON say the same.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -98,7 +101,11 @@ class Report:
         return self.causes[len(self.likely) :]
 
     def why_not_confirmed(self, verdict: Verdict) -> str | None:
-        """Why no replay has tested a cause: that of its first episode which could not be run again; `None` where a replay had its say, or none was asked for."""
+        """Why no replay has tested a cause.
+
+        That of its first episode which could not be run again; `None` where a replay had its say, or none was asked
+        for.
+        """
         if verdict.confirmed is not None:
             return None
         return next((self.not_replayed[id_] for id_ in verdict.episodes if id_ in self.not_replayed), None)
@@ -120,8 +127,8 @@ def build_report(
 ) -> Report:
     """Rank the causes and put together what there is to say about a run.
 
-    Pure but for reading the store; takes no device value and never blocks. If the ranking itself breaks, the report comes out without causes and names the
-    broken part in `disabled`.
+    Pure but for reading the store; takes no device value and never blocks. If the ranking itself breaks, the report
+    comes out without causes and names the broken part in `disabled`.
 
     Args:
         store: The run.

@@ -1,6 +1,7 @@
 """The report of a run that is over, from the files that it wrote: the way back of `report.json` and `signals/`.
 
-What was written comes back as it was: the printed report is the same, character by character, in a terminal of the same width.
+What was written comes back as it was: the printed report is the same, character by character, in a terminal of the same
+width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,8 +37,8 @@ PLACES: Final = ("report.json", "spike/report.json")
 def read_back(place: str | Path) -> TerminalReport:
     """The report that a run printed, to be printed again.
 
-    Of the files beside report.json those count that it names, so that what another run left there is not taken for this one's; one that is gone by now is left out. Signals that cannot be read cost the curves,
-    and a note says so.
+    Of the files beside report.json those count that it names, so that what another run left there is not taken for this
+    one's; one that is gone by now is left out. Signals that cannot be read cost the curves, and a note says so.
 
     Args:
         place: As of `find_report`.
@@ -88,11 +89,12 @@ def find_report(place: str | Path) -> Path:
 def report_from(content: Mapping[str, Any], signals: Signals | None = None) -> Report:
     """The report as it was before it was written.
 
-    The keys that were added to version 1 may be missing: where there are no `moments`, the batches are counted by their steps. Of the run's settings
-    only those come back that a report shows.
+    The keys that were added to version 1 may be missing: where there are no `moments`, the batches are counted by their
+    steps. Of the run's settings only those come back that a report shows.
 
     Args:
-        content: As `read_report` returns it; with its numbers that are not finite where it went through `with_nonfinite`.
+        content: As `read_report` returns it; with its numbers that are not finite where it went through
+            `with_nonfinite`.
         signals: The curves; without them the report has none.
 
     Raises:

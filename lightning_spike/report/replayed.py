@@ -1,10 +1,13 @@
 """What the examination of scenes found after the run: for the terminal, and as `replay.json`.
 
-`replay.json`, schema version 2, is strict JSON; numbers that are not finite are null and stand in `nonfinite`, as in report.json:
+`replay.json`, schema version 2, is strict JSON; numbers that are not finite are null and stand in `nonfinite`, as in
+report.json:
 
-- `lightning_spike` and `torch`, the versions that replayed; `config`, the files that the module was made from; `device`;
-- `scenes`, one object each: `path` (beside this file), `started` (of the run, ISO 8601), `episode`, `kind`, `onset` (its moment), `seconds`, `examined`
-  (false where it could not be replayed), `experiments` (a record of `lightning_spike.experiments`, written by `codec`) and `sentences`, the same in words;
+- `lightning_spike` and `torch`, the versions that replayed; `config`, the files that the module was made from;
+  `device`;
+- `scenes`, one object each: `path` (beside this file), `started` (of the run, ISO 8601), `episode`, `kind`, `onset`
+  (its moment), `seconds`, `examined` (false where it could not be replayed), `experiments` (a record of
+  `lightning_spike.experiments`, written by `codec`) and `sentences`, the same in words;
 - `notes`, what a reader must know: another version of torch, say.
 """
 

@@ -64,7 +64,8 @@ class Signals:
     series: Mapping[str, Array]
     """Columns of equal length, one row a batch."""
     nan: Mapping[str, npt.NDArray[np.int64]]
-    """By signal, the ordinals of the batches in which it was itself NaN; a NaN elsewhere in its column says that a batch had no value."""
+    """By signal, the ordinals of the batches in which it was itself NaN; a NaN elsewhere in its column says that a
+    batch had no value."""
     layers: Mapping[str, LayerTable]
     """By signal."""
     validation: Mapping[str, Array]

@@ -1,4 +1,7 @@
-"""The report in the terminal: one line for a healthy run, else what a tired reader needs, the likeliest cause first and in full."""
+"""The report in the terminal.
+
+One line for a healthy run, else what a tired reader needs, the likeliest cause first and in full.
+"""
 
 import dataclasses
 import itertools
@@ -141,7 +144,8 @@ def print_lines(whole: RenderableType, console: Console, options: ConsoleOptions
         yield Segment.line()
 
 
-# -- the curve -----------------------------------------------------------------------------------------------------------
+# -- the curve
+# -----------------------------------------------------------------------------------------------------------
 
 
 def _curves(report: Report) -> Iterator[Curve]:
@@ -187,7 +191,8 @@ def _marks(episodes: Sequence[Episode], spans: Sequence[tuple[int, int]], width:
     return "".join(marks)
 
 
-# -- the episodes --------------------------------------------------------------------------------------------------------
+# -- the episodes
+# --------------------------------------------------------------------------------------------------------
 
 
 def _episodes(report: Report, width: int) -> RenderableType:
@@ -216,7 +221,8 @@ def _episodes(report: Report, width: int) -> RenderableType:
     return Group(table, Text(f"and {count(more, 'milder episode')} in the files", style="dim")) if more else table
 
 
-# -- the causes ----------------------------------------------------------------------------------------------------------
+# -- the causes
+# ----------------------------------------------------------------------------------------------------------
 
 
 def _cause_line(rank: int, verdict: Verdict, width: int) -> Text:
@@ -265,7 +271,8 @@ def _rest(report: Report) -> Iterator[RenderableType]:
         yield Text("   " + " · ".join(said), style="dim")
 
 
-# -- the rest ------------------------------------------------------------------------------------------------------------
+# -- the rest
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _suspects(report: Report) -> tuple[list[str], int]:

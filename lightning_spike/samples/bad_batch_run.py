@@ -7,11 +7,13 @@ from lightning_spike.records import Finding, Moment
 from lightning_spike.samples.examined_batch import LISTED_SAMPLES, ExaminedBatch
 
 MANY: Final = 0.25
-"""Share of a batch's samples that stand out from which the batch is bad and not a single sample, as in the cause `label_noise` …"""
+"""Share of a batch's samples that stand out from which the batch is bad and not a single sample, as in the cause
+`label_noise` …"""
 FEWEST: Final = 4
 """… and so many at least."""
 WHOLE: Final = 0.5
-"""Share from which all samples of the batch are named: what most of them have the others are likely to have too, only less visibly."""
+"""Share from which all samples of the batch are named: what most of them have the others are likely to have too, only
+less visibly."""
 GOOD: Final = 2
 """Good batches in a row after which the stretch is over."""
 LONGEST: Final = 32
@@ -49,7 +51,10 @@ class BadBatchRun:
             self._good += 1
 
     def finding(self) -> Finding | None:
-        """`suspect_batches`, at the first of them: keys `episode`, `ordinals`, `last_step`, `dataset_indices`, `count`, `text`; `None` where no batch was bad."""
+        """`suspect_batches`, at the first of them.
+
+        Keys `episode`, `ordinals`, `last_step`, `dataset_indices`, `count`, `text`; `None` where no batch was bad.
+        """
         if not self._bad:
             return None
         first, last = self._bad[0].entry.at, self._bad[-1].entry.at

@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 def samples_in(batch: object) -> int | None:
     """The number of samples in a batch; `None` where it cannot be told. Never blocks.
 
-    It is the length that most tensors and arrays of the batch have in their first dimension; in a batch of lists only (one entry for each sample, as in detection)
-    the length that all of them have. Of several lengths that are equally common the one met first counts.
+    It is the length that most tensors and arrays of the batch have in their first dimension; in a batch of lists only
+    (one entry for each sample, as in detection) the length that all of them have. Of several lengths that are equally
+    common the one met first counts.
     """
     lists = list(batch.values()) if isinstance(batch, Mapping) else batch
     if isinstance(lists, (list, tuple)) and lists and all(isinstance(part, list) for part in lists):
@@ -27,8 +28,8 @@ def samples_in(batch: object) -> int | None:
 def take_samples(batch: object, indices: Sequence[int], *, size: int | None = None) -> Any:  # noqa: ANN401 - the batch's own type
     """The same batch with these samples only, in this order.
 
-    Tensors and arrays with `size` entries in their first dimension are indexed there, so are lists and tuples of that length which hold one entry for each
-    sample; all else is kept as it is. Tensors are copied, on their device.
+    Tensors and arrays with `size` entries in their first dimension are indexed there, so are lists and tuples of that
+    length which hold one entry for each sample; all else is kept as it is. Tensors are copied, on their device.
 
     Args:
         batch: Any nesting of dicts, lists, tuples, named tuples and mappings like the tokenizers' `BatchEncoding`.
@@ -46,7 +47,9 @@ def take_samples(batch: object, indices: Sequence[int], *, size: int | None = No
 
 
 def gather_samples(batches: Sequence[object], picks: Sequence[tuple[int, int]]) -> Any | None:  # noqa: ANN401 - the batches' own type
-    """One batch made of samples of several: in each place the sample at a position of one of them; all else as in the first.
+    """One batch made of samples of several.
+
+    In each place the sample at a position of one of them; all else as in the first.
 
     Tensors are copied, on their device. Never blocks.
 
@@ -55,7 +58,8 @@ def gather_samples(batches: Sequence[object], picks: Sequence[tuple[int, int]]) 
         picks: For every sample of the new batch the place of a batch in `batches`, and the position in it.
 
     Returns:
-        `None` where the batches do not fit together: another structure, other shapes of a sample (padded to another length), or no samples that can be told.
+        `None` where the batches do not fit together: another structure, other shapes of a sample (padded to another
+        length), or no samples that can be told.
     """
     sizes = [samples_in(batch) for batch in batches]
     if not picks or None in sizes:
@@ -107,7 +111,10 @@ def _per_sample_list(size: int) -> Callable[[object], bool]:
 
 
 def _is_per_sample(node: object, size: int) -> bool:
-    """A plain list or tuple with one entry a sample: as long as the batch, and its entries are not themselves cut along the batch."""
+    """A plain list or tuple with one entry a sample.
+
+    As long as the batch, and its entries are not themselves cut along the batch.
+    """
     if type(node) not in (list, tuple) or len(node) != size:  # type: ignore[arg-type]
         return False
     return not any(_is_array(leaf) and leaf.ndim > 0 and leaf.shape[0] == size for leaf in _leaves(node))

@@ -1,4 +1,7 @@
-"""Which of a few values are too large for what is usual: the tail of the usual ones, and a rule that keeps false names rare however many are asked about."""
+"""Which of a few values are too large for what is usual.
+
+The tail of the usual ones, and a rule that keeps false names rare however many are asked about.
+"""
 
 from typing import Final
 
@@ -15,7 +18,8 @@ LEAST_TAIL: Final = 5
 """… and how many they are at least."""
 
 LEAST_SCALE: Final = 0.05
-"""Floor of the tail's mean excess, as a share of the threshold: values that are all alike would make any other one an outlier."""
+"""Floor of the tail's mean excess, as a share of the threshold: values that are all alike would make any other one an
+outlier."""
 
 TINY: Final = 1e-12
 
@@ -25,9 +29,11 @@ Array = npt.NDArray[np.float64]
 def tail_probabilities(values: Array, usual: Array) -> Array:
     """How often a usual value is as large as each of these, shape as `values`; 0 for what is not finite.
 
-    Up to the highest tenth of the usual values the rank says so, `(1 + above) / (count + 1)`. Beyond, the excess over that threshold is taken to be exponential (peaks over a
-    threshold; Coles, An Introduction to Statistical Modeling of Extreme Values, 2001, ch. 4, with shape 0), with the uncertainty of its mean in it: the chance of another excess y
-    after k of them with mean b is `(1 + y / (k b))^-k`. The loss of a calibrated classifier has such a tail, or a lighter one.
+    Up to the highest tenth of the usual values the rank says so, `(1 + above) / (count + 1)`. Beyond, the excess over
+    that threshold is taken to be exponential (peaks over a threshold; Coles, An Introduction to Statistical Modeling of
+    Extreme Values, 2001, ch. 4, with shape 0), with the uncertainty of its mean in it: the chance of another excess y
+    after k of them with mean b is `(1 + y / (k b))^-k`. The loss of a calibrated classifier has such a tail, or a
+    lighter one.
 
     Args:
         values: In question.
@@ -46,9 +52,12 @@ def tail_probabilities(values: Array, usual: Array) -> Array:
 
 
 def discoveries(probabilities: Array, rate: float) -> npt.NDArray[np.bool_]:
-    """Which of them are too small to be chance: of those named, at most the share `rate` is named by chance, on average.
+    """Which of them are too small to be chance.
 
-    Benjamini and Hochberg, Controlling the False Discovery Rate (1995). Where there is nothing to find, anything at all is named in the share `rate` of cases.
+    Of those named, at most the share `rate` is named by chance, on average.
+
+    Benjamini and Hochberg, Controlling the False Discovery Rate (1995). Where there is nothing to find, anything at all
+    is named in the share `rate` of cases.
     """
     count = probabilities.size
     ranked = np.sort(probabilities)

@@ -1,4 +1,7 @@
-"""Which samples of a batch make its loss what it is: the loss of every sample by itself, and how hard each pulls at the weights."""
+"""Which samples of a batch make its loss what it is.
+
+The loss of every sample by itself, and how hard each pulls at the weights.
+"""
 
 import contextlib
 import dataclasses
@@ -27,13 +30,16 @@ from lightning_spike.signals.random_state import RandomState
 class GradientNormBounds:
     """Watches the layers during one forward pass, and says afterwards what each sample's gradient can be at most.
 
-    Of every layer with weights of its own: the norm of a sample's input times the norm of the loss's gradient by its output, squared and added up over the layers, and the root of
-    it. For a linear layer with one position to a sample this is the norm of the sample's own gradient (Goodfellow 2015, arXiv:1510.01799; without the bias), for layers with
-    shared weights (positions of a sequence, and up to the root of the kernel's size convolutions) an upper bound. It is to be compared between samples of one module, and costs one
+    Of every layer with weights of its own: the norm of a sample's input times the norm of the loss's gradient by its
+    output, squared and added up over the layers, and the root of it. For a linear layer with one position to a sample
+    this is the norm of the sample's own gradient (Goodfellow 2015, arXiv:1510.01799; without the bias), for layers with
+    shared weights (positions of a sequence, and up to the root of the kernel's size convolutions) an upper bound. It is
+    to be compared between samples of one module, and costs one
     backward pass where the norms themselves cost one for each sample. No sample may see another: for eval mode.
 
     Args:
-        size: Samples in the batch. What a layer takes or gives with no multiple of it in its first dimension is left out.
+        size: Samples in the batch. What a layer takes or gives with no multiple of it in its first dimension is left
+            out.
     """
 
     def __init__(self, size: int) -> None:
@@ -85,8 +91,9 @@ MOST_SLICES: Final = 256
 """Samples that are run one by one at most; a larger batch would take longer than any answer is worth."""
 
 TOLERANCE: Final = 0.02
-"""How far, as a share, the mean (or sum) of the samples' losses may be from the batch's loss: low precision and masks that differ between the samples move it by
-about a percent; a loss that compares samples with each other misses by far more."""
+"""How far, as a share, the mean (or sum) of the samples' losses may be from the batch's loss: low precision and masks
+that differ between the samples move it by about a percent; a loss that compares samples with each other misses by far
+more."""
 
 TINY: Final = 1e-12
 """Two losses this close are equal, whatever their share."""
@@ -102,35 +109,42 @@ class PerSampleLosses:
     losses: Losses
     """Shape `(B,)`, float64; NaN and Inf are kept."""
     how: Literal["tap", "slices"]
-    """`"tap"`: read off the loss function in one run of the whole batch, train mode and all. `"slices"`: every sample was run by itself in eval mode."""
+    """`"tap"`: read off the loss function in one run of the whole batch, train mode and all. `"slices"`: every sample
+    was run by itself in eval mode."""
     batch_loss: float
     """The loss of the whole batch in the same run, for `"slices"` in the same mode."""
     explains: bool
-    """Whether mean or sum of `losses` is the batch's loss, up to 2 %; where it is not, other terms are part of the loss and the order of the samples is all there is.
+    """Whether mean or sum of `losses` is the batch's loss, up to 2 %; where it is not, other terms are part of the loss
+    and the order of the samples is all there is.
     Always false where the loss is not finite: nothing can be compared then."""
     pulls: Losses | None = None
-    """How hard each sample pulls at the weights, shape `(B,)`, where that was asked for and could be had; see `sample_pulls`."""
+    """How hard each sample pulls at the weights, shape `(B,)`, where that was asked for and could be had; see
+    `sample_pulls`."""
 
 
 def per_sample_losses(
     trainer: Trainer, module: LightningModule, batch: object, batch_idx: int, *, random: RandomState | None = None
 ) -> PerSampleLosses | None:
-    """Run a batch again and find the loss of each sample, with the weights as they are now; leaves no trace (see `isolated`).
+    """Run a batch again and find the loss of each sample, with the weights as they are now.
 
-    First by a tap on the loss functions of `torch.nn.functional` during one run of the batch. Where the tap does not see the loss (it was
-    written by hand) or sees several whose sum it is not, by slices: the samples run one by one in eval mode. Losses
-    by token or pixel are averaged over the sample, those of ignored positions left out; a flat `(B * T,)` loss is taken to be batch-first, as `.view(-1, V)` makes it.
+    Leaves no trace (see `isolated`).
+
+    First by a tap on the loss functions of `torch.nn.functional` during one run of the batch. Where the tap does not
+    see the loss (it was written by hand) or sees several whose sum it is not, by slices: the samples run one by one in
+    eval mode. Losses by token or pixel are averaged over the sample, those of ignored positions left out; a flat `(B *
+    T,)` loss is taken to be batch-first, as `.view(-1, V)` makes it.
 
     Args:
         trainer: The trainer, between two batches.
         module: Its module.
         batch: The batch, on its device.
         batch_idx: As `training_step` takes it.
-        random: The random state before the batch's forward pass, for the same dropout; the present one where none is given.
+        random: The random state before the batch's forward pass, for the same dropout; the present one where none is
+            given.
 
     Returns:
-        The losses; `None` where neither way works: the module cannot be run again, or not on single samples (the loss compares samples), or there are more
-        than 256 of them.
+        The losses; `None` where neither way works: the module cannot be run again, or not on single samples (the loss
+        compares samples), or there are more than 256 of them.
 
     Blocks: it copies the module's state and reads the losses. For use after an episode.
     """
@@ -161,8 +175,10 @@ def samples_under(
         batch: The batch, on its device.
         batch_idx: As `training_step` takes it.
         random: The random state before the batch's forward pass.
-        trusting: Take what the tap sees though the loss is not finite and proves nothing: another batch has shown that the tap sees this module's loss.
-        way: The only way to take, so that the losses can be held against earlier ones; the better one where none is given.
+        trusting: Take what the tap sees though the loss is not finite and proves nothing: another batch has shown that
+            the tap sees this module's loss.
+        way: The only way to take, so that the losses can be held against earlier ones; the better one where none is
+            given.
     """
     case = _Case(sandbox=sandbox, batch=batch, batch_idx=batch_idx, random=random, weights=weights, in_eval=True)
     return _by_any_way(case, trusting=trusting, way=way)
@@ -171,7 +187,10 @@ def samples_under(
 def held_samples_under(
     sandbox: Sandbox, weights: Mapping[str, Tensor], entry: RingEntry, *, trusting: bool = False
 ) -> PerSampleLosses | None:
-    """As `samples_under`, for weights that are kept for as long as the sandbox is, unchanged: what was asked for once is remembered."""
+    """As `samples_under`, for weights that are kept for as long as the sandbox is, unchanged.
+
+    What was asked for once is remembered.
+    """
     key = (id(weights), id(entry), int(trusting))
     if key not in sandbox.known:
         found = samples_under(sandbox, weights, entry.batch, entry.at.batch_idx, random=entry.rng, trusting=trusting)
@@ -228,7 +247,8 @@ def _attempt(way: Callable[[], Answer | None]) -> Answer | None:
         return None
 
 
-# -- the tap -------------------------------------------------------------------------------------------------------------
+# -- the tap
+# -------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -332,7 +352,8 @@ def _explains(losses: Losses, mean: float, batch_loss: float) -> bool:
     return any(abs(candidate - batch_loss) <= room for candidate in (mean, losses.mean(), losses.sum()))
 
 
-# -- the slices ----------------------------------------------------------------------------------------------------------
+# -- the slices
+# ----------------------------------------------------------------------------------------------------------
 
 
 def _by_slices(case: _Case, size: int) -> PerSampleLosses | None:

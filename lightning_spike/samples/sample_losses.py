@@ -50,11 +50,13 @@ def losses_of_samples(
 ) -> SampleLosses | None:
     """Run the batch again, and healthy ones, in eval mode, and leave no trace.
 
-    Under the snapshot's weights where there is one, else under the present ones, if these are finite: after an update that blew the weights up, every sample looks bad.
-    Blocks, and takes nine passes at most or, where the loss functions cannot be listened to, two for each sample.
+    Under the snapshot's weights where there is one, else under the present ones, if these are finite: after an update
+    that blew the weights up, every sample looks bad. Blocks, and takes nine passes at most or, where the loss functions
+    cannot be listened to, two for each sample.
 
     Args:
-        trainer: The trainer, between two batches. With several ranks nothing is run: what `training_step` gathers from the others would wait for ever.
+        trainer: The trainer, between two batches. With several ranks nothing is run: what `training_step` gathers from
+            the others would wait for ever.
         module: Its module.
         entry: The batch.
         size: Samples in it; losses of another number (a batch of several loaders has no one length) are no answer.

@@ -1,4 +1,7 @@
-"""Which samples of a batch stand out: by their losses, their pulls at the weights, their values, and values that are not finite."""
+"""Which samples of a batch stand out.
+
+By their losses, their pulls at the weights, their values, and values that are not finite.
+"""
 
 import dataclasses
 import math
@@ -20,22 +23,27 @@ NORMAL_MAD: Final = 0.6745
 """Median absolute deviation of a normal variable in standard deviations; from the same."""
 
 LEAST_SPREAD: Final = 0.05
-"""Floor of the median absolute deviation on a log scale (5 %): values that are all alike would make any other one an outlier."""
+"""Floor of the median absolute deviation on a log scale (5 %): values that are all alike would make any other one an
+outlier."""
 
 CLEARLY_LARGER: Final = 2.0
-"""How many times the largest reference value a sample's must exceed; an engineering choice: augmentation moves values by less."""
+"""How many times the largest reference value a sample's must exceed; an engineering choice: augmentation moves values
+by less."""
 
 FEWEST: Final = 4
 """Samples from which a median absolute deviation says anything."""
 
 FALSE_BY_LOSS: Final = 0.05
-"""False discovery rate for losses, and for pulls at the weights: of ten batches in which no sample is wrong one is given a name …"""
+"""False discovery rate for losses, and for pulls at the weights: of ten batches in which no sample is wrong one is
+given a name …"""
 
 FALSE_BY_VALUES: Final = 0.02
-"""… and for each of two statistics of the values. An engineering choice; together they name about one innocent in ten batches (`python benchmarks/samples.py`)."""
+"""… and for each of two statistics of the values. An engineering choice; together they name about one innocent in ten
+batches (`python benchmarks/samples.py`)."""
 
 MOST: Final = 0.5
-"""Share of the batch from which a texture is the batch's own and not that of some samples: data that drift, not samples that are corrupt."""
+"""Share of the batch from which a texture is the batch's own and not that of some samples: data that drift, not samples
+that are corrupt."""
 
 TINY: Final = 1e-12
 
@@ -106,10 +114,11 @@ def find_suspects(
 ) -> list[Suspect]:
     """The samples that stand out, the worst first.
 
-    A sample stands out where its loss or its pull at the weights is too large for the tail of the healthy samples' (`outlying`), at a false discovery rate of 5 %; or its values scatter
-    more, or jump more from neighbour to neighbour (2 % each). Where fewer than 24 healthy samples are given: where its loss has a modified z-score above 3.5 on a log
-    scale. So does one whose largest value has such a score and is twice the largest among healthy samples, one with values that are not finite, and one with values that are all
-    the same where others' are not.
+    A sample stands out where its loss or its pull at the weights is too large for the tail of the healthy samples'
+    (`outlying`), at a false discovery rate of 5 %; or its values scatter more, or jump more from neighbour to neighbour
+    (2 % each). Where fewer than 24 healthy samples are given: where its loss has a modified z-score above 3.5 on a log
+    scale. So does one whose largest value has such a score and is twice the largest among healthy samples, one with
+    values that are not finite, and one with values that are all the same where others' are not.
 
     Args:
         values: The batch's samples, by leaf.
@@ -183,7 +192,10 @@ def _by_values(leaf: str, own: SampleValues, usual: Sequence[SampleValues]) -> l
 
 
 def _constant(leaf: str, own: SampleValues, usual: Sequence[SampleValues]) -> list[Told]:
-    """Samples without any variation, where nearly all others have some; the score is the threshold itself, for there is no scale to it."""
+    """Samples without any variation, where nearly all others have some.
+
+    The score is the threshold itself, for there is no scale to it.
+    """
     spreads = np.concatenate([u.std for u in usual]) if usual else own.std
     if own.elements < FEWEST or spreads.size < FEWEST or float(np.mean(spreads == 0.0)) > 0.01:  # noqa: PLR2004 - one in a hundred
         return []
@@ -194,7 +206,10 @@ def _constant(leaf: str, own: SampleValues, usual: Sequence[SampleValues]) -> li
 
 
 def _by_texture(leaf: str, own: SampleValues, usual: Sequence[SampleValues]) -> list[Told]:
-    """Samples whose values scatter or jump more than healthy ones' do; none where most do, for that is another kind of data."""
+    """Samples whose values scatter or jump more than healthy ones' do.
+
+    None where most do, for that is another kind of data.
+    """
     found: list[Told] = []
     for name, words in (("std", "standard deviation"), ("jumps", "difference between neighbours")):
         others = np.concatenate([getattr(u, name) for u in usual]) if usual else np.empty(0)
@@ -225,7 +240,10 @@ def _by_losses(losses: Sequence[float] | None, usual: Sequence[float] | None) ->
 
 
 def _by_pulls(pulls: Sequence[float] | None, usual: Sequence[float] | None) -> list[Told]:
-    """Also where the loss is not out of the ordinary: what is far from the others pulls at weights that they leave alone."""
+    """Also where the loss is not out of the ordinary.
+
+    What is far from the others pulls at weights that they leave alone.
+    """
     if pulls is None or usual is None:
         return []
     own, others = np.asarray(pulls, dtype=np.float64), np.asarray(usual, dtype=np.float64)

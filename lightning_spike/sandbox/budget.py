@@ -6,7 +6,8 @@ from typing import Final, Literal
 Extent = Literal["full", "triage"]
 
 FULL_STEPS: Final = 40
-"""Training steps' worth of time that a full examination may take, the way from the snapshot included: what no longer fits is not asked, and named. Most take less (`python benchmarks/lab.py`, the columns cost and way)."""
+"""Training steps' worth of time that a full examination may take, the way from the snapshot included: what no longer
+fits is not asked, and named. Most take less (`python benchmarks/lab.py`, the columns cost and way)."""
 LEAST_STEPS: Final = 15
 """… and what the questions that are always asked take beside the way, however long that is."""
 TRIAGE_STEPS: Final = 3
@@ -18,8 +19,9 @@ OVERDRAFT: Final = 2.0
 class Budget:
     """Seconds for examinations, which grow with the run.
 
-    The first episode always gets a full examination. One that is worse than all that were examined may overdraw, so that the most severe ones are examined whenever
-    they come; for any other that does not fit there is a triage, if that fits.
+    The first episode always gets a full examination. One that is worse than all that were examined may overdraw, so
+    that the most severe ones are examined whenever they come; for any other that does not fit there is a triage, if
+    that fits.
 
     Args:
         share: Of the seconds of training so far.
@@ -63,11 +65,13 @@ class Budget:
 
 
 UPDATE: Final = 0.85
-"""Training steps' worth of the processor's time of an update that is made again: no batch is loaded, and nobody watches (`python benchmarks/lab.py`, the columns cost and way) …"""
+"""Training steps' worth of the processor's time of an update that is made again: no batch is loaded, and nobody watches
+(`python benchmarks/lab.py`, the columns cost and way) …"""
 PASS: Final = 1 / 3
 """… of a forward pass: a backward pass takes twice as long …"""
 GRADIENTS: Final = 0.5
-"""… of one from which gradients are taken, that of a single sample included: on a small network it costs half as much as that of a batch …"""
+"""… of one from which gradients are taken, that of a single sample included: on a small network it costs half as much
+as that of a batch …"""
 COPIES: Final = 1.0
 """… and of the copies of the state that an examination begins and ends with."""
 
@@ -78,7 +82,9 @@ def steps_worth(*, updates: int = 0, passes: int = 0, gradients: int = 0) -> flo
 
 
 class Allowance:
-    """Training steps' worth that an examination may cost. Counted, not timed: so it ends at the same question every time, and on all ranks.
+    """Training steps' worth that an examination may cost.
+
+    Counted, not timed: so it ends at the same question every time, and on all ranks.
 
     Args:
         steps: In all; infinite where nobody minds.

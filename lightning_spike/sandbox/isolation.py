@@ -61,13 +61,15 @@ class Sandbox:
         self._surroundings = Surroundings(trainer)
         self._batches: dict[int, tuple[object, ObjectSnapshot]] = {}
         self.known: dict[tuple[int, ...], tuple[Any, object]] = {}
-        """What was evaluated, by the identities of what it depends on; beside each is what has these identities, so that none is used again."""
+        """What was evaluated, by the identities of what it depends on; beside each is what has these identities, so
+        that none is used again."""
         self.allowance = Allowance()
         """What may still be asked; without a limit at first."""
         self.updates = 0
         """How many of the steps were training steps, with their backward pass."""
         self.modes: Mapping[int, tuple[str, ...]] = {}
-        """By the ordinal of the batch from which on they hold, the names of the modules in eval mode; empty for as they stand."""
+        """By the ordinal of the batch from which on they hold, the names of the modules in eval mode; empty for as they
+        stand."""
         self.steps = 0
         """How often `training_step` was run: what an examination costs, whatever the machine …"""
         self.graphs = 0
@@ -83,25 +85,31 @@ class Sandbox:
         in_float32: bool = False,
         graph: bool = True,
     ) -> Any:  # noqa: ANN401 - as training_step
-        """Run `training_step` once to look at it: under the run's own precision, without `torch.compile`, on this rank alone (`by_itself`).
+        """Run `training_step` once to look at it.
 
-        Buffers, counters and random states move on as they do in training; `rewind` takes them back. What the step writes into the batch stays
-        there until the next step on this batch, `rewind` or the end, for a backward pass may need it.
+        Under the run's own precision, without `torch.compile`, on this rank alone (`by_itself`).
 
-        Under manual optimisation the step runs without its backward passes and updates: `manual_backward` takes down the loss, `step` runs its closure only, and
-        `zero_grad`, toggling, clipping and schedulers do nothing. Not so for a bare `loss.backward()`.
+        Buffers, counters and random states move on as they do in training; `rewind` takes them back. What the step
+        writes into the batch stays there until the next step on this batch, `rewind` or the end, for a backward pass
+        may need it.
+
+        Under manual optimisation the step runs without its backward passes and updates: `manual_backward` takes down
+        the loss, `step` runs its closure only, and `zero_grad`, toggling, clipping and schedulers do nothing. Not so
+        for a bare `loss.backward()`.
 
         Args:
             batch: The batch, on the module's device.
             batch_idx: What is handed to `training_step` if it takes it.
             random: The state of the random generators to begin with; as it stands where none is given.
-            at: Where in the run it was: what `global_step` and `current_epoch` tell the step; as they stand where it is not given.
+            at: Where in the run it was: what `global_step` and `current_epoch` tell the step; as they stand where it is
+                not given.
             in_float32: Without autocast, in the precision of the weights.
             graph: Record what a backward pass needs.
 
         Returns:
-            What `training_step` returned, with its graph if that was asked for; under manual optimisation, if that holds no loss, a dict with the `"loss"` of the backward pass, or
-            with their sum and each of them (`"loss/backward0"`). Blocks as much as the step itself does.
+            What `training_step` returned, with its graph if that was asked for; under manual optimisation, if that
+            holds no loss, a dict with the `"loss"` of the backward pass, or with their sum and each of them
+            (`"loss/backward0"`). Blocks as much as the step itself does.
 
         Raises:
             CannotReplay: The batch holds something that cannot be put back.
@@ -130,10 +138,13 @@ class Sandbox:
         listener: Callback,
         in_float32: bool = False,
     ) -> Any:  # noqa: ANN401 - as Lightning hands it on
-        """Train on one batch as the run did: Lightning's own loop, its strategy, compiled code and the optimizers, and no callback but one.
+        """Train on one batch as the run did.
 
-        The module's hooks from `on_train_batch_start` to `on_train_batch_end` are run; schedulers are not stepped. Under DDP every rank must call it alike, and
-        they set out together; a listener that must keep them together further on asks the `ranks` itself.
+        Lightning's own loop, its strategy, compiled code and the optimizers, and no callback but one.
+
+        The module's hooks from `on_train_batch_start` to `on_train_batch_end` are run; schedulers are not stepped.
+        Under DDP every rank must call it alike, and they set out together; a listener that must keep them together
+        further on asks the `ranks` itself.
 
         Args:
             batch: As in `step`, as the next ones.
@@ -145,7 +156,8 @@ class Sandbox:
             in_float32: Without autocast.
 
         Returns:
-            What `on_train_batch_end` is given: under automatic optimisation the loss, detached and divided by the accumulation.
+            What `on_train_batch_end` is given: under automatic optimisation the loss, detached and divided by the
+            accumulation.
 
         Raises:
             CannotReplay: The batch holds something that cannot be put back.
@@ -185,7 +197,9 @@ class Sandbox:
         return COPIES + steps_worth(updates=self.updates, passes=passes, gradients=self.graphs)
 
     def affords(self, question: str, *, updates: int = 0, passes: int = 0, gradients: int = 0) -> bool:
-        """Whether a question that takes so much still fits into the allowance, on all ranks; if not, it is noted as left out. Every rank must ask alike.
+        """Whether a question that takes so much still fits into the allowance, on all ranks.
+
+        If not, it is noted as left out. Every rank must ask alike.
 
         Args:
             question: In words, for the report.
@@ -286,13 +300,16 @@ def isolated(
 ) -> Iterator[Sandbox]:
     """Run `training_step` again, any number of times; on leaving, however that comes about, everything is as it was.
 
-    As it was, to the bit: weights, buffers (also those that are not persistent), gradients, `requires_grad`, the mode of every submodule, hooks, all random
-    generators (global ones, and those that hang on the module), torchmetrics and every attribute of the module tree down through lists, dicts,
-    arrays and objects of the user's own, the batch, `trainer.should_stop`, the trainer's metrics, its progress, the optimizers' param groups, the
-    schedulers and the loss scaler. `self.log`, `self.log_dict`, `self.print`, the loggers, the profiler and the trainer's callbacks hear nothing.
+    As it was, to the bit: weights, buffers (also those that are not persistent), gradients, `requires_grad`, the mode
+    of every submodule, hooks, all random generators (global ones, and those that hang on the module), torchmetrics and
+    every attribute of the module tree down through lists, dicts, arrays and objects of the user's own, the batch,
+    `trainer.should_stop`, the trainer's metrics, its progress, the optimizers' param groups, the schedulers and the
+    loss scaler. `self.log`, `self.log_dict`, `self.print`, the loggers, the profiler and the trainer's callbacks hear
+    nothing.
 
-    Not undone, since nobody can: what `training_step` writes to a file, a socket or a writer object of its own, prints itself, keeps in a global or
-    in the cell of a closure, and what forward hooks of other parties keep outside the module.
+    Not undone, since nobody can: what `training_step` writes to a file, a socket or a writer object of its own, prints
+    itself, keeps in a global or in the cell of a closure, and what forward hooks of other parties keep outside the
+    module.
 
     Takes a copy of all this state on its own device, and blocks; for use after an episode, between two batches.
 
@@ -300,13 +317,15 @@ def isolated(
         trainer: The trainer, in `on_train_batch_end` or another place between two batches.
         module: Its module.
         with_optimizers: Keep the state of the optimizers too, for they will be stepped.
-        ranks: Those that do the same now, with their own batches. By itself a rank of several may look at steps (`Sandbox.step`), but not train.
+        ranks: Those that do the same now, with their own batches. By itself a rank of several may look at steps
+            (`Sandbox.step`), but not train.
 
     Yields:
         The sandbox to run steps on.
 
     Raises:
-        CannotReplay: The module is sharded, reads the data itself, or holds what cannot be put back. Nothing has been touched then.
+        CannotReplay: The module is sharded, reads the data itself, or holds what cannot be put back. Nothing has been
+            touched then.
     """
     _refuse(trainer, module)
     sandbox = Sandbox(trainer, module, with_optimizers=with_optimizers, ranks=ranks)
@@ -318,14 +337,20 @@ def isolated(
 
 
 def loss_of(outputs: object) -> Tensor | None:
-    """The training loss in what `training_step` returned, with its graph; `None` where it returned none. Never blocks."""
+    """The training loss in what `training_step` returned, with its graph; `None` where it returned none.
+
+    Never blocks.
+    """
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
     return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
 @contextlib.contextmanager
 def eagerly() -> Iterator[None]:
-    """Without `torch.compile`, so that hooks and modes see every operation; torch before 2.6 has no such switch, and none is set there."""
+    """Without `torch.compile`, so that hooks and modes see every operation.
+
+    Torch before 2.6 has no such switch, and none is set there.
+    """
     set_stance = getattr(torch.compiler, "set_stance", None)
     with set_stance("force_eager") if set_stance else contextlib.nullcontext():
         yield
@@ -363,7 +388,10 @@ def _left(trainer: Trainer, with_optimizers: bool) -> list[object]:
 
 @contextlib.contextmanager
 def _accumulating(trainer: Trainer, *, accumulates: bool) -> Iterator[None]:
-    """What Lightning's loop asks to know whether to step; by itself it would go by the batch that the training is at."""
+    """What Lightning's loop asks to know whether to step.
+
+    By itself it would go by the batch that the training is at.
+    """
     with patched([(trainer.fit_loop.epoch_loop.__dict__, {"_should_accumulate": lambda: accumulates})]):
         yield
 

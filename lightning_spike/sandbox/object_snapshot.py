@@ -1,7 +1,8 @@
 """Keep the state of living objects, and put it back in place: every reference that others hold stays good.
 
-A deep copy would not do: the optimizer, a logger or a callback may hold the very list, tensor or buffer that is to be put back. So what is kept is, for
-every object that can be reached, what it held; putting back writes into the same object.
+A deep copy would not do: the optimizer, a logger or a callback may hold the very list, tensor or buffer that is to be
+put back. So what is kept is, for every object that can be reached, what it held; putting back writes into the same
+object.
 """
 
 import dataclasses
@@ -78,7 +79,8 @@ NOT_ENTERED: Final = (
     "socket",
     "weakref",
 )
-"""Packages whose objects (other than modules) are machinery around the training: a training step does not keep state of its own there."""
+"""Packages whose objects (other than modules) are machinery around the training: a training step does not keep state of
+its own there."""
 
 ATTRIBUTES_NOT_ENTERED: Final = frozenset({"_trainer", "_fabric"})
 """Where a `LightningModule` holds who drives it."""
@@ -91,7 +93,8 @@ FAST: Final = frozenset({type(None), bool, int, float, str, types.FunctionType, 
 
 Undo: TypeAlias = Callable[[], object]
 Path_: TypeAlias = tuple["Path_ | None", object, str]
-"""Where something was found: in what, under which key, and how that is written. Put into words only where there is something to say."""
+"""Where something was found: in what, under which key, and how that is written. Put into words only where there is
+something to say."""
 Found: TypeAlias = tuple[Path_, object]
 
 
@@ -108,10 +111,10 @@ class _Storage:
 class ObjectSnapshot:
     """What can be reached from some objects, as it is now.
 
-    Followed are: modules (parameters, buffers that are persistent or not, gradients, modes, hooks, every attribute), lists, dicts, sets, deques, tensors,
-    NumPy arrays, random generators, optimizers and any other object with attributes. Tensors are put back byte by byte, under all their views,
-    without touching autograd's version counters. Not followed, so not put back: the cells of closures, globals, files, sparse tensors, and Lightning's own
-    machinery.
+    Followed are: modules (parameters, buffers that are persistent or not, gradients, modes, hooks, every attribute),
+    lists, dicts, sets, deques, tensors, NumPy arrays, random generators, optimizers and any other object with
+    attributes. Tensors are put back byte by byte, under all their views, without touching autograd's version counters.
+    Not followed, so not put back: the cells of closures, globals, files, sparse tensors, and Lightning's own machinery.
 
     Takes one copy of every tensor, on its own device. Blocks.
 
@@ -120,7 +123,8 @@ class ObjectSnapshot:
         leave: Objects that are not followed.
 
     Raises:
-        CannotReplay: Something can be reached that cannot be put back (an iterator, an open file), or there is too much of it.
+        CannotReplay: Something can be reached that cannot be put back (an iterator, an open file), or there is too much
+            of it.
     """
 
     def __init__(self, roots: Iterable[tuple[str, object]], *, leave: Iterable[object] = ()) -> None:
@@ -145,8 +149,9 @@ class ObjectSnapshot:
         """Make everything as it was; may be called more than once. Blocks.
 
         Args:
-            trusting: Leave memory alone if autograd's version counters of the tensors on it have not moved since: for what only a few known operations write
-                into. A write through `.data` or by a foreign kernel does not move them.
+            trusting: Leave memory alone if autograd's version counters of the tensors on it have not moved since: for
+                what only a few known operations write into. A write through `.data` or by a foreign kernel does not
+                move them.
         """
         with torch.no_grad():
             self._put_back_containers()
@@ -159,7 +164,10 @@ class ObjectSnapshot:
                 self._versions = self._now()
 
     def forget_writes(self) -> None:
-        """Put autograd's version counters back too, at the end: whoever reads them must not take what happened here for a write into the state."""
+        """Put autograd's version counters back too, at the end.
+
+        Whoever reads them must not take what happened here for a write into the state.
+        """
         for counter in self._counters:
             counter.__exit__()
 
@@ -316,7 +324,10 @@ def _wrapped(tensor: Any) -> list[str]:  # noqa: ANN401 - mypy takes a Tensor th
 
 
 def _clear(container: Any) -> None:  # noqa: ANN401 - any that can be
-    """With the methods of the base: a subclass may do more in its own, and dict's own would break the order of an OrderedDict."""
+    """With the methods of the base.
+
+    A subclass may do more in its own, and dict's own would break the order of an OrderedDict.
+    """
     kinds = (OrderedDict, dict, list, deque, set)
     next(kind for kind in kinds if isinstance(container, kind)).clear(container)
 

@@ -24,7 +24,10 @@ from lightning_spike.sandbox.isolation import Sandbox
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainState:
-    """Weights, buffers, optimizers and the module's own attributes as they are before one batch; clones, never aliases of what is live."""
+    """Weights, buffers, optimizers and the module's own attributes as they are before one batch.
+
+    Clones, never aliases of what is live.
+    """
 
     at: Moment
     """The batch before which it is."""
@@ -66,7 +69,8 @@ class TrainState:
     def load(self, sandbox: Sandbox) -> None:
         """Put it into the sandbox, in place; what schedulers write into parameter groups too.
 
-        Averaged models that callbacks hold are no part of a training step, and not part of the isolation: they are left alone.
+        Averaged models that callbacks hold are no part of a training step, and not part of the isolation: they are left
+        alone.
         """
         load_module(sandbox.module, self.weights)
         for optimizer, saved in zip(sandbox.trainer.optimizers, self.optimizers, strict=True):

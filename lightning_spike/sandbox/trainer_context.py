@@ -63,7 +63,11 @@ class Surroundings:
 
 
 def open_window(trainer: Trainer) -> None:
-    """As after an update: DDP then sends the buffers of rank 0 to all before the next forward pass, which it does not between batches that accumulate."""
+    """As after an update.
+
+    DDP then sends the buffers of rank 0 to all before the next forward pass, which it does not between batches that
+    accumulate.
+    """
     _set_ddp_flags(trainer, dict.fromkeys(_ddp_flags(trainer), True))
 
 
@@ -117,7 +121,9 @@ EXCHANGES: Final = ("all_gather", "all_reduce", "reduce", "reduce_boolean_decisi
 
 @contextlib.contextmanager
 def by_itself(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Make SyncBatchNorm normalise by this rank's batch alone, and refuse what else Lightning would exchange; nothing in a single process.
+    """Make SyncBatchNorm normalise by this rank's batch alone, and refuse what else Lightning would exchange.
+
+    Nothing in a single process.
 
     What the step sends through `torch.distributed` itself is not seen.
 
@@ -147,7 +153,8 @@ def _refuse(name: str, *_: object, **__: object) -> NoReturn:
 def without_updates(module: LightningModule) -> Iterator[list[Tensor]]:
     """Make `manual_backward` take down its loss, a step run its closure only, and `zero_grad`, toggling, clipping and schedulers do nothing.
 
-    All gradients that are asked for afterwards are there, whatever the step toggles. Automatic optimisation is left as it is.
+    All gradients that are asked for afterwards are there, whatever the step toggles. Automatic optimisation is left as
+    it is.
 
     Args:
         module: Attached to its trainer.
@@ -178,7 +185,10 @@ def without_updates(module: LightningModule) -> Iterator[list[Tensor]]:
 
 @contextlib.contextmanager
 def without_schedulers(module: LightningModule) -> Iterator[None]:
-    """Make the `step` of schedulers do nothing: in a re-run the settings come from the record, and a schedule may end where the run does."""
+    """Make the `step` of schedulers do nothing.
+
+    In a re-run the settings come from the record, and a schedule may end where the run does.
+    """
     schedulers = [config.scheduler for config in module.trainer.lr_scheduler_configs]
     with patched([(vars(scheduler), {"step": _nothing}) for scheduler in schedulers]):
         yield

@@ -13,9 +13,11 @@ from torch.utils import _pytree as pytree
 from lightning_spike.signals.subset import is_readable, largest_value
 
 FLAT_SLOPE_TWO_SIDED: Final = 0.99
-"""Sigmoid, tanh and their kin are flat within 1 % of their bounds: there the slope of a sigmoid is below 0.01, that of tanh below 0.02."""
+"""Sigmoid, tanh and their kin are flat within 1 % of their bounds: there the slope of a sigmoid is below 0.01, that of
+tanh below 0.02."""
 FLAT_ONE_SIDED: Final = 0.005
-"""A smooth one-sided unit is flat where its output is this near to its floor: GELU below -2.9, SiLU below -7.3, softplus below -5.3."""
+"""A smooth one-sided unit is flat where its output is this near to its floor: GELU below -2.9, SiLU below -7.3,
+softplus below -5.3."""
 
 
 class Shape(StrEnum):
@@ -116,7 +118,8 @@ def activation_size(output: Tensor) -> ActivationSize:
 def dead_units(module: nn.Module, output: Tensor) -> tuple[Tensor, Tensor]:
     """Which share of a one-sided module's output is flat, and which share of its units is flat for the whole batch.
 
-    A unit is a channel (dimension 1 of four or five) or a feature (the last dimension). A healthy ReLU is flat in half of its elements and dead in next to no unit.
+    A unit is a channel (dimension 1 of four or five) or a feature (the last dimension). A healthy ReLU is flat in half
+    of its elements and dead in next to no unit.
 
     Returns:
         Share of the elements, share of the units; shape `()`, float32. Never blocks.
@@ -131,6 +134,9 @@ def dead_units(module: nn.Module, output: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def saturated_share(module: nn.Module, output: Tensor) -> Tensor:
-    """Which share of the elements of a two-sided module's output is in its flat parts; shape `()`, float32. Never blocks."""
+    """Which share of the elements of a two-sided module's output is in its flat parts; shape `()`, float32.
+
+    Never blocks.
+    """
     test = next(test for kind, test in TWO_SIDED if isinstance(module, kind))
     return test(module, output.detach()).float().mean()

@@ -1,6 +1,9 @@
-"""What is in a batch, whatever its structure: which tensor is input, target or sample weight, how large its values are, how its classes and weights are spread.
+"""What is in a batch, whatever its structure.
 
-`batch_leaves` names the tensors, `value_statistics`, `class_statistics` and `weight_statistics` measure one, `batch_signals` does it all for the recorder.
+Which tensor is input, target or sample weight, how large its values are, how its classes and weights are spread.
+
+`batch_leaves` names the tensors, `value_statistics`, `class_statistics` and `weight_statistics` measure one,
+`batch_signals` does it all for the recorder.
 """
 
 import dataclasses
@@ -13,7 +16,8 @@ import torch
 from torch import Tensor
 
 MAX_LEAVES: Final = 16
-"""Tensors of a batch that are measured at every step; more are a list of single samples, whose statistics would cost more than they tell."""
+"""Tensors of a batch that are measured at every step; more are a list of single samples, whose statistics would cost
+more than they tell."""
 
 MAX_DEPTH: Final = 16
 """Levels of nesting that are looked into; a structure that holds itself ends here."""
@@ -22,7 +26,8 @@ DISTINCT_BINS: Final = 64
 """Bins that class numbers are hashed into, by their remainder, at a cost that does not depend on the values."""
 
 MAX_DISTINCT_VALUES: Final = 1 << 16
-"""Targets with more elements (segmentation masks, token streams) are not counted: the comparison with all bins would take megabytes."""
+"""Targets with more elements (segmentation masks, token streams) are not counted: the comparison with all bins would
+take megabytes."""
 
 TARGET_KEYS: Final = frozenset({"label", "labels", "target", "targets", "y"})
 WEIGHT_KEYS: Final = frozenset({"weight", "weights", "sample_weight", "sample_weights"})
@@ -44,7 +49,8 @@ class BatchRoles:
     """Which part of a batch is what, where the convention does not fit."""
 
     target: str | None = None
-    """Path of the target in the batch, keys and positions joined by dots (`"labels"`, `"1"`, `"views.0.y"`), everything below it included."""
+    """Path of the target in the batch, keys and positions joined by dots (`"labels"`, `"1"`, `"views.0.y"`), everything
+    below it included."""
     weight: str | None = None
     """Path of the sample weights."""
     input: str | None = None
@@ -56,7 +62,8 @@ class BatchLeaf:
     """One tensor of a batch."""
 
     name: str
-    """As in signal names: `"input"`, `"target"`, `"weight"`, or with the path where several tensors or keys need telling apart: `"input.image"`."""
+    """As in signal names: `"input"`, `"target"`, `"weight"`, or with the path where several tensors or keys need
+    telling apart: `"input.image"`."""
     path: Path
     """Keys and positions from the batch down to the tensor."""
     part: BatchPart
@@ -68,7 +75,8 @@ class _Found:
     path: Path
     value: Tensor
     in_mappings: Path
-    """The longest beginning of `path` at which a mapping (or an object with named fields) stands, `()` where there is none but perhaps the root."""
+    """The longest beginning of `path` at which a mapping (or an object with named fields) stands, `()` where there is
+    none but perhaps the root."""
     part: BatchPart | None
 
 
@@ -86,9 +94,10 @@ def children(value: object) -> list[tuple[Key, object]] | None:
 def batch_leaves(batch: object, roles: BatchRoles | None = None) -> tuple[BatchLeaf, ...]:
     """The tensors of a batch in order, each with its part.
 
-    By convention the last tensor of a tuple or list is the target and the rest is input (a single tensor is input); in a mapping or a
-    dataclass `label(s)`, `target(s)` and `y` are the target, `weight(s)` and `sample_weight(s)` the sample weights, and the rest is
-    input. A mapping of tuples (several loaders) is read tuple by tuple. None, strings, numbers and objects of the user's own are passed over.
+    By convention the last tensor of a tuple or list is the target and the rest is input (a single tensor is input); in
+    a mapping or a dataclass `label(s)`, `target(s)` and `y` are the target, `weight(s)` and `sample_weight(s)` the
+    sample weights, and the rest is input. A mapping of tuples (several loaders) is read tuple by tuple. None, strings,
+    numbers and objects of the user's own are passed over.
 
     Args:
         batch: Anything that a loader yields.
@@ -111,7 +120,8 @@ def batch_leaves(batch: object, roles: BatchRoles | None = None) -> tuple[BatchL
 def batch_signals(batch: object, roles: BatchRoles | None = None) -> dict[str, Tensor]:
     """The statistics of the first `MAX_LEAVES` tensors by signal name, `batch/<leaf>/<statistic>`. Never blocks.
 
-    `value_statistics` of every floating tensor, with `weight_statistics` for sample weights; `class_statistics` of an integer target or input (tokens).
+    `value_statistics` of every floating tensor, with `weight_statistics` for sample weights; `class_statistics` of an
+    integer target or input (tokens).
 
     Returns:
         Tensors of shape `()`, but for `histogram`, of shape `(64,)`.
@@ -127,10 +137,11 @@ def value_statistics(tensor: Tensor) -> dict[str, Tensor]:
     """How large the values of a floating tensor are, over its finite elements.
 
     Returns:
-        `mean`, `std` (of the population), `max_abs`, `nonfinite` (how many elements are NaN or ±Inf) and `zeros` (share of the elements, 0
-        to 1); each of shape `()`, float32 or wider, on the tensor's device. mean and std are NaN where no element is finite. Sums are taken
-        of values divided by the largest, so that no finite tensor overflows. Empty for a tensor without elements, of another
-        dtype, or with a layout that has no plain values (sparse, nested, sharded). Never blocks, draws no random numbers.
+        `mean`, `std` (of the population), `max_abs`, `nonfinite` (how many elements are NaN or ±Inf) and `zeros` (share
+        of the elements, 0 to 1); each of shape `()`, float32 or wider, on the tensor's device. mean and std are NaN
+        where no element is finite. Sums are taken of values divided by the largest, so that no finite tensor overflows.
+        Empty for a tensor without elements, of another dtype, or with a layout that has no plain values (sparse,
+        nested, sharded). Never blocks, draws no random numbers.
     """
     if not _is_plain(tensor) or not tensor.is_floating_point():
         return {}
@@ -161,12 +172,15 @@ def value_statistics(tensor: Tensor) -> dict[str, Tensor]:
 def class_statistics(tensor: Tensor) -> dict[str, Tensor]:
     """How the classes of an integer target, or the tokens of an input, are spread over the batch, by their remainders modulo 64, so that the cost does not depend on the values.
 
-    By comparison with every bin: counting by value (`unique`, `bincount`) waits for the device, and scattering is refused where the user asks for deterministic kernels.
+    By comparison with every bin: counting by value (`unique`, `bincount`) waits for the device, and scattering is
+    refused where the user asks for deterministic kernels.
 
     Returns:
-        `distinct`: how many of the 64 remainders occur, the number of classes in the batch where there are up to 64; `entropy`: of their shares, in nats, log(k) for k equally
-        frequent ones; `largest`: share of the most frequent; `longest_run`: elements in a row, in row-major order, with the same value; each of shape `()`; `histogram`: how
-        often each remainder occurs, shape `(64,)`; all float32 on the tensor's device. Empty for other dtypes, booleans, and more than 65,536 elements. Never blocks.
+        `distinct`: how many of the 64 remainders occur, the number of classes in the batch where there are up to 64;
+        `entropy`: of their shares, in nats, log(k) for k equally frequent ones; `largest`: share of the most frequent;
+        `longest_run`: elements in a row, in row-major order, with the same value; each of shape `()`; `histogram`: how
+        often each remainder occurs, shape `(64,)`; all float32 on the tensor's device. Empty for other dtypes,
+        booleans, and more than 65,536 elements. Never blocks.
     """
     is_integer = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
     if not _is_plain(tensor) or not is_integer or tensor.numel() > MAX_DISTINCT_VALUES:
@@ -189,8 +203,10 @@ def weight_statistics(tensor: Tensor) -> dict[str, Tensor]:
     """How evenly the sample weights of a batch are spread.
 
     Returns:
-        `ess`: the effective sample size (sum w)² / sum w² (Kish) as a share of their number, 1 where all are equal, 1 / n where one has everything; `max_share`: the largest weight's
-        share of the sum of the absolute weights; shape `()`, float32 or wider, on the tensor's device, NaN where all are 0. Empty for tensors that are not floating. Never blocks.
+        `ess`: the effective sample size (sum w)² / sum w² (Kish) as a share of their number, 1 where all are equal, 1 /
+        n where one has everything; `max_share`: the largest weight's share of the sum of the absolute weights; shape
+        `()`, float32 or wider, on the tensor's device, NaN where all are 0. Empty for tensors that are not floating.
+        Never blocks.
     """
     if not _is_plain(tensor) or not tensor.is_floating_point():
         return {}

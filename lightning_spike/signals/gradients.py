@@ -16,7 +16,8 @@ class GradientNorms:
     """The L2 norms of one set of gradients."""
 
     per_parameter: Tensor
-    """Shape `(n,)`, float32, on the first gradient's device; `NO_GRADIENT` where there is none, Inf where a norm exceeds 1.8e19."""
+    """Shape `(n,)`, float32, on the first gradient's device; `NO_GRADIENT` where there is none, Inf where a norm
+    exceeds 1.8e19."""
     total: Tensor
     """Shape `()`, the norm over all that are present; 0 where none is."""
 
@@ -24,8 +25,9 @@ class GradientNorms:
 def gradient_norms(parameters: Sequence[Tensor]) -> GradientNorms:
     """Read the gradients of `parameters`, whatever they have been through up to now.
 
-    One `torch._foreach_norm` per device and dtype, which is what `torch.nn.utils.get_total_norm` uses too. A gradient that is sharded
-    (a `DTensor`) gives its norm over all shards, by a collective that every rank must take part in. Never blocks.
+    One `torch._foreach_norm` per device and dtype, which is what `torch.nn.utils.get_total_norm` uses too. A gradient
+    that is sharded (a `DTensor`) gives its norm over all shards, by a collective that every rank must take part in.
+    Never blocks.
     """
     with torch.no_grad():
         present = [i for i, p in enumerate(parameters) if p.grad is not None]
@@ -40,7 +42,9 @@ def gradient_norms(parameters: Sequence[Tensor]) -> GradientNorms:
 
 
 def tensor_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """L2 norms in the order of the tensors, each of shape `()`, float32, on the first one's device; one fused kernel for each device and dtype.
+    """L2 norms in the order of the tensors, each of shape `()`, float32, on the first one's device.
+
+    One fused kernel for each device and dtype.
 
     Args:
         tensors: At least one, strided, floating.

@@ -12,7 +12,10 @@ PLAIN = (bool, int, float, str)
 
 
 def optimizer_names(optimizers: Sequence[Optimizer]) -> list[str]:
-    """Names as Lightning's LearningRateMonitor gives them: the class, and from the second of a class on with a number."""
+    """Names as Lightning's LearningRateMonitor gives them.
+
+    The class, and from the second of a class on with a number.
+    """
     seen: dict[str, int] = {}
     names = []
     for optimizer in optimizers:
@@ -26,8 +29,8 @@ def optimizer_names(optimizers: Sequence[Optimizer]) -> list[str]:
 def learning_rates(name: str, optimizer: Optimizer) -> dict[str, float | Tensor]:
     """The learning rate of every parameter group by signal name: `lr-<name>`, and `lr-<name>/pg<k>` from two groups on.
 
-    To be read in `on_before_optimizer_step`: at a batch's end Lightning has stepped the scheduler already. A rate that is a tensor
-    (a capturable optimizer) stays one. Never blocks.
+    To be read in `on_before_optimizer_step`: at a batch's end Lightning has stepped the scheduler already. A rate that
+    is a tensor (a capturable optimizer) stays one. Never blocks.
     """
     groups = optimizer.param_groups
     if len(groups) == 1:

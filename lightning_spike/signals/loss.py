@@ -14,7 +14,8 @@ def batch_losses(outputs: object, backward: Sequence[Tensor], *, divided_by: int
 
     Args:
         outputs: As in `training_losses`.
-        backward: What the batch's backward passes were called with, in order, each with one element; empty under automatic optimisation.
+        backward: What the batch's backward passes were called with, in order, each with one element; empty under
+            automatic optimisation.
         divided_by: As in `training_losses`.
 
     Returns:
@@ -28,7 +29,10 @@ def batch_losses(outputs: object, backward: Sequence[Tensor], *, divided_by: int
 
 
 def total_loss(named: Mapping[str, float]) -> float | None:
-    """One number for a batch: its loss, or where it has several backward passes instead, the sum of theirs; `None` where there is neither."""
+    """One number for a batch.
+
+    Its loss, or where it has several backward passes instead, the sum of theirs; `None` where there is neither.
+    """
     if "loss" in named:
         return named["loss"]
     parts = [value for name, value in named.items() if name.startswith(BACKWARD)]
@@ -40,12 +44,13 @@ def training_losses(outputs: object, *, divided_by: int = 1) -> dict[str, Tensor
 
     Args:
         outputs: A tensor with one element, a mapping, or `None`; anything else has no loss.
-        divided_by: Lightning divides `outputs["loss"]` by `accumulate_grad_batches` under automatic optimisation; the loss is multiplied
-            back by this.
+        divided_by: Lightning divides `outputs["loss"]` by `accumulate_grad_batches` under automatic optimisation; the
+            loss is multiplied back by this.
 
     Returns:
-        Tensors with one element, detached, on their own device, by signal name: `"loss"` for the loss itself, `"loss/<key>"` for any
-        other one-element tensor of the mapping whose key holds "loss". Empty where the step returned none. Never blocks.
+        Tensors with one element, detached, on their own device, by signal name: `"loss"` for the loss itself,
+        `"loss/<key>"` for any other one-element tensor of the mapping whose key holds "loss". Empty where the step
+        returned none. Never blocks.
     """
     if isinstance(outputs, Tensor):
         return {"loss": outputs.detach() * divided_by} if outputs.numel() == 1 else {}

@@ -1,4 +1,7 @@
-"""What an optimizer's memory of past gradients says about its next update: second moments out of date, momentum that points elsewhere."""
+"""What an optimizer's memory of past gradients says about its next update.
+
+Second moments out of date, momentum that points elsewhere.
+"""
 
 import dataclasses
 import math
@@ -16,7 +19,8 @@ SECOND_MOMENTS: Final[Mapping[str, str]] = {"exp_avg_sq": "betas", "square_avg":
 """State that holds an average of squared gradients, and the setting that holds its decay: Adam's kind and RMSprop's."""
 MOMENTA: Final = ("exp_avg", "momentum_buffer")
 NEAR_EPS: Final = 10.0
-"""A root of a second moment below so many eps is not above it in any way that matters; science: Wortsman et al. 2023, small-scale proxies."""
+"""A root of a second moment below so many eps is not above it in any way that matters; science: Wortsman et al. 2023,
+small-scale proxies."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +41,10 @@ class Memory:
 
 
 def memories(optimizer: Optimizer) -> Iterator[Memory]:
-    """The memory of each parameter that has a plain gradient and any state, in the order of the groups. Never blocks."""
+    """The memory of each parameter that has a plain gradient and any state, in the order of the groups.
+
+    Never blocks.
+    """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state.get(parameter)
@@ -47,7 +54,10 @@ def memories(optimizer: Optimizer) -> Iterator[Memory]:
 
 @torch.no_grad()
 def corrected_roots(held: Sequence[Memory]) -> list[Tensor]:
-    """The root of the second moment of each, corrected for its beginning as Adam does, on a subset of its elements; new tensors, float32. Never blocks."""
+    """The root of the second moment of each, corrected for its beginning as Adam does, on a subset of its elements.
+
+    New tensors, float32. Never blocks.
+    """
     roots = []
     for memory in held:
         if memory.second is None:
@@ -63,7 +73,8 @@ def corrected_roots(held: Sequence[Memory]) -> list[Tensor]:
 def update_rms(gradients: Sequence[Tensor], roots: Sequence[Tensor], eps: Sequence[float]) -> Tensor:
     """RMS_t = sqrt(mean(g² / max(v, eps²))) of each tensor, with v as it was before the gradient g went into it (Wortsman et al. 2023, StableAdamW).
 
-    About 1 where the gradient is what the second moment expects, 2.3 and more some steps before many spikes. With v from before the update it has no upper bound.
+    About 1 where the gradient is what the second moment expects, 2.3 and more some steps before many spikes. With v
+    from before the update it has no upper bound.
 
     Args:
         gradients: As the optimizer used them, one or more.
@@ -83,7 +94,10 @@ def update_rms(gradients: Sequence[Tensor], roots: Sequence[Tensor], eps: Sequen
 
 @torch.no_grad()
 def eps_shares(roots: Sequence[Tensor], eps: Sequence[float]) -> Tensor:
-    """The share of the coordinates of each tensor whose root of the second moment is below 10 eps; shape `(n,)`, float32. Never blocks."""
+    """The share of the coordinates of each tensor whose root of the second moment is below 10 eps.
+
+    Shape `(n,)`, float32. Never blocks.
+    """
     device = roots[0].device
     shares = [(root < NEAR_EPS * floor).float().mean() for root, floor in zip(roots, eps, strict=True)]
     return torch.stack([share.to(device, non_blocking=True) for share in shares])
@@ -91,10 +105,13 @@ def eps_shares(roots: Sequence[Tensor], eps: Sequence[float]) -> Tensor:
 
 @torch.no_grad()
 def momentum_cosine(held: Sequence[Memory]) -> Tensor:
-    """The cosine between the gradients and the momenta before the update, over all parameters together; shape `()`, in -1 to 1. Never blocks.
+    """The cosine between the gradients and the momenta before the update, over all parameters together.
+
+    Shape `()`, in -1 to 1. Never blocks.
 
     Args:
-        held: One or more, each with a momentum; the parameters' gradients are read. Of large tensors a subset of the elements is taken, scaled up to the whole.
+        held: One or more, each with a momentum; the parameters' gradients are read. Of large tensors a subset of the
+            elements is taken, scaled up to the whole.
     """
     dots, gradients, momenta = [], [], []
     for memory in held:

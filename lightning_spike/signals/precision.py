@@ -10,7 +10,10 @@ from lightning_spike.signals.subset import is_readable, subset
 
 
 def loss_scale(scaler: GradScaler) -> Tensor | None:
-    """A copy of the present scale, shape `()`, on its device; `None` before the first backward pass. The public `get_scale()` would wait for the device."""
+    """A copy of the present scale, shape `()`, on its device; `None` before the first backward pass.
+
+    The public `get_scale()` would wait for the device.
+    """
     scale: Tensor | None = scaler._scale  # noqa: SLF001 - as said
     return None if scale is None else scale.detach().clone()
 
@@ -21,10 +24,12 @@ def underflow(gradients: Sequence[Tensor], smallest: Tensor | float) -> tuple[Te
 
     Args:
         gradients: Any dtypes and devices; what has no plain values is passed over. Of large ones a subset is taken.
-        smallest: The smallest normal number of the low precision, over the loss scale where the gradients are unscaled; one element.
+        smallest: The smallest normal number of the low precision, over the loss scale where the gradients are unscaled;
+            one element.
 
     Returns:
-        Zeros, underflowing; shape `()`, float32, on the first gradient's device. `None` where there is no gradient. Never blocks.
+        Zeros, underflowing; shape `()`, float32, on the first gradient's device. `None` where there is no gradient.
+        Never blocks.
     """
     readable = [g for g in gradients if is_readable(g)]
     if not readable:

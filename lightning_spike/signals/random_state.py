@@ -1,4 +1,7 @@
-"""The state of every random generator that a training step may draw from: Python, NumPy, torch on the CPU and on the devices."""
+"""The state of every random generator that a training step may draw from.
+
+Python, NumPy, torch on the CPU and on the devices.
+"""
 
 import dataclasses
 import random
@@ -10,7 +13,8 @@ import torch
 from torch import Tensor
 
 ACCELERATORS: Final = ("cuda", "xpu")
-"""Device types whose generators are one per device; their state is held on the host, so that reading it does not wait for the device."""
+"""Device types whose generators are one per device; their state is held on the host, so that reading it does not wait
+for the device."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +28,8 @@ class RandomState:
     torch: Tensor
     """The CPU generator's state, uint8, on the CPU."""
     devices: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
-    """By device (`"cuda:0"`), uint8, on the CPU; only devices that this process has in use. The MPS generator is under `"mps"`."""
+    """By device (`"cuda:0"`), uint8, on the CPU; only devices that this process has in use. The MPS generator is under
+    `"mps"`."""
 
     @classmethod
     def take(cls) -> Self:

@@ -9,7 +9,8 @@ from torch import Tensor
 from lightning_spike.signals.subset import is_readable
 
 BITS: Final = 24
-"""Bits of a checksum: as many as float32 holds exactly, so that it travels with the other signals. Two different tensors agree in one of 1.7e7 cases."""
+"""Bits of a checksum: as many as float32 holds exactly, so that it travels with the other signals. Two different
+tensors agree in one of 1.7e7 cases."""
 NO_TENSOR: Final = -1.0
 """Stands for a tensor that is not there: a parameter without a gradient."""
 INTEGERS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -22,7 +23,8 @@ def checksums(tensors: Sequence[Tensor | None]) -> Tensor:
     The wrap-around sum of Megatron's and the like; it does not see that elements changed places.
 
     Args:
-        tensors: One or more; strided, floating, of any dtype and device. `None` and what has no plain values counts as `NO_TENSOR`.
+        tensors: One or more; strided, floating, of any dtype and device. `None` and what has no plain values counts as
+            `NO_TENSOR`.
 
     Returns:
         Shape `(n,)`, float32, whole numbers, on the first present tensor's device. Never blocks.

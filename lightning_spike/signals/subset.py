@@ -7,14 +7,18 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 LIMIT: Final = 1 << 14
-"""Elements of one tensor that are looked at: of 16,384 a root mean square is known to 0.6 % where the elements are alike (1 / sqrt(2 n))."""
+"""Elements of one tensor that are looked at: of 16,384 a root mean square is known to 0.6 % where the elements are
+alike (1 / sqrt(2 n))."""
 
 BLOCK: Final = 16
 """Elements that are taken together."""
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether a tensor has plain floating-point values on this rank: not sharded, sparse, quantised, empty, or still to be made."""
+    """Whether a tensor has plain floating-point values on this rank.
+
+    Not sharded, sparse, quantised, empty, or still to be made.
+    """
     return (
         tensor.is_floating_point()
         and tensor.layout is torch.strided
@@ -36,7 +40,8 @@ def subset(tensor: Tensor, limit: int = LIMIT) -> Tensor:
         limit: Elements at most, 64 or more.
 
     Returns:
-        One-dimensional, the tensor's dtype and device, detached; all elements, as a view where the tensor is contiguous, if there are no more than `limit`, else a copy. Never blocks.
+        One-dimensional, the tensor's dtype and device, detached; all elements, as a view where the tensor is
+        contiguous, if there are no more than `limit`, else a copy. Never blocks.
     """
     flat = tensor.detach().reshape(-1)
     if flat.numel() <= limit:

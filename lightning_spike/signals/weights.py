@@ -39,7 +39,10 @@ class Displacement:
 
 @torch.no_grad()
 def weight_sizes(weights: Sequence[Tensor]) -> WeightSizes:
-    """Norms and largest values in one pass each, on the first weight's device; at least one weight, none empty. Never blocks."""
+    """Norms and largest values in one pass each, on the first weight's device; at least one weight, none empty.
+
+    Never blocks.
+    """
     norms = torch.stack(tensor_norms([w.detach() for w in weights]))
     largest = torch.stack([largest_value(w).to(norms.device, non_blocking=True) for w in weights])
     return WeightSizes(norms=norms, largest=largest, total=torch.linalg.vector_norm(norms))
@@ -54,7 +57,8 @@ def displacement(before: Sequence[Tensor], after: Sequence[Tensor]) -> Displacem
         after: The weights now.
 
     Returns:
-        Norms on the first weight's device: exact for weights of up to `subset.LIMIT` elements, else scaled up from the subset. Never blocks.
+        Norms on the first weight's device: exact for weights of up to `subset.LIMIT` elements, else scaled up from the
+        subset. Never blocks.
     """
     changes = [subset(now) - then for then, now in zip(before, after, strict=True)]
     scales = [math.sqrt(now.numel() / then.numel()) for then, now in zip(before, after, strict=True)]
@@ -65,8 +69,9 @@ def displacement(before: Sequence[Tensor], after: Sequence[Tensor]) -> Displacem
 def fan_scale(module: nn.Module, name: str, weight: Tensor) -> float | None:
     """The root mean square that one part of a weight's inputs can bear, 1 / sqrt(fan-in); 1 for an embedding, which has no sum over inputs.
 
-    The usual initialisations lie around it: torch's own default for linear layers, convolutions and recurrent ones at 0.58 (uniform in ±1 / sqrt(fan), recurrent ones with the number of hidden
-    units for the fan), Xavier at up to 1.4, He at 1.4 (`torch.nn.init`), the largest gain of `calculate_gain`, 5/3, on top of them at 2.4.
+    The usual initialisations lie around it: torch's own default for linear layers, convolutions and recurrent ones at
+    0.58 (uniform in ±1 / sqrt(fan), recurrent ones with the number of hidden units for the fan), Xavier at up to 1.4,
+    He at 1.4 (`torch.nn.init`), the largest gain of `calculate_gain`, 5/3, on top of them at 2.4.
 
     Args:
         module: The module that holds the weight directly.
@@ -74,7 +79,8 @@ def fan_scale(module: nn.Module, name: str, weight: Tensor) -> float | None:
         weight: The weight.
 
     Returns:
-        `None` for what has no fan-in that would be known: biases, norms, parameters of user modules, depthwise convolutions, whose sums run over a handful of inputs.
+        `None` for what has no fan-in that would be known: biases, norms, parameters of user modules, depthwise
+        convolutions, whose sums run over a handful of inputs.
     """
     if weight.dim() < 2:  # noqa: PLR2004 - a vector has no fan-in
         return None
@@ -92,6 +98,9 @@ def fan_scale(module: nn.Module, name: str, weight: Tensor) -> float | None:
 
 @torch.no_grad()
 def initial_scales(weights: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
-    """The root mean square of each weight over its `fan_scale`; shape `(n,)`, float32, on the first weight's device. Never blocks."""
+    """The root mean square of each weight over its `fan_scale`; shape `(n,)`, float32, on the first weight's device.
+
+    Never blocks.
+    """
     sizes = zip(tensor_norms([w.detach() for w in weights]), weights, scales, strict=True)
     return torch.stack([norm / (math.sqrt(weight.numel()) * scale) for norm, weight, scale in sizes])

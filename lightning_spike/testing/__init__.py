@@ -7,8 +7,9 @@ Trainer(callbacks=[*suite(), ExtremeValues.strong(at=400)])  # one corrupt batch
 faults_for("lr_scheduler_fault")  # every fault that should be diagnosed as this cause
 ```
 
-Every fault is a Lightning callback for any LightningModule and any loader; see `Fault` for what all of them promise. `FAULTS` has them all, at least one for
-each cause; `DECOYS` are harmless, `UNCOVERED` are faults that no cause of the catalogue covers. One file for each cause or family is in `faults/`.
+Every fault is a Lightning callback for any LightningModule and any loader; see `Fault` for what all of them promise.
+`FAULTS` has them all, at least one for each cause; `DECOYS` are harmless, `UNCOVERED` are faults that no cause of the
+catalogue covers. One file for each cause or family is in `faults/`.
 """
 
 from lightning_spike.testing.fault import Description, Fault, LastingFault, Needs, OneOffFault, Scale

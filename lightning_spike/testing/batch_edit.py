@@ -1,4 +1,7 @@
-"""A batch with some of its tensors exchanged, in the structure it came in; what the user's dataset holds is never written to."""
+"""A batch with some of its tensors exchanged, in the structure it came in.
+
+What the user's dataset holds is never written to.
+"""
 
 import copy
 import dataclasses
@@ -22,12 +25,18 @@ def edit_batch(batch: object, edit: Callable[[BatchLeaf], Tensor]) -> object:
 
 
 def replaced(batch: object, tensors: Mapping[Path, Tensor]) -> object:
-    """The batch with other tensors at some paths: containers on the way are copied, everything else is the same object."""
+    """The batch with other tensors at some paths.
+
+    Containers on the way are copied, everything else is the same object.
+    """
     return _rebuild(batch, (), tensors)
 
 
 def leaves_of(batch: object, part: BatchPart, *, floating: bool | None = None) -> list[BatchLeaf]:
-    """The tensors of one part, all or only those with (or without) a floating dtype; booleans, empty and complex ones are left out."""
+    """The tensors of one part, all or only those with (or without) a floating dtype.
+
+    Booleans, empty and complex ones are left out.
+    """
     return [
         leaf
         for leaf in batch_leaves(batch)
@@ -51,7 +60,10 @@ def generator_for(seed: int, ordinal: int) -> torch.Generator:
 
 
 def some_of(count: int, share: float, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Positions of a share of `count` things, at least one: int64, shape `(k,)`, drawn without repetition, in ascending order."""
+    """Positions of a share of `count` things, at least one.
+
+    Int64, shape `(k,)`, drawn without repetition, in ascending order.
+    """
     chosen = min(count, max(1, round(share * count)))
     return torch.randperm(count, generator=generator)[:chosen].sort().values.to(device)
 

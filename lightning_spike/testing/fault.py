@@ -65,14 +65,16 @@ class Description:
 class Fault(Callback):
     """Base of the fault injectors: a callback that makes one thing go wrong, from one batch on, for some batches.
 
-    Add it anywhere in `Trainer(callbacks=[...])`, or under `trainer.callbacks` in a LightningCLI YAML. Before the batch `at` the run is bit-identical
-    to one without it, unless `FROM_START` says otherwise; random numbers come from a generator of its own; and when the fit ends, however that
-    comes about, whatever it had wrapped is put back. Strength and batch are parameters; `mild` and `strong` give two strengths that fit small trainings.
+    Add it anywhere in `Trainer(callbacks=[...])`, or under `trainer.callbacks` in a LightningCLI YAML. Before the batch
+    `at` the run is bit-identical to one without it, unless `FROM_START` says otherwise; random numbers come from a
+    generator of its own; and when the fit ends, however that comes about, whatever it had wrapped is put back. Strength
+    and batch are parameters; `mild` and `strong` give two strengths that fit small trainings.
 
-    A `training_step` that takes `dataloader_iter` draws its batches past all hooks, so that faults of the batch cannot reach it.
+    A `training_step` that takes `dataloader_iter` draws its batches past all hooks, so that faults of the batch cannot
+    reach it.
 
-    A new fault is a new file in `lightning_spike/testing/faults/` with a subclass in it that sets `cause`, `SCALE`, `MILD` and `STRONG` and overrides
-    `prepare` and `before_batch`.
+    A new fault is a new file in `lightning_spike/testing/faults/` with a subclass in it that sets `cause`, `SCALE`,
+    `MILD` and `STRONG` and overrides `prepare` and `before_batch`.
 
     Args:
         at: The batch that it begins at: batches begun in the whole run before it, from 0, over epochs and resumes.
@@ -81,7 +83,8 @@ class Fault(Callback):
         seed: Of the fault's own random numbers.
 
     Raises:
-        ConfigurationError: An argument is out of its range; at the start of a fit or at the batch: the run lacks what the fault `NEEDS`.
+        ConfigurationError: An argument is out of its range; at the start of a fit or at the batch: the run lacks what
+            the fault `NEEDS`.
     """
 
     cause: ClassVar[str | None]
@@ -95,7 +98,8 @@ class Fault(Callback):
     NEEDS: ClassVar[frozenset[Needs]] = frozenset()
     """What it must find in a run."""
     TYPICAL_ONSET: ClassVar[int] = 200
-    """Batch that it strikes in a benchmark: by then the training is under way; 0 for one that is there from the start."""
+    """Batch that it strikes in a benchmark: by then the training is under way; 0 for one that is there from the
+    start."""
     TYPICAL_DURATION: ClassVar[int] = 100
     """Batches after that one within which it shows."""
     FROM_START: ClassVar[bool] = False
@@ -150,10 +154,16 @@ class Fault(Callback):
     # -- for subclasses ----------------------------------------------------------------------------------------------
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
-        """The fit is about to start: optimizers and schedulers exist. Check what is needed; change nothing before its time."""
+        """The fit is about to start: optimizers and schedulers exist.
+
+        Check what is needed; change nothing before its time.
+        """
 
     def before_batch(self, trainer: Trainer, module: LightningModule, batch: Any, ordinal: int) -> Any:  # noqa: ANN401 - any batch
-        """Called before each batch that the fault lasts, before any callback sees it; returns the batch or another in its place."""
+        """Called before each batch that the fault lasts, before any callback sees it.
+
+        Returns the batch or another in its place.
+        """
         del trainer, module, ordinal
         return batch
 
@@ -229,7 +239,10 @@ class Fault(Callback):
         self._begun = loops.get("epoch_loop.batch_progress", {}).get("total", {}).get("ready", 0)
 
     def _arrived(self, trainer: Trainer, module: LightningModule, batch: Any) -> Any:  # noqa: ANN401 - any batch
-        """A batch is on its device; no callback has seen it. Batches of a validation and those that Lightning skips are let through."""
+        """A batch is on its device; no callback has seen it.
+
+        Batches of a validation and those that Lightning skips are let through.
+        """
         if not trainer.training or batch is None or not self.lasts(self._begun):
             return batch
         if self._first_step is None:

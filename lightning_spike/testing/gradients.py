@@ -18,8 +18,8 @@ def alter_gradients(
 ) -> None:
     """From now on `change(gradient, number of the parameter)` stands in for the gradient of every parameter in the steps in which the fault is on.
 
-    A hook on the parameter itself, so that every place in the list of callbacks sees the same gradients; taken off when the fit ends. A lab that runs one of
-    these steps again finds them changed in the same way.
+    A hook on the parameter itself, so that every place in the list of callbacks sees the same gradients; taken off when
+    the fit ends. A lab that runs one of these steps again finds them changed in the same way.
 
     Args:
         fault: Whose steps; see `Fault.is_on`.

@@ -12,14 +12,16 @@ from typing_extensions import override
 from lightning_spike.testing.fault import LastingFault
 
 _PLANNED: Final[WeakKeyDictionary[Optimizer, list[Any]]] = WeakKeyDictionary()
-"""The planned rates of the optimizers that have another one now, shared by all faults of a run, so that several multiply and the first to end restores."""
+"""The planned rates of the optimizers that have another one now, shared by all faults of a run, so that several
+multiply and the first to end restores."""
 
 
 class RateFault(LastingFault):
     """Base of the faults that multiply the learning rate of every parameter group.
 
-    The factor is on before any callback sees the batch, and off as soon as the optimizer has stepped, before a scheduler reads the rate. So the rate that
-    an update uses is the planned one times the factor, whatever plan there is, and recursive schedulers do not take the factor up.
+    The factor is on before any callback sees the batch, and off as soon as the optimizer has stepped, before a
+    scheduler reads the rate. So the rate that an update uses is the planned one times the factor, whatever plan there
+    is, and recursive schedulers do not take the factor up.
     """
 
     @abstractmethod

@@ -15,8 +15,10 @@ from lightning_spike.testing.layers import Layers, on_output
 class LayerFault(LastingFault):
     """Base of the faults that lie in the forward pass of some layers, as if the module's own code did it.
 
-    In validations too, and where a lab runs one of the steps again. Which layers is decided before the batch `at`, by the order of the last forward pass.
-    It works by forward hooks, which a module that was compiled before the batch `at` does not call: leave `torch.compile` out.
+    In validations too, and where a lab runs one of the steps again. Which layers is decided before the batch `at`, by
+    the order of the last forward pass.
+    It works by forward hooks, which a module that was compiled before the batch `at` does not call: leave
+    `torch.compile` out.
     """
 
     @abstractmethod

@@ -13,10 +13,12 @@ KINDS: Final = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.RNN
 
 
 class Layers:
-    """The layers of a module with weights that are trained, in the order of their calls in the last forward pass; before the first one, in that of registration.
+    """The layers of a module with weights that are trained, in the order of their calls in the last forward pass.
 
-    Looks on by forward hooks that are taken off when the fit ends. Parts of `nn.MultiheadAttention` that torch never calls are left out once a forward
-    pass has been seen.
+    Before the first one, in that of registration.
+
+    Looks on by forward hooks that are taken off when the fit ends. Parts of `nn.MultiheadAttention` that torch never
+    calls are left out once a forward pass has been seen.
 
     Args:
         fault: Who asks; takes the hooks off.
@@ -54,7 +56,10 @@ class Layers:
 
 
 def on_output(part: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-    """Let `change` stand in for what a layer returns, of a tuple (recurrent layers) its first tensor; returns what takes it off again."""
+    """Let `change` stand in for what a layer returns, of a tuple (recurrent layers) its first tensor.
+
+    Returns what takes it off again.
+    """
 
     def hook(part: nn.Module, args: object, output: Any) -> Any:  # noqa: ANN401 - a tensor or a tuple
         del part, args

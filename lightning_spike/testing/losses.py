@@ -13,7 +13,8 @@ from lightning_spike.testing.wrapping import wrap
 def alter_loss(fault: Fault, trainer: Trainer, module: LightningModule, change: Callable[[Tensor], Tensor]) -> None:
     """From now on `change(loss)` stands in for the loss that `training_step` returns, in the steps in which the fault is on.
 
-    As if the module's own code did it: a lab that runs the step again finds the same. A step that returns no loss is let through.
+    As if the module's own code did it: a lab that runs the step again finds the same. A step that returns no loss is
+    let through.
 
     Raises:
         ConfigurationError: The module optimises by hand: what it returns is not what it trains on.

@@ -12,7 +12,8 @@ from lightning_spike.testing.fault import LastingFault
 class SettingsFault(LastingFault):
     """Base of the faults that change an optimizer's settings for some batches: epsilon, betas, momentum, weight decay.
 
-    They are changed before any callback sees the first of the batches, and put back after the last, or when the fit ends.
+    They are changed before any callback sees the first of the batches, and put back after the last, or when the fit
+    ends.
     """
 
     _kept: list[tuple[dict[str, Any], dict[str, Any]]]

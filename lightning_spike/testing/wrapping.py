@@ -13,8 +13,9 @@ _AROUNDS: Final = "_lightning_spike_arounds"
 def wrap(owner: object, name: str, around: Baselines) -> Callable[[], None]:
     """Let `around(call, *args, **kwargs)` stand in for `owner.<name>(*args, **kwargs)`; `call` is the method as it was.
 
-    The stand-in lies on the instance, so that other instances of the class are left alone, and looks to `inspect.signature` (and to Lightning) like the
-    method itself. Whoever wraps later stands outside. When the last `around` is taken off, the instance is as it was before the first.
+    The stand-in lies on the instance, so that other instances of the class are left alone, and looks to
+    `inspect.signature` (and to Lightning) like the method itself. Whoever wraps later stands outside. When the last
+    `around` is taken off, the instance is as it was before the first.
 
     Args:
         owner: The object with the method.

@@ -90,7 +90,10 @@ def test_a_further_value_may_be_nan_by_design_but_not_one_of_several_losses():
 
 @pytest.mark.parametrize("late", [0, 5])
 def test_rows_from_before_a_rollback_that_arrive_after_it_say_nothing(late):
-    """On a GPU the numbers come some batches late: the row that was poisoned before the rollback must not cause another."""
+    """On a GPU the numbers come some batches late.
+
+    The row that was poisoned before the rollback must not cause another.
+    """
     store, chosen = TrainerStateStore(RunFacts(started="")), policy()
     chosen.rolled_back(20 + late)
     for i in range(21 + late):

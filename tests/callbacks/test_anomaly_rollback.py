@@ -74,7 +74,10 @@ class ByHand(Callback):
 
 
 class Watch(Callback):
-    """What the run used at every step, and the weights at the end of every batch; stands after the rollback in the list."""
+    """What the run used at every step, and the weights at the end of every batch.
+
+    Stands after the rollback in the list.
+    """
 
     def __init__(self):
         self.rates, self.after, self.grads = [], [], []

@@ -27,7 +27,10 @@ SIZE, BATCH, BAD = 480, 8, 333
 
 
 class Noisy(Dataset):
-    """Inputs around a line, each drawn from its own index; the first input is the index itself, which the module leaves out. One sample is corrupt."""
+    """Inputs around a line, each drawn from its own index.
+
+    The first input is the index itself, which the module leaves out. One sample is corrupt.
+    """
 
     def __init__(self, corrupt=lambda x: x * 1e3, size: int = SIZE, bad: int = BAD) -> None:
         self.corrupt = corrupt
@@ -122,7 +125,10 @@ def test_names_the_corrupt_sample(tmp_path):
 
 
 def test_a_stretch_of_bad_batches_is_named_to_its_end(tmp_path):
-    """Five batches with wrong targets, the last of them to three quarters: all of their samples are named, and none of the good batches around."""
+    """Five batches with wrong targets, the last of them to three quarters.
+
+    All of their samples are named, and none of the good batches around.
+    """
     wrong = range(40 * BATCH, 45 * BATCH - 2)
     callbacks = [BadBatchDumper(max_mb=0), CounterfactualReplay()]
     trainer = fit(tmp_path, callbacks, DataLoader(Shuffled(wrong), batch_size=BATCH), gradient_clip_val=0.01)
@@ -331,7 +337,10 @@ def test_a_second_fit_writes_its_own(tmp_path):
 
 @pytest.mark.parametrize("task", ["cnn", "accumulation", "two_by_hand"])
 def test_training_is_not_changed_by_a_dump(task, tmp_path, monkeypatch):
-    """The dump is forced on a training that has dropout, BatchNorm and torch's own random numbers: every tenth batch is called an onset."""
+    """The dump is forced on a training that has dropout, BatchNorm and torch's own random numbers.
+
+    Every tenth batch is called an onset.
+    """
 
     def weights(callbacks):
         module, options = build(task)
@@ -372,7 +381,10 @@ def test_wrong_arguments_are_refused(wrong):
 
 @pytest.mark.ddp
 def test_two_ranks_name_their_own_samples(tmp_path):
-    """Lightning puts in its DistributedSampler; every batch of both ranks is checked, and the dump of the rank that had the corrupt sample. Losses of single samples are not computed under several ranks, so the values
+    """Lightning puts in its DistributedSampler.
+
+    Every batch of both ranks is checked, and the dump of the rank that had the corrupt sample. Losses of single samples
+    are not computed under several ranks, so the values
     must tell: the corrupt ones are beyond the indices that are in the input too.
     """
     script = tmp_path / "train.py"

@@ -17,7 +17,8 @@ from lightning_spike.testing import GradientsTurnRound
 
 SIZE = 16
 LATE, EARLY = 284, 84
-"""Batches that go wrong, 34 after a snapshot each. What is not finite is seen at once, a spike once the detector knows the noise."""
+"""Batches that go wrong, 34 after a snapshot each. What is not finite is seen at once, a spike once the detector knows
+the noise."""
 
 
 class At(Callback):

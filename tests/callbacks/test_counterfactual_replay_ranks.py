@@ -1,4 +1,7 @@
-"""Two gloo ranks in processes of their own: a fault on one of them or on both is examined by both together, and the training does not notice."""
+"""Two gloo ranks in processes of their own.
+
+A fault on one of them or on both is examined by both together, and the training does not notice.
+"""
 
 import json
 import os

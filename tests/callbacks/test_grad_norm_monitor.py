@@ -133,7 +133,8 @@ def test_raw_optimizers_stepped_by_hand_leave_no_norm(tmp_path):
 def test_gradients_that_die_out_are_found_and_healthy_ones_are_not(fault, tmp_path):
     callbacks = [GradNormMonitor(), *([fault] if fault is not None else [])]
     store = watched("cnn", callbacks, tmp_path, max_epochs=12)
-    # Weight and bias of the first layer fall by nearly the same factor: which of them is worst is a matter of the processor.
+    # Weight and bias of the first layer fall by nearly the same factor: which of them is worst is a matter of the
+    # processor.
     kinds = [(f.detector, f.kind, f.detail["names"][0].rpartition(".")[0]) for f in store.findings]
     assert len(store.history) > 214
     assert kinds == ([("gradients", "vanished", "net.0")] if fault is not None else [])

@@ -1,4 +1,7 @@
-"""The optimizer's state against what the test reads itself; and the invariants: real faults are found, sound trainings are not."""
+"""The optimizer's state against what the test reads itself.
+
+And the invariants: real faults are found, sound trainings are not.
+"""
 
 import numpy as np
 import pytest

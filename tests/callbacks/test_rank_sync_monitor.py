@@ -1,4 +1,7 @@
-"""Two gloo ranks in a process of their own: kept together nothing is found, one that drifts is named; a single process has nothing at all."""
+"""Two gloo ranks in a process of their own.
+
+Kept together nothing is found, one that drifts is named; a single process has nothing at all.
+"""
 
 import json
 import os

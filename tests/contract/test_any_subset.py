@@ -55,7 +55,10 @@ SEES = {
 
 @pytest.mark.parametrize("missing", SEES, ids="-".join)
 def test_a_missing_callback_takes_away_only_what_it_sees(missing, reference, tmp_path):
-    """The episodes are the same to the number whoever is there; the ranking does without the evidence of the missing one."""
+    """The episodes are the same to the number whoever is there.
+
+    The ranking does without the evidence of the missing one.
+    """
     callbacks = [c for c in suite(dirpath=tmp_path / "spike", replay=False) if type(c).__name__ not in missing]
     report = report_of(callbacks, tmp_path)
     assert bare_episodes(report) == bare_episodes(reference)

@@ -32,7 +32,8 @@ PACKAGES = {
     "cli": {"callbacks", "demo", "lab", "replay", "report"},
     "__init__": {"callbacks", "cli"},
 }  # fmt: skip
-"""By package, or file at the top, what it may import beside the ground and itself; each only what stands before it. The ground imports the ground alone."""
+"""By package, or file at the top, what it may import beside the ground and itself; each only what stands before it. The
+ground imports the ground alone."""
 
 WITHOUT_TORCH = {*GROUND, "detectors", "diagnosis"}
 """What works on numbers that are on the host already, so that it can be tested, and read, without a training."""
@@ -169,7 +170,14 @@ def tree(tmp_path):
 
     def make(**files):
         root = tmp_path / "house"
-        standing = {"errors": "", "low/__init__": "", "low/beam": "from house.errors import Bad\n", "high/__init__": "", "high/roof": "import house.low.beam\n"}  # fmt: skip
+        # fmt: skip
+        standing = {
+            "errors": "",
+            "low/__init__": "",
+            "low/beam": "from house.errors import Bad\n",
+            "high/__init__": "",
+            "high/roof": "import house.low.beam\n",
+        }
         for name, text in (standing | files).items():
             path = root / f"{name.replace('__', '/') if '/' not in name else name}.py"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -221,7 +229,10 @@ def test_a_ring_of_files_is_seen(tree, text):
     assert cycle(root) == ["house.high.roof", "house.low.beam", "house.high.roof"]
 
 
-@pytest.mark.parametrize("text", ["import torch\n", "from torch.nn import Linear\n", "def f():\n    import torch.nn as nn\n"])  # fmt: skip
+# fmt: skip
+@pytest.mark.parametrize(
+    "text", ["import torch\n", "from torch.nn import Linear\n", "def f():\n    import torch.nn as nn\n"]
+)
 def test_an_import_of_torch_is_seen(tree, text):
     root = tree(low__wall=text)
     assert users_of(root, "torch", {"low"}) == ["house.low.wall"]

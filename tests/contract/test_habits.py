@@ -1,4 +1,7 @@
-"""How code is written here, as far as a program can tell: widths, conditional expressions, thresholds with their sources, plain names."""
+"""How code is written here, as far as a program can tell.
+
+Widths, conditional expressions, thresholds with their sources, plain names.
+"""
 
 import ast
 import re
@@ -11,11 +14,38 @@ PACKAGE = sorted((ROOT / "lightning_spike").rglob("*.py"))
 PROSE = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 CODE = [*PACKAGE, *sorted((ROOT / "benchmarks").rglob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))]
 WIDTH = 120
-SOURCE = re.compile(r"engineering choice|\b(19|20)\d\d\b|et al\.|science\.md|mission\.md|python benchmarks/|arXiv|TheDeepChecker|AUTOTRAINER|\bas (in|of) `|sigma|by definition|RFC")
-"""A citation, a command of this repository that prints the number, another constant, or the plain statement that nobody else chose it."""
+SOURCE = re.compile(
+    r"engineering choice|\b(19|20)\d\d\b|et al\.|science\.md|mission\.md|python benchmarks/|arXiv|TheDeepChecker|AUTOTRAINER|\bas (in|of) `|sigma|by definition|RFC"
+)
+"""A citation, a command of this repository that prints the number, another constant, or the plain statement that nobody
+else chose it."""
 JUDGING = ("detectors", "diagnosis", "lab", "samples", "sandbox")
 """Packages in which a number decides something about a run."""
-VAGUE = {"MOST", "FEW", "FEWEST", "SOME", "MANY", "FAIR", "CLEAR", "SMALL", "LARGE", "LEAST", "SHARE", "NONE", "WORTH", "ENOUGH", "HIGH", "LOW", "FAR", "GONE", "SURE", "LONG", "WILD", "SAME", "HALF"}
+VAGUE = {
+    "MOST",
+    "FEW",
+    "FEWEST",
+    "SOME",
+    "MANY",
+    "FAIR",
+    "CLEAR",
+    "SMALL",
+    "LARGE",
+    "LEAST",
+    "SHARE",
+    "NONE",
+    "WORTH",
+    "ENOUGH",
+    "HIGH",
+    "LOW",
+    "FAR",
+    "GONE",
+    "SURE",
+    "LONG",
+    "WILD",
+    "SAME",
+    "HALF",
+}
 
 
 def wide_lines(path):
@@ -37,7 +67,9 @@ def numeric_constants(tree):
         if not isinstance(node, ast.Assign | ast.AnnAssign) or not _is_number(node.value):
             continue
         name = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-        is_doc = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
+        is_doc = (
+            isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
+        )
         yield name.id, after.value.value if is_doc else None
 
 
@@ -46,11 +78,16 @@ def _is_number(value):
         value = value.operand
     if isinstance(value, ast.BinOp):
         return _is_number(value.left) and _is_number(value.right)
-    return isinstance(value, ast.Constant) and isinstance(value.value, int | float) and not isinstance(value.value, bool)
+    return (
+        isinstance(value, ast.Constant) and isinstance(value.value, int | float) and not isinstance(value.value, bool)
+    )
 
 
 def unsourced(tree):
-    """Names of numeric constants whose docstring gives neither a source nor "engineering choice"; one that goes on ("…") has it from the one before."""
+    """Names of numeric constants whose docstring gives neither a source nor "engineering choice".
+
+    One that goes on ("…") has it from the one before.
+    """
     missing, sourced = [], False
     for name, doc in numeric_constants(tree):
         goes_on = doc is not None and doc.startswith("…") and sourced
@@ -69,7 +106,9 @@ def test_no_conditional_expression_holds_another(path):
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in PACKAGE if p.relative_to(ROOT).parts[1] in JUDGING], ids=lambda path: str(path.relative_to(ROOT))
+    "path",
+    [p for p in PACKAGE if p.relative_to(ROOT).parts[1] in JUDGING],
+    ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_thresholds_carry_their_source_and_say_what_they_limit(path):
     tree = ast.parse(path.read_text("utf-8"))

@@ -1,4 +1,7 @@
-"""No blocking device read while training: counted with the profiler, and by watching every way in which Python can read a tensor."""
+"""No blocking device read while training.
+
+Counted with the profiler, and by watching every way in which Python can read a tensor.
+"""
 
 import contextlib
 import sys
@@ -43,7 +46,10 @@ def test_the_profiler_counts_no_read_more_than_without_the_suite(task, tmp_path)
 
 
 class NoBlockingOperation(TorchDispatchMode):
-    """Fails on operations whose result Python, or the size of whose result the host, must wait for; and on copies that wait."""
+    """Fails on operations whose result Python, or the size of whose result the host, must wait for.
+
+    And on copies that wait.
+    """
 
     REFUSED = (
         "_local_scalar_dense",

@@ -1,4 +1,7 @@
-"""Whatever part of ours breaks, in whatever phase: one warning, named in the store, and the training is what it would have been."""
+"""Whatever part of ours breaks, in whatever phase.
+
+One warning, named in the store, and the training is what it would have been.
+"""
 
 import json
 import warnings

@@ -1,4 +1,7 @@
-"""The names that other code may rely on, and the options of every callback: growing them is deliberate, so this list is edited by hand."""
+"""The names that other code may rely on, and the options of every callback.
+
+Growing them is deliberate, so this list is edited by hand.
+"""
 
 import inspect
 import pickle

@@ -1,4 +1,7 @@
-"""A dozen shapes of modules, trained with replays forced every few batches and without: not a bit is different, whatever is looked at."""
+"""A dozen shapes of modules, trained with replays forced every few batches and without.
+
+Not a bit is different, whatever is looked at.
+"""
 
 import pytest
 import torch
@@ -35,7 +38,10 @@ INEXACT = {"StepsSomethingElse"}
 
 
 class Replays(Callback):
-    """Every few batches: the run up to here once more, its updates with another rate, a batch with gradients; and a failure half way."""
+    """Every few batches.
+
+    The run up to here once more, its updates with another rate, a batch with gradients; and a failure half way.
+    """
 
     def __init__(self, suite):
         self.suite, self.count, self.exact, self.refused = suite, 0, [], []

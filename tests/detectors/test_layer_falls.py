@@ -1,4 +1,7 @@
-"""Gradients that no longer reach some layers and units that go flat, on series whose truth is known; healthy ones have no findings."""
+"""Gradients that no longer reach some layers and units that go flat, on series whose truth is known.
+
+Healthy ones have no findings.
+"""
 
 import numpy as np
 import pytest
@@ -9,7 +12,10 @@ SEEDS = range(10)
 
 
 def gradients(seed, factors, *, at=200, length=400, loss_to=1.0):
-    """Log-normal norms of some parameters, multiplied by `factors` from `at` on; every fall with the batch at which it was told."""
+    """Log-normal norms of some parameters, multiplied by `factors` from `at` on.
+
+    Every fall with the batch at which it was told.
+    """
     rng = np.random.default_rng(seed)
     norms = np.exp(0.6 * rng.standard_normal((length, len(factors)))) * np.array([1.0, 0.3, 3.0][: len(factors)])
     losses = np.exp(0.3 * rng.standard_normal(length))

@@ -1,7 +1,9 @@
 """Recorded losses of real trainings: healthy ones stay quiet, and what is plain to see is seen.
 
-`curves/real.json` holds the losses, how each run was made (`real_curve` is the one of `benchmarks/detector_real_runs.py`), its batch
-size, the sizes of the batches that were shorter, and where its faults begin. The faults are ones that raise the loss above twice the
+`curves/real.json` holds the losses, how each run was made (`real_curve` is the one of
+`benchmarks/detector_real_runs.py`), its batch
+size, the sizes of the batches that were shorter, and where its faults begin. The faults are ones that raise the loss
+above twice the
 largest of the 64 before; how many of all faults are seen is what the benchmark measures.
 """
 

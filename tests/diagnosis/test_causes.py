@@ -319,7 +319,10 @@ def test_a_loss_that_is_trained_back_is_not_back_at_one_blow(seed):
 @pytest.mark.parametrize("ordinal", [20, 200])
 @pytest.mark.parametrize("without", [("batch/",), ()])
 def test_a_jump_after_ordinary_updates_is_not_blamed_on_the_learning_rate(ordinal, without):
-    """As from a sample weight gone wrong: the loss of one batch a thousand times as high, its gradient too, and damage after it."""
+    """As from a sample weight gone wrong.
+
+    The loss of one batch a thousand times as high, its gradient too, and damage after it.
+    """
     run = Run(3, optimizer=SGD)
     run.bump(ordinal, 1000.0, 4)
     run.bump_gradient(ordinal, 1000.0, 4)

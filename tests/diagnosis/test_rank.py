@@ -250,7 +250,10 @@ def test_what_shows_a_cause_by_itself_is_told_though_the_loss_has_shown_nothing(
     store = Run(length=100).store()
     assert store.episodes == ()
     assert diagnose(store, [shown()]).overall == ()
-    store.note(Finding(detector="watch", kind="broken", at=moment(70)), Finding(detector="watch", kind="broken", at=moment(60)))  # fmt: skip
+    # fmt: skip
+    store.note(
+        Finding(detector="watch", kind="broken", at=moment(70)), Finding(detector="watch", kind="broken", at=moment(60))
+    )
     (verdict,) = diagnose(store, [shown()]).overall
     assert (verdict.cause, verdict.episodes, verdict.summary) == ("shown", (), "broken since step 60")
     assert verdict.probability > 0.9

@@ -1,4 +1,7 @@
-"""A compiled training is run again as it was compiled: to the bit, and without compiling anew what the training has compiled."""
+"""A compiled training is run again as it was compiled.
+
+To the bit, and without compiling anew what the training has compiled.
+"""
 
 import pytest
 import torch

@@ -139,7 +139,10 @@ def test_the_findings_are_those_of_the_live_examination(case, tmp_path):
 
 
 def test_so_are_those_of_an_examination_that_knows_only_the_present_weights(tmp_path):
-    """Where a batch was changed in place the run cannot be made again; then weights from before stand against those of now."""
+    """Where a batch was changed in place the run cannot be made again.
+
+    Then weights from before stand against those of now.
+    """
     live, scene = recorded(Digits, tmp_path, spoilt_before=False)
     replayed = examined(scene, Digits())
     assert as_json(replayed.findings) == as_json(live)

@@ -1,4 +1,7 @@
-"""Two gloo ranks under DDP: each runs its own batches again, gradients are synchronised as they were, and all comes out to the bit."""
+"""Two gloo ranks under DDP.
+
+Each runs its own batches again, gradients are synchronised as they were, and all comes out to the bit.
+"""
 
 import json
 import os

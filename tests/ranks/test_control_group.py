@@ -1,4 +1,8 @@
-"""When there is a group for the ranks; that it works is tested with two processes in tests/callbacks/test_rank_sync_monitor.py and test_counterfactual_replay_ranks.py."""
+"""When there is a group for the ranks.
+
+That it works is tested with two processes in tests/callbacks/test_rank_sync_monitor.py and
+test_counterfactual_replay_ranks.py.
+"""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,7 @@
-"""What ranks agree on, with a thread for each and a meeting place in place of gloo; with real processes in tests/callbacks/test_counterfactual_replay_ranks.py."""
+"""What ranks agree on, with a thread for each and a meeting place in place of gloo.
+
+With real processes in tests/callbacks/test_counterfactual_replay_ranks.py.
+"""
 
 import math
 import threading

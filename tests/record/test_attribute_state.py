@@ -1,4 +1,7 @@
-"""Attributes of a module, copied and put back: by value, into the containers that are there, plain enough to be written to a file."""
+"""Attributes of a module, copied and put back.
+
+By value, into the containers that are there, plain enough to be written to a file.
+"""
 
 import collections
 import copy

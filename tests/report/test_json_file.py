@@ -1,4 +1,7 @@
-"""report.json against the contract, by a check that knows nothing of the code: the schema is written down here a second time."""
+"""report.json against the contract, by a check that knows nothing of the code.
+
+The schema is written down here a second time.
+"""
 
 import dataclasses
 import json

@@ -1,4 +1,7 @@
-"""The printed report against texts in `expected/`; write them anew with `pytest tests/report --write-expected`, and read what changed."""
+"""The printed report against texts in `expected/`.
+
+Write them anew with `pytest tests/report --write-expected`, and read what changed.
+"""
 
 import dataclasses
 from io import BytesIO, StringIO, TextIOWrapper

@@ -79,7 +79,10 @@ BY_KIND = [
 
 
 def remains(obj):
-    """A comparable picture of an object: bytes of tensors and arrays, the rest by value; what is none of these by its type."""
+    """A comparable picture of an object.
+
+    Bytes of tensors and arrays, the rest by value; what is none of these by its type.
+    """
     look = next((look for kind, look in BY_KIND if isinstance(obj, kind)), lambda other: type(other).__name__)
     return look(obj)
 

@@ -1,4 +1,7 @@
-"""What every fault promises: it changes what it says, at the batch it says, seen from any place in the list of callbacks, and leaves nothing behind."""
+"""What every fault promises.
+
+It changes what it says, at the batch it says, seen from any place in the list of callbacks, and leaves nothing behind.
+"""
 
 import functools
 
@@ -69,7 +72,8 @@ CHANGES = {
     "WrongLabels": DATA,
     "WrongResult": INSIDE,
 }
-"""By fault: what differs from the twin in the batch `AT`. All that is not named is the same to the bit. Those that begin before it or later are below."""
+"""By fault: what differs from the twin in the batch `AT`. All that is not named is the same to the bit. Those that
+begin before it or later are below."""
 
 
 def make(kind, at=AT, **options):

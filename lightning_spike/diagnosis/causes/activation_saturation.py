@@ -1,14 +1,21 @@
-"""`activation_saturation`: dead ReLUs, saturated sigmoid or tanh: a bias that ran away, inputs of a layer in other units, a normalisation that was taken out.
+"""`activation_saturation`.
 
-Seen by: the share of a layer's outputs in the flat part of its activation, against the layer's own past: half of a healthy ReLU's outputs are 0. With it the gradients of the layers before
-vanish, and the loss jumps from one batch to the next after ordinary updates.
+Dead ReLUs, saturated sigmoid or tanh: a bias that ran away, inputs of a layer in other units, a normalisation that was
+taken out.
 
-Against it: layers as alive as before, also when the loss had risen already; outputs that are larger as a whole than before, though most of them are 0 (that is dropout); whatever may have damaged
+Seen by: the share of a layer's outputs in the flat part of its activation, against the layer's own past: half of a
+healthy ReLU's outputs are 0. With it the gradients of the layers before vanish, and the loss jumps from one batch to
+the next after ordinary updates.
+
+Against it: layers as alive as before, also when the loss had risen already; outputs that are larger as a whole than
+before, though most of them are 0 (that is dropout); whatever may have damaged
 the weights first: an event of the rate, an odd batch, outside writes.
 
-Thresholds: a quarter of what was alive before is left, and 80 % is flat (TheDeepChecker's rules say 85 % saturated, or half of the units dead).
+Thresholds: a quarter of what was alive before is left, and 80 % is flat (TheDeepChecker's rules say 85 % saturated, or
+half of the units dead).
 
-To do: a norm layer before the activation, or one that is not flat; the usual initialisation and a lower rate where steps killed the units.
+To do: a norm layer before the activation, or one that is not flat; the usual initialisation and a lower rate where
+steps killed the units.
 """
 
 from typing import Final
@@ -43,9 +50,11 @@ STILL_ALIVE: Final = 0.5
 UNTOUCHED: Final = 0.1
 """… and below which it was untouched."""
 SILENT: Final = 0.5
-"""Factor on an activation's outputs in an ordinary batch from which its units have practically stopped, where it is the first changed module; engineering choice."""
+"""Factor on an activation's outputs in an ordinary batch from which its units have practically stopped, where it is the
+first changed module; engineering choice."""
 DROPOUT_GROWTH: Final = 1.25
-"""Factor on the size of a layer's outputs, and of those behind it, from which the rest is larger than before: dead units take their share with them, dropout scales up by 1 / (1 - p); engineering choice."""
+"""Factor on the size of a layer's outputs, and of those behind it, from which the rest is larger than before: dead
+units take their share with them, dropout scales up by 1 / (1 - p); engineering choice."""
 RECURRENT: Final = frozenset({"RNN", "GRU", "LSTM"})
 ACTIVATIONS: Final = frozenset(
     """
@@ -156,7 +165,10 @@ RISE: Final = "rise_after_ordinary_updates"
 
 
 def _if_flat(one: Observer) -> Observer:
-    """What lies upstream is asked only where units went flat; a jump that came before they did does not speak for them."""
+    """What lies upstream is asked only where units went flat.
+
+    A jump that came before they did does not speak for them.
+    """
 
     def observe(view: EpisodeView) -> Observation | None:
         if _units_level(view) not in SPEAKING:

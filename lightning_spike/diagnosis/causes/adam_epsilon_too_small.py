@@ -1,11 +1,15 @@
-"""`adam_epsilon_too_small`: v_t near zero and eps smaller still: noise is turned into full-size updates, or 0 / 0 into NaN.
+"""`adam_epsilon_too_small`.
 
-Seen by: an epsilon that was changed to (nearly) nothing just before (finding `settings_changed`), or has been so all along; gradients far below their usual size while the update is as large as
-ever; non-finite updates while gradients and batch are finite; a replay that gives the damage to epsilon.
+V_t near zero and eps smaller still: noise is turned into full-size updates, or 0 / 0 into NaN.
+
+Seen by: an epsilon that was changed to (nearly) nothing just before (finding `settings_changed`), or has been so all
+along; gradients far below their usual size while the update is as large as ever; non-finite updates while gradients and
+batch are finite; a replay that gives the damage to epsilon.
 
 Against it: an optimizer without epsilon; one of 1e-8 or more with gradients of their usual size.
 
-Thresholds: libraries use 1e-8; a hundredth of the former value is no tuning; below 1e-12 it holds back nothing in float32. Whether v is small against epsilon does not tell: 1e-8 is far
+Thresholds: libraries use 1e-8; a hundredth of the former value is no tuning; below 1e-12 it holds back nothing in
+float32. Whether v is small against epsilon does not tell: 1e-8 is far
 below v in any healthy run.
 
 To do: eps 1e-6, or 1e-5 where gradients are that small; in half precision 1e-8 is 0.
@@ -38,9 +42,11 @@ ADVISED: Final = (1e-6, 1e-5)
 LOWERED: Final = 0.01
 """Factor on epsilon from which it was lowered, and not merely tuned; engineering choice."""
 USELESS_EPSILON: Final = 1e-12
-"""An epsilon so small stops nothing in float32: the square of a gradient of that size is near the smallest that single precision holds with all digits (1e-38 for 1e-19); engineering choice."""
+"""An epsilon so small stops nothing in float32: the square of a gradient of that size is near the smallest that single
+precision holds with all digits (1e-38 for 1e-19); engineering choice."""
 HUGE_RMS: Final = 10.0
-"""RMS of g / max(sqrt(v), eps), where 2.3 is bad (Wortsman et al. 2023), from which second moments have no hold on the update at all."""
+"""RMS of g / max(sqrt(v), eps), where 2.3 is bad (Wortsman et al. 2023), from which second moments have no hold on the
+update at all."""
 FADED: Final = 0.1
 """Factor on the usual gradient norm from which it has faded, so that the rest may be noise; engineering choice."""
 
@@ -105,7 +111,10 @@ def update_size(view: EpisodeView) -> Observation | None:
 
 @observer("epsilon", "partly epsilon", "state", "not the state")
 def epsilon_share(view: EpisodeView) -> Observation | None:
-    """The share of the damage that replay gives to epsilon; a setting that was changed counts as a change from outside there, which says nothing."""
+    """The share of the damage that replay gives to epsilon.
+
+    A setting that was changed counts as a change from outside there, which says nothing.
+    """
     if view.experiments is None:
         return None
     text = sentences.jump(view.experiments)

@@ -1,14 +1,18 @@
 """`bad_batch`: extreme, outlying or corrupt values in one or a few batches.
 
-Seen by: value statistics of the batch at the onset (maximum, spread, mean of every floating leaf) far from those of the last 128 batches; single samples with losses far
-above the batch's median; a loss that is back with the next batch; a replay in which the batch has a high loss under the old weights too.
+Seen by: value statistics of the batch at the onset (maximum, spread, mean of every floating leaf) far from those of the
+last 128 batches; single samples with losses far above the batch's median; a loss that is back with the next batch; a
+replay in which the batch has a high loss under the old weights too.
 
-Against it: ordinary values; a gradient norm that left its range some updates *before* the batch came; a replay that gives the jump to the weights.
+Against it: ordinary values; a gradient norm that left its range some updates *before* the batch came; a replay that
+gives the jump to the weights.
 
-Thresholds: the range of a statistic is that of its own history (`detectors.baseline`); a factor of 3 is clear, one of 10 is broken. Batches without a floating leaf (token ids) show no
+Thresholds: the range of a statistic is that of its own history (`detectors.baseline`); a factor of 3 is clear, one of
+10 is broken. Batches without a floating leaf (token ids) show no
 statistics; then samples, shape and replay have to tell.
 
-To do: drop or mend the samples named, clamp or normalise the leaf that left its range; clipping keeps one such batch from doing damage.
+To do: drop or mend the samples named, clamp or normalise the leaf that left its range; clipping keeps one such batch
+from doing damage.
 """
 
 from typing import Final
@@ -30,7 +34,8 @@ from lightning_spike.diagnosis.view import EpisodeView, Oddity
 from lightning_spike.records import Family
 
 CLEARLY_ODD: Final = 3.0
-"""Factor between a value and its usual one from which a batch is clearly odd: harmless augmentation stays below 2 (science.md 2b.6)."""
+"""Factor between a value and its usual one from which a batch is clearly odd: harmless augmentation stays below 2
+(science.md 2b.6)."""
 BROKEN: Final = 10.0
 """… from which it is broken: a wrong unit, a missing division, a corrupt file."""
 CONCENTRATED: Final = 5.0
@@ -148,7 +153,10 @@ def gradient_led(view: EpisodeView) -> Observation | None:
 
 @observer(*jump_after_ordinary_updates.levels, *gradient_in_range.levels)
 def jump_in_batch(view: EpisodeView) -> Observation | None:
-    """The loss jumped in the batch itself; said of values that are odd or unknown, for ordinary ones fit a hard batch as well."""
+    """The loss jumped in the batch itself.
+
+    Said of values that are odd or unknown, for ordinary ones fit a hard batch as well.
+    """
     if _oddest(view) is None and view.batch_is_known:
         return None
     return jump_after_ordinary_updates(view) or gradient_in_range(view)

@@ -1,10 +1,16 @@
-"""`bad_initialization`: weights that are far too large or too small from the start: a standard deviation of 1 where a small one was meant, a fan counted wrongly.
+"""`bad_initialization`.
 
-Seen by: the scale of the weights at the first batch against 1 / sqrt(fan-in); a first loss far above that of guessing; trouble in the first batches.
+Weights that are far too large or too small from the start: a standard deviation of 1 where a small one was meant, a fan
+counted wrongly.
 
-Against it: weights of a usual scale; trouble that came when training had gone well for long; a run that was resumed, whose weights are not initial ones.
+Seen by: the scale of the weights at the first batch against 1 / sqrt(fan-in); a first loss far above that of guessing;
+trouble in the first batches.
 
-Thresholds: the usual initialisations lie between 0.1 and 2.4 of 1 / sqrt(fan-in) (torch's default 0.58, Xavier and He up to 1.4, with the largest gain 2.4); 4 and 8 are beyond all of them. The loss of
+Against it: weights of a usual scale; trouble that came when training had gone well for long; a run that was resumed,
+whose weights are not initial ones.
+
+Thresholds: the usual initialisations lie between 0.1 and 2.4 of 1 / sqrt(fan-in) (torch's default 0.58, Xavier and He
+up to 1.4, with the largest gain 2.4); 4 and 8 are beyond all of them. The loss of
 guessing among n classes is log n.
 
 To do: the layer's default initialisation, or the factor that brings its weights there.
@@ -26,7 +32,8 @@ from lightning_spike.records import Change, EpisodeKind, Family, Finding
 USUAL_SCALE: Final = 0.58
 """Root mean square of torch's default weights over 1 / sqrt(fan-in): uniform in ±1 / sqrt(fan-in), by definition."""
 EXTREME_SCALE: Final = 8.0
-"""Scale over 1 / sqrt(fan-in) far beyond any initialisation in use; from 4 on it is found at all (`WeightMonitor`); engineering choice."""
+"""Scale over 1 / sqrt(fan-in) far beyond any initialisation in use; from 4 on it is found at all (`WeightMonitor`);
+engineering choice."""
 EARLY_BATCHES: Final = 128
 """Batches in which the initial weights may show: the loss is still on its way down; engineering choice."""
 LATE_BATCHES: Final = 512

@@ -1,15 +1,19 @@
 """`code_bug`: the training logic does not do what every training step must.
 
-Seen by: checks that hold in every sound step and were broken: gradients still there when the next backward pass begins, a module in eval mode while training, parameters that left the optimizer or
-never were in one, updates that change nothing, weights written to outside of the optimizer's step (torch's version counters saw it). Where no write was seen, the replay: whole weight tensors
-differ from those that training makes.
+Seen by: checks that hold in every sound step and were broken: gradients still there when the next backward pass begins,
+a module in eval mode while training, parameters that left the optimizer or never were in one, updates that change
+nothing, weights written to outside of the optimizer's step (torch's version counters saw it). Where no write was seen,
+the replay: whole weight tensors differ from those that training makes.
 
-Against it: none of these was found, though they were looked for; a write long before the loss rose; single elements that differ (that is the machine).
+Against it: none of these was found, though they were looked for; a write long before the loss rose; single elements
+that differ (that is the machine).
 
-Thresholds: the checks are exact. A parameter that never was in an optimizer or never had a gradient may be meant so and weighs little; so does a write around a validation, where averaged weights are
+Thresholds: the checks are exact. A parameter that never was in an optimizer or never had a gradient may be meant so and
+weighs little; so does a write around a validation, where averaged weights are
 swapped in and out.
 
-To do: the line to look at is named with the finding: `optimizer_zero_grad`, a `.eval()` without `.train()`, `configure_optimizers`, the code that writes into the weights.
+To do: the line to look at is named with the finding: `optimizer_zero_grad`, a `.eval()` without `.train()`,
+`configure_optimizers`, the code that writes into the weights.
 """
 
 import dataclasses
@@ -28,9 +32,11 @@ from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import Change, EpisodeKind, Family, Finding
 
 AT_ONCE: Final = 2
-"""Batches from a write into the weights to the first loss that shows it: one, and one more where it was small; engineering choice."""
+"""Batches from a write into the weights to the first loss that shows it: one, and one more where it was small;
+engineering choice."""
 WHOLE_TENSOR_SHARE: Final = 0.25
-"""Share of the elements of the tensors concerned from which whole tensors were written; a fault of the memory hits single ones; engineering choice."""
+"""Share of the elements of the tensors concerned from which whole tensors were written; a fault of the memory hits
+single ones; engineering choice."""
 NAMED: Final = 3
 """Names listed; engineering choice."""
 CHECKS: Final = ("update_rms", "momentum_cosine", "update_norm", "update_norm/none")
@@ -130,7 +136,10 @@ def _no_gradient(view: EpisodeView) -> Bug | None:
 
 
 def _no_update(view: EpisodeView) -> Bug | None:
-    """Steps that a loss scaler skips change nothing either, and low-precision weights lose small updates in rounding: both have another cause."""
+    """Steps that a loss scaler skips change nothing either, and low-precision weights lose small updates in rounding.
+
+    Both have another cause.
+    """
     found = earlier(view, "optimizer", "no_update")
     if found is None:
         return None

@@ -1,13 +1,17 @@
 """`data_drift`: the input distribution moves: augmentation gone extreme, a new source, a changed normalisation.
 
-Seen by: mean, spread or maximum of an input outside its earlier range, on one side, in at least eight batches in a row that begin before or with the trouble, and stay there; the moving
-average of the inputs far from where the run began (for tokens: of how often each occurs). The loss rises with it, over some batches.
+Seen by: mean, spread or maximum of an input outside its earlier range, on one side, in at least eight batches in a row
+that begin before or with the trouble, and stay there; the moving average of the inputs far from where the run began
+(for tokens: of how often each occurs). The loss rises with it, over some batches.
 
-Against it: inputs in their range; one odd batch; values that come back or cross over to the other side, as in a stretch that came sorted.
+Against it: inputs in their range; one odd batch; values that come back or cross over to the other side, as in a stretch
+that came sorted.
 
-Thresholds: the range is that of up to 128 batches that end 48 before the onset, for what moves slowly has spoilt the nearer ones.
+Thresholds: the range is that of up to 128 batches that end 48 before the onset, for what moves slowly has spoilt the
+nearer ones.
 
-To do: find what changed at the step where the move began; limit the augmentation, or normalise by each source's own mean and spread.
+To do: find what changed at the step where the move began; limit the augmentation, or normalise by each source's own
+mean and spread.
 """
 
 import sys
@@ -39,13 +43,16 @@ from lightning_spike.records import Change, Family, Moment
 from lightning_spike.store import TrainerStateStore
 
 MIN_BATCHES_IN_A_ROW: Final = 8
-"""Batches on one side of the earlier range from which the data have moved, and it is no bad batch (science.md 2b.6: the same sign in at least eight)."""
+"""Batches on one side of the earlier range from which the data have moved, and it is no bad batch (science.md 2b.6: the
+same sign in at least eight)."""
 BATCHES_AFTER: Final = 32
 """Batches after the onset that are looked at, to see whether it stays; engineering choice."""
 MOVED_ERRORS: Final = 6.0
-"""Standard errors of the moving average from which the inputs have moved; without a fault it stays below over several epochs (test of `DataMonitor`); engineering choice …"""
+"""Standard errors of the moving average from which the inputs have moved; without a fault it stays below over several
+epochs (test of `DataMonitor`); engineering choice …"""
 SURELY_MOVED_ERRORS: Final = 12.0
-"""… and from which one bad stretch cannot have done it: what a batch adds is cut off, so that eight of them in a row make nine."""
+"""… and from which one bad stretch cannot have done it: what a batch adds is cut off, so that eight of them in a row
+make nine."""
 FARTHER_THAN_BEFORE: Final = 2.0
 """… and times as far as ever before."""
 LATE_PEAK_SHARE: Final = 0.75

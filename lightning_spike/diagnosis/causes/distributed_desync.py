@@ -1,13 +1,16 @@
 """`distributed_desync`: the ranks of a training no longer hold the same weights, or did not average the same gradients.
 
-Seen by: checksums of every parameter and of every averaged gradient, exchanged between the ranks every few batches, that are not equal; ranks that are at different steps or learning rates.
+Seen by: checksums of every parameter and of every averaged gradient, exchanged between the ranks every few batches,
+that are not equal; ranks that are at different steps or learning rates.
 
 Against it: one process; ranks that were compared and were equal before the trouble and after it.
 
-Thresholds: none; under DDP weights and averaged gradients are equal to the bit. They may have parted any time after the last look at which they were equal, so an episode from then on may be
+Thresholds: none; under DDP weights and averaged gradients are equal to the bit. They may have parted any time after the
+last look at which they were equal, so an episode from then on may be
 theirs. A loss that stands out on one rank may be its data, and weighs little.
 
-To do: with gradients that differ, find what keeps DDP from averaging; with weights alone, code that writes on some ranks only. Go on from a checkpoint of when they were equal.
+To do: with gradients that differ, find what keeps DDP from averaging; with weights alone, code that writes on some
+ranks only. Go on from a checkpoint of when they were equal.
 """
 
 from typing import Final

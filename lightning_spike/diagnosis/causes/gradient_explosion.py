@@ -1,11 +1,15 @@
 """`gradient_explosion`: gradients grow through depth or time with no other cause upstream, unclipped.
 
-Seen by: a gradient norm far out of its range in updates *before* the loss rose, with an ordinary batch and an ordinary learning rate.
+Seen by: a gradient norm far out of its range in updates *before* the loss rose, with an ordinary batch and an ordinary
+learning rate.
 
-Against it: norms in their range until the loss itself jumped (then they are its symptom); clipping by norm that was on; Adam and the like, whose step one large gradient cannot
-lengthen, unless the lab finds that it did its harm out of the state; a loss that was back at once. Whatever lies upstream (a bad batch, a restart, a rate too high) takes its evidence away.
+Against it: norms in their range until the loss itself jumped (then they are its symptom); clipping by norm that was on;
+Adam and the like, whose step one large gradient cannot lengthen, unless the lab finds that it did its harm out of the
+state; a loss that was back at once. Whatever lies upstream (a bad batch, a restart, a rate too high) takes its evidence
+away.
 
-Thresholds: out of range is by the norms' own history on the log scale; 10 times the usual norm is an explosion (AUTOTRAINER and TheDeepChecker use absolute values, which do not carry
+Thresholds: out of range is by the norms' own history on the log scale; 10 times the usual norm is an explosion
+(AUTOTRAINER and TheDeepChecker use absolute values, which do not carry
 over between models; science.md 2.2).
 
 To do: clip at a value taken from the healthy norms; look at the parameter that grew most.
@@ -36,16 +40,21 @@ from lightning_spike.diagnosis.view import EpisodeView, Excess
 from lightning_spike.records import Change, Family
 
 LARGE: Final = 3.0
-"""Times its usual norm from which a gradient is large: what an outlier of a batch may well bring; engineering choice."""
+"""Times its usual norm from which a gradient is large: what an outlier of a batch may well bring; engineering
+choice."""
 FACTORS: Final = ((100.0, "100-fold"), (50.0, "50-fold"), (EXPLODED, "10-fold"), (LARGE, "3-fold"))
 """Factors over the usual norm, by level."""
 ADAPTIVE: Final = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad")
-"""Optimizers whose step a single large gradient cannot lengthen beyond about three times (Kingma & Ba: at most (1 - b1) / sqrt(1 - b2))."""
+"""Optimizers whose step a single large gradient cannot lengthen beyond about three times (Kingma & Ba: at most (1 - b1)
+/ sqrt(1 - b2))."""
 
 
 @observer("100-fold", "50-fold", "10-fold", "3-fold", "somewhat", "non-finite", "with the loss")
 def gradient_before(view: EpisodeView) -> Observation | None:
-    """How far the gradient norm was out of its range before the loss rose; a non-finite norm is no step at all, but a NaN."""
+    """How far the gradient norm was out of its range before the loss rose.
+
+    A non-finite norm is no step at all, but a NaN.
+    """
     lead = early_gradient(view)
     excess = lead if lead is not None else view.excess("grad_norm", view.onset)
     if excess is None or not excess.above:
@@ -104,7 +113,10 @@ def rate(view: EpisodeView) -> Observation | None:
 
 @observer("holds the exploded gradient")
 def optimizer_state(view: EpisodeView) -> Observation | None:
-    """Damage that the experiments give to the optimizer's state, in later updates than that of the exploded gradient: that gradient is in the state."""
+    """Damage that the experiments give to the optimizer's state, in later updates than that of the exploded gradient.
+
+    That gradient is in the state.
+    """
     held = view.once(_in_state)
     if held is None or view.experiments is None:
         return None

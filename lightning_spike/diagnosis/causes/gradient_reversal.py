@@ -1,7 +1,9 @@
-"""`gradient_reversal`: gradients point up the loss that they were made from: a term with the wrong sign, a hook, a loss that is maximised.
+"""`gradient_reversal`.
 
-Seen by: by experiment, a step down the update's own gradient, however short, raises the loss of its own batch, while the same step of an earlier update lowered it (slope below 0,
-science.md 2.3).
+Gradients point up the loss that they were made from: a term with the wrong sign, a hook, a loss that is maximised.
+
+Seen by: by experiment, a step down the update's own gradient, however short, raises the loss of its own batch, while
+the same step of an earlier update lowered it (slope below 0, science.md 2.3).
 
 Against it: a slope of about 1, or none measured.
 

@@ -1,13 +1,18 @@
-"""`gradient_vanishing`: gradients die out through depth: too many sigmoids in a row, without normalisation or residuals.
+"""`gradient_vanishing`.
 
-Seen by: the finding `vanished`: gradient norms of some layers have fallen to a fraction of their own past, far more than those of others, while the loss is no lower; by experiment,
-that with the weights and batches of before the gradient now falls off a hundred times as much from one module to an earlier one.
+Gradients die out through depth: too many sigmoids in a row, without normalisation or residuals.
 
-Against it: gradients in their range; damage that came with a long step, an odd batch or outside writes. Units that went flat first are its cause.
+Seen by: the finding `vanished`: gradient norms of some layers have fallen to a fraction of their own past, far more
+than those of others, while the loss is no lower; by experiment, that with the weights and batches of before the
+gradient now falls off a hundred times as much from one module to an earlier one.
+
+Against it: gradients in their range; damage that came with a long step, an odd batch or outside writes. Units that went
+flat first are its cause.
 
 Thresholds: see `detectors.layer_falls`; a thousandth is AUTOTRAINER's.
 
-To do: norm layers or residual connections around the layers that get no gradient; ReLU or GELU in place of sigmoids; He or Xavier initialisation.
+To do: norm layers or residual connections around the layers that get no gradient; ReLU or GELU in place of sigmoids; He
+or Xavier initialisation.
 """
 
 import math
@@ -23,13 +28,16 @@ from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import Change, EpisodeKind, Family, Finding
 
 BATCHES_AROUND: Final = 96
-"""Batches around the onset in which the finding is looked for: it takes twice 16 rows, and up to 16 more to begin; engineering choice."""
+"""Batches around the onset in which the finding is looked for: it takes twice 16 rows, and up to 16 more to begin;
+engineering choice."""
 NOT_VANISHED: Final = 0.5
 """A gradient above this fraction of its usual norm has not vanished; engineering choice."""
 STEEP_FALL: Final = 100.0
-"""Times as much as before that the gradient falls off between two modules by experiment, from which layers in between swallow it; engineering choice."""
+"""Times as much as before that the gradient falls off between two modules by experiment, from which layers in between
+swallow it; engineering choice."""
 FAR_FALL: Final = 1000.0
-"""Times that the norm has fallen from which a layer learns nothing any more (AUTOTRAINER's ratio of the first layer and the last)."""
+"""Times that the norm has fallen from which a layer learns nothing any more (AUTOTRAINER's ratio of the first layer and
+the last)."""
 
 
 @observer("steep")

@@ -1,11 +1,13 @@
 """`hard_sample_streak`: order sensitivity: hard or one-sided samples in a row, a sorted or unshuffled stretch.
 
-Seen by: several batches in a row whose targets are less mixed than those of any earlier batch: fewer classes, a lower entropy; for numeric targets a smaller spread within the
-batch. Each sample may be healthy; the order is not. The trouble comes during such a stretch or just after it, when the model has forgotten the rest.
+Seen by: several batches in a row whose targets are less mixed than those of any earlier batch: fewer classes, a lower
+entropy; for numeric targets a smaller spread within the batch. Each sample may be healthy; the order is not. The
+trouble comes during such a stretch or just after it, when the model has forgotten the rest.
 
 Against it: targets as mixed as before; a single such batch.
 
-Thresholds: the range is that of up to 128 batches that end 48 before the onset. Targets that are neither classes nor numbers cannot be judged.
+Thresholds: the range is that of up to 128 batches that end 48 before the onset. Targets that are neither classes nor
+numbers cannot be judged.
 
 To do: shuffle, with a buffer longer than the stretch; where the order is wanted, mix in samples from before.
 """

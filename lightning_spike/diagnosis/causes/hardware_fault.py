@@ -1,14 +1,18 @@
 """`hardware_fault`: the same inputs do not give the same result: a transient error of the machine, a flipped bit.
 
-Seen by: the replay, which with the same batches, learning rates and random states does not have the jump; no write was seen; and of the tensors compared: single weights that are a power of two times
-their former value (one bit of the exponent or the sign), or weights that were the same up to the very batch whose loss differs.
+Seen by: the replay, which with the same batches, learning rates and random states does not have the jump; no write was
+seen; and of the tensors compared: single weights that are a power of two times their former value (one bit of the
+exponent or the sign), or weights that were the same up to the very batch whose loss differs.
 
-Against it: a jump that the replay has too; a write into weights or state that was seen; whole tensors that differ, which is what code does.
+Against it: a jump that the replay has too; a write into weights or state that was seen; whole tensors that differ,
+which is what code does.
 
-Thresholds: the replay agrees to the bit on the CPU and to rounding elsewhere until something happens. A write through `.data` moves no version counter and can look the same; it is rarer in
+Thresholds: the replay agrees to the bit on the CPU and to rounding elsewhere until something happens. A write through
+`.data` moves no version counter and can look the same; it is rarer in
 single elements.
 
-To do: run the same stretch on this device and on another; check the device's error counters; go back to a checkpoint from before.
+To do: run the same stretch on this device and on another; check the device's error counters; go back to a checkpoint
+from before.
 """
 
 from typing import Final
@@ -26,11 +30,14 @@ from lightning_spike.experiments import OutsideChange
 from lightning_spike.records import Change, Family
 
 SINGLE_ELEMENTS_SHARE: Final = 0.25
-"""Share of the elements of the tensors concerned up to which single ones were hit; code writes whole tensors; engineering choice."""
+"""Share of the elements of the tensors concerned up to which single ones were hit; code writes whole tensors;
+engineering choice."""
 FLIPPED_SHARE: Final = 0.75
-"""Share of the changed elements that must differ by a power of two: of numbers changed in any other way one in two hundred does by chance; engineering choice."""
+"""Share of the changed elements that must differ by a power of two: of numbers changed in any other way one in two
+hundred does by chance; engineering choice."""
 GIANT_WEIGHT: Final = 1e18
-"""A weight that training cannot make from a usual one: sqrt of the largest float32, beyond which a square overflows. A flip of the top bit of the exponent makes a weight 1e38 times as large; engineering choice."""
+"""A weight that training cannot make from a usual one: sqrt of the largest float32, beyond which a square overflows. A
+flip of the top bit of the exponent makes a weight 1e38 times as large; engineering choice."""
 USUAL_WEIGHT: Final = 1e6
 """… where the largest weight was below this before."""
 BUGS: Final = ("not_zeroed", "not_optimized", "settings_changed")

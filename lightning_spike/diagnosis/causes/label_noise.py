@@ -1,11 +1,14 @@
 """`label_noise`: wrong or shuffled labels in one or several batches.
 
-Seen by: a batch with a high loss under the weights from before too, though its inputs are ordinary, and so are the activations that they cause; many of its samples have losses higher
-than any of an ordinary batch; with classes, a loss even higher than that of a class-prior predictor: the model is confident, and the labels disagree.
+Seen by: a batch with a high loss under the weights from before too, though its inputs are ordinary, and so are the
+activations that they cause; many of its samples have losses higher than any of an ordinary batch; with classes, a loss
+even higher than that of a class-prior predictor: the model is confident, and the labels disagree.
 
-Against it: inputs out of their range; outputs of a module many times their usual size, for labels do not enter the forward pass; a replay that gives the jump to the weights; few samples alone.
+Against it: inputs out of their range; outputs of a module many times their usual size, for labels do not enter the
+forward pass; a replay that gives the jump to the weights; few samples alone.
 
-Thresholds: ranges are those of the run's own batches; a class-prior predictor pays the entropy of the classes in ordinary batches.
+Thresholds: ranges are those of the run's own batches; a class-prior predictor pays the entropy of the classes in
+ordinary batches.
 
 To do: correct the labels of the samples named, or leave them out; look at how labels are joined to samples.
 """
@@ -38,9 +41,11 @@ from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import Family
 
 CLEARLY_ODD_INPUT: Final = 2.0
-"""Factor between a statistic of the input and its usual value from which the input is odd: harmless augmentation stays below (science.md 2b.6)."""
+"""Factor between a statistic of the input and its usual value from which the input is odd: harmless augmentation stays
+below (science.md 2b.6)."""
 MANY_SAMPLES_SHARE: Final = 0.25
-"""Share of the samples with a higher loss than any of an ordinary batch from which it is not one bad sample; engineering choice."""
+"""Share of the samples with a higher loss than any of an ordinary batch from which it is not one bad sample;
+engineering choice."""
 MIN_SAMPLES_FOR_SHARE: Final = 4
 """Samples without which such a share says nothing; engineering choice."""
 OVERSIZED_OUTPUTS: Final = 5.0
@@ -120,7 +125,10 @@ def _suspect_samples(view: EpisodeView) -> Observation | None:
 
 @observer("oversized", "ordinary")
 def _activations(view: EpisodeView) -> Observation | None:
-    """Whether the inputs are ordinary to the network itself: no module's outputs changed, or one's blew up, which labels cannot cause."""
+    """Whether the inputs are ordinary to the network itself.
+
+    No module's outputs changed, or one's blew up, which labels cannot cause.
+    """
     found = None if view.experiments is None else view.experiments.modules
     if found is None:
         return None

@@ -1,9 +1,11 @@
 """`loss_scaling`: in mixed precision the loss scale is far too large, so that updates are skipped, or far too small, so that gradients underflow.
 
-Seen by: a scale that moved by more than a scaler moves it; three and more of a hundred updates skipped while the loss was finite; a scale below 1; gradients that are suddenly all 0 in half
-precision; a replay in float32, in which the damage is not done.
+Seen by: a scale that moved by more than a scaler moves it; three and more of a hundred updates skipped while the loss
+was finite; a scale below 1; gradients that are suddenly all 0 in half precision; a replay in float32, in which the
+damage is not done.
 
-Against it: a run without a gradient scaler (float32, bfloat16); none of the above. Skipped updates while the loss itself is not finite are a symptom.
+Against it: a run without a gradient scaler (float32, bfloat16); none of the above. Skipped updates while the loss
+itself is not finite are a symptom.
 
 Thresholds: one skipped update in 2,000 is usual (science.md 2.4); torch's scaler moves by factors of 2.
 
@@ -26,7 +28,8 @@ from lightning_spike.records import Change, EpisodeKind, Family, Finding
 KINDS: Final = ("scale_leapt", "scale_too_low", "often_skipped")
 """Findings of the detector "precision", the most telling first."""
 LOST_SHARE: Final = 0.5
-"""Share of the gradients' entries that are 0 or have lost digits from which they are lost in half precision; engineering choice …"""
+"""Share of the gradients' entries that are 0 or have lost digits from which they are lost in half precision;
+engineering choice …"""
 LOST_MORE: Final = 0.3
 """… if it is so much more than usual: a sparse model has zeros all along."""
 INITIAL_SCALE: Final = 65536.0

@@ -1,12 +1,13 @@
 """`lr_restart`: a periodic schedule comes back up: a cosine warm restart, the peak of a cyclic schedule.
 
-Seen by: the learning rate rising by its schedule (finding `restart` or `cyclic_peak`) at most a few updates before the loss; episodes that follow one restart after the other; a scheduler
-that is known to be periodic.
+Seen by: the learning rate rising by its schedule (finding `restart` or `cyclic_peak`) at most a few updates before the
+loss; episodes that follow one restart after the other; a scheduler that is known to be periodic.
 
-Against it: no such event near; earlier restarts of the same height that the run tolerated; a loss that was out of its range for a single batch, so that no weights were damaged; a replay
-that gives the jump to the batch.
+Against it: no such event near; earlier restarts of the same height that the run tolerated; a loss that was out of its
+range for a single batch, so that no weights were damaged; a replay that gives the jump to the batch.
 
-Thresholds: within 4 batches the event is nearly certain to be the cause, within 16 likely; a rate that has stayed up counts for 64. A step is never blamed on an update that came after it.
+Thresholds: within 4 batches the event is nearly certain to be the cause, within 16 likely; a rate that has stayed up
+counts for 64. A step is never blamed on an update that came after it.
 
 To do: lower the peak to a rate that this run has tolerated, let peaks decay, or restart less often.
 """

@@ -1,13 +1,16 @@
 """`lr_scheduler_fault`: the schedule jumps where no schedule should: a bug, a wrong interval, a bad resume, user code.
 
-Seen by: a learning rate that rose by more than any configured schedule explains, or that is not finite, at most a few updates before the loss (findings `unexplained_jump`, `nonfinite`). A schedule
-that counts batches where epochs were meant (finding `wrong_interval`) is one too, though each of its moves is by design.
+Seen by: a learning rate that rose by more than any configured schedule explains, or that is not finite, at most a few
+updates before the loss (findings `unexplained_jump`, `nonfinite`). A schedule that counts batches where epochs were
+meant (finding `wrong_interval`) is one too, though each of its moves is by design.
 
-Against it: no such event near; a loss that was out of its range for a single batch; a replay that gives the jump to the batch. A restart by schedule is `lr_restart`.
+Against it: no such event near; a loss that was out of its range for a single batch; a replay that gives the jump to the
+batch. A restart by schedule is `lr_restart`.
 
 Thresholds: as `lr_restart`; a rate up by a factor of 2 in one update is an event (science.md 2.2).
 
-To do: find what set the rate; the value that the schedule had before is named. Check `interval` ("step" or "epoch") and what a resume restored.
+To do: find what set the rate; the value that the schedule had before is named. Check `interval` ("step" or "epoch") and
+what a resume restored.
 """
 
 from typing import Final

@@ -1,15 +1,18 @@
 """`lr_too_high`: the step size is beyond what the loss surface bears, with no event of the schedule to blame.
 
-Seen by: steps that do not keep what their gradients promise, by experiment, or that change the weights by a percent and more of their size all along; a loss that grows over
-several batches and does not come back, or swings; several episodes under one rate; noise that grows, or a level that had stopped falling, before the onset; a rate at its highest so far;
+Seen by: steps that do not keep what their gradients promise, by experiment, or that change the weights by a percent and
+more of their size all along; a loss that grows over several batches and does not come back, or swings; several episodes
+under one rate; noise that grows, or a level that had stopped falling, before the onset; a rate at its highest so far;
 ordinary batches; a replay that gives the jump to the weights.
 
-Against it: a restart or a jump of the rate just before (it has its own cause); a rate half as high as one that the run tolerated at the same level of the loss; a loss that was
-back with the next batch; an odd batch.
+Against it: a restart or a jump of the rate just before (it has its own cause); a rate half as high as one that the run
+tolerated at the same level of the loss; a loss that was back with the next batch; an odd batch.
 
-Thresholds: a chronically high rate hardly shows in one step (science.md 2.3), so this is judged by trend and by what is *not* there; no single observation is decisive.
+Thresholds: a chronically high rate hardly shows in one step (science.md 2.3), so this is judged by trend and by what is
+*not* there; no single observation is decisive.
 
-To do: lower the rate to what the run was used to or has tolerated, else to where its updates are of a healthy length (`fixes.lower_peak`).
+To do: lower the rate to what the run was used to or has tolerated, else to where its updates are of a healthy length
+(`fixes.lower_peak`).
 """
 
 import math
@@ -50,13 +53,16 @@ from lightning_spike.records import Change, EpisodeKind, Family, Recovery
 from lightning_spike.store import TrainerStateStore
 
 TOLERATED_FACTOR: Final = 2.0
-"""A rate so many times higher that the run has tolerated, at this level of the loss, clears the present one; engineering choice."""
+"""A rate so many times higher that the run has tolerated, at this level of the loss, clears the present one;
+engineering choice."""
 HIGHEST_FACTOR: Final = 1.05
 """A rate so many times the highest tolerated one is higher than ever; engineering choice."""
 NOISE_GROWTH: Final = 2.0
-"""Growth of the loss's noise, in the loss's own unit, over the last quarter of the reference that speaks of swings across a valley (edge of stability: Cohen et al. 2022)."""
+"""Growth of the loss's noise, in the loss's own unit, over the last quarter of the reference that speaks of swings
+across a valley (edge of stability: Cohen et al. 2022)."""
 LEVEL_ROSE: Final = 1.2
-"""Level just before the episode over the best level of the run from which training was going backwards already; engineering choice."""
+"""Level just before the episode over the best level of the run from which training was going backwards already;
+engineering choice."""
 LEVEL_FELL: Final = 0.8
 """Level of the loss over the one before below which training went on all the same; engineering choice."""
 LEVEL_BATCHES: Final = 32
@@ -240,7 +246,10 @@ def steps(view: EpisodeView) -> Observation | None:
 
 @observer("in range", "10-fold at once", "100-fold at once", "1000-fold at once")
 def _gradient_growth(view: EpisodeView) -> Observation | None:
-    """A step that is too long lets gradient and loss grow together; a gradient that exploded from one update to the next came first."""
+    """A step that is too long lets gradient and loss grow together.
+
+    A gradient that exploded from one update to the next came first.
+    """
     above = [e for e in gradient_norms(view, view.onset - REACH, view.onset - 1) if e.above]
     if not above:
         return None if view.transient or view.sudden or not steady_rate(view) else gradient_in_range(view)

@@ -1,12 +1,17 @@
-"""`momentum_reversal`: accumulated momentum points against the present gradient, and carries the weights on where the gradient has turned.
+"""`momentum_reversal`.
 
-Seen by: a momentum that was changed to nearly 1 just before (finding `settings_changed`); a cosine between momentum and gradient below -0.3 and below nearly all of the run's own, just before the
-loss rose; a step that went up the gradients of the batches before; a replay that gives the damage to the momentum.
+Accumulated momentum points against the present gradient, and carries the weights on where the gradient has turned.
 
-Against it: an optimizer without momentum; a cosine in its range; a replay that clears the optimizer's state, or one after a gradient that exploded, which is then in the state. Gradients that
-themselves point up their loss are `gradient_reversal`.
+Seen by: a momentum that was changed to nearly 1 just before (finding `settings_changed`); a cosine between momentum and
+gradient below -0.3 and below nearly all of the run's own, just before the loss rose; a step that went up the gradients
+of the batches before; a replay that gives the damage to the momentum.
 
-Thresholds: science.md 2.3. The cosine is looked at every tenth update, so that a short turn can pass between two looks; that none was seen weighs little then.
+Against it: an optimizer without momentum; a cosine in its range; a replay that clears the optimizer's state, or one
+after a gradient that exploded, which is then in the state. Gradients that themselves point up their loss are
+`gradient_reversal`.
+
+Thresholds: science.md 2.3. The cosine is looked at every tenth update, so that a short turn can pass between two looks;
+that none was seen weighs little then.
 
 To do: a lower momentum, or an empty one from before the turn; lower the rate or clip where gradients turn often.
 """
@@ -34,7 +39,8 @@ from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import Change, EpisodeKind, Family
 
 HIGH_MOMENTUM: Final = 0.99
-"""A momentum from which weights run on for a hundred steps, 1 / (1 - beta); usual are 0.9 and, with large batches, 0.95; engineering choice."""
+"""A momentum from which weights run on for a hundred steps, 1 / (1 - beta); usual are 0.9 and, with large batches,
+0.95; engineering choice."""
 USUAL_MOMENTUM: Final = 0.9
 """Momentum of nearly all recipes (Kingma & Ba 2015); what to go back to."""
 LONGER_MEMORY: Final = 2.0
@@ -44,9 +50,11 @@ OPPOSED_COSINE: Final = -0.3
 MIN_COSINES: Final = 8
 """Healthy cosines without which none is called odd; engineering choice."""
 RARE_QUANTILE: Final = 0.02
-"""Quantile of the healthy cosines that an odd one lies below: near a minimum the cosine is about 0 and scatters; engineering choice."""
+"""Quantile of the healthy cosines that an odd one lies below: near a minimum the cosine is about 0 and scatters;
+engineering choice."""
 SHOWS_WITHIN: Final = 64
-"""Batches after a momentum was raised in which it shows: it swings up over its memory of a hundred updates and more; engineering choice."""
+"""Batches after a momentum was raised in which it shows: it swings up over its memory of a hundred updates and more;
+engineering choice."""
 
 
 @observer("none")
@@ -113,10 +121,13 @@ def direction(view: EpisodeView) -> Observation | None:
     "steps, momentum raised", "undecided", "refuted",
 )  # fmt: skip
 def state_share(view: EpisodeView) -> Observation | None:
-    """The share of the jump that replay gives to the optimizer's state; where the momentum itself was changed, replay takes that for the baseline and finds long steps.
+    """The share of the jump that replay gives to the optimizer's state.
 
-    Gradients that point the other way for a while look like steps that are too long all the time, so that the damaging update's own share of the state refutes nothing then; but it
-    shows little either, for too high a rate swings momentum up just so.
+    Where the momentum itself was changed, replay takes that for the baseline and finds long steps.
+
+    Gradients that point the other way for a while look like steps that are too long all the time, so that the damaging
+    update's own share of the state refutes nothing then; but it shows little either, for too high a rate swings
+    momentum up just so.
     """
     if not view.shares or view.experiments is None:
         return None

@@ -1,9 +1,10 @@
 """`nonfinite_input`: NaN or Inf already in the batch: preprocessing, augmentation, the files.
 
-Seen by: the count of non-finite values in the batch at the onset, 0 in healthy batches; a loss that is not finite at once; the lab's search for the first non-finite value, which
-ends at the input.
+Seen by: the count of non-finite values in the batch at the onset, 0 in healthy batches; a loss that is not finite at
+once; the lab's search for the first non-finite value, which ends at the input.
 
-Against it: a batch whose values are all finite, or in which NaN is usual (it stands for "missing" and the model knows); an origin inside the model.
+Against it: a batch whose values are all finite, or in which NaN is usual (it stands for "missing" and the model knows);
+an origin inside the model.
 
 Thresholds: none; the count is exact. One NaN that no healthy batch has is evidence of more than a hundred to one.
 

@@ -1,12 +1,16 @@
-"""`numerical_instability`: a non-finite or huge value is born inside the model or loss: log(0), exp overflow, x / 0, sqrt at 0.
+"""`numerical_instability`.
 
-Seen by: a loss that was in its range and is not finite in the next batch, though the batch itself is finite; a gradient that is not finite while the loss still is (born in the backward pass); the
-lab's run of that batch, which names the module and the operation.
+A non-finite or huge value is born inside the model or loss: log(0), exp overflow, x / 0, sqrt at 0.
 
-Against it: NaN or Inf in the batch; a loss or gradient that grew over several batches first (then weights ran away, and overflow is the end of it); an event of the learning rate, which
-takes this evidence away.
+Seen by: a loss that was in its range and is not finite in the next batch, though the batch itself is finite; a gradient
+that is not finite while the loss still is (born in the backward pass); the lab's run of that batch, which names the
+module and the operation.
 
-Thresholds: none but finiteness; a finite loss counts from 10,000 times its level in an ordinary batch, or where control batches with the weights of before differ by as much.
+Against it: NaN or Inf in the batch; a loss or gradient that grew over several batches first (then weights ran away, and
+overflow is the end of it); an event of the learning rate, which takes this evidence away.
+
+Thresholds: none but finiteness; a finite loss counts from 10,000 times its level in an ordinary batch, or where control
+batches with the weights of before differ by as much.
 
 To do: the safe form of the operation with an epsilon that suits the precision; back to a checkpoint from before.
 """
@@ -26,7 +30,8 @@ from lightning_spike.experiments import FirstNonFinite
 from lightning_spike.records import Change, EpisodeKind, Family
 
 HUGE_LOSS: Final = 1e4
-"""Factor over the loss before from which a finite loss in an ordinary batch may come from an operation (x / ~0, exp), not from training; engineering choice."""
+"""Factor over the loss before from which a finite loss in an ordinary batch may come from an operation (x / ~0, exp),
+not from training; engineering choice."""
 SAFE_FORMS: Final = {
     "log": "replace torch.log(x) by torch.log(x.clamp_min({eps:g})), or use log_softmax / logsigmoid",
     "div": "replace a / b by a / b.clamp_min({eps:g})",
@@ -126,7 +131,10 @@ BIRTH: Final = first_of("birth", _blown_up_module, _backward, _nonfinite_loss, _
 
 @observer("in the model", "in the model, weights of the onset", "in the input")
 def origin(view: EpisodeView) -> Observation | None:
-    """Where the lab found the first non-finite value; where only the weights of the onset give it, what made them so came before."""
+    """Where the lab found the first non-finite value.
+
+    Where only the weights of the onset give it, what made them so came before.
+    """
     found = _first_nonfinite(view)
     if found is None:
         return None

@@ -1,14 +1,21 @@
-"""`optimizer_state_corruption`: the optimizer's state changed other than by its own step: a shard restored in other units or another order, a torn write, code that rescales it.
+"""`optimizer_state_corruption`.
 
-Seen by: torch's version counters, which say that momenta or second moments were written to in place while the optimizer did not step (finding `outside_writes`, `optimizer_state`), a batch or two
-before the loss rose; a replay without the write in which the loss stays where it was; the experiment that finds the state changed, and not the weights. The write alone
-shows it too, where the loss has tolerated it.
+The optimizer's state changed other than by its own step: a shard restored in other units or another order, a torn
+write, code that rescales it.
 
-Against it: no write, though that was watched; a write long before the loss rose; the same write every so often, as by code that resets momenta on purpose.
+Seen by: torch's version counters, which say that momenta or second moments were written to in place while the optimizer
+did not step (finding `outside_writes`, `optimizer_state`), a batch or two before the loss rose; a replay without the
+write in which the loss stays where it was; the experiment that finds the state changed, and not the weights. The write
+alone shows it too, where the loss has tolerated it.
 
-Thresholds: the check is exact; that a write comes two batches before the loss by chance is as rare as such writes are. Writes of a rollback or a resume are not counted.
+Against it: no write, though that was watched; a write long before the loss rose; the same write every so often, as by
+code that resets momenta on purpose.
 
-To do: take the state back from the last snapshot before the write, or begin with an empty one; find the code that writes: the tensors and the steps between are named.
+Thresholds: the check is exact; that a write comes two batches before the loss by chance is as rare as such writes are.
+Writes of a rollback or a resume are not counted.
+
+To do: take the state back from the last snapshot before the write, or begin with an empty one; find the code that
+writes: the tensors and the steps between are named.
 """
 
 from typing import Final
@@ -25,9 +32,11 @@ from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import Change, EpisodeKind, Family, Finding
 
 AT_ONCE: Final = 2
-"""Batches from a write into the state to the first loss that shows it: the update after it, and one more where it was small; engineering choice."""
+"""Batches from a write into the state to the first loss that shows it: the update after it, and one more where it was
+small; engineering choice."""
 MAX_HABITUAL_WRITES: Final = 2
-"""Writes in a run above which they are a practice, as a regular reset of the momentum, and show nothing alone; engineering choice."""
+"""Writes in a run above which they are a practice, as a regular reset of the momentum, and show nothing alone;
+engineering choice."""
 STATE: Final = ("optimizer", "momentum_or_gradient")
 """What the experiment finds to be changed where it is the state, or may be."""
 SNAPSHOT: Final = "snapshot/finite"
@@ -90,7 +99,10 @@ def changed(view: EpisodeView) -> Observation | None:
 
 @observer("later updates only")
 def examined_updates(view: EpisodeView) -> Observation | None:
-    """An attribution of later updates refutes no write before them: its harm was done, and the state made up of new gradients again."""
+    """An attribution of later updates refutes no write before them.
+
+    Its harm was done, and the state made up of new gradients again.
+    """
     found = view.once(_write)
     attribution = None if view.experiments is None else view.experiments.attribution
     if found is None or attribution is None or not view.shares:

@@ -1,11 +1,14 @@
 """`overfitting`: training loss falls while validation loss rises, so that the model knows its training set by heart and small changes of the data hit hard.
 
-Seen by: the finding `gap_growing` (the smoothed validation loss has risen in several validations in a row while the training loss went on falling) and the validation curve itself.
+Seen by: the finding `gap_growing` (the smoothed validation loss has risen in several validations in a row while the
+training loss went on falling) and the validation curve itself.
 
-Against it: a training loss that rose as well (then something hit both); too few validations. A spike of the *training* loss is never called overfitting alone: the validation must
-have turned before the onset, and even then it weighs little.
+Against it: a training loss that rose as well (then something hit both); too few validations. A spike of the *training*
+loss is never called overfitting alone: the validation must have turned before the onset, and even then it weighs
+little.
 
-Thresholds: Prechelt's criteria (science.md 5); 5 % above the best is clear. Double descent and better calibrated accuracy exist, so this says that the gap grows, not that training
+Thresholds: Prechelt's criteria (science.md 5); 5 % above the best is clear. Double descent and better calibrated
+accuracy exist, so this says that the gap grows, not that training
 is over.
 
 To do: stop at the best epoch and take its weights; regularise, or get more data.
@@ -21,7 +24,8 @@ from lightning_spike.records import Change, EpisodeKind, Family, Finding, Valida
 MIN_VALIDATIONS: Final = 4
 """Validations below which a curve says nothing; engineering choice."""
 CLEAR_RISE: Final = 0.05
-"""Share by which the validation loss must be above its best: Prechelt's GL of 5, the strictest of his thresholds (1998)."""
+"""Share by which the validation loss must be above its best: Prechelt's GL of 5, the strictest of his thresholds
+(1998)."""
 PATIENCE: Final = 5
 """Validations without a new best after which to stop: patience >= 3 to 5 (science.md 5)."""
 

@@ -1,12 +1,18 @@
-"""`post_overfit_oscillation`: training goes on after it has overfitted: the loss is near its floor, and every small change of the data makes it swing, wider and wider.
+"""`post_overfit_oscillation`.
 
-Seen by: a validation loss above its best before the trouble began; a training loss far below it; the same few batches over and over, which the model knows by heart, and
-which keep their low loss where altered ones have a high one; a loss that rises and comes back several times.
+Training goes on after it has overfitted: the loss is near its floor, and every small change of the data makes it swing,
+wider and wider.
 
-Against it: a validation loss at its best, or too few validations, where the batches are new (without either there is no overfitting to be seen, science.md 5); a high loss of the very batches that
-are known by heart (then the weights are at fault); a single rise.
+Seen by: a validation loss above its best before the trouble began; a training loss far below it; the same few batches
+over and over, which the model knows by heart, and which keep their low loss where altered ones have a high one; a loss
+that rises and comes back several times.
 
-Thresholds: 5 % above the best validation is a clear rise (Prechelt 1998, GL of 5); a swing is a loss that rose 60 % of the way to the highest one, on the log scale, and came 60 % of it
+Against it: a validation loss at its best, or too few validations, where the batches are new (without either there is no
+overfitting to be seen, science.md 5); a high loss of the very batches that are known by heart (then the weights are at
+fault); a single rise.
+
+Thresholds: 5 % above the best validation is a clear rise (Prechelt 1998, GL of 5); a swing is a loss that rose 60 % of
+the way to the highest one, on the log scale, and came 60 % of it
 back; `observations.repeats` says what counts as the same few batches.
 
 To do: stop at the best validation and take its weights; odd batches only show the trouble.
@@ -32,7 +38,8 @@ CLEAR_RISE: Final = 0.05
 MIN_VALIDATIONS_ABOVE: Final = 2
 """Validations that must lie so far above it: a single one may do so by chance; engineering choice."""
 WIDE_GAP: Final = 1.5
-"""Validation loss over training loss just before the onset from which the training set is known by heart (SMD's rule is 1.1, which healthy nets with dropout reach); engineering choice."""
+"""Validation loss over training loss just before the onset from which the training set is known by heart (SMD's rule is
+1.1, which healthy nets with dropout reach); engineering choice."""
 MIN_SWING: Final = 2.0
 """Times the level before it that the loss must reach in its swings; engineering choice."""
 UP_SHARE: Final = 0.6
@@ -44,14 +51,18 @@ MIN_SWINGS: Final = 3
 BATCHES_AFTER: Final = 160
 """Batches after the onset in which they are counted; engineering choice."""
 APART: Final = 1.25
-"""Factor between the losses of altered batches and of repeated ones from which the alteration is the reason; engineering choice."""
+"""Factor between the losses of altered batches and of repeated ones from which the alteration is the reason;
+engineering choice."""
 DOWN_STEP: Final = -2
 """Difference of states from up (1) to back (-1)."""
 
 
 @observer("too few validations", "repeatedly above best", "above best", "at best", "at best, repeated batches")
 def validation_above_best(view: EpisodeView) -> Observation | None:
-    """A validation loss at its best speaks against it, but not where few batches came so often: learning by heart may still help the validation a little."""
+    """A validation loss at its best speaks against it, but not where few batches came so often.
+
+    Learning by heart may still help the validation a little.
+    """
     points, repeated = view.once(_curve), view.once(repeats) is not None
     best = _best(points)
     if best is None or len(points) < MIN_VALIDATIONS or not best.value > 0.0:
@@ -106,7 +117,10 @@ def repeated_batches(view: EpisodeView) -> Observation | None:
 
 @observer("altered batches are high", "repeated batches are high")
 def altered_batches(view: EpisodeView) -> Observation | None:
-    """Which batches have the high loss: altered ones, as of a model that knows the others by heart, or those as well."""
+    """Which batches have the high loss.
+
+    Altered ones, as of a model that knows the others by heart, or those as well.
+    """
     found = view.once(repeats)
     if found is None or found.known is None:
         return None

@@ -1,11 +1,13 @@
 """`resume_fault`: after a resume something is missing or has begun again: optimizer state, schedule, learning rate.
 
-Seen by: what the checkpoint held (how many parameters had which state, its norm, the scheduler's place, the learning rates, all written into it) against what was there at the first batch of the
+Seen by: what the checkpoint held (how many parameters had which state, its norm, the scheduler's place, the learning
+rates, all written into it) against what was there at the first batch of the
 resumed run. Without that summary: trouble in the first batches after a resume.
 
 Against it: a run that was not resumed; a resume that restored everything; trouble long after the resume.
 
-Thresholds: places and rates are compared exactly, norms to a thousandth (a state that is cast loses so much). Random states are never restored by Lightning and are not compared.
+Thresholds: places and rates are compared exactly, norms to a thousandth (a state that is cast loses so much). Random
+states are never restored by Lightning and are not compared.
 
 To do: restore what is missing: hand the whole checkpoint to `fit(ckpt_path=...)`, or take the lost part from it.
 """
@@ -23,11 +25,14 @@ STATE: Final = "optimizer_state"
 SCHEDULE: Final = "schedule"
 LOST: Final = {STATE: "the optimizer's state", SCHEDULE: "the schedule"}
 SOON_BATCHES: Final = 64
-"""Batches after a resume in which the loss shows what it lost: momenta settle in some 1 / (1 - beta), second moments in more; users report spikes within 50 steps (science.md 2)."""
+"""Batches after a resume in which the loss shows what it lost: momenta settle in some 1 / (1 - beta), second moments in
+more; users report spikes within 50 steps (science.md 2)."""
 LATE_BATCHES: Final = 400
-"""Batches up to which it may: a second moment with beta2 = 0.999 needs a thousand to settle, a schedule that runs behind does so for good; engineering choice."""
+"""Batches up to which it may: a second moment with beta2 = 0.999 needs a thousand to settle, a schedule that runs
+behind does so for good; engineering choice."""
 COMPARED: Final = ("update_rms", "momentum_cosine", "update_norm", "update_norm/none")
-"""Signals of which at least one is there where the resume was compared with its checkpoint, if that had been written under the same watch."""
+"""Signals of which at least one is there where the resume was compared with its checkpoint, if that had been written
+under the same watch."""
 WHOLE: Final = (
     "Resume with `trainer.fit(module, ckpt_path=...)` from a checkpoint that was not saved with `save_weights_only=True`, "
     "and look at every `on_load_checkpoint` and `load_state_dict` of module and callbacks for what they leave out."

@@ -1,11 +1,12 @@
 """`sample_weight_blowup`: dynamic sample weights (hard-example mining) grow out of hand.
 
-Seen by: the largest weight of the batches before and at the onset far above all earlier weights; the effective sample size (sum w)^2 / sum w^2 below its range, so that few samples make the
-step; batch after batch, not in one.
+Seen by: the largest weight of the batches before and at the onset far above all earlier weights; the effective sample
+size (sum w)^2 / sum w^2 below its range, so that few samples make the step; batch after batch, not in one.
 
 Against it: no weights in the batches; weights in their range.
 
-Thresholds: the range is that of up to 128 batches that end 48 before the onset, for what grows slowly has spoilt the nearer ones.
+Thresholds: the range is that of up to 128 batches that end 48 before the onset, for what grows slowly has spoilt the
+nearer ones.
 
 To do: cap the weights at what they were while training went well; normalise them to a mean of 1 in each batch.
 """
@@ -30,11 +31,13 @@ from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import Change, Family
 
 LARGE_WEIGHT: Final = 2.0
-"""Times the usual largest weight from which weights are clearly out of range: in ordinary reweighting the largest weight differs by less; engineering choice …"""
+"""Times the usual largest weight from which weights are clearly out of range: in ordinary reweighting the largest
+weight differs by less; engineering choice …"""
 DOMINANT_WEIGHT: Final = 5.0
 """… and from which a few samples have the batch to themselves."""
 MIN_GROWING_BATCHES: Final = 3
-"""Batches in a row above all earlier weights: of 128, three in a row are above by chance once in two million; engineering choice."""
+"""Batches in a row above all earlier weights: of 128, three in a row are above by chance once in two million;
+engineering choice."""
 CAP: Final = 1.5
 """The cap that is advised, in usual largest weights: ordinary weights stay as they are; engineering choice."""
 
@@ -90,7 +93,10 @@ def growing_weights(view: EpisodeView) -> Observation | None:
 
 @observer("small")
 def effective_samples(view: EpisodeView) -> Observation | None:
-    """Few samples make the step; weights that all grow alike leave the effective sample size as it is, which refutes nothing."""
+    """Few samples make the step.
+
+    Weights that all grow alike leave the effective sample size as it is, which refutes nothing.
+    """
     found = view.once(_largest)
     if found is None:
         return None

@@ -1,11 +1,14 @@
 """`stale_second_moment`: Adam's v_t lags behind gradients that grew, so the update is far too large.
 
-Seen by: RMS_t = sqrt(mean(g² / v)) above 2.3 and above the run's own in the looks before the loss rose, while gradients grew over many batches (finding `second_moment_stale`, given also where
-the loss has tolerated it); a replay that gives the damage to the second moments.
+Seen by: RMS_t = sqrt(mean(g² / v)) above 2.3 and above the run's own in the looks before the loss rose, while gradients
+grew over many batches (finding `second_moment_stale`, given also where the loss has tolerated it); a replay that gives
+the damage to the second moments.
 
-Against it: an optimizer without second moments; RMS_t in its range; a learning rate with an event of its own, or a batch out of range.
+Against it: an optimizer without second moments; RMS_t in its range; a learning rate with an event of its own, or a
+batch out of range.
 
-Thresholds: Wortsman et al. 2023. A single look above 2.3 is common where coordinates had no gradient before, so that one alone says little.
+Thresholds: Wortsman et al. 2023. A single look above 2.3 is common where coordinates had no gradient before, so that
+one alone says little.
 
 To do: a lower beta2, short enough to follow the growth that was measured; clip by norm below the grown gradients.
 """
@@ -142,7 +145,10 @@ def _finding(view: EpisodeView) -> Finding | None:
 
 
 def _beta2(view: EpisodeView) -> tuple[float, str]:
-    """The longest memory that follows the growth: v lags by less than a factor of two where 1 - beta2 is at least 1 - 1 / s², s the growth in each batch."""
+    """The longest memory that follows the growth.
+
+    V lags by less than a factor of two where 1 - beta2 is at least 1 - 1 / s², s the growth in each batch.
+    """
     found = view.once(_finding)
     until = view.onset if found is None else found.at.ordinal
     norms = view.store.history.between("grad_norm", until - GROWTH_BATCHES, until)

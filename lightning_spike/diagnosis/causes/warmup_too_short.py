@@ -1,11 +1,14 @@
 """`warmup_too_short`: the early spike of a warm-up that is missing or ends too soon.
 
-Seen by: an onset in the first updates of the run, with the rate at more than half of its peak from the start, or just come to the end of a short ramp; above all by what follows: later the
-loss is lower than ever under the very same rate, so the rate only came too soon.
+Seen by: an onset in the first updates of the run, with the rate at more than half of its peak from the start, or just
+come to the end of a short ramp; above all by what follows: later the loss is lower than ever under the very same rate,
+so the rate only came too soon.
 
-Against it: an onset later on (decisive); a rate far below its peak; a loss that never came back under that rate (then it is too high throughout); an odd batch; a run that was resumed.
+Against it: an onset later on (decisive); a rate far below its peak; a loss that never came back under that rate (then
+it is too high throughout); an odd batch; a run that was resumed.
 
-Thresholds: Adam's second moment needs 2 / (1 - beta2) steps to settle (Ma & Yarats 2021), so an onset up to there counts as early, but not past 64 updates or a tenth of the run.
+Thresholds: Adam's second moment needs 2 / (1 - beta2) steps to settle (Ma & Yarats 2021), so an onset up to there
+counts as early, but not past 64 updates or a tenth of the run.
 
 To do: let the rate rise over so many updates.
 """
@@ -43,7 +46,8 @@ EARLY_UPDATES: Final = 64
 EARLY_SHARE: Final = 0.1
 """… and this share of the run so far."""
 UP_SHARE: Final = 0.5
-"""Share of its later peak at which the rate counts as up (science.md 2.1: above 50 % of the peak within 2 / (1 - beta2) steps)."""
+"""Share of its later peak at which the rate counts as up (science.md 2.1: above 50 % of the peak within 2 / (1 - beta2)
+steps)."""
 AFTER_PEAK: Final = 32
 """Updates after the end of a warm-up that are still its effect; engineering choice."""
 START_FACTOR: Final = 0.01

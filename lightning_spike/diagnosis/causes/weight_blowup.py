@@ -1,12 +1,16 @@
-"""`weight_blowup`: weights grow, or shrink, by the same factor with every update until they are extreme: a sign mistake in the weight decay, or a decay far too strong.
+"""`weight_blowup`: weights grow, or shrink, by the same factor with every update until they are extreme.
 
-Seen by: the norm of all weights, which grows geometrically from before the loss rose on, far faster than in this run's healthy part; updates that lie along the weights themselves; a setting
-`weight_decay` that changed while training ran.
+A sign mistake in the weight decay, or a decay far too strong.
 
-Against it: weights of their usual size; a growth that set in after the loss (then it is damage); a loss that jumped when the weights had hardly changed; a lab that finds the jump with the
-weights from before, too; updates across the weights, as steps make that are too long.
+Seen by: the norm of all weights, which grows geometrically from before the loss rose on, far faster than in this run's
+healthy part; updates that lie along the weights themselves; a setting `weight_decay` that changed while training ran.
 
-Thresholds: growth by the run's own rate of growth. A step that overshoots turns the weights round rather than lengthening them: its length is a multiple of what it adds to the norm, where a decay of
+Against it: weights of their usual size; a growth that set in after the loss (then it is damage); a loss that jumped
+when the weights had hardly changed; a lab that finds the jump with the weights from before, too; updates across the
+weights, as steps make that are too long.
+
+Thresholds: growth by the run's own rate of growth. A step that overshoots turns the weights round rather than
+lengthening them: its length is a multiple of what it adds to the norm, where a decay of
 the wrong sign adds all of it.
 
 To do: put the weight decay back, or give it a usual value and the right sign.
@@ -31,7 +35,8 @@ DOUBLED: Final = 2.0
 UNCHANGED: Final = 1.2
 """… up to which they are as they were."""
 ALONG_SHARE: Final = 0.7
-"""Share of an update that lies along the weights from which it is their own growth: a gradient step, and one that overshoots, lies mostly across them; engineering choice."""
+"""Share of an update that lies along the weights from which it is their own growth: a gradient step, and one that
+overshoots, lies mostly across them; engineering choice."""
 ACROSS_SHARE: Final = 0.3
 """… and up to which the updates are mostly something else …"""
 BEYOND_SHARE: Final = 2.0

@@ -1,4 +1,7 @@
-"""Whether the inputs and the targets of the batch that is questioned are as always, each by its own statistics: values, or how often each class or token occurs."""
+"""Whether the inputs and the targets of the batch that is questioned are as always, each by its own statistics.
+
+Values, or how often each class or token occurs.
+"""
 
 import dataclasses
 import math
@@ -8,7 +11,8 @@ from lightning_spike.diagnosis.observations.reference_range import SeriesRange, 
 from lightning_spike.diagnosis.view import EpisodeView
 
 FAR: Final = 0.25
-"""Part of the range's width by which a statistic of classes must lie beyond it: of 128 values the next one that lies above all lies further with a probability of under a per cent."""
+"""Part of the range's width by which a statistic of classes must lie beyond it: of 128 values the next one that lies
+above all lies further with a probability of under a per cent."""
 MIXED: Final = ("entropy", "distinct")
 """Statistics that tell what kinds of class or token a batch is made of."""
 

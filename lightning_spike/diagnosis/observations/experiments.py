@@ -12,11 +12,14 @@ from lightning_spike.records import EpisodeKind
 from lightning_spike.store import TrainerStateStore
 
 LOST_HOLD: Final = 30.0
-"""Factor on a module's outputs in an ordinary batch from which an operation in or before it has lost its hold (x / ~0, exp); a few updates change far less; engineering choice."""
+"""Factor on a module's outputs in an ordinary batch from which an operation in or before it has lost its hold (x / ~0,
+exp); a few updates change far less; engineering choice."""
 GREW_WITH_COMPUTATION: Final = 10.0
-"""… where the computation is known to have changed: dropout and flat units make outputs larger as well, but by single factors; engineering choice."""
+"""… where the computation is known to have changed: dropout and flat units make outputs larger as well, but by single
+factors; engineering choice."""
 WILD_SCATTER: Final = math.log(1e4)
-"""Scatter of the losses of control batches, or of their logarithms, from which values blow up in some and not in others: training's own is below 1; engineering choice."""
+"""Scatter of the losses of control batches, or of their logarithms, from which values blow up in some and not in
+others: training's own is below 1; engineering choice."""
 SELECTION_ERRORS: Final = 2.0
 """Standard deviations that the split takes off a batch's effect, for it was selected as the highest of some."""
 CHANCE_SLACK: Final = 0.3
@@ -66,7 +69,10 @@ def _split_text(found: Experiments, verdict: SplitVerdict) -> str:
 
 @observer("wild")
 def control_scatter(view: EpisodeView) -> Observation | None:
-    """With the weights of before, control batches have losses orders of magnitude apart: the trouble is not in one batch."""
+    """With the weights of before, control batches have losses orders of magnitude apart.
+
+    The trouble is not in one batch.
+    """
     scatter = wild_scatter(view)
     if scatter is None:
         return None
@@ -78,7 +84,11 @@ def control_scatter(view: EpisodeView) -> Observation | None:
 
 @observer("ordinary maximum")
 def chance_maximum(view: EpisodeView) -> Observation | None:
-    """Extreme-value check: the maximum of n normal losses is about sqrt(2 ln n) sigma, so a single batch no further out is no outlier. Only its loss is odd about it."""
+    """Extreme-value check.
+
+    The maximum of n normal losses is about sqrt(2 ln n) sigma, so a single batch no further out is no outlier. Only its
+    loss is odd about it.
+    """
     split = split_in(view)
     if split is None or view.split is not SplitVerdict.DATA or not view.transient or not split.noise > 0.0:
         return None
@@ -122,7 +132,10 @@ def blown_up(view: EpisodeView) -> tuple[str, float] | None:
 
 
 def gradient_fall(view: EpisodeView) -> tuple[str, str, float] | None:
-    """How much more the gradient falls off on its way back than it did, where the computation has changed: the module that gets least of it, a later one, and the factor; `None` without two that get any."""
+    """How much more the gradient falls off on its way back than it did, where the computation has changed.
+
+    The module that gets least of it, a later one, and the factor; `None` without two that get any.
+    """
     measured = None if view.experiments is None else view.experiments.modules
     if measured is None or not computation_changed(view):
         return None
@@ -137,7 +150,8 @@ def gradient_fall(view: EpisodeView) -> tuple[str, str, float] | None:
 def wild_scatter(view: EpisodeView) -> float | None:
     """How far apart the losses of control batches are with the weights of before, or their logarithms where all are positive; `None` where they are in training's own range.
 
-    That some of them lie orders of magnitude above the others, which had ordinary losses in the training, no single batch can bring about.
+    That some of them lie orders of magnitude above the others, which had ordinary losses in the training, no single
+    batch can bring about.
     """
     split, before = split_in(view), view.episode.loss_before
     if split is None or before is None or not math.isfinite(split.noise):
@@ -151,7 +165,10 @@ def first_long_test(store: TrainerStateStore) -> StepSizeTest | None:
 
 
 def step_size_test(view: EpisodeView) -> StepSizeTest | None:
-    """The newest test without an episode that found steps too long: up to the onset, and at any time where nothing but a quiet run is known; `None` where there is none."""
+    """The newest test without an episode that found steps too long.
+
+    Up to the onset, and at any time where nothing but a quiet run is known; `None` where there is none.
+    """
     until = view.last if view.kind is EpisodeKind.STALL else view.onset
     found = [
         t for t in view.store.step_size_tests

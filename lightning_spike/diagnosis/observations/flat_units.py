@@ -12,13 +12,15 @@ from lightning_spike.diagnosis.view import EpisodeView
 SIGNALS: Final = {"activation_zeros": "dead", "activation_dead": "dead", "activation_saturated": "saturated"}
 """Recorded shares of flat outputs, and what such units are called."""
 BATCHES_AFTER: Final = 128
-"""Batches after the onset in which flat units are looked for: activations are measured every 50 batches; engineering choice."""
+"""Batches after the onset in which flat units are looked for: activations are measured every 50 batches; engineering
+choice."""
 BATCHES_BEFORE: Final = 100
 """… and before it."""
 FLAT_SHARE: Final = 0.8
 """Share of a layer's outputs in the flat parts from which it hardly computes anything (TheDeepChecker: 0.85)."""
 ALIVE_LEFT: Final = 0.25
-"""Share of the outputs that were not flat before that is left, at the most, for that to be new: half of a healthy ReLU's outputs are 0; engineering choice."""
+"""Share of the outputs that were not flat before that is left, at the most, for that to be new: half of a healthy
+ReLU's outputs are 0; engineering choice."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +89,10 @@ def first_flat(view: EpisodeView, flat: FlatUnits) -> int:
 
 
 def share_after_onset(view: EpisodeView, flat: FlatUnits) -> tuple[int, float] | None:
-    """The first look at the layer after the loss had risen: its ordinal, and the flat share; `None` without one before the layer got flattest."""
+    """The first look at the layer after the loss had risen.
+
+    Its ordinal, and the flat share; `None` without one before the layer got flattest.
+    """
     table = layer_table(view, flat.signal, view.onset + 1, flat.ordinal - 1)
     if len(table.values) == 0 or flat.name not in table.names:
         return None

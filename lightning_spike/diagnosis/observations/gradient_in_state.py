@@ -14,7 +14,8 @@ EXPLODED: Final = 10.0
 def exploded_gradient_in_state(view: EpisodeView) -> Excess | None:
     """The exploded gradient of an update before the first one that the lab examined, where it gives the damage of the later ones to the optimizer's state.
 
-    A state holds what gradients have put into it: with one of ten and more times the usual norm among the last few, momenta are made of that one.
+    A state holds what gradients have put into it: with one of ten and more times the usual norm among the last few,
+    momenta are made of that one.
     """
     attribution = None if view.experiments is None else view.experiments.attribution
     if attribution is None or view.shares.get(Group.OPTIMIZER, 0.0) < CONFIRMING_SHARE:

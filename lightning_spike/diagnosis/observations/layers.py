@@ -1,4 +1,7 @@
-"""Vector-valued series, an entry for each layer or parameter, about one episode: how every entry stands to its own healthy values."""
+"""Vector-valued series, an entry for each layer or parameter, about one episode.
+
+How every entry stands to its own healthy values.
+"""
 
 import dataclasses
 import math
@@ -45,7 +48,10 @@ class LayerShift:
 
 
 def layer_table(view: EpisodeView, signal: str, first: int, last: int) -> LayerTable:
-    """The rows with ordinals in `[first, last]` that are still held; empty where there are none. Rows of another length than the names are passed over."""
+    """The rows with ordinals in `[first, last]` that are still held; empty where there are none.
+
+    Rows of another length than the names are passed over.
+    """
     names = view.store.layer_names.get(signal, ())
     rows = [row for row in view.store.layer_rows(signal, first, last) if len(row.values) == len(names)]
     values = np.array([row.values for row in rows], dtype=np.float64).reshape(len(rows), len(names))
@@ -80,7 +86,10 @@ def usual_of(view: EpisodeView, signal: str, before: int | None = None) -> npt.N
 
 
 def shifted_most(view: EpisodeView, signal: str, first: int, last: int, *, down: bool = False) -> LayerShift | None:
-    """The entry whose factor against its usual value is highest (`down`: lowest) among some rows; `None` where nothing can be compared."""
+    """The entry whose factor against its usual value is highest (`down`.
+
+    Lowest) among some rows; `None` where nothing can be compared.
+    """
     usual = usual_of(view, signal)
     table = layer_table(view, signal, first, last)
     if usual is None or table.values.size == 0:

@@ -1,4 +1,7 @@
-"""Where a run without an episode shows that something is wrong all the same: a rise of the loss that is too small or too slow to be one, at a place where there is reason to look."""
+"""Where a run without an episode shows that something is wrong all the same.
+
+A rise of the loss that is too small or too slow to be one, at a place where there is reason to look.
+"""
 
 import dataclasses
 import math
@@ -20,7 +23,8 @@ HORIZON: Final = 192
 LEAST: Final = 0.05
 """Log-ratio of the levels from which the rise is worth a word."""
 SURE: Final = 5.0
-"""Standard errors that it must have: the highest of some two dozen levels is looked at, and a loss wanders somewhat in a healthy run too."""
+"""Standard errors that it must have: the highest of some two dozen levels is looked at, and a loss wanders somewhat in
+a healthy run too."""
 BACK: Final = 0.25
 """Share of the rise that may be left for the loss to be back."""
 NOWHERE: Final = Moment(ordinal=0, step=0, epoch=0, batch_idx=0)
@@ -52,8 +56,10 @@ class Shown:
 def rise_after(store: TrainerStateStore, ordinal: int, signal: str = "loss") -> Rise | None:
     """Whether the level of the loss went up after a batch; pure.
 
-    Medians of 24 losses, then of 48, are held against that of the 64 up to the batch, on the logarithmic scale, with the standard errors that their scatter gives. Only to be asked
-    where something else says that trouble may have begun there: over a whole run a wandering loss would pass the test by chance.
+    Medians of 24 losses, then of 48, are held against that of the 64 up to the batch, on the logarithmic scale, with
+    the standard errors that their scatter gives. Only to be asked
+    where something else says that trouble may have begun there: over a whole run a wandering loss would pass the test
+    by chance.
 
     Returns:
         `None` where it did not rise, or there are too few losses or one that is not positive.

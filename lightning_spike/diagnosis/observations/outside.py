@@ -1,4 +1,7 @@
-"""What is known of a change from outside the training step: which writes were seen, and what the lab found to be changed."""
+"""What is known of a change from outside the training step.
+
+Which writes were seen, and what the lab found to be changed.
+"""
 
 import sys
 from typing import Final
@@ -8,7 +11,8 @@ from lightning_spike.experiments import OutsideChange
 from lightning_spike.records import EpisodeKind, Finding
 
 SUDDEN: Final = frozenset({EpisodeKind.SPIKE, EpisodeKind.NONFINITE})
-"""Kinds of episode of which nothing after the peak can be the cause; the onset of the others is known less well, and they last."""
+"""Kinds of episode of which nothing after the peak can be the cause; the onset of the others is known less well, and
+they last."""
 
 
 def outside_change(view: EpisodeView) -> OutsideChange | None:
@@ -17,19 +21,28 @@ def outside_change(view: EpisodeView) -> OutsideChange | None:
 
 
 def changed_weights(change: OutsideChange) -> tuple[int, int, int]:
-    """Of the weights that differ: elements that changed, elements in all, and changed elements that differ by a power of two, as after a flipped bit."""
+    """Of the weights that differ.
+
+    Elements that changed, elements in all, and changed elements that differ by a power of two, as after a flipped bit.
+    """
     weights = [d for d in change.different if d.kind == "weights"]
     return sum(d.changed for d in weights), sum(d.elements for d in weights), sum(d.powers_of_two for d in weights)
 
 
 def earlier(view: EpisodeView, detector: str, kind: str) -> Finding | None:
-    """The last finding of this kind that may have brought the episode about: not after its peak, of a slow one not after its end."""
+    """The last finding of this kind that may have brought the episode about.
+
+    Not after its peak, of a slow one not after its end.
+    """
     found = view.findings(detector, kind, first=0, last=last_possible(view))
     return found[-1] if found else None
 
 
 def last_that_matters(view: EpisodeView, detector: str, kind: str) -> Finding | None:
-    """The same of a detector that looks now and then: what it found may have been so since just after its `last_equal`, since the start where it has none."""
+    """The same of a detector that looks now and then.
+
+    What it found may have been so since just after its `last_equal`, since the start where it has none.
+    """
     ever = view.findings(detector, kind, first=0, last=sys.maxsize)
     found = [f for f in ever if (f.number("last_equal") or 0) < max(last_possible(view), 1)]
     return found[-1] if found else None

@@ -26,7 +26,8 @@ LONG_REACH: Final = 4 * REACH
 STAYED_UP: Final = 0.6
 """Share of its height after the event at which a rate still counts as up."""
 CLIMB: Final = 3.0
-"""Factor over the run's usual rate so far from which a rate that rose without an event has climbed: half an order of magnitude; a long linear warm-up is at twice its median at any time."""
+"""Factor over the run's usual rate so far from which a rate that rose without an event has climbed: half an order of
+magnitude; a long linear warm-up is at twice its median at any time."""
 BEGINS: Final = 1.5
 """… and from which it is on its way there."""
 SAME: Final = 0.8
@@ -122,9 +123,12 @@ def _begins(store: TrainerStateStore, signal: str) -> Moment | None:
 
 
 def shown_after_event(store: TrainerStateStore, *kinds: str) -> Shown | None:
-    """Where an event of the rate of these kinds has shown itself without an episode: the loss rose, or updates became long against the weights; `None` however often the rate moved without that.
+    """Where an event of the rate of these kinds has shown itself without an episode.
 
-    A rate that comes back to where it was before lifts the loss for a while by design (Loshchilov and Hutter 2017); only one that goes clearly higher than ever is asked about.
+    The loss rose, or updates became long against the weights; `None` however often the rate moved without that.
+
+    A rate that comes back to where it was before lifts the loss for a while by design (Loshchilov and Hutter 2017);
+    only one that goes clearly higher than ever is asked about.
     """
     found = [f for f in store.findings if f.detector == "learning_rate" and f.kind in kinds]
     events = [f.at for f in found if _is_new_height(store, f.at.ordinal)]
@@ -159,7 +163,10 @@ def rate_event(view: EpisodeView, kinds: tuple[str, ...]) -> RateEvent | None:
 
 
 def _comes_back(view: EpisodeView, peak: Finding) -> bool:
-    """A single rise and fall is no cycle: there is a schedule that comes back by design, or the run has another peak of about that height."""
+    """A single rise and fall is no cycle.
+
+    There is a schedule that comes back by design, or the run has another peak of about that height.
+    """
     if any(s.class_name in PERIODIC for s in view.facts.schedulers):
         return True
     others = view.findings("learning_rate", *SCHEDULED, first=0, last=view.onset + len(view.store.history))
@@ -178,7 +185,9 @@ NEARNESS: Final = ("at once", "soon", "later", "small")
 
 
 def nearness(view: EpisodeView, event: RateEvent) -> str:
-    """How near to the onset an event was: within 4 batches it was the cause itself, later the trouble had other chances to come about.
+    """How near to the onset an event was.
+
+    Within 4 batches it was the cause itself, later the trouble had other chances to come about.
 
     A slow episode takes its time to be seen, so there a late event counts as soon.
     """
@@ -237,7 +246,10 @@ def _of_series(view: EpisodeView, kind: str, signal: str, ordinal: int, step: in
 
 
 def _bears_on(view: EpisodeView, event: RateEvent) -> bool:
-    """The rate was up in the last update before the onset, or had been shortly before; a rate that is not finite needs no height."""
+    """The rate was up in the last update before the onset, or had been shortly before.
+
+    A rate that is not finite needs no height.
+    """
     if not math.isfinite(event.after):
         return event.lag >= 0
     rate = view.rate(event.signal)

@@ -1,4 +1,7 @@
-"""A statistic of the batches around an episode beside what it was long before: for what grows or moves over many batches, which the values just before would hide."""
+"""A statistic of the batches around an episode beside what it was long before.
+
+For what grows or moves over many batches, which the values just before would hide.
+"""
 
 import dataclasses
 import itertools
@@ -17,7 +20,8 @@ GAP: Final = 48
 FEWEST: Final = 24
 """Values of long before without which their range is not known."""
 FEW_MISSES: Final = 1
-"""Batches inside the range that do not end a stretch outside of it: a class boundary in a sorted shard, one batch of the old source."""
+"""Batches inside the range that do not end a stretch outside of it: a class boundary in a sorted shard, one batch of
+the old source."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +44,8 @@ class Stretch:
 class SeriesRange:
     """One series over some batches, and the range that it had long before.
 
-    The range is that of all values of long before, so that nothing is assumed of their law: of n of them, a further one lies above all with probability
-    1 / (n + 1), and several in a row practically never do.
+    The range is that of all values of long before, so that nothing is assumed of their law: of n of them, a further one
+    lies above all with probability 1 / (n + 1), and several in a row practically never do.
     """
 
     signal: str

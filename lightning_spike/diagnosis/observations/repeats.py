@@ -1,4 +1,7 @@
-"""Whether the same few batches come again and again, by the statistics of their values: a net that is trained on them knows them by heart."""
+"""Whether the same few batches come again and again, by the statistics of their values.
+
+A net that is trained on them knows them by heart.
+"""
 
 import dataclasses
 from collections import Counter
@@ -16,8 +19,9 @@ WINDOW: Final = 64
 FEWEST: Final = 32
 """… without which nothing is said."""
 FRESH: Final = 0.6
-"""Share of them that may be unlike all others for the same batches to come again and again: augmentation, or whatever else is changed now and then, spares the rest. Batches drawn anew
-are nearly all unlike each other, and an epoch of more than `WINDOW` batches shows none twice."""
+"""Share of them that may be unlike all others for the same batches to come again and again: augmentation, or whatever
+else is changed now and then, spares the rest. Batches drawn anew are nearly all unlike each other, and an epoch of more
+than `WINDOW` batches shows none twice."""
 OFTEN: Final = 4
 """Times that a batch must have come to be known by heart."""
 AHEAD: Final = 96
@@ -41,7 +45,8 @@ class Repeats:
     """How many of the last `window` batches were one of them."""
     window: int
     known: float | None
-    """Median loss, from the onset on, of batches that had come before, over the loss before the episode; `None` of too few."""
+    """Median loss, from the onset on, of batches that had come before, over the loss before the episode; `None` of too
+    few."""
     altered: float | None
     """The same of batches that had not come before."""
 
@@ -71,7 +76,10 @@ def repeats(view: EpisodeView) -> Repeats | None:
 
 
 def _prints(view: EpisodeView) -> npt.NDArray[np.float64]:
-    """A row for every batch that tells it from others: statistics of its values, to some digits; a few columns, none where nothing was recorded."""
+    """A row for every batch that tells it from others.
+
+    Statistics of its values, to some digits; a few columns, none where nothing was recorded.
+    """
     history = view.store.history
     names = [s for s in history.signals if s.startswith("batch/") and s.rsplit("/", 1)[-1] in STATISTICS]
     if not any(name.rsplit("/", 1)[-1] in TELLING for name in names):

@@ -1,4 +1,7 @@
-"""Whether the batches around an episode came one-sided: with targets less mixed than those of any batch of long before."""
+"""Whether the batches around an episode came one-sided.
+
+With targets less mixed than those of any batch of long before.
+"""
 
 from typing import Final
 
@@ -8,7 +11,8 @@ from lightning_spike.diagnosis.observations.reference_range import GAP, Stretch,
 from lightning_spike.diagnosis.view import EpisodeView
 
 SEVERAL: Final = 3
-"""Batches in a row whose targets are less mixed than those of any batch of long before: of 128, that many in a row come by chance once in two million."""
+"""Batches in a row whose targets are less mixed than those of any batch of long before: of 128, that many in a row come
+by chance once in two million."""
 
 
 def targets_known(view: EpisodeView) -> bool:

@@ -34,7 +34,9 @@ class SettingChange:
 
 
 def changed_setting(view: EpisodeView, wrong: Callable[[SettingChange], bool], *names: str) -> SettingChange | None:
-    """The last change of one of these settings, for which `wrong` holds, that may have brought the episode about; of betas the first is taken.
+    """The last change of one of these settings, for which `wrong` holds, that may have brought the episode about.
+
+    Of betas the first is taken.
 
     One that was put back before the episode counts as well: what it did to the weights stays.
     """

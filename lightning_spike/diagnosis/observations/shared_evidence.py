@@ -11,11 +11,13 @@ from lightning_spike.diagnosis.observations.rates import RateEvent, steady_rate
 from lightning_spike.diagnosis.view import EpisodeView, Excess
 
 VANISHED: Final = 30.0
-"""Times below its usual norm from which a gradient has all but vanished: batches of one run differ by far less; engineering choice."""
+"""Times below its usual norm from which a gradient has all but vanished: batches of one run differ by far less;
+engineering choice."""
 FAR_VANISHED: Final = 1000.0
 """… and from which it has in a run whose norms are not steady enough to tell by their range (AUTOTRAINER's ratio)."""
 CLEARLY_ODD: Final = 2.0
-"""Factor between a batch's value and its expectation below which it may well be chance or harmless; engineering choice."""
+"""Factor between a batch's value and its expectation below which it may well be chance or harmless; engineering
+choice."""
 JUMP_LEVELS: Final = ((100.0, "100-fold"), (20.0, "20-fold"), (5.0, "5-fold"), (2.0, "2-fold"))
 """Factors between one loss and the next, by level."""
 
@@ -78,8 +80,9 @@ def transient_loss(view: EpisodeView) -> Observation | None:
 def jump_after_ordinary_updates(view: EpisodeView) -> Observation | None:
     """The loss jumped from one batch to the next after ordinary updates: the cause is in that batch, not in a step.
 
-    What a step does first shows in the loss of the next batch, and steps of one size change the loss by alike amounts: that an ordinary one multiplies it by k is the less likely
-    the larger k, taken as 1 / k (a heavy tail; a normal one would be surer). `None` where the rise was gradual, where rates or gradient norms are not known or had
+    What a step does first shows in the loss of the next batch, and steps of one size change the loss by alike amounts:
+    that an ordinary one multiplies it by k is the less likely the larger k, taken as 1 / k (a heavy tail; a normal one
+    would be surer). `None` where the rise was gradual, where rates or gradient norms are not known or had
     left their range, and where a replay has found the weights at fault: that is measured, this only inferred.
     """
     before, first = view.episode.loss_before, view.at_onset(view.episode.signal)
@@ -113,7 +116,10 @@ def early_gradient(view: EpisodeView) -> Excess | None:
 
 @observer("vanished")
 def gradient_vanished_before(view: EpisodeView) -> Observation | None:
-    """The gradient norms just before the onset were a small fraction of the usual: such steps do no harm by their own length."""
+    """The gradient norms just before the onset were a small fraction of the usual.
+
+    Such steps do no harm by their own length.
+    """
     recent = list(gradient_norms(view, view.onset - NEAR // 2, view.onset - 1))
     if not recent or not all(e.z < 0.0 and e.ratio >= (VANISHED if e.odd else FAR_VANISHED) for e in recent):
         return None
@@ -148,6 +154,9 @@ def gradient_in_range(view: EpisodeView) -> Observation | None:
 
 
 def gradient_norms(view: EpisodeView, first: int, last: int) -> Iterator[Excess]:
-    """How the gradient norms of the batches `first` to `last` stand to the healthy ones before the episode; unknown ones are left out."""
+    """How the gradient norms of the batches `first` to `last` stand to the healthy ones before the episode.
+
+    Unknown ones are left out.
+    """
     excesses = (view.excess("grad_norm", ordinal) for ordinal in range(max(first, 0), last + 1))
     return (e for e in excesses if e is not None)

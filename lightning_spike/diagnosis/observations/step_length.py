@@ -11,20 +11,22 @@ from lightning_spike.records import Moment
 from lightning_spike.store import TrainerStateStore
 
 LONG: Final = 0.01
-"""Median share of their size by which updates change the weights, from which steps are long: ten times what is usual in a training that goes well (1e-3; science.md 2.2), a tenth of
-where TheDeepChecker draws its line for any single one."""
+"""Median share of their size by which updates change the weights, from which steps are long: ten times what is usual in
+a training that goes well (1e-3; science.md 2.2), a tenth of where TheDeepChecker draws its line for any single one."""
 FEWEST: Final = 12
 """Measured updates without which nothing is said."""
 AFTER: Final = 128
 """Batches after an event through which updates must be long for it to have made them so."""
 WILD: Final = 0.1
-"""Share of their size by which a single update changes the weights, from which it throws them away rather than improves them (TheDeepChecker: between 1e-4 and 1e-1)."""
+"""Share of their size by which a single update changes the weights, from which it throws them away rather than improves
+them (TheDeepChecker: between 1e-4 and 1e-1)."""
 START: Final = 64
 """First batches of a run in which such an update spoils the initialisation."""
 RAMP: Final = 2
 """Updates that a warm-up takes at least: the rate of the very first may be anything."""
 SOON: Final = 8
-"""Lengths of the warm-up within which a decay from its peak has halved the rate: with the inverse square root it takes four (Vaswani et al. 2017)."""
+"""Lengths of the warm-up within which a decay from its peak has halved the rate: with the inverse square root it takes
+four (Vaswani et al. 2017)."""
 FALLS: Final = 0.9
 """Level of the last quarter over that of the second, below which the loss goes on falling."""
 
@@ -79,7 +81,8 @@ def update_shares(store: TrainerStateStore) -> tuple[npt.NDArray[np.intp], npt.N
 def long_steps(store: TrainerStateStore) -> LongSteps | None:
     """Whether updates were long through the second half of the run, with weights that they have long since grown used to; pure. `None` where not, or where they were not measured.
 
-    In the first updates of a run a larger share is usual; and a rate that soon came down from an early peak is still on its way. Weights that the steps have blown up hide it, for it is a share of their size.
+    In the first updates of a run a larger share is usual; and a rate that soon came down from an early peak is still on
+    its way. Weights that the steps have blown up hide it, for it is a share of their size.
     """
     history, (rows, shares) = store.history, update_shares(store)
     newer = shares[rows >= len(history) // 2]
@@ -103,7 +106,8 @@ def lengthened(store: TrainerStateStore, ordinal: int) -> bool:
 def wild_start(store: TrainerStateStore) -> WildStart | None:
     """Whether the first updates of a run changed the weights by a tenth of their size and more, as a whole or half of the layers; pure. `None` where not, where the run was resumed, or where they were not measured.
 
-    The weights of a large embedding, few of which an update concerns, make up most of the whole and hide what becomes of the rest. Layers are asked only where the loss has not come down since.
+    The weights of a large embedding, few of which an update concerns, make up most of the whole and hide what becomes
+    of the rest. Layers are asked only where the loss has not come down since.
     """
     history, (rows, shares) = store.history, update_shares(store)
     early = history.ordinals[rows] < START
@@ -120,7 +124,10 @@ def wild_start(store: TrainerStateStore) -> WildStart | None:
 
 
 def _middle_layer(store: TrainerStateStore) -> dict[int, float]:
-    """By ordinal the median share by which an early update changed the weights of a layer of torch; without biases, which begin at 0. Of what is still held."""
+    """By ordinal the median share by which an early update changed the weights of a layer of torch.
+
+    Without biases, which begin at 0. Of what is still held.
+    """
     changes, sizes = (
         {
             row.at.ordinal: dict(zip(store.layer_names.get(signal, ()), row.values.tolist(), strict=False))

@@ -1,4 +1,7 @@
-"""What speaks for trouble that lies in the model's own layers, and against it: steps, batches and writes that may have brought it about."""
+"""What speaks for trouble that lies in the model's own layers, and against it.
+
+Steps, batches and writes that may have brought it about.
+"""
 
 from typing import Final
 
@@ -112,4 +115,5 @@ UPSTREAM: Final[tuple[Observer, ...]] = (
     transient_loss,
     first_of("rise_after_ordinary_updates", jump_after_ordinary_updates, _gradual_rise),
 )
-"""Whether something upstream has damaged the layers. A jump of the loss after ordinary updates with an ordinary batch speaks for the layers themselves."""
+"""Whether something upstream has damaged the layers. A jump of the loss after ordinary updates with an ordinary batch
+speaks for the layers themselves."""

@@ -1,4 +1,7 @@
-"""Geometric growth (or shrinking) of the weights around an episode: the norm of all weights changes by about the same factor with every update."""
+"""Geometric growth (or shrinking) of the weights around an episode.
+
+The norm of all weights changes by about the same factor with every update.
+"""
 
 import dataclasses
 import math
@@ -11,13 +14,15 @@ from lightning_spike.diagnosis.constants import GUARD
 from lightning_spike.diagnosis.view import EpisodeView
 
 BATCHES_BEFORE: Final = 128
-"""Batches before the onset in which the growth is looked for: a loss may tolerate growing weights for a while; engineering choice."""
+"""Batches before the onset in which the growth is looked for: a loss may tolerate growing weights for a while;
+engineering choice."""
 BATCHES_AFTER: Final = 64
 """… and after it: a growth goes on where nobody stops it."""
 FASTER: Final = 5.0
 """Times the healthy rate of growth from which it is out of the ordinary; engineering choice."""
 MIN_RATE: Final = 2e-3
-"""Growth by update, on the log scale, below which weights take hundreds of updates to double: training itself moves them by up to a thousandth of their size (science.md 2)."""
+"""Growth by update, on the log scale, below which weights take hundreds of updates to double: training itself moves
+them by up to a thousandth of their size (science.md 2)."""
 STEADY_FACTOR: Final = 2.0
 """Factor by which one rate of a growth by one mechanism may differ from the median rate; engineering choice …"""
 STEADY_SHARE: Final = 0.7
@@ -59,7 +64,10 @@ class WeightGrowth:
 
 
 def weight_growth(view: EpisodeView) -> WeightGrowth | None:
-    """The longest stretch of extraordinary growth around the onset; one of rate 0 where weights stayed as they were; `None` where they were not looked at."""
+    """The longest stretch of extraordinary growth around the onset.
+
+    One of rate 0 where weights stayed as they were; `None` where they were not looked at.
+    """
     ordinals, norms = _looks(view, "weight_norm")
     inside = (ordinals >= view.onset - BATCHES_BEFORE) & (ordinals <= max(view.last, view.onset + BATCHES_AFTER))
     if inside.sum() < MIN_LOOKS:
@@ -123,7 +131,10 @@ def _grown(
 
 
 def _share_along(view: EpisodeView, ordinals: npt.NDArray[np.int64], norms: Floats, rate: float) -> float | None:
-    """An update along the weights has |1 - exp(-rate)| of their new length, by which the norm then differs; a longer one went elsewhere too."""
+    """An update along the weights has |1 - exp(-rate)| of their new length, by which the norm then differs.
+
+    A longer one went elsewhere too.
+    """
     lengths = [view.at("update_norm", int(ordinal)) for ordinal in ordinals]
     pairs = zip(lengths, norms.tolist(), strict=True)
     relative = [u / w for u, w in pairs if u is not None and math.isfinite(u) and u > 0.0]

@@ -37,7 +37,8 @@ from lightning_spike.sandbox.isolation import Sandbox
 BASELINE_STEPS: Final = 32
 """Optimizer steps whose median rate is the recent normal one (science.md 2b.4)."""
 FIRST: Final[tuple[Factor, ...]] = (LearningRate(), OptimizerState(), Batch(), Clipping())
-"""The factors that are always tried, together: 2^3 outcomes (science.md 2b.4), for the clipping is hardly ever another."""
+"""The factors that are always tried, together: 2^3 outcomes (science.md 2b.4), for the clipping is hardly ever
+another."""
 FURTHER: Final[Mapping[str, tuple[Factor, ...]]] = {
     "batch": (NamedSamples(),),
     "optimizer_state": (Momentum(), SecondMoments(), Epsilon()),
@@ -88,9 +89,11 @@ def attribute(
 ) -> Attribution:
     """Which of the factors made the damage of an update, alone and together.
 
-    Every combination of the factors that were not normal is run: those in it as they were, the others at their recent normal value; the worth of a combination is the
-    control batches' loss after the update. The shares are Shapley values, batch by batch of the controls, which gives their uncertainty. Where one factor is both enough and
-    needed, two combinations tell and the others are not run; where one takes nearly all of the damage away by itself, it is not combined with others. Costs up to 2^3 updates and evaluations, and as many again where one factor is looked into; an
+    Every combination of the factors that were not normal is run: those in it as they were, the others at their recent
+    normal value; the worth of a combination is the control batches' loss after the update. The shares are Shapley
+    values, batch by batch of the controls, which gives their uncertainty. Where one factor is both enough and needed,
+    two combinations tell and the others are not run; where one takes nearly all of the damage away by itself, it is not
+    combined with others. Costs up to 2^3 updates and evaluations, and as many again where one factor is looked into; an
     update that is known already is not made again.
 
     Args:
@@ -104,7 +107,8 @@ def attribute(
     """
     cells = _Cells(sandbox, updates_replayed, baselines, controls, like, damage)
     odd_batch = _is_odd(sandbox, updates_replayed, controls, like=like, scatter=scatter)
-    # An ordinary batch is at its normal value: to exchange it would double the combinations, and blame it for what everything else met.
+    # An ordinary batch is at its normal value: to exchange it would double the combinations, and blame it for what
+    # everything else met.
     shares, normal, intrinsic = cells.shares([f for f in FIRST if odd_batch or f.group != "data"])
     normal += [f.id for f in FIRST if f.group == "data" and not odd_batch]
     largest = max(shares, key=lambda s: s.share, default=None)
@@ -144,7 +148,10 @@ class _Cells:
         self._known: dict[frozenset[str], Numbers] = {frozenset(): damage.after}
 
     def shares(self, factors: Sequence[Factor]) -> tuple[list[FactorShare], list[str], float]:
-        """Of the factors that were not normal, the largest first; the names of those that were; and what is left with all of them normal."""
+        """Of the factors that were not normal, the largest first.
+
+        The names of those that were; and what is left with all of them normal.
+        """
         active = self._active(factors)
         normal = [factor.id for factor in factors if factor not in active]
         alone = next((found for factor in active if (found := self._alone(factor, active)) is not None), None)
@@ -161,7 +168,10 @@ class _Cells:
         return sorted(shares, key=lambda s: -s.share), normal, self._part(rise(frozenset()))
 
     def closer(self, name: str) -> tuple[list[FactorShare], list[str]]:
-        """What a factor's damage is made of, and what was normal about it; nothing where that does not fit into the sandbox's allowance."""
+        """What a factor's damage is made of, and what was normal about it.
+
+        Nothing where that does not fit into the sandbox's allowance.
+        """
         if name == "batch":
             self._name_samples()
         factors = FURTHER[name]
@@ -174,7 +184,10 @@ class _Cells:
         return finer, normal
 
     def _cure(self, active: Sequence[Factor]) -> Factor | None:
-        """A factor that takes nearly all of the damage away by itself: what others at their normal values take of the rest is not worth as many runs again."""
+        """A factor that takes nearly all of the damage away by itself.
+
+        What others at their normal values take of the rest is not worth as many runs again.
+        """
         return next((f for f in active if 1.0 - self._part(self._rise([f])) >= SUFFICIENT_SHARE), None)
 
     def _name_samples(self) -> None:
@@ -191,7 +204,8 @@ class _Cells:
     def _alone(self, factor: Factor, active: Sequence[Factor]) -> FactorShare | None:
         """Its share where it is both enough (all others normal, and the damage is there) and needed (it alone normal, and the damage is gone).
 
-        Then the other combinations add nothing: a Shapley value lies between the two where no factor makes up for another.
+        Then the other combinations add nothing: a Shapley value lies between the two where no factor makes up for
+        another.
         """
         enough = self._rise([other for other in active if other is not factor])
         if self._part(enough) < SUFFICIENT_SHARE:
@@ -247,7 +261,10 @@ def _is_odd(
     like: RingEntry,
     scatter: float,
 ) -> bool:
-    """Whether a batch of the updates had a loss out of the ordinary for the weights that it met: after a first blow all losses are high."""
+    """Whether a batch of the updates had a loss out of the ordinary for the weights that it met.
+
+    After a first blow all losses are high.
+    """
     for leg in updates_replayed:
         usual = losses_under(sandbox, leg.before.weights, controls, like=like, held=True)
         own = np.array(leg.made.losses)
@@ -276,7 +293,8 @@ def shapley(players: Sequence[str], value: Callable[[frozenset[str]], Numbers]) 
 
     Args:
         players: Names, each once; the cost grows as 2^n.
-        value: Of a coalition; any array, the same shape for all. The values are taken entry by entry, so that a row of repetitions gives a row of shares.
+        value: Of a coalition; any array, the same shape for all. The values are taken entry by entry, so that a row of
+            repetitions gives a row of shares.
     """
     n = len(players)
     worth = {coalition: np.asarray(value(coalition), dtype=np.float64) for coalition in combinations(players)}

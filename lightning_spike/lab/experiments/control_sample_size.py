@@ -9,11 +9,13 @@ from lightning_spike.lab.replay.evaluate import Numbers
 T = TypeVar("T")
 
 EXACT: Final = 0.1
-"""Standard error of the mean rise, as a share of it, from which more batches would tell no more: shares of a damage are told in tenths. An engineering choice."""
+"""Standard error of the mean rise, as a share of it, from which more batches would tell no more: shares of a damage are
+told in tenths. An engineering choice."""
 FEWEST: Final = 2
 """With one there is no telling how far to trust it."""
 MOST: Final = 4
-"""It is a difference of pairs, the same batch before and after, so few will do; four gave the right group for 111 of 111 faults at batch 32 (`python benchmarks/lab.py`)."""
+"""It is a difference of pairs, the same batch before and after, so few will do; four gave the right group for 111 of
+111 faults at batch 32 (`python benchmarks/lab.py`)."""
 
 
 def control_sample_size(controls: Sequence[T], rises: Numbers) -> Sequence[T]:
@@ -21,7 +23,8 @@ def control_sample_size(controls: Sequence[T], rises: Numbers) -> Sequence[T]:
 
     Args:
         controls: What is chosen from.
-        rises: How much the loss of each has risen over what is in question, on the scale of `log_scale`; shape `(controls,)`.
+        rises: How much the loss of each has risen over what is in question, on the scale of `log_scale`; shape
+            `(controls,)`.
     """
     if len(controls) <= FEWEST:
         return controls

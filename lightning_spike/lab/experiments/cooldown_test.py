@@ -1,4 +1,7 @@
-"""The cooldown test: does the batch still stand out after the last updates were repeated with a tenth of the learning rate?"""
+"""The cooldown test.
+
+Does the batch still stand out after the last updates were repeated with a tenth of the learning rate?
+"""
 
 from collections.abc import Sequence
 from typing import Final
@@ -26,9 +29,11 @@ def cooldown_test(
 ) -> Cooldown | None:
     """Train the last updates before the onset once more with a tenth of the rate, and look at the batch again; `None` without updates.
 
-    A batch with wrong labels or values stands out for any sensible weights. One that only stands out while steps are too long for the loss surface, so that the weights are
-    thrown about, is ordinary once they have come to rest: then the rate is to blame, with no event to be seen. (One-step tests do not show a chronically high
-    rate, science.md 2.3 and 2b.6.) Not a test of a cause by a safer value: what is looked at is the batch, and its loss *over* the others'.
+    A batch with wrong labels or values stands out for any sensible weights. One that only stands out while steps are
+    too long for the loss surface, so that the weights are
+    thrown about, is ordinary once they have come to rest: then the rate is to blame, with no event to be seen.
+    (One-step tests do not show a chronically high rate, science.md 2.3 and 2b.6.) Not a test of a cause by a safer
+    value: what is looked at is the batch, and its loss *over* the others'.
 
     Args:
         sandbox: Inside `isolated(..., with_optimizers=True)`.

@@ -50,11 +50,12 @@ def damage_on_the_way(
 ) -> Damage | None:
     """Which of the kept updates raised the control batches' losses; `None` where none is kept.
 
-    First guess: the update with the longest step, where that makes most of the rise. Else the row of updates in which it comes about: from the last state before which
-    there is next to nothing of it to the first with nearly all of it, both found by halving (some four to eight evaluations of all controls instead of thirteen,
-    science.md 2b.4), and shortened at its ends for as long as what is left makes most of the rise: a rate that is too high works for some steps before the loss gives
-    way. Of a row that is still longer than four updates, the four that make most of it are taken; fewer where the sandbox's allowance
-    has no room for questions about four.
+    First guess: the update with the longest step, where that makes most of the rise. Else the row of updates in which
+    it comes about: from the last state before which there is next to nothing of it to the first with nearly all of it,
+    both found by halving (some four to eight evaluations of all controls instead of thirteen, science.md 2b.4), and
+    shortened at its ends for as long as what is left makes most of the rise: a rate that is too high works for some
+    steps before the loss gives way. Of a row that is still longer than four updates, the four that make most of it are
+    taken; fewer where the sandbox's allowance has no room for questions about four.
 
     Args:
         sandbox: Inside `isolated`.

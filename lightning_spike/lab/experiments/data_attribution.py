@@ -13,7 +13,9 @@ from lightning_spike.sandbox.isolation import Sandbox
 
 
 def exchange_of_samples(scene: Scene, sandbox: Sandbox, replay: Reproduction, parts: Split) -> SampleExchange | None:
-    """The batch with the samples that stand out exchanged, where it has a part in the jump; not with several ranks, each of which has other samples.
+    """The batch with the samples that stand out exchanged, where it has a part in the jump.
+
+    Not with several ranks, each of which has other samples.
 
     Args:
         scene: The episode.

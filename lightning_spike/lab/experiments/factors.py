@@ -45,8 +45,9 @@ class Baselines:
 class Factor(ABC):
     """One thing about an update.
 
-    Its normal value is what it recently was, not what would be safer: with a tenth of the learning rate the damage goes away whatever made it
-    (75 of 75, science.md 2b.6). What was normal already is no factor: then `normal` is `None`, and no run is spent on it.
+    Its normal value is what it recently was, not what would be safer: with a tenth of the learning rate the damage goes
+    away whatever made it (75 of 75, science.md 2b.6). What was normal already is no factor: then `normal` is `None`,
+    and no run is spent on it.
     """
 
     id: ClassVar[str]
@@ -83,8 +84,8 @@ class Batch(Factor):
 class NamedSamples(Factor):
     """The named samples of the update's batches, against ordinary ones in their places; the rest of the batches stays.
 
-    Named are those whose losses are out of what is usual for the weights before the update (`lab.experiments.sample_exchange`). Where none are named, or the batches do not fit
-    together, it is no factor.
+    Named are those whose losses are out of what is usual for the weights before the update
+    (`lab.experiments.sample_exchange`). Where none are named, or the batches do not fit together, it is no factor.
     """
 
     id: ClassVar = "samples"
@@ -106,7 +107,8 @@ class NamedSamples(Factor):
 
 
 CHANGED: Final = 1.05
-"""Factor from the recent median in either direction up to which a rate is what it was: smooth schedules move by less in 32 steps, or matter little."""
+"""Factor from the recent median in either direction up to which a rate is what it was: smooth schedules move by less in
+32 steps, or matter little."""
 FEWEST_RATES: Final = 4
 """Steps without which there is no recent rate."""
 
@@ -128,7 +130,10 @@ class LearningRate(Factor):
 
 
 def _usual_rates(step: Settings, before: Sequence[Settings]) -> list[float]:
-    """The median rate of every parameter group in the steps of the same optimizer; the step's own where these are too few."""
+    """The median rate of every parameter group in the steps of the same optimizer.
+
+    The step's own where these are too few.
+    """
     own = [_rate(group) for group in step]
     like = [other for other in before if _place(other) == _place(step) and len(other) == len(step)]
     return (
@@ -163,7 +168,8 @@ FRESH: Final = 4
 """Updates whose gradients make a second moment of their own; fewer say little about each element."""
 
 STALE: Final = 1.5
-"""How many times larger the recent mean square of a tensor's gradients must be for its second moment to be called stale; a step is then a fifth too long."""
+"""How many times larger the recent mean square of a tensor's gradients must be for its second moment to be called
+stale; a step is then a fifth too long."""
 
 States = list[dict[str, Any]]
 
@@ -185,9 +191,10 @@ class Momentum(Factor):
 class SecondMoments(Factor):
     """The second moments, against such as have kept up with the gradients of the last updates.
 
-    A second moment that lags behind gradients that grew (1 / (1 - beta2) steps) is stale, and was as stale a dozen steps ago; so its normal value is not
-    its recent one. It is multiplied by how much larger the mean squared gradient since then is, over the whole tensor (element by element a dozen
-    gradients are noise); the difference of two states of it gives that mean.
+    A second moment that lags behind gradients that grew (1 / (1 - beta2) steps) is stale, and was as stale a dozen
+    steps ago; so its normal value is not its recent one. It is multiplied by how much larger the mean squared gradient
+    since then is, over the whole tensor (element by element a dozen gradients are noise); the difference of two states
+    of it gives that mean.
     """
 
     id: ClassVar = "second_moments"
@@ -266,7 +273,10 @@ def _decay(baselines: Baselines, optimizer: int, place: int) -> float | None:
 
 
 def _filled(baselines: Baselines, optimizer: int, place: int, key: str, decay: float) -> float:
-    """How much of its weight a second moment has by now: Adam's begins at zero and is corrected for that, RMSprop's is not (Kingma and Ba 2015, section 3)."""
+    """How much of its weight a second moment has by now.
+
+    Adam's begins at zero and is corrected for that, RMSprop's is not (Kingma and Ba 2015, section 3).
+    """
     step = baselines.updates_replayed[-1].before.optimizers[optimizer]["state"].get(place, {}).get("step")
     if key != "exp_avg_sq" or step is None or not float(step) > 0.0:
         return 1.0
@@ -280,8 +290,8 @@ FEWEST_CLIPPINGS: Final = 4
 class Clipping(Factor):
     """What the trainer clipped gradients by, value and algorithm, against what most of the steps before were clipped by.
 
-    It is another only where `trainer.gradient_clip_val` was changed in the run. What a module clips by on its own (`configure_gradient_clipping`, manual optimisation) is not
-    noted; then it is no factor.
+    It is another only where `trainer.gradient_clip_val` was changed in the run. What a module clips by on its own
+    (`configure_gradient_clipping`, manual optimisation) is not noted; then it is no factor.
     """
 
     id: ClassVar = "clipping"
@@ -307,7 +317,10 @@ SMALLER: Final = 10.0
 
 
 class Epsilon(Factor):
-    """What is added to the root of the second moment, against the default of the optimizer's class: there is no recent other value of a constant."""
+    """What is added to the root of the second moment, against the default of the optimizer's class.
+
+    There is no recent other value of a constant.
+    """
 
     id: ClassVar = "epsilon"
     group: ClassVar = "optimizer"

@@ -1,4 +1,7 @@
-"""Step sizes for an episode whose onset cannot be replayed: those that the lab measured before it, or those of the present updates."""
+"""Step sizes for an episode whose onset cannot be replayed.
+
+Those that the lab measured before it, or those of the present updates.
+"""
 
 import dataclasses
 from collections.abc import Mapping

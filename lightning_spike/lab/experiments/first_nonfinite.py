@@ -1,4 +1,7 @@
-"""Where a NaN or Inf is born: the input, a module's operation, the loss or the backward pass, found by running the batch again."""
+"""Where a NaN or Inf is born.
+
+The input, a module's operation, the loss or the backward pass, found by running the batch again.
+"""
 
 import bisect
 import contextlib
@@ -37,11 +40,13 @@ def first_nonfinite(
 ) -> FirstNonFinite | None:
     """Run the batch with the weights that are in the module now, and find where its first non-finite value comes from.
 
-    A value counts if the loss (or a gradient) that is not finite descends from it: a `log(0)` that is masked out later is none, an
-    infinity that is written on purpose (`masked_fill(mask, -inf)`) neither, but the softmax that makes NaN of it is.
+    A value counts if the loss (or a gradient) that is not finite descends from it: a `log(0)` that is masked out later
+    is none, an infinity that is written on purpose (`masked_fill(mask, -inf)`) neither, but the softmax that makes NaN
+    of it is.
 
-    Every operation is checked, so this takes many times as long as a step, and blocks. Gradients are taken with `torch.autograd.grad`, so that
-    neither `.grad` nor hooks behind it are touched; the loss is not scaled, so an overflow by fp16's loss scale alone is not seen.
+    Every operation is checked, so this takes many times as long as a step, and blocks. Gradients are taken with
+    `torch.autograd.grad`, so that neither `.grad` nor hooks behind it are touched; the loss is not scaled, so an
+    overflow by fp16's loss scale alone is not seen.
 
     Args:
         sandbox: Inside `isolated`; its state is where the step leaves it.
@@ -51,7 +56,8 @@ def first_nonfinite(
         at: Where in the run it was, as for `Sandbox.step`.
 
     Returns:
-        The origin; `None` if loss and gradients are finite, if there is no loss, or if the weights are not finite already.
+        The origin; `None` if loss and gradients are finite, if there is no loss, or if the weights are not finite
+        already.
     """
     if not weights_are_finite(sandbox.module):
         return None
@@ -71,7 +77,8 @@ def weights_are_finite(module: nn.Module) -> bool:
     return all(_is_finite(tensor) for tensor in (*module.parameters(), *module.buffers()))
 
 
-# -- the input -----------------------------------------------------------------------------------------------------------
+# -- the input
+# -----------------------------------------------------------------------------------------------------------
 
 
 def _of_input(batch: object) -> FirstNonFinite | None:
@@ -83,7 +90,8 @@ def _of_input(batch: object) -> FirstNonFinite | None:
     return None
 
 
-# -- forward and loss ----------------------------------------------------------------------------------------------------
+# -- forward and loss
+# ----------------------------------------------------------------------------------------------------
 
 
 class _Places:
@@ -181,7 +189,8 @@ def _of_birth(birth: _Birth | None, places: _Places) -> FirstNonFinite | None:
     return FirstNonFinite(phase=phase, module=birth.place or "", operation=birth.operation)
 
 
-# -- backward ------------------------------------------------------------------------------------------------------------
+# -- backward
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _of_backward(loss: Tensor, module: nn.Module, places: _Places) -> FirstNonFinite | None:
@@ -223,7 +232,8 @@ def _watched(node: Any, culprits: list[Any]) -> Any:  # noqa: ANN401 - as above
     return node.register_hook(look)
 
 
-# -- values --------------------------------------------------------------------------------------------------------------
+# -- values
+# --------------------------------------------------------------------------------------------------------------
 
 
 def _is_finite(value: Tensor | float) -> bool:

@@ -1,4 +1,7 @@
-"""Whether modules that were put into another mode during the run made the jump: the replay is repeated with the recorded train/eval modes."""
+"""Whether modules that were put into another mode during the run made the jump.
+
+The replay is repeated with the recorded train/eval modes.
+"""
 
 from lightning_spike.diagnosis.judgement import MODES_REPAIRED
 from lightning_spike.errors import CannotReplay
@@ -13,8 +16,9 @@ from lightning_spike.sandbox.state import TrainState
 def mode_change(scene: Scene, replay: Reproduction, sandbox: Sandbox) -> OutsideChange | None:
     """The change of modes that made the jump; `None` where modes did not.
 
-    The replay is repeated with the recorded modes: only where the recorded losses come out then, and most of the jump is gone with the modes of before, are they
-    the cause. Where modes have not changed since the snapshot, or on several ranks, it costs nothing.
+    The replay is repeated with the recorded modes: only where the recorded losses come out then, and most of the jump
+    is gone with the modes of before, are they the cause. Where modes have not changed since the snapshot, or on several
+    ranks, it costs nothing.
 
     Args:
         scene: The episode.

@@ -1,4 +1,7 @@
-"""Measures a change that the replay does not carry and that made the loss jump: what was changed, when, and by how much."""
+"""Measures a change that the replay does not carry and that made the loss jump.
+
+What was changed, when, and by how much.
+"""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +21,8 @@ from lightning_spike.sandbox.isolation import Sandbox
 from lightning_spike.sandbox.state import TrainState
 
 MIN_SAME_BATCHES: Final = 3
-"""Batches that must have come out the same before a difference is taken for a change from outside: what is not reproducible at all differs from the start."""
+"""Batches that must have come out the same before a difference is taken for a change from outside: what is not
+reproducible at all differs from the start."""
 MAX_TENSORS: Final = 8
 """Tensors listed at most."""
 RECENT_LOSSES: Final = 16
@@ -26,15 +30,19 @@ RECENT_LOSSES: Final = 16
 
 
 def came_from_outside(scene: Scene, replay: Reproduction) -> bool:
-    """Whether a re-run that differs from the training shows a change from outside: without it the loss is healthy, or somebody was seen writing just before."""
+    """Whether a re-run that differs from the training shows a change from outside.
+
+    Without it the loss is healthy, or somebody was seen writing just before.
+    """
     return _comes_out_healthy(scene, replay) or bool(_writes(scene, replay))
 
 
 def outside_change(scene: Scene, replay: Reproduction, sandbox: Sandbox) -> OutsideChange:
     """What was changed: the loss in the replay, which writes were seen, and which tensors differ now.
 
-    The replay is taken on to the present for that, with all updates that the training has made since; and the training is rewound to where it left the replay, where that can be
-    done (`change_from_outside`). The replay is the run with the change undone: what of the jump it does not have is due to the change (`repaired`).
+    The replay is taken on to the present for that, with all updates that the training has made since; and the training
+    is rewound to where it left the replay, where that can be done (`change_from_outside`). The replay is the run with
+    the change undone: what of the jump it does not have is due to the change (`repaired`).
 
     Args:
         scene: The episode.
@@ -59,7 +67,10 @@ def outside_change(scene: Scene, replay: Reproduction, sandbox: Sandbox) -> Outs
 
 
 def _writes(scene: Scene, replay: Reproduction) -> list[OutsideWrite]:
-    """Those just before the first loss that is another: into the weights before its batch, or into the optimizer's state before the update before that."""
+    """Those just before the first loss that is another.
+
+    Into the weights before its batch, or into the optimizer's state before the update before that.
+    """
     first = replay.differs_at
     return [w for w in scene.writes if first is not None and first - 2 <= w.ordinal < first]
 

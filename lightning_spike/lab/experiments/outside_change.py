@@ -1,4 +1,7 @@
-"""What was changed from outside, and before which batch: the training's own states, rewound back until they meet those of the re-run."""
+"""What was changed from outside, and before which batch.
+
+The training's own states, rewound back until they meet those of the re-run.
+"""
 
 import dataclasses
 import math
@@ -24,14 +27,16 @@ MAX_UNDONE_UPDATES: Final = 8
 EARLIER_UPDATES: Final = 2
 """Updates before the first loss that is another in which the change may have been made: a small one shows late."""
 SAME_GAP: Final = 0.01
-"""Share of the later gap up to which two states agree; undoing an update leaves a gap of rounding, some 1e-6 of the weights."""
+"""Share of the later gap up to which two states agree; undoing an update leaves a gap of rounding, some 1e-6 of the
+weights."""
 MAX_UNKNOWN_SHARE: Final = 0.5
 """Share of the weights from which that is not known what they were."""
 
 FIRST: Final = "exp_avg"
 """The momentum of Adam."""
 NEAR_MOMENTUM: Final = 0.5
-"""Share of its size up to which the momentum may differ: the large gradient of the next batch is computed from weights some of which are not sure. A gradient that was changed differs by many times that."""
+"""Share of its size up to which the momentum may differ: the large gradient of the next batch is computed from weights
+some of which are not sure. A gradient that was changed differs by many times that."""
 MIN_MOVED_ELEMENTS: Final = 32
 """Elements that must have moved differently for their directions to tell."""
 ROUNDING: Final = 1e-5
@@ -43,13 +48,17 @@ class LocatedChange:
     """A change that explains how the run differs from its re-run."""
 
     kind: ChangeKind
-    """What was changed; `"result"` where batch, random state and weights were those of the re-run and the loss came out another all the same. A momentum by itself cannot be told from the gradient that was added to it, unless it is its old self times a number."""
+    """What was changed; `"result"` where batch, random state and weights were those of the re-run and the loss came out
+    another all the same. A momentum by itself cannot be told from the gradient that was added to it, unless it is its
+    old self times a number."""
     ordinal: int
-    """The batch before whose forward pass (for a gradient: after it) it was made, and not before the last update that both have alike."""
+    """The batch before whose forward pass (for a gradient: after it) it was made, and not before the last update that
+    both have alike."""
     different: tuple[TensorDifference, ...]
     """The tensors that it changed, the most first."""
     loss: float | None
-    """Of the struck batch, in a re-run with nothing but this change put in; `None` for a result: there is nothing to put in."""
+    """Of the struck batch, in a re-run with nothing but this change put in; `None` for a result: there is nothing to
+    put in."""
 
 
 def change_from_outside(
@@ -63,9 +72,10 @@ def change_from_outside(
 ) -> LocatedChange | None:
     """Undo the training's own updates from the present back to where it left the re-run, and see whether weights or optimizer state parted first.
 
-    A write between two updates into the weights leaves the optimizer's state as it is until the next update, and one into the state leaves the weights; so the kind that differs
-    alone is the one that was written into, seen or not (writes through `.data` are not). The change is then put into the re-run by itself: only where that brings
-    the jump back is it believed. Costs a training step for each update undone, some four, and the way to the struck batch.
+    A write between two updates into the weights leaves the optimizer's state as it is until the next update, and one
+    into the state leaves the weights; so the kind that differs alone is the one that was written into, seen or not
+    (writes through `.data` are not). The change is then put into the re-run by itself: only where that brings the jump
+    back is it believed. Costs a training step for each update undone, some four, and the way to the struck batch.
 
     Args:
         scene: The episode.
@@ -76,7 +86,8 @@ def change_from_outside(
         updates: Those from the struck batch's on to the present, in order.
 
     Returns:
-        `None` where updates cannot be undone, the two states do not part one after the other, or the change does not explain the loss.
+        `None` where updates cannot be undone, the two states do not part one after the other, or the change does not
+        explain the loss.
     """
     first = replay.differs_at
     if first is None or not can_rewind_updates(sandbox):
@@ -107,7 +118,10 @@ def change_from_outside(
 
 
 def _with_sure_weights(rewound: RewoundState, healthy: TrainState) -> TrainState | None:
-    """Where a weight is unsure it is taken to be as in the re-run; `None` where that is most of them: to be alike would mean nothing."""
+    """Where a weight is unsure it is taken to be as in the re-run; `None` where that is most of them.
+
+    To be alike would mean nothing.
+    """
     unsure, count = (
         sum(float(m.sum()) for m in rewound.unsure.values()),
         sum(m.numel() for m in rewound.unsure.values()),
@@ -157,11 +171,15 @@ def _explains(loss: float, recorded: float, replayed: float) -> bool:
     return math.isfinite(loss) and abs(loss - recorded) <= (1.0 - CONFIRMING_SHARE) * abs(recorded - replayed)
 
 
-# -- the state or the gradient -------------------------------------------------------------------------------------------
+# -- the state or the gradient
+# -------------------------------------------------------------------------------------------
 
 
 def _kind_of_state(healthy: TrainState, actual: TrainState) -> ChangeKind:
-    """Undoing the update took out the gradient that the re-run has: had the training another one, that is left in the averages."""
+    """Undoing the update took out the gradient that the re-run has.
+
+    Had the training another one, that is left in the averages.
+    """
     averages = _averages(healthy, actual)
     return "optimizer" if all(_is_multiple(now, then) for then, now in averages.values()) else "momentum_or_gradient"
 
@@ -179,7 +197,8 @@ def _is_multiple(now: Tensor, then: Tensor) -> bool:
     return sizes == 0.0 or abs(float(now @ then)) / sizes > 1.0 - SAME_GAP
 
 
-# -- the weights or the second moments -----------------------------------------------------------------------------------
+# -- the weights or the second moments
+# -----------------------------------------------------------------------------------
 
 
 def _before(replay: Reproduction, state: TrainState) -> TrainState | None:
@@ -190,10 +209,13 @@ def _before(replay: Reproduction, state: TrainState) -> TrainState | None:
 
 
 def _is_longer_step(sandbox: Sandbox, before: TrainState, healthy: TrainState, actual: TrainState) -> bool:
-    """Whether the weights are where the last update's own step leads, only farther: in each element that moved by more than twice as much the direction is the re-run's.
+    """Whether the weights are where the last update's own step leads, only farther.
 
-    That is what second moments do that were too small, with a momentum as in the re-run: they are all that an element's step of Adam is divided by, and a large gradient afterwards drowns them, so that they cannot be had by
-    undoing it. Somebody who writes into weights goes either way.
+    In each element that moved by more than twice as much the direction is the re-run's.
+
+    That is what second moments do that were too small, with a momentum as in the re-run: they are all that an element's
+    step of Adam is divided by, and a large gradient afterwards drowns them, so that they cannot be had by undoing it.
+    Somebody who writes into weights goes either way.
     """
     kept = dict.fromkeys((SECOND, FIRST), 0.0)
     for key in kept:
@@ -211,11 +233,15 @@ def _is_longer_step(sandbox: Sandbox, before: TrainState, healthy: TrainState, a
     return count >= MIN_MOVED_ELEMENTS and along >= (1.0 - SAME_GAP) * count
 
 
-# -- how far apart -------------------------------------------------------------------------------------------------------
+# -- how far apart
+# -------------------------------------------------------------------------------------------------------
 
 
 def _gaps(sandbox: Sandbox, a: TrainState, b: TrainState) -> dict[str, float]:
-    """How far two states are apart, by kind; for optimizer states the largest of the relative gaps of what they keep."""
+    """How far two states are apart, by kind.
+
+    For optimizer states the largest of the relative gaps of what they keep.
+    """
     names = [name for name, _ in sandbox.module.named_parameters() if name in a.weights and name in b.weights]
     weights = _gap([(a.weights[name], b.weights[name]) for name in names])
     kept: dict[str, list[tuple[Tensor, Tensor]]] = {}

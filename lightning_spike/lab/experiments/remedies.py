@@ -19,7 +19,8 @@ from lightning_spike.sandbox.isolation import Sandbox
 LOWER_RATE: Final = 0.1
 """Factor on the learning rate (science.md 2b.4)."""
 MAX_CONTROLS: Final = 2
-"""Ordinary batches that a remedy is tried on: what it is asked is whether it helps, and a difference of pairs tells; engineering choice."""
+"""Ordinary batches that a remedy is tried on: what it is asked is whether it helps, and a difference of pairs tells;
+engineering choice."""
 
 
 def try_remedies(
@@ -34,8 +35,9 @@ def try_remedies(
 ) -> tuple[Remedy, ...]:
     """Make the updates that did the damage with each remedy by itself, the most helpful first.
 
-    A tenth of the learning rate takes most damage away, whatever made it (75 of 75, science.md 2b.6): these are remedies to report as such, never a test of a cause.
-    Each costs as many updates and the evaluation of two control batches; what does not fit into the sandbox's allowance is left out.
+    A tenth of the learning rate takes most damage away, whatever made it (75 of 75, science.md 2b.6): these are
+    remedies to report as such, never a test of a cause. Each costs as many updates and the evaluation of two control
+    batches; what does not fit into the sandbox's allowance is left out.
 
     Args:
         sandbox: Inside `isolated(..., with_optimizers=True)`.

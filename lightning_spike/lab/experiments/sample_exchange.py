@@ -25,7 +25,9 @@ FEW_SAMPLES_SHARE: Final = 0.5
 def name_samples(
     sandbox: Sandbox, weights: dict[str, Tensor], entry: RingEntry, ordinary: Sequence[RingEntry]
 ) -> tuple[int, ...]:
-    """Positions of the samples whose losses are out of what is usual for these weights, in eval mode; none where samples cannot be told apart, or half the batch is.
+    """Positions of the samples whose losses are out of what is usual for these weights, in eval mode.
+
+    None where samples cannot be told apart, or half the batch is.
 
     A pass for the batch, and one for each of the ordinary ones that it takes to have `LEAST_USUAL` samples.
 

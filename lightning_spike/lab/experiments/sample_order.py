@@ -22,7 +22,8 @@ MIN_BATCHES: Final = 3
 MIN_STREAK: Final = 2
 """Abnormal batches in a row that are a streak."""
 ABNORMAL_SHARE: Final = 0.5
-"""Share of the way (in logs) from the usual loss to that of the struck batch from which another batch counts as abnormal too."""
+"""Share of the way (in logs) from the usual loss to that of the struck batch from which another batch counts as
+abnormal too."""
 SEED: Final = 20
 """Of the one order that is tried: the same episode gets the same answer."""
 
@@ -44,8 +45,9 @@ def reorder(
 ) -> SampleOrder | None:
     """Deal the samples of the stretch out anew over its batches, and train on it again from where it began.
 
-    What is compared is the mean loss over the whole stretch: bad samples are as bad wherever they are, and a few spread over many batches do no less harm; only what comes of their
-    order goes with it (one-sided batches, each of which pulls the weights its own way). One training step for each batch, a dozen at most.
+    What is compared is the mean loss over the whole stretch: bad samples are as bad wherever they are, and a few spread
+    over many batches do no less harm; only what comes of their order goes with it (one-sided batches, each of which
+    pulls the weights its own way). One training step for each batch, a dozen at most.
 
     Args:
         scene: The episode.
@@ -54,7 +56,8 @@ def reorder(
         updates: Those from the struck batch's on to the present.
 
     Returns:
-        `None` where batches cannot be dealt out anew (samples of different shapes, other structures), too few are known, or nothing was high.
+        `None` where batches cannot be dealt out anew (samples of different shapes, other structures), too few are
+        known, or nothing was high.
     """
     way = [*(leg.update for leg in updates_replayed), *updates][-max(len(updates_replayed), MIN_BATCHES) :]
     first = next((leg for leg in updates_replayed if way and leg.update is way[0]), None)
@@ -80,7 +83,10 @@ def reorder(
 
 
 def reshuffled(entries: Sequence[RingEntry]) -> list[RingEntry] | None:
-    """The same batches with their samples dealt out anew, every batch as large as it was; `None` where that cannot be. Draws from a generator of its own."""
+    """The same batches with their samples dealt out anew, every batch as large as it was; `None` where that cannot be.
+
+    Draws from a generator of its own.
+    """
     sizes = [samples_in(entry.batch) or 0 for entry in entries]
     places = [(k, position) for k, size in enumerate(sizes) for position in range(size)]
     order = torch.randperm(len(places), generator=torch.Generator().manual_seed(SEED)).tolist()

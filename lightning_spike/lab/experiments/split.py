@@ -13,7 +13,8 @@ from lightning_spike.record.batch_ring import RingEntry
 from lightning_spike.sandbox.isolation import Sandbox
 
 SELECTION_ERRORS: Final = 2.0
-"""Standard deviations of the batches' noise that are taken off the batch's effect: it was selected for its high loss (winner's curse, science.md 2b.6)."""
+"""Standard deviations of the batches' noise that are taken off the batch's effect: it was selected for its high loss
+(winner's curse, science.md 2b.6)."""
 BELIEVED_ERRORS: Final = 3.0
 """Standard errors from which a rise of the control batches is no scatter (3 sigma)."""
 MIN_KNOWN_LOSSES: Final = 2
@@ -36,20 +37,22 @@ def split(
 ) -> Split:
     """Evaluate old and new weights on the spike's batch and on the controls, all in train mode and with the spike batch's random state.
 
-    The four means: Y00 controls under old weights, Y01 the batch under old weights, Y10 controls under new weights, Y11 the batch under new ones.
-    Data is Y01 - Y00, weights Y10 - Y00, interaction the rest of the jump Y11 - Y00.
+    The four means: Y00 controls under old weights, Y01 the batch under old weights, Y10 controls under new weights, Y11
+    the batch under new ones. Data is Y01 - Y00, weights Y10 - Y00, interaction the rest of the jump Y11 - Y00.
 
-    What it can tell: whether this batch is high for healthy weights too, and whether these weights are bad for ordinary batches too. What it cannot: if the weights are
-    worse, what made them so (that may be an earlier bad batch); and controls that were trained on after the old weights look a little too good under
-    the new ones, so a small effect of the weights is missed. A batch that only damages the *next* loss is ordinary here.
+    What it can tell: whether this batch is high for healthy weights too, and whether these weights are bad for ordinary
+    batches too. What it cannot: if the weights are worse, what made them so (that may be an earlier bad batch); and
+    controls that were trained on after the old weights look a little too good under the new ones, so a small effect of
+    the weights is missed. A batch that only damages the *next* loss is ordinary here.
 
     Args:
         sandbox: Inside `isolated`; rewound before every evaluation.
         spike: The batch in question.
         controls: Ordinary batches from before it, at least one; better eight.
         old: Healthy weights and buffers from before, as `copy_module` gives them.
-        new: Those that the batch's loss was computed with (see `reproduce`). `None` where they are not to be had: then its recorded loss stands for Y11,
-            and the present weights, some updates later, for Y10, so that damage shows only if it lasts, and counts only for what the batch leaves open.
+        new: Those that the batch's loss was computed with (see `reproduce`). `None` where they are not to be had: then
+            its recorded loss stands for Y11, and the present weights, some updates later, for Y10, so that damage shows
+            only if it lasts, and counts only for what the batch leaves open.
         losses: What the training recorded, by ordinal; the batch's own among them.
         scatter: Of the log-loss from batch to batch, see `batch_noise`.
 
@@ -74,8 +77,10 @@ def split_losses(
         old: Under the old weights, shape `(1 + controls,)`.
         new: Under the new ones, same shape.
         scatter: Standard deviation of the log-loss from batch to batch.
-        is_later: The new weights on the controls are from after the batch: their damage may be its effect, so it counts for no more than the batch leaves open.
-        recorded: What the controls had in the training, shape `(controls,)`, NaN where unknown; `None` for no such comparison.
+        is_later: The new weights on the controls are from after the batch: their damage may be its effect, so it counts
+            for no more than the batch leaves open.
+        recorded: What the controls had in the training, shape `(controls,)`, NaN where unknown; `None` for no such
+            comparison.
     """
     trained = np.full(len(old) - 1, math.nan) if recorded is None else recorded
     scale = log_scale(old, new, trained)
@@ -108,8 +113,8 @@ def split_losses(
 def _computation_effect(rises: Numbers, scatter: float) -> float:
     """How far the controls under old weights lie above their recorded losses; 0 where that may be scatter.
 
-    A pair is one batch under nearly the same weights, so the two differ by dropout and by what the training made of the batch since, which lowers it. The median, for the
-    computation may give wild values now.
+    A pair is one batch under nearly the same weights, so the two differ by dropout and by what the training made of the
+    batch since, which lowers it. The median, for the computation may give wild values now.
     """
     if len(rises) < MIN_KNOWN_LOSSES:
         return 0.0

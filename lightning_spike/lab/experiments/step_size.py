@@ -19,7 +19,9 @@ MIN_UPDATES: Final = 4
 def step_size(
     sandbox: Sandbox, updates_replayed: Sequence[ReplayedUpdate], end: TrainState, *, but: int | None = None
 ) -> StepSize | None:
-    """Evaluate every kept update's batch once more, after the update (science.md 2.3); one forward pass each. `None` for too few of them.
+    """Evaluate every kept update's batch once more, after the update (science.md 2.3); one forward pass each.
+
+    `None` for too few of them.
 
     Args:
         sandbox: Inside `isolated`.
@@ -38,7 +40,8 @@ def summarized(kept: Sequence[tuple[float, float]], source: Literal["replay", "p
     """The step sizes of updates; `None` for too few.
 
     Args:
-        kept: For each update the change of its own batch's loss and what its gradient promised, as `change_and_promise` gives them.
+        kept: For each update the change of its own batch's loss and what its gradient promised, as `change_and_promise`
+            gives them.
         source: Where the updates are from.
     """
     if len(kept) < MIN_UPDATES:
@@ -55,7 +58,10 @@ def summarized(kept: Sequence[tuple[float, float]], source: Literal["replay", "p
 
 
 def change_and_promise(sandbox: Sandbox, leg: ReplayedUpdate, after: TrainState) -> tuple[float, float]:
-    """The change of an update's own loss, and `g . u`, what the gradient promised; the sandbox is left with the weights after it."""
+    """The change of an update's own loss, and `g . u`, what the gradient promised.
+
+    The sandbox is left with the weights after it.
+    """
     return _change(sandbox, leg, after), _promise(leg, after)
 
 

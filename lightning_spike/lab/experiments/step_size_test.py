@@ -19,7 +19,8 @@ from lightning_spike.sandbox.state import TrainState
 TESTED_UPDATES: Final = 24
 """Updates that are looked at; twice as many as the re-run of a moment keeps, for there is nothing else to go by."""
 STEP_SIZE_TEST_STEPS: Final = 40
-"""Training steps' worth of time that it takes: the updates, a forward pass after each, and copies of the state (`python benchmarks/lab.py --fault "rate too high all along"`, the column cost)."""
+"""Training steps' worth of time that it takes: the updates, a forward pass after each, and copies of the state (`python
+benchmarks/lab.py --fault "rate too high all along"`, the column cost)."""
 
 MIN_PROMISE: Final = 1e-5
 """Share of the loss that a gradient must promise for what became of it to be more than rounding."""
@@ -35,8 +36,9 @@ def step_size_test(
 ) -> StepSize | None:
     """Train the newest batches once more from the present weights on, and see whether each step keeps the promise of its gradient (science.md 2.3).
 
-    No snapshot is needed, no loss is compared with a recorded one, and nothing is explained: it tells whether steps of this size, with the optimizer as it stands, suit the loss
-    surface that the run is on. Leaves no trace; blocks. With several ranks each must call it with its own batches of the same ordinals.
+    No snapshot is needed, no loss is compared with a recorded one, and nothing is explained: it tells whether steps of
+    this size, with the optimizer as it stands, suit the loss surface that the run is on. Leaves no trace; blocks. With
+    several ranks each must call it with its own batches of the same ordinals.
 
     Args:
         trainer: Between two batches, with its optimizers set up.

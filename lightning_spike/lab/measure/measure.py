@@ -34,8 +34,8 @@ def measure(
 ) -> Experiments:
     """Measure in the replay what is too expensive in training; 2 to 9 passes, as far as they fit into the sandbox's allowance.
 
-    The module measurements cost two forward and backward passes, those of the update one to three forward passes a batch of it, the modes four forward passes, the
-    precision two (under autocast only).
+    The module measurements cost two forward and backward passes, those of the update one to three forward passes a
+    batch of it, the modes four forward passes, the precision two (under autocast only).
 
     Args:
         scene: The episode.
@@ -64,7 +64,10 @@ def measure(
 
 
 def measure_single_samples(scene: Scene, sandbox: Sandbox) -> Experiments:
-    """Measure the samples of the batch in question one by one; two passes, which may be known by now, and five of single samples."""
+    """Measure the samples of the batch in question one by one.
+
+    Two passes, which may be known by now, and five of single samples.
+    """
     ordinary, old = scene.ordinary()[0], scene.snapshot.model
     question = "losses and gradients of single samples"
     one = _Measurement("samples", question, 5, lambda: measure_samples(sandbox, scene.spike, ordinary, old))

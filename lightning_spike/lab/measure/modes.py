@@ -1,4 +1,7 @@
-"""An ordinary batch in train and in eval mode: running statistics that do not fit the weights, a forgotten train mode."""
+"""An ordinary batch in train and in eval mode.
+
+Running statistics that do not fit the weights, a forgotten train mode.
+"""
 
 from collections.abc import Mapping
 

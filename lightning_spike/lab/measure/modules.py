@@ -18,13 +18,16 @@ from lightning_spike.sandbox.isolation import Sandbox, loss_of
 MAX_MODULES: Final = 8
 """Modules listed at most; engineering choice."""
 SATURATED: Final = {nn.Sigmoid: (0.01, 0.99), nn.Tanh: (-0.99, 0.99)}
-"""Outputs beyond which next to no gradient comes through (a fiftieth of the steepest slope and less); an engineering choice."""
+"""Outputs beyond which next to no gradient comes through (a fiftieth of the steepest slope and less); an engineering
+choice."""
 
 
 def measure_modules(
     sandbox: Sandbox, spike: RingEntry, ordinary: RingEntry, *, old: Mapping[str, Tensor], new: Mapping[str, Tensor]
 ) -> ModuleMeasurement:
-    """Run the batch of the onset under the new weights and an ordinary one under the old, in train mode; two forward and two backward passes.
+    """Run the batch of the onset under the new weights and an ordinary one under the old, in train mode.
+
+    Two forward and two backward passes.
 
     Args:
         sandbox: Inside `isolated`.
@@ -46,7 +49,9 @@ def measure_modules(
 
 
 def activities(sandbox: Sandbox, weights: Mapping[str, Tensor], entry: RingEntry) -> dict[str, ModuleActivity]:
-    """Of every module without children that gives floating tensors, by name, in the order of the forward pass; one forward and one backward pass.
+    """Of every module without children that gives floating tensors, by name, in the order of the forward pass.
+
+    One forward and one backward pass.
 
     Gradients are taken without touching `.grad`, and are those of the undivided loss.
     """

@@ -1,4 +1,7 @@
-"""Measures low precision: the loss of the batch in float32 where the training runs under autocast, and the loss scale before and now."""
+"""Measures low precision.
+
+The loss of the batch in float32 where the training runs under autocast, and the loss scale before and now.
+"""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,7 @@
-"""The samples of the batch of the onset one by one: their losses, their pulls at the weights, and the gradients of those that pull hardest."""
+"""The samples of the batch of the onset one by one.
+
+Their losses, their pulls at the weights, and the gradients of those that pull hardest.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,13 +22,16 @@ from lightning_spike.sandbox.isolation import Sandbox, loss_of
 MAX_SAMPLES: Final = 256
 """Samples that are run one by one at most."""
 MAX_HARDEST: Final = 4
-"""Samples whose gradients are taken, those that pull hardest (or have the highest losses); on a small network each costs nearly as much as a batch."""
+"""Samples whose gradients are taken, those that pull hardest (or have the highest losses); on a small network each
+costs nearly as much as a batch."""
 
 
 def measure_samples(
     sandbox: Sandbox, spike: RingEntry, ordinary: RingEntry, weights: Mapping[str, Tensor]
 ) -> SampleMeasurement | None:
-    """Two forward and backward passes, and five of single samples; where losses can only be had by slices, one for each sample of both batches.
+    """Two forward and backward passes, and five of single samples.
+
+    Where losses can only be had by slices, one for each sample of both batches.
 
     Args:
         sandbox: Inside `isolated`.

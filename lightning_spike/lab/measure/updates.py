@@ -1,4 +1,7 @@
-"""One update against those before it: second moments, momentum, length, and whether the step was too long or in a wrong direction."""
+"""One update against those before it.
+
+Second moments, momentum, length, and whether the step was too long or in a wrong direction.
+"""
 
 import dataclasses
 import math
@@ -16,7 +19,8 @@ from lightning_spike.sandbox.isolation import Sandbox
 from lightning_spike.sandbox.state import TrainState
 
 SHORT: Final = 1e-3
-"""Share of the loss that the step promises by which the slope is measured: so short that nothing bends, and far above rounding."""
+"""Share of the loss that the step promises by which the slope is measured: so short that nothing bends, and far above
+rounding."""
 RECENT: Final = 4
 """Updates just before: what is usual is taken from them, and the step's direction is held against their gradients."""
 EPSILON = 1e-8
@@ -37,7 +41,9 @@ class Moments:
 
 
 def measure_update(sandbox: Sandbox, replay: Reproduction, leg: int) -> UpdateMeasurement:
-    """Measure one of the kept updates beside those before it; one forward pass for each of its batches, all else is kept from the re-run.
+    """Measure one of the kept updates beside those before it.
+
+    One forward pass for each of its batches, all else is kept from the re-run.
 
     Args:
         sandbox: Inside `isolated(..., with_optimizers=True)`.

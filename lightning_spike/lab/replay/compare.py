@@ -1,4 +1,7 @@
-"""Where the run as it is and the run as it comes out again differ: tensor by tensor, in weights and optimizer states."""
+"""Where the run as it is and the run as it comes out again differ.
+
+Tensor by tensor, in weights and optimizer states.
+"""
 
 import math
 from collections.abc import Iterator, Mapping

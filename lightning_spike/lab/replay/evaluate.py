@@ -26,17 +26,20 @@ def losses_under(
     like: RingEntry,
     held: bool = False,
 ) -> Numbers:
-    """The loss of each batch under these weights, in train mode, each from the same start; with several ranks the mean over them, which is the loss of the global batch.
+    """The loss of each batch under these weights, in train mode, each from the same start.
 
-    Common random numbers: dropout masks and augmentation drawn in the step are those of the batch `like`, so that two sets of weights are
-    compared on the same thing.
+    With several ranks the mean over them, which is the loss of the global batch.
+
+    Common random numbers: dropout masks and augmentation drawn in the step are those of the batch `like`, so that two
+    sets of weights are compared on the same thing.
 
     Args:
         sandbox: Inside `isolated`; rewound before every evaluation.
         weights: Parameters and buffers, as `copy_module` gives them.
         entries: The batches.
         like: Whose random state and place in the run all are given.
-        held: The mapping of the weights is kept for as long as the sandbox is, unchanged: a loss that was asked for once is remembered. It keeps the mapping alive.
+        held: The mapping of the weights is kept for as long as the sandbox is, unchanged: a loss that was asked for
+            once is remembered. It keeps the mapping alive.
 
     Returns:
         float64, shape `(len(entries),)`; NaN and Inf are kept.
@@ -51,7 +54,8 @@ def losses_under(
 def log_scale(*losses: Numbers) -> Callable[[Numbers], Numbers]:
     """The logarithm, or nothing at all where one of these losses is negative; what is not finite counts as `HIGHEST`.
 
-    On the logarithm a batch that makes the loss ten times as high and weights that do so add up; on the losses themselves the largest would say everything.
+    On the logarithm a batch that makes the loss ten times as high and weights that do so add up; on the losses
+    themselves the largest would say everything.
     """
     finite = np.concatenate([values[np.isfinite(values)] for values in losses])
     logs = finite.size == 0 or finite.min() > 0

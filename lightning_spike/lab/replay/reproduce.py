@@ -1,4 +1,7 @@
-"""Train again from a snapshot to the onset: the same batches, random states and learning rates, so that every state on the way is at hand."""
+"""Train again from a snapshot to the onset.
+
+The same batches, random states and learning rates, so that every state on the way is at hand.
+"""
 
 import dataclasses
 import math
@@ -17,10 +20,11 @@ from lightning_spike.sandbox.isolation import Sandbox, loss_of
 from lightning_spike.sandbox.state import TrainState
 
 SAME: Final = 1e-3
-"""Relative difference of two losses that still counts as the same: non-deterministic kernels and compiled against eager code move a loss by less, a spike by more.
-On the CPU the difference is 0 (`tests/lab/test_reproduce.py`)."""
+"""Relative difference of two losses that still counts as the same: non-deterministic kernels and compiled against eager
+code move a loss by less, a spike by more. On the CPU the difference is 0 (`tests/lab/test_reproduce.py`)."""
 LEGS: Final = 12
-"""Updates before the onset whose states are kept: among them the one that did the damage is looked for (science.md 2b.2, K = 12)."""
+"""Updates before the onset whose states are kept: among them the one that did the damage is looked for (science.md
+2b.2, K = 12)."""
 KEEP_BYTES: Final = 1 << 30
 """Bytes that these states may take; a large model keeps fewer, at least two."""
 LEAST_LEGS: Final = 2
@@ -48,7 +52,8 @@ class Reproduction:
     steps: int
     """Batches that were trained on again."""
     differs_at: int | None
-    """Ordinal of the first batch, `reached` included, whose loss came out differently from the recorded one; `None` where all agree."""
+    """Ordinal of the first batch, `reached` included, whose loss came out differently from the recorded one; `None`
+    where all agree."""
     replayed: float
     """The loss of the batch `reached` in the re-run."""
 
@@ -67,7 +72,9 @@ def reproduce(
 ) -> Reproduction:
     """Train from a state up to the last of the entries, and evaluate that one.
 
-    With several ranks (DDP) every rank must call it at once, with its own batches and the same ordinals; losses are means over the ranks. See `make_update` for how. What changed the state of the run from outside (a callback, a fault of the machine) is not in it, and shows as a difference.
+    With several ranks (DDP) every rank must call it at once, with its own batches and the same ordinals; losses are
+    means over the ranks. See `make_update` for how. What changed the state of the run from outside (a callback, a fault
+    of the machine) is not in it, and shows as a difference.
 
     Args:
         sandbox: From `isolated(..., with_optimizers=True)`; left with the weights of the end in it.
@@ -111,7 +118,9 @@ def go_on(
     settings: Mapping[int, Sequence[Settings]],
     recorded: Mapping[int, float],
 ) -> Reproduction | None:
-    """Take a re-run further, from its last update on; `None` where it has none, or went another way than the training. As `reproduce`, with the same start.
+    """Take a re-run further, from its last update on; `None` where it has none, or went another way than the training.
+
+    As `reproduce`, with the same start.
 
     Args:
         sandbox: As there.
@@ -179,12 +188,18 @@ def _legs_to_keep(state: TrainState) -> int:
 
 
 def _open_window(entries: Sequence[RingEntry]) -> list[RingEntry]:
-    """The last batch, and those before it whose gradients go into the same update: all are computed with the same weights."""
+    """The last batch, and those before it whose gradients go into the same update.
+
+    All are computed with the same weights.
+    """
     return [entry for entry in entries if entry.at.step == entries[-1].at.step]
 
 
 def _loss(sandbox: Sandbox, entry: RingEntry, settings: Mapping[int, Sequence[Settings]]) -> float:
-    """The loss of one batch as the training had it: under manual optimisation and LBFGS that is one from after its own first updates."""
+    """The loss of one batch as the training had it.
+
+    Under manual optimisation and LBFGS that is one from after its own first updates.
+    """
     if _updates_first(sandbox):
         made = make_update(sandbox, Update(entries=(entry,), settings=tuple(settings.get(entry.at.ordinal, ()))))
         return made.losses[0]

@@ -15,9 +15,11 @@ from lightning_spike.sandbox.isolation import Sandbox
 from lightning_spike.sandbox.state import TrainState
 
 LOST: Final = 300.0
-"""Rounding errors of the largest second moment since from which an earlier one is known well enough: to a part in as many, and the step to half of it."""
+"""Rounding errors of the largest second moment since from which an earlier one is known well enough: to a part in as
+many, and the step to half of it."""
 NOTHING: Final = 1e-10
-"""Share of a usual tensor's mean square gradient up to which a gradient is nothing but rounding, as that of a bias before a BatchNorm (1e-14 in float32)."""
+"""Share of a usual tensor's mean square gradient up to which a gradient is nothing but rounding, as that of a bias
+before a BatchNorm (1e-14 in float32)."""
 SECOND: Final = "exp_avg_sq"
 """The state of Adam that gradients go into squared."""
 
@@ -37,7 +39,8 @@ class RewoundState:
 def can_rewind_updates(sandbox: Sandbox) -> bool:
     """Whether updates of this run can be undone.
 
-    SGD with momentum, Adam or AdamW as torch has them, under automatic optimisation, on one rank and without a loss scaler.
+    SGD with momentum, Adam or AdamW as torch has them, under automatic optimisation, on one rank and without a loss
+    scaler.
     """
     optimizers = sandbox.trainer.optimizers
     return (
@@ -53,20 +56,25 @@ def can_rewind_updates(sandbox: Sandbox) -> bool:
 def rewind_updates(
     sandbox: Sandbox, updates: Sequence[Update], present: TrainState, like: Mapping[int, TrainState]
 ) -> Iterator[RewoundState]:
-    """What weights and optimizer state were before each of the updates that led to the present one, the newest first; up to rounding.
+    """What weights and optimizer state were before each of the updates that led to the present one, the newest first.
 
-    What these optimizers add to the weights depends on their state after the update alone, so the weights before it are had without a gradient. With them
-    the gradient is computed once more (one forward and backward pass through Lightning's loop, clipping and accumulation as in the run), and taken out of
-    the averages: m = (m' - (1 - beta) g) / beta. Every update undone multiplies the rounding of m by 1 / beta. A second moment to which the square of a far larger gradient
-    was added is known to the rounding of that only: of the weights that are had by dividing by it it is said that they are unsure, and of those whose gradients are nothing but rounding.
-    Ends early where a gradient is not finite or missing, or some of the state is.
+    Up to rounding.
+
+    What these optimizers add to the weights depends on their state after the update alone, so the weights before it are
+    had without a gradient. With them the gradient is computed once more (one forward and backward pass through
+    Lightning's loop, clipping and accumulation as in the run), and taken out of
+    the averages: m = (m' - (1 - beta) g) / beta. Every update undone multiplies the rounding of m by 1 / beta. A second
+    moment to which the square of a far larger gradient
+    was added is known to the rounding of that only: of the weights that are had by dividing by it it is said that they
+    are unsure, and of those whose gradients are nothing but rounding. Ends early where a gradient is not finite or
+    missing, or some of the state is.
 
     Args:
         sandbox: Inside `isolated(..., with_optimizers=True)`, of a run that `can_rewind_updates`.
         updates: What was made, oldest first.
         present: The state after them.
-        like: By the ordinal of an update's first batch, the state to compare with. Buffers and the module's own attributes are taken from it too: no gradient in
-            train mode depends on running statistics.
+        like: By the ordinal of an update's first batch, the state to compare with. Buffers and the module's own
+            attributes are taken from it too: no gradient in train mode depends on running statistics.
     """
     known, state = _Known(), present
     for update in reversed(updates):

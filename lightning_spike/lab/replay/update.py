@@ -1,4 +1,7 @@
-"""One update, made again: the batches of an accumulation window, and what the optimizer was set to; or with something about it changed."""
+"""One update, made again.
+
+The batches of an accumulation window, and what the optimizer was set to; or with something about it changed.
+"""
 
 import dataclasses
 import math
@@ -28,7 +31,8 @@ class Update:
     entries: tuple[RingEntry, ...]
     """The batches whose gradients it was made of, in order."""
     settings: tuple[Settings, ...]
-    """One for each optimizer step in it, in order; what is in them is written into the parameter groups before the step."""
+    """One for each optimizer step in it, in order; what is in them is written into the parameter groups before the
+    step."""
     optimizers: list[dict[str, Any]] | None = None
     """The states that the optimizers are given before it; `None` for as they stand."""
     clip: float | None = None
@@ -47,12 +51,15 @@ class UpdateOutcome:
     """How an update went."""
 
     losses: tuple[float, ...]
-    """Of its batches, undivided; the sum where a batch has several backward passes under manual optimisation; with several ranks the mean over them."""
+    """Of its batches, undivided; the sum where a batch has several backward passes under manual optimisation; with
+    several ranks the mean over them."""
     gradients: dict[str, Tensor]
-    """By parameter name, complete, and not yet clipped (under manual optimisation as they were when the optimizer stepped); clones."""
+    """By parameter name, complete, and not yet clipped (under manual optimisation as they were when the optimizer
+    stepped); clones."""
     spoilt_at: int | None
-    """Place of the first of its batches after whose backward pass a gradient was not finite; no step was made then, except under manual optimisation, where
-    the step is the module's. `None` where all went well, and under a loss scaler, which sees to it itself."""
+    """Place of the first of its batches after whose backward pass a gradient was not finite; no step was made then,
+    except under manual optimisation, where the step is the module's. `None` where all went well, and under a loss
+    scaler, which sees to it itself."""
     named_losses: tuple[Mapping[str, float], ...] = ()
     """The losses of its batches by the names of their signals; with several ranks this one's."""
 
@@ -63,7 +70,8 @@ def updates_of(
     """Cut a run of batches into updates: each ends with the batch after which `global_step` had moved on.
 
     Args:
-        entries: Batches in order, none left out. The last is where the run of updates ends, and belongs to none of them.
+        entries: Batches in order, none left out. The last is where the run of updates ends, and belongs to none of
+            them.
         settings: Of the optimizer steps, by the ordinal of the batch they were made in.
         by_hand: Manual optimisation: each batch is one, for its `training_step` makes the updates, several or none.
     """
@@ -82,8 +90,9 @@ def updates_of(
 def make_update(sandbox: Sandbox, update: Update) -> UpdateOutcome:
     """Make one update with what is in the sandbox, through Lightning's own loop (`Sandbox.train`).
 
-    With the module's own hooks and without those of callbacks: accumulation, clipping, and the settings that the update was really made with. On the CPU
-    losses and weights come out bit for bit. Blocks. With several ranks each must call it with its own batches.
+    With the module's own hooks and without those of callbacks: accumulation, clipping, and the settings that the update
+    was really made with. On the CPU losses and weights come out bit for bit. Blocks. With several ranks each must call
+    it with its own batches.
 
     Raises:
         CannotReplay: The settings of the update are not known, or `training_step` returned no loss.
@@ -111,7 +120,9 @@ class _Spoilt(Exception):  # noqa: N818 - it only leads out of Lightning's loop
 
 
 class _Listener(Callback):
-    """The only callback while an update is made again: sets what the optimizers were set to, and takes down losses and gradients.
+    """The only callback while an update is made again.
+
+    Sets what the optimizers were set to, and takes down losses and gradients.
 
     It is called where the callbacks of the run were when they took down what it now sets.
     """

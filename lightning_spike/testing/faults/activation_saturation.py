@@ -19,10 +19,13 @@ RECURRENT_GAIN: Final = 10.0
 
 
 class UnitsSaturate(LastingFault):
-    """Activations are driven into their flat parts: a bias that ran away, inputs in other units, a normalisation that was taken out.
+    """Activations are driven into their flat parts.
 
-    Before every activation module, before the activation inside torch's Transformer layers, and before every recurrent layer, the values are pushed: for ReLU and
-    its kin down, by so many standard deviations; for sigmoid, tanh and recurrent layers away from 0.
+    A bias that ran away, inputs in other units, a normalisation that was taken out.
+
+    Before every activation module, before the activation inside torch's Transformer layers, and before every recurrent
+    layer, the values are pushed: for ReLU and its kin down, by so many standard deviations; for sigmoid, tanh and
+    recurrent layers away from 0.
 
     Args:
         at: The first such batch: batches begun in the whole run before it, from 0.

@@ -28,13 +28,16 @@ def _need_adam(fault: LastingFault, trainer: Trainer) -> None:
 
 
 class GradientsOutgrowSecondMoment(LastingFault):
-    """Gradients grow from batch to batch, faster than Adam's second moment follows: rare tokens come in, a part of the loss wakes up.
+    """Gradients grow from batch to batch, faster than Adam's second moment follows.
 
-    The gradients are multiplied by a factor that grows to the power of the batches since `at`, for `ramp` batches, and then stays. As long as they grow, v_t
-    is out of date and updates are too large, by up to `(1 - beta1) / (1 - beta1 / s) / sqrt((1 - beta2) / (1 - beta2 / s**2))`, some 7 times with the usual betas late in a
-    run and `sqrt(1 - beta2**t)` of that after t updates, because of the correction for the start: after 150 that is 2.5. So it bites late in a run, or where
-    the learning rate leaves little room. See Wortsman et al. 2023, "Stable and low-precision training for large-scale vision-language models", section 3. With SGD it
-    would be an explosion.
+    Rare tokens come in, a part of the loss wakes up.
+
+    The gradients are multiplied by a factor that grows to the power of the batches since `at`, for `ramp` batches, and
+    then stays. As long as they grow, v_t is out of date and updates are too large, by up to `(1 - beta1) / (1 - beta1 /
+    s) / sqrt((1 - beta2) / (1 - beta2 / s**2))`, some 7 times with the usual betas late in a run and `sqrt(1 -
+    beta2**t)` of that after t updates, because of the correction for the start: after 150 that is 2.5. So it bites late
+    in a run, or where the learning rate leaves little room. See Wortsman et al. 2023, "Stable and low-precision
+    training for large-scale vision-language models", section 3. With SGD it would be an explosion.
 
     Args:
         at: The batch before the first with larger gradients: batches begun in the whole run before it, from 0.
@@ -79,8 +82,8 @@ class GradientsOutgrowSecondMoment(LastingFault):
 class EpsilonUnderflow(SettingsFault):
     """Adam's epsilon is lost: 1e-8 in a half-precision optimizer is 0, and then a weight that never had a gradient gets 0 / 0.
 
-    Some weights of every parameter never get a gradient, as those of a unit that is never active; with any epsilon their update is 0. At the batch
-    `at` the epsilon of every group becomes 0, and their update is NaN.
+    Some weights of every parameter never get a gradient, as those of a unit that is never active; with any epsilon
+    their update is 0. At the batch `at` the epsilon of every group becomes 0, and their update is NaN.
 
     Args:
         at: The first batch without an epsilon: batches begun in the whole run before it, from 0.
@@ -114,10 +117,12 @@ class EpsilonUnderflow(SettingsFault):
 
 
 class NoiseAtFullSize(SettingsFault):
-    """Gradients far below the usual epsilon and an epsilon far below them: Adam turns their rounding noise into updates of full size.
+    """Gradients far below the usual epsilon and an epsilon far below them.
 
-    From the batch `at` on the epsilon of every group is 1e-30, and the gradients are `1e-12 * (g + strength * rms(g) * noise)`. Since v_t forgets slowly, it
-    only bites where it begins with the run.
+    Adam turns their rounding noise into updates of full size.
+
+    From the batch `at` on the epsilon of every group is 1e-30, and the gradients are `1e-12 * (g + strength * rms(g) *
+    noise)`. Since v_t forgets slowly, it only bites where it begins with the run.
 
     Args:
         at: The first batch with it: batches begun in the whole run before it; 0 for the beginning of the run.

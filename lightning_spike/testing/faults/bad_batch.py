@@ -15,10 +15,13 @@ from lightning_spike.testing.fault import Fault, Needs, Scale
 
 
 class ExtremeValues(Fault):
-    """Values far out of range: a corrupt file in the shard, a sensor that spikes, pixels that were never divided by 255.
+    """Values far out of range.
 
-    Noise of so many standard deviations of the input itself is added to a share of the samples; the targets stay. It is noise and not a
-    factor, since a network that begins with a normalisation takes a factor on the whole batch out again.
+    A corrupt file in the shard, a sensor that spikes, pixels that were never divided by 255.
+
+    Noise of so many standard deviations of the input itself is added to a share of the samples; the targets stay. It is
+    noise and not a factor, since a network that begins with a normalisation takes a factor on the whole batch out
+    again.
 
     Args:
         at: The first bad batch: batches begun in the whole run before it, from 0.
@@ -60,8 +63,9 @@ class ExtremeValues(Fault):
 class CorruptTokens(Fault):
     """Tokens that are none: an archive read as text, a wrong tokenizer, a torn record.
 
-    A share of the tokens of the batch is replaced by whole numbers drawn evenly between the smallest and the largest token of the batch; and so are as
-    many of the targets where they have the shape of the input, as in language modelling, where targets are tokens of the same corrupt file.
+    A share of the tokens of the batch is replaced by whole numbers drawn evenly between the smallest and the largest
+    token of the batch; and so are as many of the targets where they have the shape of the input, as in language
+    modelling, where targets are tokens of the same corrupt file.
 
     Args:
         at: The first bad batch: batches begun in the whole run before it, from 0.

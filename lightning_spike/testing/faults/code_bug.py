@@ -17,12 +17,16 @@ CPU = torch.device("cpu")
 
 
 class GradientsNotZeroed(LastingFault):
-    """`zero_grad` is not called, or not for all parameters: an override of `optimizer_zero_grad` that returns early, a gradient kept in a buffer.
+    """`zero_grad` is not called, or not for all parameters.
 
-    The gradients of the batches pile up: an update is made with their sum. A validation in between still clears them, as Lightning does.
+    An override of `optimizer_zero_grad` that returns early, a gradient kept in a buffer.
+
+    The gradients of the batches pile up: an update is made with their sum. A validation in between still clears them,
+    as Lightning does.
 
     Args:
-        at: The first batch whose gradients are added to those of the last: batches begun in the whole run before it, from 0.
+        at: The first batch whose gradients are added to those of the last: batches begun in the whole run before it,
+            from 0.
         strength: Share of the parameters whose gradients are not zeroed, at least one.
         length: Batches that it lasts; `None` to the end of the run.
         seed: Of the choice of parameters.
@@ -59,7 +63,9 @@ class GradientsNotZeroed(LastingFault):
 
 
 class EvalModeLeftOn(LastingFault):
-    """`module.eval()` in user code, and no `train()` after it: dropout is off and batch norm uses its running statistics.
+    """`module.eval()` in user code, and no `train()` after it.
+
+    Dropout is off and batch norm uses its running statistics.
 
     Args:
         at: The first batch in the wrong mode: batches begun in the whole run before it, from 0.
@@ -105,7 +111,9 @@ class EvalModeLeftOn(LastingFault):
 
 
 class ParametersNotOptimized(LastingFault):
-    """Parameters that no optimizer has: a layer made after `configure_optimizers`, a filter on names that matches too little.
+    """Parameters that no optimizer has.
+
+    A layer made after `configure_optimizers`, a filter on names that matches too little.
 
     Args:
         at: The first batch whose update leaves them out: batches begun in the whole run before it, 0 for the whole run.
@@ -158,7 +166,9 @@ class ParametersNotOptimized(LastingFault):
 
 
 class WeightsOverwritten(OneOffFault):
-    """User code writes into the weights between two steps: an averaging that mixes in the wrong model, a perturbation that is not taken back.
+    """User code writes into the weights between two steps.
+
+    An averaging that mixes in the wrong model, a perturbation that is not taken back.
 
     To every parameter noise is added, in proportion to the root mean square of its values.
 

@@ -15,10 +15,12 @@ from lightning_spike.testing.fault import LastingFault, Needs, Scale
 
 
 class ValueDrift(LastingFault):
-    """The values of the input move away, batch by batch: an augmentation whose range grows, a new camera, a normalisation that was changed.
+    """The values of the input move away, batch by batch.
 
-    Contrast and level change together: `x` becomes `x * (1 + s) + s * std(x)`, where s grows from 0 to `strength` over `ramp` batches and stays there.
-    Training batches only; targets stay.
+    An augmentation whose range grows, a new camera, a normalisation that was changed.
+
+    Contrast and level change together: `x` becomes `x * (1 + s) + s * std(x)`, where s grows from 0 to `strength` over
+    `ramp` batches and stays there. Training batches only; targets stay.
 
     Args:
         at: The batch before the first that is moved: batches begun in the whole run before it, from 0.
@@ -53,8 +55,9 @@ class ValueDrift(LastingFault):
 class TokenDrift(LastingFault):
     """Text of another kind comes in: a new language or source, a tokenizer of another version.
 
-    A share of the kinds of token gets another meaning, the same for the whole run: the numbers of the affected kinds are permuted. The share grows from
-    0 to `strength` over `ramp` batches. Inputs, and targets of the same shape (language modelling). Training batches only.
+    A share of the kinds of token gets another meaning, the same for the whole run: the numbers of the affected kinds
+    are permuted. The share grows from 0 to `strength` over `ramp` batches. Inputs, and targets of the same shape
+    (language modelling). Training batches only.
 
     Args:
         at: The batch before the first that is moved: batches begun in the whole run before it, from 0.

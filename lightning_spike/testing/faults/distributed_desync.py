@@ -14,7 +14,9 @@ from lightning_spike.testing.fault import LastingFault, Needs, OneOffFault, Scal
 
 
 class RankDrifts(OneOffFault):
-    """The weights of one rank move away from those of the others: user code that runs on rank 0 only, a broadcast that was left out.
+    """The weights of one rank move away from those of the others.
+
+    User code that runs on rank 0 only, a broadcast that was left out.
 
     Args:
         at: The batch before which it happens: batches begun in the whole run, from 0.

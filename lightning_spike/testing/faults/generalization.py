@@ -34,9 +34,12 @@ class _Pool:
 
 
 class FewBatches(LastingFault):
-    """The training set is far too small, or the loader is stuck on a few shards: the same few batches come again and again.
+    """The training set is far too small, or the loader is stuck on a few shards.
 
-    Training loss falls, validation loss rises. The batches that come at `at` and after it are kept and repeated; the loader's own go unused.
+    The same few batches come again and again.
+
+    Training loss falls, validation loss rises. The batches that come at `at` and after it are kept and repeated; the
+    loader's own go unused.
 
     Args:
         at: The first batch that is kept: batches begun in the whole run before it, from 0.
@@ -69,14 +72,17 @@ class FewBatches(LastingFault):
 
 
 class SwingsAfterOverfitting(LastingFault):
-    """Training goes on long after it has overfitted, and small changes of the data hit harder and harder: no early stopping, augmentation turned on late.
+    """Training goes on long after it has overfitted, and small changes of the data hit harder and harder.
 
-    The same few batches come again and again. Once they are known by heart, in every second five of them the input is perturbed, a little more each time:
-    floating-point inputs by noise, tokens by others of the batch.
+    No early stopping, augmentation turned on late.
+
+    The same few batches come again and again. Once they are known by heart, in every second five of them the input is
+    perturbed, a little more each time: floating-point inputs by noise, tokens by others of the batch.
 
     Args:
         at: The first batch that is kept: batches begun in the whole run before it, from 0.
-        strength: How fast the perturbation grows: standard deviations of the input (for tokens: quarters of all) in 100 batches.
+        strength: How fast the perturbation grows: standard deviations of the input (for tokens: quarters of all) in 100
+            batches.
         length: Batches that it lasts; `None` to the end of the run.
         seed: Of the perturbation.
         batches: How many batches are left to train on.

@@ -39,10 +39,12 @@ class _GradientFault(LayerFault):
 
 
 class GradientsExplode(_GradientFault):
-    """Gradients grow through depth for some batches: every layer hands back more than it got, as recurrent or residual paths with a gain above 1.
+    """Gradients grow through depth for some batches.
 
-    The forward pass is as it was, to the bit. A layer with k layers behind it gets its gradient times strength to the power of k + 1 (Pascanu et al. 2013,
-    "On the difficulty of training recurrent neural networks").
+    Every layer hands back more than it got, as recurrent or residual paths with a gain above 1.
+
+    The forward pass is as it was, to the bit. A layer with k layers behind it gets its gradient times strength to the
+    power of k + 1 (Pascanu et al. 2013, "On the difficulty of training recurrent neural networks").
 
     Args:
         at: The first such batch: batches begun in the whole run before it, from 0.
@@ -60,7 +62,8 @@ class GradientsExplode(_GradientFault):
 class GradientsVanish(_GradientFault):
     """Gradients die out through depth: every layer hands back less than it got.
 
-    The forward pass is as it was, to the bit. A layer with k layers behind it gets its gradient times strength to the power of k + 1.
+    The forward pass is as it was, to the bit. A layer with k layers behind it gets its gradient times strength to the
+    power of k + 1.
 
     Args:
         at: The first such batch: batches begun in the whole run before it; 0 for a training that never gets going.
@@ -78,10 +81,12 @@ class GradientsVanish(_GradientFault):
 
 
 class SigmoidStack(LayerFault):
-    """Too many sigmoids one after the other, without normalisation or residuals: signal and gradient shrink to a quarter at each at most.
+    """Too many sigmoids one after the other, without normalisation or residuals.
 
-    So many sigmoids are put behind every hidden layer (Glorot and Bengio 2010, "Understanding the difficulty of training deep feedforward neural
-    networks").
+    Signal and gradient shrink to a quarter at each at most.
+
+    So many sigmoids are put behind every hidden layer (Glorot and Bengio 2010, "Understanding the difficulty of
+    training deep feedforward neural networks").
 
     Args:
         at: The first batch with them: batches begun in the whole run before it; 0 for a training that never gets going.

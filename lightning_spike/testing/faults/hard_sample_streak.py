@@ -18,11 +18,13 @@ KEYS_TRIED: Final = (BatchPart.TARGET, BatchPart.INPUT)
 
 
 class SortedStretch(Fault):
-    """A stretch that came sorted: a shard written class by class, a shuffle buffer too small, an epoch without shuffling.
+    """A stretch that came sorted.
 
-    The samples of the batches before `at` come a second time, sorted by their target (its mean over the sample, for sequences and masks;
-    the input's where there is no target). Every sample is a healthy one, and so is the make-up of the stretch as a whole; only the order
-    is not.
+    A shard written class by class, a shuffle buffer too small, an epoch without shuffling.
+
+    The samples of the batches before `at` come a second time, sorted by their target (its mean over the sample, for
+    sequences and masks; the input's where there is no target). Every sample is a healthy one, and so is the make-up of
+    the stretch as a whole; only the order is not.
 
     Args:
         at: The first batch of the stretch: batches begun in the whole run before it, from 0; at least `length`.
@@ -31,7 +33,8 @@ class SortedStretch(Fault):
         seed: Not used; nothing is drawn.
 
     Raises:
-        ConfigurationError: `at` is less than `length`, `length` is None, or, when the stretch begins, samples of different batches differ in shape.
+        ConfigurationError: `at` is less than `length`, `length` is None, or, when the stretch begins, samples of
+            different batches differ in shape.
     """
 
     cause = "hard_sample_streak"

@@ -26,9 +26,10 @@ WORDS: Final[Mapping[torch.dtype, torch.dtype]] = {
 class BitFlips(OneOffFault):
     """Bits of the weights flip in memory, as by a defect that error correction did not catch.
 
-    In so many weights, drawn evenly over the module, one bit is flipped, past autograd's version counters as the hardware would. Counted from the top: 0 is
-    the sign, 1 the top of the exponent, which makes a weight below 1 some 1e38 times larger (in float32); the next ones make a usual weight nearly 0, and
-    those from about 5 on change it by factors of up to 65536.
+    In so many weights, drawn evenly over the module, one bit is flipped, past autograd's version counters as the
+    hardware would. Counted from the top: 0 is the sign, 1 the top of the exponent, which makes a weight below 1 some
+    1e38 times larger (in float32); the next ones make a usual weight nearly 0, and those from about 5 on change it by
+    factors of up to 65536.
 
     Args:
         at: The batch before which it happens: batches begun in the whole run, from 0.
@@ -81,8 +82,9 @@ class BitFlips(OneOffFault):
 class WrongResult(OneOffFault):
     """One layer computes wrong numbers in one forward pass: silent data corruption, an overclocked or ageing chip.
 
-    See Dixit et al. 2021, "Silent Data Corruptions at Scale". To a hundredth of the outputs of one layer, at least one, noise of so many standard deviations of the output is added, once, in the training itself. Nobody who
-    runs the batch again sees it.
+    See Dixit et al. 2021, "Silent Data Corruptions at Scale". To a hundredth of the outputs of one layer, at least one,
+    noise of so many standard deviations of the output is added, once, in the training itself. Nobody who runs the batch
+    again sees it.
 
     Args:
         at: The batch in which it happens: batches begun in the whole run before it, from 0.

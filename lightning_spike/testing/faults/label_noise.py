@@ -14,10 +14,13 @@ from lightning_spike.testing.fault import Fault, Needs, Scale
 
 
 class WrongLabels(Fault):
-    """Labels that belong to other samples: a join gone wrong, a shard whose label file is shifted, an annotator who mixed up two classes.
+    """Labels that belong to other samples.
 
-    Of a share of the samples, whole-number targets become another of the values that occur in the batch, never their own (all the positions of a
-    sample, where it has several); floating-point targets are taken from the next sample of those chosen. The inputs stay.
+    A join gone wrong, a shard whose label file is shifted, an annotator who mixed up two classes.
+
+    Of a share of the samples, whole-number targets become another of the values that occur in the batch, never their
+    own (all the positions of a sample, where it has several); floating-point targets are taken from the next sample of
+    those chosen. The inputs stay.
 
     Args:
         at: The first such batch: batches begun in the whole run before it, from 0.

@@ -17,7 +17,9 @@ from lightning_spike.testing.held_rate import RateFault
 
 
 class RateTooHigh(RateFault):
-    """A rate that was too high from the beginning: a zero too many in the config, a rate for a batch ten times the size.
+    """A rate that was too high from the beginning.
+
+    A zero too many in the config, a rate for a batch ten times the size.
 
     The planned rate of every update is multiplied, from the run's first batch on.
 
@@ -52,10 +54,12 @@ class RateTooHigh(RateFault):
 
 
 class RateCreepsUp(RateFault):
-    """A rate that climbs beyond what the loss bears, with no event in it: a range test left on, an exponential schedule with a gamma above 1.
+    """A rate that climbs beyond what the loss bears, with no event in it.
 
-    The planned rate is multiplied by a factor that grows geometrically from 1 to `strength` over `ramp` batches and stays there (Smith 2017, "Cyclical
-    Learning Rates for Training Neural Networks", the range test).
+    A range test left on, an exponential schedule with a gamma above 1.
+
+    The planned rate is multiplied by a factor that grows geometrically from 1 to `strength` over `ramp` batches and
+    stays there (Smith 2017, "Cyclical Learning Rates for Training Neural Networks", the range test).
 
     Args:
         at: The first batch with a raised rate: batches begun in the whole run before it, from 0.
@@ -83,7 +87,9 @@ class RateCreepsUp(RateFault):
 
 
 class RateJump(RateFault):
-    """A rate that jumps where no schedule should: a callback that writes the wrong group, a schedule in steps that was meant in epochs, a bad resume.
+    """A rate that jumps where no schedule should.
+
+    A callback that writes the wrong group, a schedule in steps that was meant in epochs, a bad resume.
 
     Args:
         at: The first batch with the wrong rate: batches begun in the whole run before it, from 0.
@@ -105,8 +111,8 @@ class RateJump(RateFault):
 class ShortWarmUp(RateFault):
     """A warm-up that ends too soon, at a peak that a longer one would have borne.
 
-    The planned rate is multiplied by `strength * min(k / ramp, sqrt(ramp / k))` in the k-th batch from `at` on: up in a line, down with the
-    inverse square root (Vaswani et al. 2017, "Attention Is All You Need", section 5.3).
+    The planned rate is multiplied by `strength * min(k / ramp, sqrt(ramp / k))` in the k-th batch from `at` on: up in a
+    line, down with the inverse square root (Vaswani et al. 2017, "Attention Is All You Need", section 5.3).
 
     Args:
         at: Where the warm-up begins, 0 for the beginning of the run: batches begun in the whole run before it.
@@ -138,9 +144,11 @@ class ShortWarmUp(RateFault):
 class WarmRestarts(LastingFault):
     """Cosine warm restarts whose peak is more than the training bears (Loshchilov and Hutter 2017, "SGDR").
 
-    A real scheduler, `CosineAnnealingWarmRestarts`, takes the place of the module's own for the whole run. The run begins in the tail of its first cycle, where
-    the rate is the module's own, which then decays to a fiftieth; at the batch `at` the rate comes back up, to `strength` times the module's own. Where the module has a schedule its own
-    rate is that which it was set up with, before the schedule's factor: the first steps of a warm-up are not what it trains at.
+    A real scheduler, `CosineAnnealingWarmRestarts`, takes the place of the module's own for the whole run. The run
+    begins in the tail of its first cycle, where the rate is the module's own, which then decays to a fiftieth; at the
+    batch `at` the rate comes back up, to `strength` times the module's own. Where the module has a schedule its own
+    rate is that which it was set up with, before the schedule's factor: the first steps of a warm-up are not what it
+    trains at.
 
     Args:
         at: The first batch after the restart: batches begun in the whole run before it, at least 2; a multiple of
@@ -188,7 +196,10 @@ class WarmRestarts(LastingFault):
         self.later(undo)
 
     def _scheduler(self, optimizer: Optimizer, steps: int) -> CosineAnnealingWarmRestarts:
-        """Cosine from strength down to 1/50; the share of the cycle that is over where the cosine stands at 1 is skipped."""
+        """Cosine from strength down to 1/50.
+
+        The share of the cycle that is over where the cosine stands at 1 is skipped.
+        """
         low = 1 / 50
         skipped = math.acos(2 * (1 - low) / (self.strength - low) - 1) / math.pi
         period = max(round(steps / (1 - skipped)), steps + 1)

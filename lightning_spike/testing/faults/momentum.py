@@ -20,7 +20,9 @@ def _need_momentum(fault: LastingFault, trainer: Trainer) -> None:
 class GradientsTurnRound(LastingFault):
     """The gradients point the other way for a stretch, and momentum carries the weights on when they are right again.
 
-    As from an adversarial term with the wrong sign for a while, or a stretch of data that contradicts the rest. In the stretch the gradients are multiplied by minus strength. At its first batches momentum points against the gradient, and again after its last.
+    As from an adversarial term with the wrong sign for a while, or a stretch of data that contradicts the rest. In the
+    stretch the gradients are multiplied by minus strength. At its first batches momentum points against the gradient,
+    and again after its last.
 
     Args:
         at: The first batch of the stretch: batches begun in the whole run before it, from 0.

@@ -15,7 +15,9 @@ from lightning_spike.testing.fault import Fault, Needs, Scale
 
 
 class NonfiniteInput(Fault):
-    """NaN or Inf in the input: a normalisation that divided by a spread of zero, an augmentation out of its domain, a hole in a table.
+    """NaN or Inf in the input.
+
+    A normalisation that divided by a spread of zero, an augmentation out of its domain, a hole in a table.
 
     Args:
         at: The first such batch: batches begun in the whole run before it, from 0.

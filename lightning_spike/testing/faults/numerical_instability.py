@@ -21,7 +21,9 @@ class _AtTheHead(LayerFault):
 
 
 class ExpOverflow(_AtTheHead):
-    """`log(exp(x))` without subtracting the largest value first: exp overflows above 88 in float32, and log meets 0 below -103.
+    """`log(exp(x))` without subtracting the largest value first.
+
+    Exp overflows above 88 in float32, and log meets 0 below -103.
 
     Behind the last layer stands `log(exp(strength * x)) / strength`, which is x on paper.
 
@@ -65,7 +67,9 @@ class LogOfZero(_AtTheHead):
 
 
 class DivisionByZero(_AtTheHead):
-    """A normalisation by a spread that is nearly or exactly 0, without an epsilon: a constant column, a batch of equal samples.
+    """A normalisation by a spread that is nearly or exactly 0, without an epsilon.
+
+    A constant column, a batch of equal samples.
 
     What the last layer gives is divided by `1 - strength`.
 
@@ -88,9 +92,12 @@ class DivisionByZero(_AtTheHead):
 
 
 class SqrtAtZero(_AtTheHead):
-    """A norm at 0: its value is fine and its gradient is 0 times infinity. The distance of a point to itself, a vector of zeros that is normalised.
+    """A norm at 0: its value is fine and its gradient is 0 times infinity.
 
-    To the output of a share of the samples the norm of a vector of zeros is added: the loss is as it was, the gradients are NaN.
+    The distance of a point to itself, a vector of zeros that is normalised.
+
+    To the output of a share of the samples the norm of a vector of zeros is added: the loss is as it was, the gradients
+    are NaN.
 
     Args:
         at: The first such batch: batches begun in the whole run before it, from 0.

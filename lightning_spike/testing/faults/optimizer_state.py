@@ -26,10 +26,13 @@ COUNTS: Final = frozenset({"mu_product", "step"})
 
 
 class StateRescaled(OneOffFault):
-    """The optimizer's state is off by a factor: a shard restored in other units, a state divided by the world size twice.
+    """The optimizer's state is off by a factor.
 
-    Momenta are multiplied by strength, so that the next updates are about strength times too large, in the direction that they would have had. In
-    an optimizer that has no momentum, averages of squares are divided by strength squared instead, to the same end.
+    A shard restored in other units, a state divided by the world size twice.
+
+    Momenta are multiplied by strength, so that the next updates are about strength times too large, in the direction
+    that they would have had. In an optimizer that has no momentum, averages of squares are divided by strength squared
+    instead, to the same end.
 
     Args:
         at: The batch before which it happens: batches begun in the whole run, from 0.
@@ -63,9 +66,12 @@ class StateRescaled(OneOffFault):
 
 
 class StateScrambled(StateRescaled):
-    """The optimizer's state belongs to other parameters: a state restored in another order of the parameters, a torn write.
+    """The optimizer's state belongs to other parameters.
 
-    In every momentum the entries change places at random, and it is multiplied by strength; averages of squares are left alone.
+    A state restored in another order of the parameters, a torn write.
+
+    In every momentum the entries change places at random, and it is multiplied by strength; averages of squares are
+    left alone.
 
     Args:
         at: The batch before which it happens: batches begun in the whole run, from 0.

@@ -16,8 +16,8 @@ CPU: Final = torch.device("cpu")
 class _ResumeFault(OneOffFault):
     """Base: what is lost is taken out of the checkpoint after Lightning has read it; the file stays as it is.
 
-    It acts in every fit with a `ckpt_path`; `at` says where that is, for the description, and has no effect. A fit that is not resumed is refused, at the
-    batch `at`.
+    It acts in every fit with a `ckpt_path`; `at` says where that is, for the description, and has no effect. A fit that
+    is not resumed is refused, at the batch `at`.
     """
 
     NEEDS: ClassVar[frozenset[Needs]] = frozenset({Needs.RESUME})
@@ -77,8 +77,8 @@ class ResumeLosesOptimizerState(_ResumeFault):
 class ResumeLosesMoments(_ResumeFault):
     """A resume that restores momenta and step counts and not Adam's second moments, as from shards of which one kind is missing.
 
-    v_t begins at 0 while the step count says that it is old, so that it is not corrected for that: updates are up to `1 / sqrt(1 - beta2)`, some 30 times, too
-    large (Kingma and Ba 2015, "Adam", section 3).
+    v_t begins at 0 while the step count says that it is old, so that it is not corrected for that: updates are up to `1
+    / sqrt(1 - beta2)`, some 30 times, too large (Kingma and Ba 2015, "Adam", section 3).
 
     Args:
         at: The batch that the run is resumed at: batches begun in the whole run before it.

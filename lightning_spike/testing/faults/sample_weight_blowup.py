@@ -17,8 +17,8 @@ from lightning_spike.testing.fault import LastingFault, Needs, Scale
 class WeightsPileUp(LastingFault):
     """Hard-example mining without a cap: the weights of some samples double and double again.
 
-    In every batch the weights of a share of the samples are multiplied by a factor that grows geometrically from 1 to `strength` over `ramp` batches and
-    stays there.
+    In every batch the weights of a share of the samples are multiplied by a factor that grows geometrically from 1 to
+    `strength` over `ramp` batches and stays there.
 
     Args:
         at: The first batch with larger weights: batches begun in the whole run before it, from 0.

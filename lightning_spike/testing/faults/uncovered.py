@@ -15,7 +15,9 @@ from lightning_spike.testing.losses import alter_loss
 
 
 class LossMultiplied(Fault):
-    """The loss itself is multiplied by the user's code for some steps, with ordinary data, weights and rates: a term in other units, a sum for a mean.
+    """The loss itself is multiplied by the user's code for some steps, with ordinary data, weights and rates.
+
+    A term in other units, a sum for a mean.
 
     Args:
         at: The first such batch: batches begun in the whole run before it, from 0.
@@ -36,7 +38,9 @@ class LossMultiplied(Fault):
 
 
 class PenaltySwitchedOn(LastingFault):
-    """A term of the loss is switched on in the middle of the run, as planned by its author: half the sum of the squares of all weights.
+    """A term of the loss is switched on in the middle of the run, as planned by its author.
+
+    Half the sum of the squares of all weights.
 
     Args:
         at: The first batch with it: batches begun in the whole run before it, from 0.

@@ -15,7 +15,8 @@ from lightning_spike.testing.settings import SettingsFault
 class InitialWeightsScaled(OneOffFault):
     """A bad initialisation: a standard deviation of 1 where a small one was meant, a fan counted wrongly.
 
-    Before the first batch every parameter with two or more dimensions is multiplied. A fit that is resumed is left alone.
+    Before the first batch every parameter with two or more dimensions is multiplied. A fit that is resumed is left
+    alone.
 
     Args:
         at: 0, the beginning of the run: there is no initialisation later.
@@ -51,10 +52,13 @@ class InitialWeightsScaled(OneOffFault):
 
 
 class WeightsGrow(SettingsFault):
-    """Weights grow (or shrink) with every update until they are extreme: a sign mistake in the weight decay, or a decay far too strong.
+    """Weights grow (or shrink) with every update until they are extreme.
 
-    The weight decay of every group becomes such that the optimizer's own update multiplies the weights by `strength`, at the learning rate that is in use at
-    the batch `at` (for SGD with momentum once that has built up). Optimizers that divide the decay by the second moment (torch's Adam of old) do less.
+    A sign mistake in the weight decay, or a decay far too strong.
+
+    The weight decay of every group becomes such that the optimizer's own update multiplies the weights by `strength`,
+    at the learning rate that is in use at the batch `at` (for SGD with momentum once that has built up). Optimizers
+    that divide the decay by the second moment (torch's Adam of old) do less.
 
     Args:
         at: The first batch with it: batches begun in the whole run before it, from 0.

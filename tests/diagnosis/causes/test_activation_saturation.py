@@ -114,7 +114,10 @@ def test_nothing_is_said_where_activations_were_not_measured():
 
 
 def silenced(kind, times):
-    """The lab has found the outputs of `net.1` changed by a factor, with the weights and batches of before; the looks of the training show nothing."""
+    """The lab has found the outputs of `net.1` changed by a factor, with the weights and batches of before.
+
+    The looks of the training show nothing.
+    """
     run = a_run(share=0.52)
     split = {"episode": 1, "verdict": "computation", "computation": 1.0, "noise": 0.2, "text": "It has changed."}
     activity = {"module": "net.1", "kind": kind, "now": {"rms": times}, "usual": {"rms": 1.0}}

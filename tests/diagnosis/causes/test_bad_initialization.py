@@ -1,4 +1,7 @@
-"""Weights of an extreme initial scale: with trouble at the beginning, without any, and with trouble that came much later."""
+"""Weights of an extreme initial scale.
+
+With trouble at the beginning, without any, and with trouble that came much later.
+"""
 
 import dataclasses
 import math

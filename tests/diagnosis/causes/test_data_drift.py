@@ -79,7 +79,10 @@ def test_signals_that_are_missing_or_not_finite_are_borne(bad):
 
 
 def without_episode(*, fall=0.0, rise=1.0, back=None):
-    """Inputs move from batch 200 on; the loss falls at `fall` a batch throughout and is multiplied by `rise` from batch 230 on."""
+    """Inputs move from batch 200 on.
+
+    The loss falls at `fall` a batch throughout and is multiplied by `rise` from batch 230 on.
+    """
     run = drift(length=back)
     steps = np.arange(run.length)
     run.loss = 0.4 * np.exp(0.2 * np.random.default_rng(1).standard_normal(run.length) - fall * steps)

@@ -1,4 +1,8 @@
-"""Swings of a loss near its floor: after the validation loss had turned, before it had, without any, a single rise; and of a net that knows two batches by heart."""
+"""Swings of a loss near its floor.
+
+After the validation loss had turned, before it had, without any, a single rise; and of a net that knows two batches by
+heart.
+"""
 
 import math
 
@@ -33,7 +37,10 @@ def a_run(*, validations=(0.6, 0.5, 0.55, 0.6, 0.7), swings=True, level=0.03):
 
 
 def by_heart(*, high="altered", **options):
-    """The same two batches in turn from 60 on; from 230 on, in every second five, altered ones have the high loss (or all have it)."""
+    """The same two batches in turn from 60 on.
+
+    From 230 on, in every second five, altered ones have the high loss (or all have it).
+    """
     run = a_run(**{"validations": (0.9, 0.8, 0.7, 0.6, 0.5), "level": 0.68, **options})
     rng = np.random.default_rng(2)
     for ordinal in range(60, run.length):
@@ -76,7 +83,8 @@ def test_with_one_piece_missing_it_is_not_the_verdict(options):
 
 def test_the_swings_are_counted():
     text = next(e for e in examined(a_run()).evidence if "came back" in e.text)
-    # 1 + 0.2 * 165 at most: 0.6 of the way up is reached from 36 batches on, so by the swings that begin at 35, 45, ... 155
+    # 1 + 0.2 * 165 at most: 0.6 of the way up is reached from 36 batches on, so by the swings that begin at 35, 45, ...
+    # 155
     assert text.observed == 13
 
 

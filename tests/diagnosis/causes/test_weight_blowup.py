@@ -16,7 +16,10 @@ BEGIN = 190
 
 
 def a_run(*, each=EACH, begin=BEGIN, along=1.0, weights=True, updates=True):
-    """The norm of the weights is multiplied by `each` from `begin` on; `along` of the updates' length goes into it. The loss rises from 200 on."""
+    """The norm of the weights is multiplied by `each` from `begin` on; `along` of the updates' length goes into it.
+
+    The loss rises from 200 on.
+    """
     run = Run(0, noise=0.05)
     ordinals = np.arange(run.length)
     looks = ordinals % 10 == 0

@@ -1,4 +1,7 @@
-"""Series with an entry for each layer, about an episode: against numpy, with rows missing, of another length, and not finite."""
+"""Series with an entry for each layer, about an episode.
+
+Against numpy, with rows missing, of another length, and not finite.
+"""
 
 import numpy as np
 import pytest

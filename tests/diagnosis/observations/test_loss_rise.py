@@ -1,4 +1,7 @@
-"""Trouble in runs without an episode: a rise beside an event of the rate, steps that are long against the weights, a start that threw the weights away."""
+"""Trouble in runs without an episode.
+
+A rise beside an event of the rate, steps that are long against the weights, a start that threw the weights away.
+"""
 
 import numpy as np
 import pytest
@@ -40,7 +43,8 @@ def named(run):
     return {v.cause: v.probability for v in diagnose(run.store()).overall}
 
 
-# -- a rise -------------------------------------------------------------------------------------------------------------
+# -- a rise
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_rise_is_told_with_its_levels_and_where_it_is_back():
@@ -72,7 +76,8 @@ def test_too_few_losses_and_losses_below_zero_say_nothing():
     assert rise_after(run.store(), 200) is None
 
 
-# -- events of the rate --------------------------------------------------------------------------------------------------
+# -- events of the rate
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_jump_of_the_rate_after_which_the_loss_lies_higher_is_named():
@@ -121,7 +126,8 @@ def test_other_courses_do_not_climb(rate):
     assert begins_to_climb(run.store()) is None
 
 
-# -- the length of steps -------------------------------------------------------------------------------------------------
+# -- the length of steps
+# -------------------------------------------------------------------------------------------------
 
 
 def test_long_steps_through_the_second_half_are_a_rate_too_high():
@@ -206,7 +212,8 @@ def test_runs_whose_updates_were_not_measured_say_nothing():
     assert not lengthened(run.store(), 200)
 
 
-# -- by experiment -------------------------------------------------------------------------------------------------------
+# -- by experiment
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_what_the_lab_found_of_a_run_without_an_episode_is_told():

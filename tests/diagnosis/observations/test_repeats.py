@@ -12,7 +12,10 @@ ONSET = 200
 
 
 def a_run(kinds=2, *, begin=100, altered=0, tremble=0.0):
-    """From `begin` on the same `kinds` batches in turn; of every 10, the last `altered` are changed, which makes their loss 5 times as high from the onset on."""
+    """From `begin` on the same `kinds` batches in turn.
+
+    Of every 10, the last `altered` are changed, which makes their loss 5 times as high from the onset on.
+    """
     run = Run(0, noise=0.0)
     rng = np.random.default_rng(1)
     run.loss[begin:] = 0.3

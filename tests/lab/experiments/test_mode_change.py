@@ -1,4 +1,7 @@
-"""Train mode that is forgotten in the middle of a run, in real trainings: to blame where it makes the jump, and only there."""
+"""Train mode that is forgotten in the middle of a run, in real trainings.
+
+To blame where it makes the jump, and only there.
+"""
 
 import torch
 from lab.episodes import LATE, At, examined, told

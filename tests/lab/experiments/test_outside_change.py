@@ -1,4 +1,7 @@
-"""What was changed from outside past torch's version counters, in real trainings: the state, the weights, or a gradient."""
+"""What was changed from outside past torch's version counters, in real trainings.
+
+The state, the weights, or a gradient.
+"""
 
 import pytest
 import torch

@@ -65,7 +65,10 @@ def test_the_shares_are_those_of_the_log_losses():
 
 
 def test_a_batch_picked_for_its_loss_is_not_blamed_for_its_luck():
-    """The highest of 50 ordinary batches, and weights that got worse by as much as its luck: without taking the selection off, the batch would be named."""
+    """The highest of 50 ordinary batches, and weights that got worse by as much as its luck.
+
+    Without taking the selection off, the batch would be named.
+    """
     rng = np.random.default_rng(0)
     blamed = 0
     for _ in range(200):

@@ -31,7 +31,11 @@ class BySgd(Plain):
 
 
 def legs_of(sandbox, *, last_rate=RATE, flip=False, turned=0):
-    """Updates made here and not by the lab; the last one with another rate, or with its momentum turned round; the last `turned` with their gradients turned round."""
+    """Updates made here and not by the lab.
+
+    The last one with another rate, or with its momentum turned round; the last `turned` with their gradients turned
+    round.
+    """
     module, optimizer = sandbox.module, sandbox.trainer.optimizers[0]
     x, y = torch.randn(16, FEATURES), torch.arange(16) % CLASSES
     updates_replayed = []

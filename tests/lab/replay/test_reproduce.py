@@ -291,7 +291,10 @@ def test_what_is_missing_is_said(change, reason, tmp_path):
 
 
 class Annealed(Digits):
-    """A loss that reads where in the run it is, and whose gradient at one step is not finite: the root of zero has an infinite slope."""
+    """A loss that reads where in the run it is, and whose gradient at one step is not finite.
+
+    The root of zero has an infinite slope.
+    """
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx) * (1 + 0.1 * self.global_step + self.current_epoch)
