@@ -52,7 +52,7 @@ class SpikeCLI(LightningCLI):
         MissingExtraError: The extra `cli` is not installed.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - as LightningCLI takes them
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         for package in ("jsonargparse", "docstring_parser", "typeshed_client"):
             if importlib.util.find_spec(package) is None:
                 raise MissingExtraError.of("SpikeCLI", extra="cli", package=package)
@@ -94,7 +94,7 @@ class SpikeCLI(LightningCLI):
             if kind in wanted and not any(isinstance(c, kind) for c in callbacks)
         ]
 
-    def _given(self) -> Any:  # noqa: ANN401 - a jsonargparse.Namespace, which is not there without the extra
+    def _given(self) -> Any:
         """The settings as parsed, of the subcommand where there is one."""
         return self.config if self.subcommand is None else self.config[self.subcommand]
 
@@ -235,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_replay(commands: Any) -> None:  # noqa: ANN401 - argparse keeps the type to itself
+def _add_replay(commands: Any) -> None:
     replay = commands.add_parser(
         "replay",
         help="examine a run's episodes after the fact",

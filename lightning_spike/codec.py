@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def to_plain(record: object) -> Any:  # noqa: ANN401 - JSON is a union
+def to_plain(record: object) -> Any:
     """A record as dicts, lists, strings, numbers and `None`; numbers that are not finite stay as they are."""
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
         return {field.name: to_plain(getattr(record, field.name)) for field in dataclasses.fields(record)}
@@ -39,7 +39,7 @@ def from_plain(kind: type[T], content: object) -> T:
     return built
 
 
-def _build(kind: Any, content: object, where: str) -> Any:  # noqa: ANN401 - a type, or a form of typing
+def _build(kind: Any, content: object, where: str) -> Any:
     origin = typing.get_origin(kind)
     if kind is Any:
         return content
@@ -57,7 +57,7 @@ def _build(kind: Any, content: object, where: str) -> Any:  # noqa: ANN401 - a t
     return _build_plain(kind, content, where)
 
 
-def _build_union(kind: Any, content: object, where: str) -> Any:  # noqa: ANN401 - as above
+def _build_union(kind: Any, content: object, where: str) -> Any:
     options = typing.get_args(kind)
     if content is None and type(None) in options:
         return None
@@ -78,7 +78,7 @@ def _build_tuple(kinds: tuple[Any, ...], content: object, where: str) -> tuple[A
     return tuple(_build(kind, item, f"{where}[{k}]") for k, (kind, item) in enumerate(zip(kinds, items, strict=True)))
 
 
-def _build_record(kind: Any, content: object, where: str) -> Any:  # noqa: ANN401 - as above
+def _build_record(kind: Any, content: object, where: str) -> Any:
     _expect(isinstance(content, Mapping), kind, content, where)
     given = typing.cast("Mapping[str, object]", content)
     hints = _hints(kind)
@@ -92,7 +92,7 @@ def _build_record(kind: Any, content: object, where: str) -> Any:  # noqa: ANN40
     return kind(**known)
 
 
-def _build_plain(kind: Any, content: object, where: str) -> Any:  # noqa: ANN401 - as above
+def _build_plain(kind: Any, content: object, where: str) -> Any:
     if isinstance(kind, type) and issubclass(kind, Enum):
         return _expect_enum(kind, content, where)
     if kind is float:
@@ -114,7 +114,7 @@ def _is_required(field: "dataclasses.Field[Any]") -> bool:
 
 
 @functools.cache
-def _hints(kind: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
+def _hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 

@@ -275,7 +275,7 @@ class ReplayingCLI(LightningCLI):
         kwargs: As of the CLI that it is mixed into.
     """
 
-    def __init__(self, *args: Any, examiner: Examiner, batches_per_epoch: int | None, **kwargs: Any) -> None:  # noqa: ANN401 - as LightningCLI takes them
+    def __init__(self, *args: Any, examiner: Examiner, batches_per_epoch: int | None, **kwargs: Any) -> None:
         self._examiner = examiner
         self._loader = _NoData() if batches_per_epoch is None else _Length(batches_per_epoch)
         super().__init__(*args, **kwargs)

@@ -240,7 +240,7 @@ def _on_host(tensor: Tensor) -> Tensor:
     return plain.clone(memory_format=torch.contiguous_format)
 
 
-def _decode(node: Node, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401 - anything that a batch may hold
+def _decode(node: Node, tensors: Mapping[str, Tensor]) -> Any:
     value: Any
     match node["kind"]:
         case "value":
@@ -262,7 +262,7 @@ def _decode(node: Node, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401 -
     return value
 
 
-def _decode_tensor(node: Node, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401 - a tensor, an array or its scalar
+def _decode_tensor(node: Node, tensors: Mapping[str, Tensor]) -> Any:
     stored = tensors[node["key"]]
     value = torch.view_as_complex(stored) if node["complex"] else stored
     if node["kind"] == "tensor":
@@ -281,7 +281,7 @@ def _short_repr(value: object) -> str:
         return f"<repr raised {type(error).__name__}>"
 
 
-def _jsonable(value: object) -> Any:  # noqa: ANN401 - JSON
+def _jsonable(value: object) -> Any:
     """The same in JSON's own types; what has none is told by its repr."""
     if isinstance(value, (np.ndarray, np.generic, Tensor)):
         value = value.tolist()

@@ -235,7 +235,7 @@ class _Hook:
         self._monitor = monitor
         self._watched = watched
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401 - as torch calls it
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
             self._monitor.take(self._watched, output)
 

@@ -215,7 +215,8 @@ class AnomalyRollback(SpikeCallback):
             "cleaned": cleaned,
         }
         self.flight.store.note(Action(action="rollback", at=batch.at, detail=detail))
-        axis = trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001 - the axis of self.log; LearningRateMonitor logs by it too
+        # the axis of self.log; LearningRateMonitor logs by it too
+        axis = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
             logger.log_metrics({MARKER: float(count)}, step=axis)
         rank_zero_info(
@@ -235,7 +236,7 @@ def _ends_window(trainer: Trainer) -> bool:
 
     Half a window's gradients would be of the course that is given up.
     """
-    return not trainer.fit_loop.epoch_loop._should_accumulate()  # noqa: SLF001 - Lightning's own test, the short last window included
+    return not trainer.fit_loop.epoch_loop._should_accumulate()  # Lightning's own test, the short last window included
 
 
 def _nothing_to_go_back_to(snapshots: Snapshots, batch: TrainingBatch, wish: Wish) -> str:

@@ -202,7 +202,7 @@ class OptimizerMonitor(SpikeCallback):
     def load_own_state(self, state: dict[str, Any]) -> None:
         self._saved = state.get("summary", {})
 
-    def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ANN401 - as torch calls it
+    def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Called by torch when the optimizer has stepped, the gradients still as it used them.
 
         Inside the user's step, so that nothing may be raised here.

@@ -137,7 +137,7 @@ class Encoder:
     def _pairs(self, items: Iterable[tuple[Any, Any]], path: str) -> list[list[Node]]:
         return [[self.encode(key, path), self.encode(item, f"{path}.{key}")] for key, item in items]
 
-    def _record(self, value: Any, path: str) -> dict[str, Any]:  # noqa: ANN401 - a dataclass of any class
+    def _record(self, value: Any, path: str) -> dict[str, Any]:
         state = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if hasattr(value, f.name)}
         state |= getattr(value, "__dict__", {})
         fields = {name: self.encode(item, f"{path}.{name}") for name, item in state.items()}
@@ -229,7 +229,7 @@ class Decoder:
         self._taken: set[str] = set()
         self._made: dict[int, object] = {}
 
-    def decode(self, node: Node) -> Any:  # noqa: ANN401 - anything
+    def decode(self, node: Node) -> Any:
         """One value.
 
         Raises:
@@ -240,7 +240,7 @@ class Decoder:
         make: Callable[[dict[str, Any]], object] = getattr(self, f"_make_{node['kind']}")
         return make(node)
 
-    def _remember(self, node: Mapping[str, Any], value: Any) -> Any:  # noqa: ANN401 - as above
+    def _remember(self, node: Mapping[str, Any], value: Any) -> Any:
         if "id" in node:
             self._made[node["id"]] = value
         return value
@@ -401,7 +401,7 @@ def _main_name() -> str | None:
     return None if file is None else Path(file).stem
 
 
-def _subclass(name: str, of: type[Any]) -> Any:  # noqa: ANN401 - a class of the user's
+def _subclass(name: str, of: type[Any]) -> Any:
     kind = find_class(name)
     if not issubclass(kind, of):
         msg = f"{name} is no {of.__name__} any more"
@@ -445,7 +445,7 @@ def _reduced(value: object, path: str) -> tuple[Any, Any, Any, Any, Any]:
     return make, arguments, state, items, pairs
 
 
-def _set_state(made: Any, state: Any) -> None:  # noqa: ANN401 - as pickle does it
+def _set_state(made: Any, state: Any) -> None:
     if hasattr(made, "__setstate__"):
         made.__setstate__(state)
         return
@@ -455,7 +455,7 @@ def _set_state(made: Any, state: Any) -> None:  # noqa: ANN401 - as pickle does 
         object.__setattr__(made, name, item)
 
 
-def _defaults(kind: Any) -> dict[str, Any]:  # noqa: ANN401 - a dataclass
+def _defaults(kind: Any) -> dict[str, Any]:
     """Of the fields that have one: a record may have gained some since it was written."""
     fields = dataclasses.fields(kind)
     plain = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}

@@ -148,7 +148,7 @@ def _fields() -> list[dataclasses.Field[Any]]:
     return [f for f in dataclasses.fields(Scene) if f.name not in LIVE]
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401 - a field of a scene
+def _plain(value: Any) -> Any:
     """Entries without the dataset that their ids are of, the snapshot without what cannot be written, mappings as plain dicts."""
     if isinstance(value, tuple):
         return tuple(dataclasses.replace(e, ids=_indices(e.ids)) if isinstance(e, RingEntry) else e for e in value)
@@ -257,8 +257,9 @@ def _put_into(trainer: Trainer, module: LightningModule, present: Mapping[str, A
     for optimizer, saved in zip(trainer.optimizers, present["optimizers"], strict=True):
         load_optimizer(optimizer, saved, hyperparameters=True)
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if present["scaler"] is not None and scaler is not None and scaler._scale is None:  # noqa: SLF001 - it makes its tensors when it first scales a loss
-        scaler._lazy_init_scale_growth_tracker(trainer.strategy.root_device)  # noqa: SLF001
+    # it makes its tensors when it first scales a loss
+    if present["scaler"] is not None and scaler is not None and scaler._scale is None:
+        scaler._lazy_init_scale_growth_tracker(trainer.strategy.root_device)
     load_scaler(trainer, present["scaler"])
     load_own(module, present["own"])
 

@@ -138,7 +138,7 @@ class _Copier:
         self._bytes = 0
         self._memo: dict[int, Any] = {}
 
-    def copy(self, path: str, thing: Any) -> Any:  # noqa: ANN401 - users keep what they like
+    def copy(self, path: str, thing: Any) -> Any:
         if isinstance(thing, PLAIN):
             return thing
         if id(thing) not in self._memo:
@@ -146,7 +146,7 @@ class _Copier:
             self._memo[id(thing)] = self._copied(path, thing)
         return self._memo[id(thing)]
 
-    def _copied(self, path: str, thing: Any) -> Any:  # noqa: ANN401 - as above
+    def _copied(self, path: str, thing: Any) -> Any:
         if isinstance(thing, Tensor):
             return self._tensor(path, thing)
         if isinstance(thing, np.ndarray):
@@ -165,7 +165,7 @@ class _Copier:
             return Attributes({key: self.copy(f"{path}.{key}", value) for key, value in _attributes(thing)})
         return Untouched.UNTOUCHED
 
-    def _tensor(self, path: str, tensor: Tensor) -> Any:  # noqa: ANN401 - as above
+    def _tensor(self, path: str, tensor: Tensor) -> Any:
         if isinstance(tensor, nn.Parameter) or is_lazy(tensor):
             return Untouched.UNTOUCHED
         if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.device.type == "meta":
@@ -177,7 +177,7 @@ class _Copier:
             return Untouched.UNTOUCHED
         return tensor.detach().clone().requires_grad_(tensor.requires_grad and tensor.is_leaf)
 
-    def _container(self, path: str, thing: Any) -> Any:  # noqa: ANN401 - as above
+    def _container(self, path: str, thing: Any) -> Any:
         if len(thing) > MOST_ITEMS:
             self.left_out.append(path)
             return Untouched.UNTOUCHED
@@ -219,13 +219,13 @@ class _Putter:
     def __init__(self) -> None:
         self._clones: dict[int, Tensor] = {}
 
-    def into(self, held: dict[str, Any], key: str, value: Any) -> None:  # noqa: ANN401 - users keep what they like
+    def into(self, held: dict[str, Any], key: str, value: Any) -> None:
         live = held.get(key, Untouched.UNTOUCHED)
         new = value if type(value) in FAST else self.value(live, value)
         if new is not live:
             held[key] = new
 
-    def value(self, live: Any, saved: Any) -> Any:  # noqa: ANN401 - as above
+    def value(self, live: Any, saved: Any) -> Any:
         if isinstance(saved, (Untouched, GeneratorState, Attributes)):
             self._object(live, saved)
             return live
@@ -246,7 +246,7 @@ class _Putter:
             for key, value in saved.values.items():
                 object.__setattr__(live, key, self.value(getattr(live, key, Untouched.UNTOUCHED), value))
 
-    def _container(self, live: Any, saved: Any) -> Any:  # noqa: ANN401 - as above
+    def _container(self, live: Any, saved: Any) -> Any:
         new: Any = self._mapping(live, saved) if isinstance(saved, dict) else self._sequence(live, saved)
         if isinstance(saved, tuple) or not isinstance(live, _base(saved)):
             return new
@@ -265,12 +265,12 @@ class _Putter:
             live.update(new)
         return live
 
-    def _mapping(self, live: Any, saved: dict[Any, Any]) -> dict[Any, Any]:  # noqa: ANN401 - as above
+    def _mapping(self, live: Any, saved: dict[Any, Any]) -> dict[Any, Any]:
         there = live if isinstance(live, dict) else {}
         pairs = ((key, self.value(there.get(key, Untouched.UNTOUCHED), value)) for key, value in saved.items())
         return type(saved)({key: value for key, value in pairs if not isinstance(value, Untouched)})
 
-    def _sequence(self, live: Any, saved: Any) -> Any:  # noqa: ANN401 - as above
+    def _sequence(self, live: Any, saved: Any) -> Any:
         if isinstance(saved, set):
             return set(saved)
         there = list(live) if isinstance(live, (list, tuple, deque)) else []
@@ -288,7 +288,7 @@ def _base(saved: object) -> type:
     return next(kind for kind in (dict, list, deque, set) if isinstance(saved, kind))
 
 
-def _filled_array(live: Any, saved: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:  # noqa: ANN401 - as above
+def _filled_array(live: Any, saved: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     fits = isinstance(live, np.ndarray) and live.shape == saved.shape and live.dtype == saved.dtype
     if not (fits and live.flags.writeable):
         return saved.copy()
@@ -296,7 +296,7 @@ def _filled_array(live: Any, saved: np.ndarray[Any, Any]) -> np.ndarray[Any, Any
     return live  # type: ignore[no-any-return]
 
 
-def _generator_state(thing: object) -> Any | None:  # noqa: ANN401 - each kind has its own
+def _generator_state(thing: object) -> Any | None:
     if isinstance(thing, torch.Generator):
         return thing.get_state()
     if isinstance(thing, np.random.Generator):
@@ -306,7 +306,7 @@ def _generator_state(thing: object) -> Any | None:  # noqa: ANN401 - each kind h
     return thing.getstate() if isinstance(thing, random.Random) else None
 
 
-def _set_generator(live: object, state: Any) -> None:  # noqa: ANN401 - as above
+def _set_generator(live: object, state: Any) -> None:
     if isinstance(live, (torch.Generator, np.random.RandomState)):
         live.set_state(state)
     elif isinstance(live, np.random.Generator):

@@ -102,7 +102,8 @@ class BatchRing(Participant):
         leaves = [leaf.clone() if self._is_reused and _lies_on_host(leaf) else leaf for leaf in leaves]
         kept = pytree.tree_unflatten([_own(leaf) for leaf in leaves], structure)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
-        self._versions[ordinal] = [(tensor, tensor._version) for tensor in tensors]  # noqa: SLF001 - the only witness of a change in place
+        # the only witness of a change in place
+        self._versions[ordinal] = [(tensor, tensor._version) for tensor in tensors]
         self._places[ordinal] = places
         self._entries[ordinal] = RingEntry(at=batch.at, batch=kept, ids=ids, rng=RandomState.take())
         self._bytes[ordinal] = sum(leaf.nbytes for leaf in leaves if _has_bytes(leaf))
@@ -123,7 +124,7 @@ class BatchRing(Participant):
         self._is_reused = False
 
     def _mark(self, ordinal: int) -> None:
-        if any(tensor._version != version for tensor, version in self._versions.get(ordinal, ())):  # noqa: SLF001 - as above
+        if any(tensor._version != version for tensor, version in self._versions.get(ordinal, ())):  # as above
             self._mark_mutated(ordinal)
 
     def _mark_mutated(self, ordinal: int) -> None:

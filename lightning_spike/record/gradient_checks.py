@@ -143,7 +143,7 @@ class GradientChecks(Participant):
         self._handles = []
         self._reset()
 
-    def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ANN401 - as torch calls it
+    def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Called by torch when an optimizer has stepped; the lab's steps, outside of a batch, do not count."""
         del optimizer, args, kwargs
         self._stepped = self._stepped or self._in_batch

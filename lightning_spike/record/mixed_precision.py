@@ -33,5 +33,5 @@ def left_scale(trainer: Trainer, optimizer: Optimizer) -> Tensor | float:
     scaler = scaler_of(trainer)
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return 1.0
-    scale: Tensor | None = scaler._scale  # noqa: SLF001 - as said
+    scale: Tensor | None = scaler._scale  # as said
     return 1.0 if scale is None else scale

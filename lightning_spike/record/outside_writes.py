@@ -84,7 +84,7 @@ class OutsideWrites(Participant):
         self._handles = []
         self._books = {"weights": _Book(), "optimizer": _Book()}
 
-    def _count(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ANN401 - as torch calls it
+    def _count(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         del args, kwargs
         self._counted[id(optimizer)] += 1
 
@@ -107,7 +107,7 @@ class _Book:
             tensors: All of a kind.
             moved: What the training step did since the last call: the rhythm is another where this is.
         """
-        versions = [tensor._version for tensor in tensors]  # noqa: SLF001 - the only witness of a write in place
+        versions = [tensor._version for tensor in tensors]  # the only witness of a write in place
         before, self._versions = self._versions, versions
         if len(before) != len(versions):
             # Optimizer states come to be with the first step, and when a layer is unfrozen.

@@ -72,7 +72,7 @@ def reset_poisoned_metrics(module: LightningModule) -> list[str]:
 
 def _logged(trainer: Trainer) -> list[tuple[str, _ResultMetric]]:
     """Lightning's accumulators of the training epoch that hold a tensor and a reduction over the epoch."""
-    results = trainer.fit_loop.epoch_loop._results  # noqa: SLF001 - there is no public way to them
+    results = trainer.fit_loop.epoch_loop._results  # there is no public way to them
     return [(k, m) for k, m in results.items() if m.is_tensor and m.meta.on_epoch and not m.has_reset]
 
 
@@ -84,10 +84,10 @@ def _put_back(metric: _ResultMetric, saved: RunningMean) -> None:
     metric.value = saved.value.clone()
     if saved.weight is not None:
         metric.cumulated_batch_size = saved.weight.clone()
-    metric._computed = None  # noqa: SLF001 - the cached value of the reduction
+    metric._computed = None  # the cached value of the reduction
 
 
 def _is_poisoned(metric: Metric) -> bool:
-    states = [getattr(metric, name) for name in metric._defaults]  # noqa: SLF001 - the names of its states
+    states = [getattr(metric, name) for name in metric._defaults]  # the names of its states
     tensors = [t for s in states for t in (s if isinstance(s, list) else [s]) if isinstance(t, Tensor)]
     return any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors)

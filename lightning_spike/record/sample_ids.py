@@ -143,7 +143,8 @@ class SampleIdWatch(Participant):
 
         A loader that is replaced between epochs keeps its tap but is asked no more.
         """
-        iterators = getattr(getattr(trainer.fit_loop._combined_loader, "_iterator", None), "iterators", [])  # noqa: SLF001 - see `_loaders`
+        # see `_loaders`
+        iterators = getattr(getattr(trainer.fit_loop._combined_loader, "_iterator", None), "iterators", [])
         for index, loader in enumerate(_loaders(trainer)):
             tap = next((tap for tap in self._taps if tap.loader is loader), None)
             iterator = iterators[index] if index < len(iterators) else None
@@ -154,7 +155,8 @@ class SampleIdWatch(Participant):
 
 def _loaders(trainer: Trainer) -> list[Any]:
     """The training loaders as they are iterated."""
-    combined = trainer.fit_loop._combined_loader  # noqa: SLF001 - `trainer.train_dataloader` is the user's collection, not the loaders in order
+    # `trainer.train_dataloader` is the user's collection, not the loaders in order
+    combined = trainer.fit_loop._combined_loader
     return [] if combined is None else list(combined.flattened)
 
 
@@ -225,13 +227,13 @@ class _Tap:
             object.__setattr__(self.loader, self._attribute, new)
         iterator = getattr(self.loader, "_iterator", None)
         if iterator is not None and getattr(iterator, "_index_sampler", None) is present:
-            iterator._index_sampler = new  # noqa: SLF001 - there is no public way
+            iterator._index_sampler = new  # there is no public way
 
 
 class _WatchedSampler:
     """A sampler with an ear at it: everything but `__iter__` goes to the sampler itself, setting attributes too."""
 
-    def __init__(self, sampler: Any, tap: _Tap) -> None:  # noqa: ANN401 - any iterable may be a sampler
+    def __init__(self, sampler: Any, tap: _Tap) -> None:
         object.__setattr__(self, "_watched", (sampler, tap))
 
     def __iter__(self) -> Iterator[Any]:
@@ -241,7 +243,7 @@ class _WatchedSampler:
     def __len__(self) -> int:
         return len(object.__getattribute__(self, "_watched")[0])
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the sampler has
+    def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "_watched")[0], name)
 
     @override
@@ -263,19 +265,19 @@ class _WatchedIterator:
     def __iter__(self) -> "_WatchedIterator":
         return self
 
-    def __next__(self) -> Any:  # noqa: ANN401 - an index, a list of them, or whatever the user's sampler draws
+    def __next__(self) -> Any:
         drawn = next(self._iterator)
         if self._pending is not None:
             self._pending[self._drawn] = drawn
             self._drawn += 1
         return drawn
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the iterator has
+    def __getattr__(self, name: str) -> Any:
         if name == "_iterator":  # a copy under construction
             raise AttributeError(name)
         return getattr(self._iterator, name)
 
-    def take(self, position: int) -> Any:  # noqa: ANN401 - as drawn
+    def take(self, position: int) -> Any:
         """What was drawn at this position, `None` where it is unknown; it and all before are let go."""
         pending = self._pending or {}
         drawn = pending.get(position)

@@ -359,7 +359,7 @@ def _telling(device: torch.device, members: list[Tensor]) -> Tensor:
     float32 overflows only where the weights are past all use.
     """
     if device.type == "cuda":
-        return torch.stack(torch._foreach_norm(members, math.inf))  # noqa: SLF001 - as torch's own clipping does
+        return torch.stack(torch._foreach_norm(members, math.inf))  # as torch's own clipping does
     wide = torch.float64 if members[0].dtype == torch.float64 else torch.float32
     return torch.stack([member.sum(dtype=wide) for member in members])
 

@@ -117,7 +117,7 @@ def copy_scaler(trainer: Trainer) -> dict[str, Tensor | None] | None:
     scaler = _scaler(trainer)
     if scaler is None:
         return None
-    held = {"scale": scaler._scale, "growth_tracker": scaler._growth_tracker}  # noqa: SLF001 - see above
+    held = {"scale": scaler._scale, "growth_tracker": scaler._growth_tracker}  # see above
     return {name: None if tensor is None else _copy(tensor, to_host=False) for name, tensor in held.items()}
 
 
@@ -126,13 +126,13 @@ def load_scaler(trainer: Trainer, saved: Mapping[str, Tensor | None] | None) -> 
     scaler = _scaler(trainer)
     if scaler is None or saved is None:
         return
-    live_scale, live_tracker = scaler._scale, scaler._growth_tracker  # noqa: SLF001 - as in copy_scaler
+    live_scale, live_tracker = scaler._scale, scaler._growth_tracker  # as in copy_scaler
     if live_scale is None or live_tracker is None:
         return
     scale, tracker = saved["scale"], saved["growth_tracker"]
     if scale is None or tracker is None:
-        live_scale.fill_(scaler._init_scale)  # noqa: SLF001
-        live_tracker.fill_(scaler._init_growth_tracker)  # noqa: SLF001
+        live_scale.fill_(scaler._init_scale)
+        live_tracker.fill_(scaler._init_growth_tracker)
     else:
         live_scale.copy_(scale)
         live_tracker.copy_(tracker)
@@ -207,7 +207,7 @@ def _copy_all(tensors: Sequence[Tensor], *, to_host: bool) -> list[Tensor]:
     return [copy for copy in copies if copy is not None]
 
 
-def _copy_tree(tree: Any, *, to_host: bool) -> Any:  # noqa: ANN401 - optimizer states nest as they like
+def _copy_tree(tree: Any, *, to_host: bool) -> Any:
     return pytree.tree_map(lambda leaf: _copy(leaf, to_host=to_host) if isinstance(leaf, Tensor) else leaf, tree)
 
 
@@ -222,7 +222,7 @@ def _load_entry(live: dict[str, Any], saved: Mapping[str, Any], device: torch.de
         live[key] = _loaded(live.get(key), value, device)
 
 
-def _loaded(live: Any, saved: Any, device: torch.device) -> Any:  # noqa: ANN401 - as above
+def _loaded(live: Any, saved: Any, device: torch.device) -> Any:
     """The live object with the saved values in it where it can take them, else a copy on the device the saved one came from."""
     if not isinstance(saved, Tensor):
         return pytree.tree_map(lambda leaf: _loaded(None, leaf, device) if isinstance(leaf, Tensor) else leaf, saved)

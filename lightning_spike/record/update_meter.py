@@ -116,7 +116,7 @@ class UpdateMeter(Participant):
         self._handles = []
         self._before, self._measured, self._places = {}, {}, {}
 
-    def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ANN401 - as torch calls it
+    def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Called by torch when the optimizer has stepped, by the lab's too.
 
         Inside the user's step, so that nothing may be raised here.

@@ -105,6 +105,6 @@ def _clip_of(trainer: Trainer) -> tuple[float | None, str | None]:
     return trainer.gradient_clip_val, None if algorithm is None else str(algorithm.value)
 
 
-def copied(value: Any) -> Any:  # noqa: ANN401 - a number, a tensor or a tuple of them
+def copied(value: Any) -> Any:
     """A setting as it is now, whoever writes into it later."""
     return value.detach().clone() if isinstance(value, Tensor) else value

@@ -200,7 +200,7 @@ def _disabled(disabled: Disabled) -> dict[str, Any]:
     return {"part": disabled.part, "reason": disabled.reason, "step": disabled.step}
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401, PLR0911 - JSON is a union, one line for each of its kinds
+def _plain(value: Any) -> Any:  # noqa: PLR0911 - JSON is a union, one line for each of its kinds
     """As JSON knows it, but for numbers that are not finite.
 
     NumPy's numbers become Python's, and what JSON has no form for its text.
@@ -225,7 +225,7 @@ def _plain(value: Any) -> Any:  # noqa: ANN401, PLR0911 - JSON is a union, one l
             return _plain(str(value))
 
 
-def _strict(value: Any, pointer: str, nonfinite: dict[str, str]) -> Any:  # noqa: ANN401 - as above
+def _strict(value: Any, pointer: str, nonfinite: dict[str, str]) -> Any:
     """With null for every number that is not finite, which goes to `nonfinite` by its JSON Pointer."""
     match value:
         case float() if not math.isfinite(value):
@@ -242,6 +242,6 @@ def _strict(value: Any, pointer: str, nonfinite: dict[str, str]) -> Any:  # noqa
             return value
 
 
-def _key(holder: Any, key: str) -> Any:  # noqa: ANN401 - as above
+def _key(holder: Any, key: str) -> Any:
     """A step of a JSON Pointer, as the holder takes it."""
     return int(key) if isinstance(holder, list) else key

@@ -188,11 +188,11 @@ def suspects_words(suspects: Sequence[Suspect]) -> str:
     return f"step {suspects[0].step:,}: {', '.join(samples)}"
 
 
-def _is_scalar(value: Any) -> bool:  # noqa: ANN401 - details hold anything
+def _is_scalar(value: Any) -> bool:
     return isinstance(value, str | int | float)
 
 
-def _scalar(value: Any) -> str:  # noqa: ANN401 - details hold anything
+def _scalar(value: Any) -> str:
     if isinstance(value, bool | str):
         return str(value)
     return number(float(value))

@@ -25,7 +25,7 @@ def samples_in(batch: object) -> int | None:
     return common.most_common(1)[0][0] if common else None
 
 
-def take_samples(batch: object, indices: Sequence[int], *, size: int | None = None) -> Any:  # noqa: ANN401 - the batch's own type
+def take_samples(batch: object, indices: Sequence[int], *, size: int | None = None) -> Any:
     """The same batch with these samples only, in this order.
 
     Tensors and arrays with `size` entries in their first dimension are indexed there, so are lists and tuples of that
@@ -46,7 +46,7 @@ def take_samples(batch: object, indices: Sequence[int], *, size: int | None = No
     return _take(batch, list(indices), size)
 
 
-def gather_samples(batches: Sequence[object], picks: Sequence[tuple[int, int]]) -> Any | None:  # noqa: ANN401 - the batches' own type
+def gather_samples(batches: Sequence[object], picks: Sequence[tuple[int, int]]) -> Any | None:
     """One batch made of samples of several.
 
     In each place the sample at a position of one of them; all else as in the first.

@@ -32,6 +32,6 @@ class ExaminedBatch:
         """Dataset indices by position, empty where they are not known."""
         return () if self.entry.ids is None else self.entry.ids.indices
 
-    def index_of(self, position: int) -> Any:  # noqa: ANN401 - what the sampler drew
+    def index_of(self, position: int) -> Any:
         """Dataset index of a sample; `None` unless there is one index for every sample (a collate function may have dropped some)."""
         return self.indices[position] if len(self.indices) == self.size else None

@@ -84,7 +84,7 @@ class Sandbox:
         at: Moment | None = None,
         in_float32: bool = False,
         graph: bool = True,
-    ) -> Any:  # noqa: ANN401 - as training_step
+    ) -> Any:
         """Run `training_step` once to look at it.
 
         Under the run's own precision, without `torch.compile`, on this rank alone (`by_itself`).
@@ -137,7 +137,7 @@ class Sandbox:
         closes: bool,
         listener: Callback,
         in_float32: bool = False,
-    ) -> Any:  # noqa: ANN401 - as Lightning hands it on
+    ) -> Any:
         """Train on one batch as the run did.
 
         Lightning's own loop, its strategy, compiled code and the optimizers, and no callback but one.
@@ -180,7 +180,7 @@ class Sandbox:
             _call_lightning_module_hook(self.trainer, "on_train_batch_end", outputs, batch, batch_idx)
         return outputs
 
-    def loss_as_trained(self, batch: object, batch_idx: int, *, random: RandomState, at: Moment) -> Any:  # noqa: ANN401 - as training_step
+    def loss_as_trained(self, batch: object, batch_idx: int, *, random: RandomState, at: Moment) -> Any:
         """Run `training_step` as `train` does, without backward pass and update; for automatic optimisation."""
         self.ranks.meet("a last step", at.ordinal)
         self._set_out(batch, random, at)
@@ -369,8 +369,8 @@ def _roots(trainer: Trainer, module: LightningModule, with_optimizers: bool) -> 
     scaler: object = getattr(trainer.precision_plugin, "scaler", None)
     return [
         ("module", module),
-        ("trainer results", trainer._results),  # noqa: SLF001 - what `callback_metrics` is computed from, and cached in
-        ("trainer metrics", vars(trainer._logger_connector)),  # noqa: SLF001 - holds the dicts behind `callback_metrics`
+        ("trainer results", trainer._results),  # what `callback_metrics` is computed from, and cached in
+        ("trainer metrics", vars(trainer._logger_connector)),  # holds the dicts behind `callback_metrics`
         ("optimizers", [] if with_optimizers else [o.param_groups for o in trainer.optimizers]),
         ("schedulers", [vars(c.scheduler) for c in trainer.lr_scheduler_configs]),
         ("loss scaler", vars(scaler) if scaler is not None else {}),
@@ -396,7 +396,7 @@ def _accumulating(trainer: Trainer, *, accumulates: bool) -> Iterator[None]:
         yield
 
 
-def _with_loss(outputs: Any, losses: Sequence[Tensor]) -> Any:  # noqa: ANN401 - as training_step
+def _with_loss(outputs: Any, losses: Sequence[Tensor]) -> Any:
     if not losses or loss_of(outputs) is not None:
         return outputs
     named = batch_losses(None, losses)

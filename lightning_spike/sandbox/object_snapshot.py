@@ -172,7 +172,8 @@ class ObjectSnapshot:
             counter.__exit__()
 
     def _now(self) -> list[int]:
-        return [t._version for s in self._storages for t in s.seen if not t.is_inference()]  # noqa: SLF001 - the only witness of a write in place
+        # the only witness of a write in place
+        return [t._version for s in self._storages for t in s.seen if not t.is_inference()]
 
     def _put_back_containers(self) -> None:
         for empty in self._empty:
@@ -203,7 +204,7 @@ class ObjectSnapshot:
                 raise CannotReplay(msg)
             to_see += self._look(path, thing)
 
-    def _look(self, path: Path_, thing: Any) -> Iterable[Found]:  # noqa: ANN401 - anything may hang on a module
+    def _look(self, path: Path_, thing: Any) -> Iterable[Found]:
         if isinstance(thing, Tensor):
             return self._look_at_tensor(path, thing)
         if isinstance(thing, (dict, list, deque, set, tuple, frozenset)):
@@ -219,7 +220,7 @@ class ObjectSnapshot:
             raise CannotReplay(msg)
         return () if _is_machinery(type(thing).__module__) else self._attributes(path, thing)
 
-    def _look_at_container(self, path: Path_, thing: Any) -> list[Found]:  # noqa: ANN401 - one of the containers
+    def _look_at_container(self, path: Path_, thing: Any) -> list[Found]:
         if not thing:
             if not isinstance(thing, (tuple, frozenset)):
                 self._empty.append(thing)
@@ -318,12 +319,12 @@ def _copy_all(to: list[Tensor], source: list[Tensor]) -> None:
         torch._foreach_copy_(live, kept)
 
 
-def _wrapped(tensor: Any) -> list[str]:  # noqa: ANN401 - mypy takes a Tensor that is a wrapper as well for impossible
+def _wrapped(tensor: Any) -> list[str]:
     """Names of the tensors inside a subclass that wraps others (a DTensor, a quantised weight)."""
     return list(tensor.__tensor_flatten__()[0]) if is_traceable_wrapper_subclass(tensor) else []
 
 
-def _clear(container: Any) -> None:  # noqa: ANN401 - any that can be
+def _clear(container: Any) -> None:
     """With the methods of the base.
 
     A subclass may do more in its own, and dict's own would break the order of an OrderedDict.
@@ -369,7 +370,7 @@ def _undo_bit_generator(thing: np.random.BitGenerator) -> list[Undo]:
     return [partial(setattr, thing, "state", thing.state)]
 
 
-def _undo_generator(thing: Any) -> list[Undo]:  # noqa: ANN401 - NumPy's and torch's have the same methods
+def _undo_generator(thing: Any) -> list[Undo]:
     return [partial(thing.set_state, thing.get_state())]
 
 
@@ -384,7 +385,7 @@ LOOKS: Final[tuple[tuple[type | tuple[type, ...], Callable[[Any], list[Undo]]], 
 
 
 @cache
-def _slots(kind: Any) -> tuple[str, ...]:  # noqa: ANN401 - a type
+def _slots(kind: Any) -> tuple[str, ...]:
     found: list[str] = []
     for base in kind.__mro__:
         names = base.__dict__.get("__slots__", ())

@@ -37,7 +37,8 @@ class Surroundings:
         self._held: dict[str, Any] = {name: held[name] for name in HELD}
         self._wrapper = _ddp_flags(trainer)
         self._loggers = list(trainer.loggers)
-        self._hooks = [(o, o._on_before_step, o._on_after_step) for o in trainer.strategy._lightning_optimizers]  # noqa: SLF001 - Lightning's manual loop sets them
+        # Lightning's manual loop sets them
+        self._hooks = [(o, o._on_before_step, o._on_after_step) for o in trainer.strategy._lightning_optimizers]
         epoch_loop = trainer.fit_loop.epoch_loop
         progress = (
             epoch_loop.automatic_optimization.optim_progress,
@@ -57,7 +58,7 @@ class Surroundings:
         _set_ddp_flags(self._trainer, self._wrapper)
         self._trainer.loggers = self._loggers
         for optimizer, before, after in self._hooks:
-            optimizer._on_before_step, optimizer._on_after_step = before, after  # noqa: SLF001 - as above
+            optimizer._on_before_step, optimizer._on_after_step = before, after  # as above
         for part, values in self._progress:
             vars(part).update(values)
 
@@ -107,7 +108,7 @@ def _set_ddp_flags(trainer: Trainer, flags: Mapping[str, bool]) -> None:
         setattr(trainer.strategy.model, name, value)
 
 
-def _parts(progress: Any) -> Iterator[Any]:  # noqa: ANN401 - nested dataclasses of Lightning
+def _parts(progress: Any) -> Iterator[Any]:
     yield progress
     for field in dataclasses.fields(progress):
         value = getattr(progress, field.name)
@@ -176,7 +177,8 @@ def without_updates(module: LightningModule) -> Iterator[list[Tensor]]:
         "untoggle_optimizer": _nothing,
         "clip_gradients": _nothing,
     }
-    optimizers = [*module.trainer.strategy._lightning_optimizers, *module.trainer.optimizers]  # noqa: SLF001 - what self.optimizers() gives
+    # what self.optimizers() gives
+    optimizers = [*module.trainer.strategy._lightning_optimizers, *module.trainer.optimizers]
     of_optimizers = {"step": _closure_only, "zero_grad": _nothing}
     places: Places = [(vars(module), of_module), *((vars(optimizer), of_optimizers) for optimizer in optimizers)]
     with patched(places), without_schedulers(module):
@@ -198,5 +200,5 @@ def _nothing(*_: object, **__: object) -> None:
     """Stands in for what changes the state."""
 
 
-def _closure_only(closure: Callable[[], Any] | None = None, **_: object) -> Any:  # noqa: ANN401 - what the closure returns
+def _closure_only(closure: Callable[[], Any] | None = None, **_: object) -> Any:
     return closure() if closure is not None else None

@@ -55,7 +55,8 @@ def tensor_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     out: dict[int, Tensor] = {}
     for (_, dtype), indices in groups.items():
         wide = torch.promote_types(dtype, torch.float32)
-        out.update(zip(indices, torch._foreach_norm([tensors[i] for i in indices], 2, dtype=wide), strict=True))  # noqa: SLF001 - public get_total_norm has no per-tensor form
+        # public get_total_norm has no per-tensor form
+        out.update(zip(indices, torch._foreach_norm([tensors[i] for i in indices], 2, dtype=wide), strict=True))
     return [_over_shards(out[i]).to(tensors[0].device, torch.float32, non_blocking=True) for i in range(len(tensors))]
 
 

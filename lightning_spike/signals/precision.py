@@ -14,7 +14,7 @@ def loss_scale(scaler: GradScaler) -> Tensor | None:
 
     The public `get_scale()` would wait for the device.
     """
-    scale: Tensor | None = scaler._scale  # noqa: SLF001 - as said
+    scale: Tensor | None = scaler._scale  # as said
     return None if scale is None else scale.detach().clone()
 
 

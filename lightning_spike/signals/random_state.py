@@ -64,5 +64,5 @@ def _device_states() -> dict[str, Tensor]:
     return states
 
 
-def _module(kind: str) -> Any:  # noqa: ANN401 - torch.cuda and torch.xpu are modules
+def _module(kind: str) -> Any:
     return getattr(torch, kind)

@@ -68,7 +68,7 @@ def some_of(count: int, share: float, generator: torch.Generator, device: torch.
     return torch.randperm(count, generator=generator)[:chosen].sort().values.to(device)
 
 
-def _rebuild(value: Any, path: Path, tensors: Mapping[Path, Tensor]) -> Any:  # noqa: ANN401 - of any type, returned as the same
+def _rebuild(value: Any, path: Path, tensors: Mapping[Path, Tensor]) -> Any:
     if not any(key[: len(path)] == path for key in tensors):
         return value
     if isinstance(value, Tensor):

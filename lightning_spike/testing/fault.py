@@ -128,12 +128,12 @@ class Fault(Callback):
         self._undo: list[Callable[[], None]] = []
 
     @classmethod
-    def mild(cls, at: int, **options: Any) -> Self:  # noqa: ANN401 - as the constructor
+    def mild(cls, at: int, **options: Any) -> Self:
         """The milder variant at this batch; `options` take the place of its arguments."""
         return cls(at=at, **{**cls.MILD, **options})
 
     @classmethod
-    def strong(cls, at: int, **options: Any) -> Self:  # noqa: ANN401 - as the constructor
+    def strong(cls, at: int, **options: Any) -> Self:
         """The stronger variant at this batch; `options` take the place of its arguments."""
         return cls(at=at, **{**cls.STRONG, **options})
 
@@ -159,7 +159,7 @@ class Fault(Callback):
         Check what is needed; change nothing before its time.
         """
 
-    def before_batch(self, trainer: Trainer, module: LightningModule, batch: Any, ordinal: int) -> Any:  # noqa: ANN401 - any batch
+    def before_batch(self, trainer: Trainer, module: LightningModule, batch: Any, ordinal: int) -> Any:
         """Called before each batch that the fault lasts, before any callback sees it.
 
         Returns the batch or another in its place.
@@ -203,7 +203,7 @@ class Fault(Callback):
         owners = [pl_module, *([datamodule] if (datamodule := _datamodule(trainer)) is not None else [])]
         for owner in owners:  # Lightning calls exactly one of the two
 
-            def transferred(call: Callable[..., Any], batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401 - any batch
+            def transferred(call: Callable[..., Any], batch: Any, dataloader_idx: int) -> Any:
                 return self._arrived(trainer, pl_module, call(batch, dataloader_idx))
 
             self.later(wrap(owner, "on_after_batch_transfer", transferred))
@@ -238,7 +238,7 @@ class Fault(Callback):
         loops = checkpoint.get("loops", {}).get("fit_loop", {})
         self._begun = loops.get("epoch_loop.batch_progress", {}).get("total", {}).get("ready", 0)
 
-    def _arrived(self, trainer: Trainer, module: LightningModule, batch: Any) -> Any:  # noqa: ANN401 - any batch
+    def _arrived(self, trainer: Trainer, module: LightningModule, batch: Any) -> Any:
         """A batch is on its device; no callback has seen it.
 
         Batches of a validation and those that Lightning skips are let through.

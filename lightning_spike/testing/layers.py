@@ -61,7 +61,7 @@ def on_output(part: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[
     Returns what takes it off again.
     """
 
-    def hook(part: nn.Module, args: object, output: Any) -> Any:  # noqa: ANN401 - a tensor or a tuple
+    def hook(part: nn.Module, args: object, output: Any) -> Any:
         del part, args
         if isinstance(output, Tensor):
             return change(output)

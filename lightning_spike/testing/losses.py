@@ -22,14 +22,14 @@ def alter_loss(fault: Fault, trainer: Trainer, module: LightningModule, change: 
     if not module.automatic_optimization:
         raise fault.refuse(Needs.AUTOMATIC_OPTIMIZATION, type(module).__name__)
 
-    def step(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as training_step
+    def step(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         outputs = call(*args, **kwargs)
         return _changed(outputs, change) if fault.is_on(trainer) else outputs
 
     fault.later(wrap(module, "training_step", step))
 
 
-def _changed(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:  # noqa: ANN401 - as training_step
+def _changed(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(outputs, Tensor):
         return change(outputs)
     if isinstance(outputs, Mapping) and isinstance(outputs.get("loss"), Tensor):

@@ -44,7 +44,7 @@ def _install(owner: object, name: str) -> list[Baselines]:
     arounds: list[Baselines] = []
 
     @functools.wraps(original)
-    def stand_in(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever the method takes and gives
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
         call = original
         for around in arounds:
             call = functools.partial(around, call)

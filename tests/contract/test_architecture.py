@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2] / "lightning_spike"
 
-GROUND = ("errors", "arguments", "files", "records", "rolling", "store")
+GROUND = ("errors", "arguments", "files", "records", "experiments", "codec", "rolling", "store")
 """Files at the top that everything may stand on."""
 
 PACKAGES = {
@@ -24,7 +24,7 @@ PACKAGES = {
     "lab": {"signals", "diagnosis", "record", "flight", "ranks", "sandbox", "samples", "actions"},
     "report": {"diagnosis"},
     "callbacks": {
-        "signals", "detectors", "record", "flight", "ranks", "sandbox", "samples", "actions", "lab", "report",
+        "signals", "detectors", "record", "diagnosis", "flight", "ranks", "sandbox", "samples", "actions", "lab", "report",
     },
     "testing": {"signals"},
     "demo": {"report"},

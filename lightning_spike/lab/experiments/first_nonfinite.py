@@ -141,7 +141,8 @@ class _Places:
         self._mark()
 
     def _mark(self) -> None:
-        self._since.append(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]  # noqa: SLF001 - the only clock that nodes carry
+        # the only clock that nodes carry
+        self._since.append(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
         self._who.append(self.now())
 
 
@@ -207,11 +208,11 @@ def _of_backward(loss: Tensor, module: nn.Module, places: _Places) -> FirstNonFi
     if all(gradient is None or _is_finite(gradient) for gradient in gradients):
         return None
     operation = culprits[0].name() if culprits else None
-    place = places.at(culprits[0]._sequence_nr()) if culprits else None  # noqa: SLF001 - as in `_mark`
+    place = places.at(culprits[0]._sequence_nr()) if culprits else None  # as in `_mark`
     return FirstNonFinite(phase="backward", module=place or "", operation=operation)
 
 
-def _graph(root: Any) -> Iterator[Any]:  # noqa: ANN401 - autograd's nodes share no type
+def _graph(root: Any) -> Iterator[Any]:
     seen, to_see = {root}, [root]
     while to_see:
         node = to_see.pop()
@@ -222,7 +223,7 @@ def _graph(root: Any) -> Iterator[Any]:  # noqa: ANN401 - autograd's nodes share
                 to_see.append(parent)
 
 
-def _watched(node: Any, culprits: list[Any]) -> Any:  # noqa: ANN401 - as above
+def _watched(node: Any, culprits: list[Any]) -> Any:
     """Note the nodes that make something not finite of gradients that are, in the order in which they run."""
 
     def look(made: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> None:

@@ -109,7 +109,7 @@ class _Watch:
             for handle in handles:
                 handle.remove()
 
-    def _note(self, name: str, part: nn.Module, output: Any) -> None:  # noqa: ANN401 - as a module returns it
+    def _note(self, name: str, part: nn.Module, output: Any) -> None:
         for leaf in pytree.tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel():
                 self.seen.setdefault(name, _Seen(SATURATED.get(type(part)))).add(leaf)

@@ -228,7 +228,8 @@ def _are_finite(tensors: Iterable[Tensor]) -> bool:
         values = tensor.coalesce().values() if tensor.is_sparse else tensor
         if values.numel():
             groups.setdefault(values.device, []).append(values)
-    largest = [torch.stack(torch._foreach_norm(group, math.inf)).float().sum() for group in groups.values()]  # noqa: SLF001 - as torch's own clipping does
+    # as torch's own clipping does
+    largest = [torch.stack(torch._foreach_norm(group, math.inf)).float().sum() for group in groups.values()]
     return all(math.isfinite(float(value)) for value in largest)
 
 

@@ -25,7 +25,7 @@ class _Pool:
         self._size = size
         self._kept: list[Any] = []
 
-    def next(self, batch: Any, number: int) -> Any:  # noqa: ANN401 - any batch
+    def next(self, batch: Any, number: int) -> Any:
         """The batch itself while the pool fills, then a copy of one in it, in turn; `training_step` may write into what it gets."""
         if len(self._kept) < self._size:
             self._kept.append(_copy(batch))
