@@ -45,10 +45,10 @@ from labelled_runs.judging import (
 )
 from labelled_runs.runs import CLEAN_STEPS, Cell, all_cells, path_of, recorded, run
 from labelled_runs.tasks import TASKS
-from shared.intervals import wilson
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from shared.intervals import wilson
 
 from lightning_spike.diagnosis.weights import Weights, fitted
 from lightning_spike.store import TrainerStateStore

@@ -34,11 +34,11 @@ from diagnosis import LABELLED
 from labelled_runs.judging import harmed
 from labelled_runs.runs import Cell, all_cells, faults_of, recorded, recorded_store, train
 from labelled_runs.tasks import TASKS, loaders
-from shared.intervals import wilson
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from shared.intervals import wilson
 from torch import Tensor
 from typing_extensions import override
 
@@ -154,7 +154,7 @@ class Mended(Callback):
         vars(self.fault)["before_batch"] = before_batch
 
 
-def with_samples_of(batch: Any, other: Any, positions: Sequence[int]) -> Any:  # noqa: ANN401 - batches of any structure
+def with_samples_of(batch: Any, other: Any, positions: Sequence[int]) -> Any:
     """A batch with the samples at these positions taken from another one of the same structure."""
     if not positions:
         return batch

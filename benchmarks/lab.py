@@ -32,11 +32,11 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from shared.intervals import wilson
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from shared.intervals import wilson
 from shared.models import MOMENTUM, NETS, Task, loader
 from typing_extensions import override
 

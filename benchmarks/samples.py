@@ -135,7 +135,7 @@ def _shuffled_tokens(batch: object, chosen: Tensor, generator: torch.Generator) 
     return _with_windows(batch, chosen, windows.gather(1, order), tokens.path, following.path)
 
 
-def _with_windows(batch: Any, chosen: Tensor, windows: Tensor, tokens: Any, following: Any) -> object:  # noqa: ANN401 - any batch, any path
+def _with_windows(batch: Any, chosen: Tensor, windows: Tensor, tokens: Any, following: Any) -> object:
     x, y = batch[tokens[0]], batch[following[0]]
     new = {tokens: x.index_copy(0, chosen, windows[:, :-1]), following: y.index_copy(0, chosen, windows[:, 1:])}
     return replaced(batch, new)

@@ -13,10 +13,10 @@ from types import MappingProxyType
 from typing import Any, Final
 
 import torch
-from labelled_runs.judging import UNEXPLAINED
-from labelled_runs.runs import RecordedRun
 from torch import Tensor
 
+from labelled_runs.judging import UNEXPLAINED
+from labelled_runs.runs import RecordedRun
 from lightning_spike.diagnosis import weights as package_weights
 from lightning_spike.diagnosis.catalogue import catalogue
 from lightning_spike.diagnosis.examine import examine_all

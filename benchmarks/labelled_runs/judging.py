@@ -9,8 +9,8 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from labelled_runs.runs import Cell, RecordedRun
 
+from labelled_runs.runs import Cell, RecordedRun
 from lightning_spike.diagnosis.catalogue import catalogue
 from lightning_spike.diagnosis.rank import diagnose
 from lightning_spike.diagnosis.weights import Weights

@@ -20,11 +20,11 @@ from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import torch
-from labelled_runs.tasks import ADAPTIVE, NO_HALF, REGRESSION, TASKS, TOKENS, WEIGHTED, Module, loaders
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.plugins.precision import MixedPrecision
 from typing_extensions import override
 
+from labelled_runs.tasks import ADAPTIVE, NO_HALF, REGRESSION, TASKS, TOKENS, WEIGHTED, Module, loaders
 from lightning_spike import RootCauseReport, TrainerStateStore, suite
 from lightning_spike.callbacks.scene_recorder import SceneRecorder
 from lightning_spike.testing import (

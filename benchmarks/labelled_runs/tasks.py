@@ -24,9 +24,9 @@ from typing import Any, Final, TypeAlias
 
 import torch
 from lightning.pytorch import LightningModule
-from sklearn.datasets import load_breast_cancer, load_digits, load_sample_images
 from shared.models import ByteTransformer, cnn
 from shared.models import dataset as bundled
+from sklearn.datasets import load_breast_cancer, load_digits, load_sample_images
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
