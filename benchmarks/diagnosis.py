@@ -223,7 +223,7 @@ def _whole(ours: Sequence[Judged], bare: Sequence[Judged], answers: Sequence[Ans
 
 
 def _row(judged: Sequence[Judged]) -> list[str]:
-    places = [j.path_of(j.cell.causes[0]) for j in judged]
+    places = [j.place(j.cell.causes[0]) for j in judged]
     return [
         _share(sum(p == 1 for p in places), len(judged)),
         _share(sum(FAMILY.get(j.named) == FAMILY.get(j.cell.causes[0]) for j in judged), len(judged)),
@@ -275,7 +275,7 @@ def _quiet(judged: Sequence[Judged]) -> Table:
             f"{_share(sum(j.first == UNEXPLAINED for j in of), len(of))} {told}",
         )
     two = [j for j in judged if j.cell.sort == "two" and j.counts]
-    both = sum(all((j.path_of(c) or 9) <= len(j.cell.causes) for c in j.cell.causes) for j in two)
+    both = sum(all((j.place(c) or 9) <= len(j.cell.causes) for c in j.cell.causes) for j in two)
     table.add_row("two faults: both first", _share(both, len(two)))
     _sure(table, judged)
     return table

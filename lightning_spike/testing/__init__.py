@@ -27,12 +27,13 @@ from lightning_spike.testing.faults.decoys import HarmlessNoise, HarmlessRate, H
 from lightning_spike.testing.faults.distributed_desync import GradientsNotAveraged, RankDrifts
 from lightning_spike.testing.faults.generalization import FewBatches, SwingsAfterOverfitting
 from lightning_spike.testing.faults.gradient import GradientsExplode, GradientsVanish, SigmoidStack
+from lightning_spike.testing.faults.gradient_reversal import GradientsTurnRound
 from lightning_spike.testing.faults.hard_sample_streak import SortedStretch
 from lightning_spike.testing.faults.hardware_fault import BitFlips, WrongResult
 from lightning_spike.testing.faults.label_noise import WrongLabels
 from lightning_spike.testing.faults.learning_rate import RateCreepsUp, RateJump, RateTooHigh, ShortWarmUp, WarmRestarts
 from lightning_spike.testing.faults.loss_scaling import LossScaleHeldDown, LossScaleJumps
-from lightning_spike.testing.faults.momentum import GradientsTurnRound, MomentumTooHigh
+from lightning_spike.testing.faults.momentum_reversal import MomentumTooHigh
 from lightning_spike.testing.faults.nonfinite_input import NonfiniteInput
 from lightning_spike.testing.faults.numerical_instability import DivisionByZero, ExpOverflow, LogOfZero, SqrtAtZero
 from lightning_spike.testing.faults.optimizer_state import StateRescaled, StateScrambled

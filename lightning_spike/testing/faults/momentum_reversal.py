@@ -7,7 +7,6 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_spike.testing.fault import LastingFault, Needs, Scale
-from lightning_spike.testing.gradients import alter_gradients
 from lightning_spike.testing.settings import SettingsFault
 
 
@@ -15,34 +14,6 @@ def _need_momentum(fault: LastingFault, trainer: Trainer) -> None:
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     if not any("betas" in group or group.get("momentum") for group in groups):
         raise fault.refuse(Needs.MOMENTUM, [type(o).__name__ for o in trainer.optimizers])
-
-
-class GradientsTurnRound(LastingFault):
-    """The gradients point the other way for a stretch, and momentum carries the weights on when they are right again.
-
-    As from an adversarial term with the wrong sign for a while, or a stretch of data that contradicts the rest. In the
-    stretch the gradients are multiplied by minus strength. At its first batches momentum points against the gradient,
-    and again after its last.
-
-    Args:
-        at: The first batch of the stretch: batches begun in the whole run before it, from 0.
-        strength: Size of the turned gradients, as a factor.
-        length: Batches in the stretch; `None` to the end of the run.
-        seed: Not used; nothing is drawn.
-    """
-
-    cause = "momentum_reversal"
-    TYPICAL_ONSET = 160
-    TYPICAL_DURATION = 240
-    SCALE: ClassVar[Scale] = Scale(means="the size of the turned gradients, as a factor", above=0)
-    MILD: ClassVar[Mapping[str, Any]] = {"strength": 2.0, "length": 3}
-    STRONG: ClassVar[Mapping[str, Any]] = {"strength": 3.0, "length": 8}
-    NEEDS: ClassVar[frozenset[Needs]] = frozenset({Needs.MOMENTUM})
-
-    @override
-    def prepare(self, trainer: Trainer, module: LightningModule) -> None:
-        _need_momentum(self, trainer)
-        alter_gradients(self, trainer, module, lambda gradient, _: gradient * -self.strength)
 
 
 class MomentumTooHigh(SettingsFault):
