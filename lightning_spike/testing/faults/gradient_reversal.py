@@ -28,8 +28,8 @@ class GradientsTurnRound(LastingFault):
     TYPICAL_ONSET = 160
     TYPICAL_DURATION = 240
     SCALE: ClassVar[Scale] = Scale(means="the size of the turned gradients, as a factor", above=0)
-    MILD: ClassVar[Mapping[str, Any]] = {"strength": 2.0, "length": 3}
-    STRONG: ClassVar[Mapping[str, Any]] = {"strength": 3.0, "length": 8}
+    MILD: ClassVar[Mapping[str, Any]] = {"strength": 1.0, "length": 40}
+    STRONG: ClassVar[Mapping[str, Any]] = {"strength": 3.0, "length": 20}
 
     @override
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
