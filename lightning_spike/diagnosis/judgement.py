@@ -59,7 +59,7 @@ class SplitVerdict(StrEnum):
     COMPUTATION = "computation"
 
 
-Direction = Literal["ordinary", "too_long", "wrong_direction", "turned", "unclear"]
+Direction = Literal["ordinary", "too_long", "wrong_direction", "turned", "turned_throughout", "unclear"]
 
 # -- shares of the jump
 # --------------------------------------------------------------------------------------------------
@@ -423,8 +423,11 @@ def order_confirms(order: SampleOrder) -> bool | None:
 
 def update_direction(update: UpdateMeasurement) -> Direction:
     """Whether a step was too long or went in a wrong direction (science.md 2.3)."""
-    if update.slope is not None and update.slope < TURNED_SLOPE and (update.slope_usual or 0.0) > ORDINARY_RHO:
-        return "turned"
+    if update.slope is not None and update.slope_usual is not None and update.slope < TURNED_SLOPE:
+        if update.slope_usual > ORDINARY_RHO:
+            return "turned"
+        if update.slope_usual < TURNED_SLOPE:
+            return "turned_throughout"
     if update.against is not None and update.against > (update.against_error or 0.0):
         return "wrong_direction"
     if update.rho is None or update.promised >= 0.0:

@@ -121,6 +121,10 @@ DIRECTIONS: Final[Mapping[Direction, str]] = MappingProxyType(
             "The gradient at step {step} points uphill: even a tiny step down it raises its own batch's loss. "
             "Earlier in the replay this was not so."
         ),
+        "turned_throughout": (
+            "All gradients of the replay up to step {step} point uphill: even a tiny step down one raises its own "
+            "batch's loss."
+        ),
         "unclear": "The update at step {step} was neither clearly too long nor clearly in a wrong direction.",
     }
 )

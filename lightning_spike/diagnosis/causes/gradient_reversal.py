@@ -3,9 +3,10 @@
 Gradients point up the loss that they were made from: a term with the wrong sign, a hook, a loss that is maximised.
 
 Seen by: by experiment, a step down the update's own gradient, however short, raises the loss of its own batch, while
-the same step of an earlier update lowered it (slope below 0, science.md 2.3).
+the same step of an earlier update lowered it (slope below 0, science.md 2.3). Where all replayed updates are so, the
+loss must have fallen before: no training comes down with such gradients, unless the loss is meant to rise.
 
-Against it: a slope of about 1, or none measured.
+Against it: a slope of about 1, or none measured; a loss that never fell, so that the sign may be meant (an adversary).
 
 Thresholds: `judgement.TURNED_SLOPE`; float32 rounding makes a hundredth of it.
 
@@ -13,6 +14,8 @@ To do: find the term or hook that turns the gradients; go on from a checkpoint f
 """
 
 from typing import Final
+
+import numpy as np
 
 from lightning_spike.diagnosis import judgement, sentences
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Fix
@@ -24,6 +27,11 @@ from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.experiments import UpdateMeasurement
 from lightning_spike.records import Change, EpisodeKind, Family
 
+COMPARED_LOSSES: Final = 20
+"""Losses at the run's beginning and before the onset that are compared; engineering choice."""
+LOW_QUANTILE: Final = 0.1
+"""Quantile of the first losses that the median of the last ones must be below; engineering choice."""
+
 
 @observer("no slope below 0")
 def turned_gradient(view: EpisodeView) -> Observation | None:
@@ -34,21 +42,30 @@ def turned_gradient(view: EpisodeView) -> Observation | None:
     return Observation(level="no slope below 0", text=text, signal="lab/update", step=view.step)
 
 
-@observer("turned")
+@observer("turned", "turned throughout")
 def slope(view: EpisodeView) -> Observation | None:
     """The slope of the loss along the update's own gradient."""
     update = view.once(_turned_update)
     if update is None:
         return None
+    level = judgement.update_direction(update).replace("_", " ")
     return Observation(
-        level="turned", text=sentences.update(update), signal="lab/update", step=update.step,
+        level=level, text=sentences.update(update), signal="lab/update", step=update.step,
         observed=update.slope, expected=update.slope_usual, confirms=True,
     )  # fmt: skip
 
 
 def _turned_update(view: EpisodeView) -> UpdateMeasurement | None:
     update = None if view.experiments is None else view.experiments.update
-    return update if update is not None and judgement.update_direction(update) == "turned" else None
+    direction = None if update is None else judgement.update_direction(update)
+    proven = direction == "turned" or (direction == "turned_throughout" and _loss_had_fallen(view))
+    return update if proven else None
+
+
+def _loss_had_fallen(view: EpisodeView) -> bool:
+    losses = view.before("loss", len(view.store.history))
+    early, late = losses[:COMPARED_LOSSES], losses[-COMPARED_LOSSES:]
+    return losses.size >= 2 * COMPARED_LOSSES and float(np.median(late)) < float(np.quantile(early, LOW_QUANTILE))
 
 
 def _summary(view: EpisodeView) -> str:

@@ -1,5 +1,6 @@
 """`gradient_reversal`: gradients that point up the loss that they were made from."""
 
+import numpy as np
 from lab_results import experiments, update, with_shares
 from synthetic import Run, an_episode, said_of
 
@@ -7,8 +8,10 @@ from lightning_spike.diagnosis.rank import diagnose
 from lightning_spike.records import Change
 
 
-def spiked(**fields):
+def spiked(*, falls=True, **fields):
     run = Run(0)
+    if not falls:
+        run.loss[:] = run.loss[-1] * np.exp(0.1 * np.random.default_rng(1).standard_normal(run.length))
     run.bump(200, 9.0, 15)
     run.episodes = [an_episode(200, 200, 230, height=run.loss[200], before=0.35)]
     run.note(experiments(**fields))
@@ -34,6 +37,7 @@ def test_without_a_measured_slope_below_0_it_is_not_said():
         assert said.level("turned_gradient") == "no slope below 0"
 
 
-def test_a_gradient_that_is_reversed_by_design_is_none():
-    by_design = with_shares(intrinsic=1.0) | {"update": update(rho=-1.0, slope=-1.0, slope_usual=-1.0)}
-    assert not said_of("gradient_reversal", spiked(**by_design)).supported
+def test_where_all_replayed_gradients_point_uphill_the_loss_must_have_fallen_before():
+    fields = with_shares(intrinsic=1.0) | {"update": update(rho=-1.0, slope=-1.0, slope_usual=-1.0)}
+    assert said_of("gradient_reversal", spiked(**fields)).level("slope") == "turned throughout"
+    assert not said_of("gradient_reversal", spiked(falls=False, **fields)).supported
