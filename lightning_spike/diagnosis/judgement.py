@@ -318,7 +318,7 @@ def _kept_when_cool(experiments: Experiments, split: Split) -> float:
 
 
 def _instead(experiments: Experiments, split: Split) -> Mapping[Group, Group]:
-    if experiments.update is not None and update_direction(experiments.update) == "turned":
+    if experiments.update is not None and update_direction(experiments.update) in {"turned", "turned_throughout"}:
         return {Group.INTRINSIC: Group.GRADIENT, Group.OPTIMIZER: Group.GRADIENT}
     if experiments.attribution is not None and split.computation >= SUPPORTING_SHARE:
         return {Group.INTRINSIC: Group.COMPUTATION}
