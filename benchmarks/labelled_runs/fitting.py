@@ -6,6 +6,7 @@ shrunk towards the hand-set one; temper, offsets and the share of "unexplained" 
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -133,6 +134,7 @@ def as_file(weights: Weights, *, made_by: str, runs: int) -> str:
     return "\n".join([*lines, " }", "}", ""])
 
 
+@functools.cache
 def _by_hand() -> Weights:
     return package_weights.parse(package_weights.content(), by_hand=True)
 
@@ -153,9 +155,17 @@ def _logit(p: float) -> Tensor:
     return torch.tensor(math.log(p / (1 - p)))
 
 
+@functools.cache
+def _upstream(applies: frozenset[int]) -> Tensor:
+    above = torch.zeros(len(CAUSES), len(CAUSES), dtype=torch.bool)
+    for name, ups in upstream([cause for cause in catalogue() if PLACES[cause.id] in applies]).items():
+        above[PLACES[name], [PLACES[up] for up in ups]] = True
+    return above
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Packed:
-    """All examples as tensors; R of them, C causes, W weights."""
+    """All examples as tensors; R examples, C causes, W weights."""
 
     keys: tuple[Key, ...]
     by_hand: Tensor
@@ -167,7 +177,7 @@ class _Packed:
     applies: Tensor
     """`(R, C)`, bool."""
     upstream: Tensor
-    """`(C, C)`, bool: whether the second is upstream of the first."""
+    """`(R, C, C)`, bool: whether the third is upstream of the second, among those that apply."""
     labels: Tensor
     """`(R,)`."""
 
@@ -180,16 +190,13 @@ class _Packed:
         applies = torch.zeros(len(data), len(CAUSES), dtype=torch.bool)
         for row, one in enumerate(data):
             applies[row, list(one.applies)] = True
-        above = torch.zeros(len(CAUSES), len(CAUSES), dtype=torch.bool)
-        for name, ups in upstream(catalogue()).items():
-            above[PLACES[name], [PLACES[up] for up in ups]] = True
         return _Packed(
             keys=keys,
             by_hand=torch.tensor([table[c][o][level] for c, o, level in keys]),
             cells=torch.tensor([cell for cell, _ in pairs], dtype=torch.long),
             which=torch.tensor([weight for _, weight in pairs], dtype=torch.long),
             applies=applies,
-            upstream=above,
+            upstream=torch.stack([_upstream(one.applies) for one in data]),
             labels=torch.tensor([one.label for one in data]),
         )
 
@@ -197,7 +204,7 @@ class _Packed:
         """As `weigh.probabilities` has them before the softmax; shape `(R, C + 1)`."""
         flat = torch.zeros(self.applies.numel()).index_add(0, self.cells, weights[self.which])
         raw = flat.reshape(self.applies.shape)
-        present = self.upstream.unsqueeze(0) & self.applies.unsqueeze(1)
+        present = self.upstream
         explained = torch.where(present, raw.clamp_min(0.0).unsqueeze(1), 0.0).amax(2)
         share = ((1 - unexplained) / self.applies.sum(1, keepdim=True).clamp(min=1)).log()
         logits = share + offsets + temper * (raw - explained)

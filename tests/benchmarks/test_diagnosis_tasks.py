@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_spike.diagnosis.catalogue import catalogue
 from lightning_spike.records import Moment, RunFacts, StepRow, ValidationPoint
 from lightning_spike.store import TrainerStateStore
 
@@ -18,7 +19,7 @@ def scripts():
     """The scripts' folder is on the path for the import only: one of them has the name of a folder of tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
-        yield {name: importlib.import_module(f"diagnosis_{name}") for name in ("tasks", "runs", "judge")}
+        yield {name: importlib.import_module(f"labelled_runs.{name}") for name in ("tasks", "runs", "judging")}
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_every_task_has_every_cause_in_two_strengths_as_far_as_it_can_happen(tas
     cells = scripts["runs"].all_cells([0, 1, 2], list(tasks.TASKS))
     faults = [cell for cell in cells if cell.sort == "fault"]
     assert len({cell.key for cell in cells}) == len(cells)
-    assert len({cause for cell in faults for cause in cell.causes}) == 27
+    assert {cause for cell in faults for cause in cell.causes} == {cause.id for cause in catalogue()}
     assert {cell.strength for cell in faults} == {"mild", "strong"}
     adaptive = {cell.task for cell in faults if cell.causes == ("adam_epsilon_too_small",)}
     assert adaptive == tasks.ADAPTIVE
@@ -83,13 +84,13 @@ def test_overfitting_does_harm_where_its_validation_rises_whatever_the_training_
     cell = scripts["runs"].Cell(task="table", seed=0, sort="fault", name="FewBatches", causes=("overfitting",))
     twin = a_store(np.ones(480))
     falling, rising = np.linspace(1.0, 0.5, 12), np.r_[np.linspace(1.0, 0.5, 5), np.linspace(0.5, 1.5, 7)]
-    assert not scripts["judge"].harmed(cell, a_store(3.0 * np.ones(480), falling), twin)
-    assert scripts["judge"].harmed(cell, a_store(0.1 * np.ones(480), rising), twin)
+    assert not scripts["judging"].harmed(cell, a_store(3.0 * np.ones(480), falling), twin)
+    assert scripts["judging"].harmed(cell, a_store(0.1 * np.ones(480), rising), twin)
 
 
 def test_other_faults_do_harm_where_the_training_loss_is_worse_than_the_twins(scripts):
     cell = scripts["runs"].Cell(task="table", seed=0, sort="fault", name="RateJump", causes=("lr_scheduler_fault",))
     twin, worse = np.ones(300), np.ones(300)
-    assert not scripts["judge"].harmed(cell, a_store(worse), a_store(twin))
+    assert not scripts["judging"].harmed(cell, a_store(worse), a_store(twin))
     worse[250] = 2.5
-    assert scripts["judge"].harmed(cell, a_store(worse), a_store(twin))
+    assert scripts["judging"].harmed(cell, a_store(worse), a_store(twin))
