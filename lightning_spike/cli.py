@@ -129,12 +129,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _replay(given, more)
     if more:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
-    return _report(given.run_dir) if given.command == "report" else _demo(given)
+    return _report(given.run_dir, again=given.rank_again) if given.command == "report" else _demo(given)
 
 
-def _report(place: Path) -> int:
+def _report(place: Path, *, again: bool) -> int:
     try:
-        rich.get_console().print(read_back(place))
+        rich.get_console().print(read_back(place, again=again))
     except UnreadableReportError as error:
         print(error, file=sys.stderr)  # noqa: T201 - a command's error, bare for the programs that read it
         return 1
@@ -230,6 +230,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument(
         "run_dir", type=Path, metavar="RUN_DIR", help="the run's dirpath, the folder above its spike/, or a report.json"
+    )
+    report.add_argument(
+        "--rank-again",
+        action="store_true",
+        help="rank the causes again with this version's knowledge, from report.json and signals/",
     )
     _add_replay(commands)
     return parser

@@ -231,7 +231,11 @@ class TrainerStateStore:
         """Take in a batch's row; rows come in order of their ordinal."""
         self.history.append(row)
         for layer_row in layers:
-            self.layers.setdefault(layer_row.signal, deque(maxlen=LAYER_ROWS)).append(layer_row)
+            self.append_layer(layer_row)
+
+    def append_layer(self, row: LayerRow) -> None:
+        """Take in a vector-valued row; those of one signal come in order of their ordinal."""
+        self.layers.setdefault(row.signal, deque(maxlen=LAYER_ROWS)).append(row)
 
     def note(self, *items: ValidationPoint | Finding | Action | Disabled | Experiments | StepSizeTest | str) -> None:
         """Take in anything else that happened; a string is a remark for the report and is kept once."""

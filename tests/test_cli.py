@@ -340,6 +340,25 @@ def test_report_prints_what_the_run_printed(run, tmp_path, capsys):
         assert capsys.readouterr() == (printed, "")
 
 
+@pytest.mark.parametrize("run", ["nonfinite", "suite"])
+@pytest.mark.usefixtures("at_80_columns")
+def test_the_same_version_ranks_a_run_again_as_it_did(run, tmp_path, capsys):
+    RUNS[run](tmp_path)
+    printed = capsys.readouterr().out
+    assert main(["report", str(tmp_path), "--rank-again"]) == 0
+    assert capsys.readouterr() == (printed, "")
+
+
+@pytest.mark.usefixtures("at_80_columns")
+def test_a_run_without_signals_cannot_be_ranked_again(tmp_path, capsys):
+    train(Digits(), [RootCauseReport(formats=["json"]), At(30, _poison)], tmp_path)
+    capsys.readouterr()
+    assert main(["report", str(tmp_path), "--rank-again"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("rank again: expected the signals/ of the run beside its report.json, found none.")
+
+
 @pytest.mark.usefixtures("at_80_columns")
 def test_report_repeats_what_could_not_be_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(html.importlib.util, "find_spec", lambda name: None)

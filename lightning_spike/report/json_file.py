@@ -9,12 +9,15 @@ reader must bear further ones:
   episodes, or null), `severity` (robust standard deviations above the usual noise, at most 99), `not_replayed` (why it
   could not be run again, or null) and `moments`, which says of `onset`, `noticed`, `peak` and `end` (null: never
   recovered) the `ordinal` (batches begun in the run before it), `step`, `epoch` and `batch_idx`;
-- on a piece of evidence `weight`, the natural log of the likelihood ratio that it gives the cause;
+- on a piece of evidence `weight`, the natural log of the likelihood ratio that it gives the cause, and `observation`
+  and `level`, under which that weight stands in `diagnosis/weights.json`;
 - `disabled`, the parts of the suite that broke and were switched off: `[{"part", "reason", "step"}]`;
 - `remarks`, what could not be observed and why: `["…"]`;
 - further values of `actions[].action`: `restore_best`, `replay`, `scene`, and on an action `at`, its moment as above;
 - `files`, the names of what the run wrote beside this file: some of `signals`, `report.html`;
 - `notes`, what the run could not write, and why: `["…"]`;
+- `recorded`, what the ranking reads beside `signals/`, so that a later version can rank again (`report.rank_again`);
+  null where nothing was kept;
 - `nonfinite`, the numbers that are not finite: `{"/episodes/0/loss_peak": "NaN | Infinity | -Infinity"}`, each by its
   JSON Pointer (RFC 6901).
 
@@ -22,7 +25,6 @@ A number that is not finite is `null` in its own place; the file is strict JSON.
 """
 
 import copy
-import dataclasses
 import importlib
 import json
 import math
@@ -32,9 +34,10 @@ from typing import Any, Final
 
 import numpy as np
 
+from lightning_spike.codec import to_plain
 from lightning_spike.errors import UnreadableReportError
 from lightning_spike.files import write_whole
-from lightning_spike.records import Action, Disabled, Episode, Evidence, Moment, Verdict
+from lightning_spike.records import Action, Episode
 from lightning_spike.report.model import Report
 
 SCHEMA_VERSION: Final = 1
@@ -105,12 +108,13 @@ def as_json(report: Report, *, files: Sequence[str] = (), notes: Sequence[str] =
             "lightning_spike": importlib.import_module("lightning_spike").__version__,
             "run": _run(report),
             "episodes": [_episode(report, e) for e in report.episodes],
-            "causes": [_verdict(v) for v in report.causes],
+            "causes": to_plain(report.causes),
             "actions": [_action(a) for a in report.actions],
-            "disabled": [_disabled(d) for d in report.disabled],
+            "disabled": to_plain(report.disabled),
             "remarks": report.remarks,
             "files": files,
             "notes": notes,
+            "recorded": to_plain(report.recorded),
         }
     )
 
@@ -158,46 +162,13 @@ def _episode(report: Report, episode: Episode) -> dict[str, Any]:
         "period": episode.period,
         "severity": episode.severity,
         "not_replayed": report.not_replayed.get(episode.id),
-        "moments": {name: _moment(getattr(episode, name)) for name in ("onset", "noticed", "peak", "end")},
-        "causes": [_verdict(v) for v in report.causes_of.get(episode.id, ())],
-    }
-
-
-def _moment(moment: Moment | None) -> dict[str, int] | None:
-    return None if moment is None else dataclasses.asdict(moment)
-
-
-def _verdict(verdict: Verdict) -> dict[str, Any]:
-    return {
-        "cause": verdict.cause,
-        "family": verdict.family,
-        "probability": verdict.probability,
-        "episodes": verdict.episodes,
-        "confirmed": verdict.confirmed,
-        "summary": verdict.summary,
-        "evidence": [_evidence(e) for e in verdict.evidence],
-        "fixes": verdict.fixes,
-        "change": None if verdict.change is None else dataclasses.asdict(verdict.change),
-    }
-
-
-def _evidence(evidence: Evidence) -> dict[str, Any]:
-    return {
-        "signal": evidence.signal,
-        "step": evidence.step,
-        "observed": evidence.observed,
-        "expected": evidence.expected,
-        "text": evidence.text,
-        "weight": evidence.weight,
+        "moments": {name: to_plain(getattr(episode, name)) for name in ("onset", "noticed", "peak", "end")},
+        "causes": to_plain(report.causes_of.get(episode.id, ())),
     }
 
 
 def _action(action: Action) -> dict[str, Any]:
-    return {"action": action.action, "step": action.at.step, "at": _moment(action.at), "detail": action.detail}
-
-
-def _disabled(disabled: Disabled) -> dict[str, Any]:
-    return {"part": disabled.part, "reason": disabled.reason, "step": disabled.step}
+    return {"action": action.action, "step": action.at.step, "at": to_plain(action.at), "detail": action.detail}
 
 
 def _plain(value: Any) -> Any:  # noqa: PLR0911 - JSON is a union, one line for each of its kinds

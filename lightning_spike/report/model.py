@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_spike.diagnosis.rank import Diagnosis, diagnose, not_replayed
-from lightning_spike.records import Action, Disabled, Episode, Moment, RunFacts, RunStatus, Verdict
+from lightning_spike.experiments import Experiments, StepSizeTest
+from lightning_spike.records import Action, Disabled, Episode, Finding, Moment, RunFacts, RunStatus, Verdict
 from lightning_spike.store import TrainerStateStore
 
 ERROR_CHARACTERS: Final = 300
@@ -46,6 +47,18 @@ class Suspect:
     """Index in the dataset, `None` where it is not known."""
     loss: float | None
     max_abs: float | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """What the ranking reads of a run beside its signals, episodes and actions, so that it can be done again later."""
+
+    facts: RunFacts
+    findings: tuple[Finding, ...] = ()
+    experiments: tuple[Experiments, ...] = ()
+    step_size_tests: tuple[StepSizeTest, ...] = ()
+    remarks: tuple[str, ...] = ()
+    """Those of the run; the ranking adds its own."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -84,6 +97,8 @@ class Report:
     """Learning rates, one curve for each optimizer and group."""
     grad_norm: Curve | None
     validation: tuple[Curve, ...]
+    recorded: Recorded | None = None
+    """`None` for a report of a version that did not keep it."""
 
     @property
     def healthy(self) -> bool:
@@ -161,6 +176,13 @@ def build_report(
         rates=tuple(c for s in store.history.signals if s.startswith("lr-") and (c := _curve(store, s)) is not None),
         grad_norm=_curve(store, "grad_norm"),
         validation=tuple(_validation_curves(store)),
+        recorded=Recorded(
+            facts=store.facts,
+            findings=tuple(store.findings),
+            experiments=tuple(store.experiments.values()),
+            step_size_tests=tuple(store.step_size_tests),
+            remarks=tuple(store.remarks),
+        ),
     )
 
 

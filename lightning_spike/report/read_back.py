@@ -4,21 +4,19 @@ What was written comes back as it was: the printed report is the same, character
 width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from lightning_spike.codec import from_plain
 from lightning_spike.errors import UnreadableReportError
 from lightning_spike.records import (
     Action,
-    Change,
     Disabled,
     Episode,
     EpisodeKind,
-    Evidence,
-    Family,
     Moment,
     Recovery,
     RunFacts,
@@ -26,7 +24,8 @@ from lightning_spike.records import (
     Verdict,
 )
 from lightning_spike.report.json_file import read_report, with_nonfinite
-from lightning_spike.report.model import Curve, Report, suspects_of
+from lightning_spike.report.model import Curve, Recorded, Report, suspects_of
+from lightning_spike.report.rank_again import rank_again
 from lightning_spike.report.signals_file import Signals, read_signals
 from lightning_spike.report.terminal import TerminalReport
 
@@ -34,7 +33,7 @@ PLACES: Final = ("report.json", "spike/report.json")
 """Where a report is in its `dirpath`, and in the folder above the default one."""
 
 
-def read_back(place: str | Path) -> TerminalReport:
+def read_back(place: str | Path, *, again: bool = False) -> TerminalReport:
     """The report that a run printed, to be printed again.
 
     Of the files beside report.json those count that it names, so that what another run left there is not taken for this
@@ -42,6 +41,7 @@ def read_back(place: str | Path) -> TerminalReport:
 
     Args:
         place: As of `find_report`.
+        again: Rank the causes again, with what this version knows.
 
     Raises:
         UnreadableReportError: There is no report, it is broken, or its schema is one that this version cannot read.
@@ -60,6 +60,8 @@ def read_back(place: str | Path) -> TerminalReport:
     except (LookupError, TypeError, ValueError, AttributeError) as error:  # what a part that is not as written leads to
         msg = f"{path}: expected a whole report, found a part missing or wrong ({type(error).__name__}: {error}). Take it from the run's folder again."
         raise UnreadableReportError(msg) from error
+    if again:
+        report = rank_again(report, signals)
     return TerminalReport(report=report, files=[path, *(file for file in beside if file.exists())], notes=notes)
 
 
@@ -104,6 +106,7 @@ def report_from(content: Mapping[str, Any], signals: Signals | None = None) -> R
     """
     run = content["run"]
     actions = tuple(_action(a) for a in content["actions"])
+    recorded = from_plain(Recorded, content["recorded"]) if content.get("recorded") is not None else None
     return Report(
         status=RunStatus(run["status"]),
         error=run.get("error"),
@@ -112,30 +115,20 @@ def report_from(content: Mapping[str, Any], signals: Signals | None = None) -> R
         epochs=run["epochs"],
         seconds=run["seconds"],
         device=run.get("device"),
-        facts=_facts(run),
+        facts=from_plain(RunFacts, run) if recorded is None else recorded.facts,
         episodes=tuple(_episode(e) for e in content["episodes"]),
         causes=_verdicts(content["causes"]),
         causes_of={e["id"]: _verdicts(e["causes"]) for e in content["episodes"]},
         not_replayed={e["id"]: e["not_replayed"] for e in content["episodes"] if e.get("not_replayed") is not None},
         actions=actions,
         suspects=tuple(suspects_of(actions)),
-        disabled=tuple(
-            Disabled(part=d["part"], reason=d["reason"], step=d["step"]) for d in content.get("disabled", ())
-        ),
+        disabled=from_plain(tuple[Disabled, ...], content.get("disabled", ())),
         remarks=tuple(content.get("remarks", ())),
         loss=_curve(signals, "loss"),
         rates=tuple(c for s in _series(signals) if s.startswith("lr-") and (c := _curve(signals, s)) is not None),
         grad_norm=_curve(signals, "grad_norm"),
         validation=_validation(signals),
-    )
-
-
-def _facts(run: Mapping[str, Any]) -> RunFacts:
-    return RunFacts(
-        started=run["started"],
-        world_size=run["world_size"],
-        precision=run["precision"],
-        first_step=run.get("first_step", 0),
+        recorded=recorded,
     )
 
 
@@ -159,55 +152,20 @@ def _episode(content: Mapping[str, Any]) -> Episode:
 def _moment_of(episode: Mapping[str, Any], name: str) -> Moment:
     at = episode.get("moments", {}).get(name)
     if at is not None:
-        return _moment(at)
+        return from_plain(Moment, at)
     return _by_step(episode.get(f"{name}_step", episode["onset_step"]), episode["epoch"], episode["batch_idx"])
-
-
-def _moment(at: Mapping[str, Any]) -> Moment:
-    return Moment(ordinal=at["ordinal"], step=at["step"], epoch=at["epoch"], batch_idx=at["batch_idx"])
 
 
 def _by_step(step: int, epoch: int = 0, batch_idx: int = 0) -> Moment:
     return Moment(ordinal=step, step=step, epoch=epoch, batch_idx=batch_idx)
 
 
-def _verdicts(contents: Sequence[Mapping[str, Any]]) -> tuple[Verdict, ...]:
-    return tuple(
-        Verdict(
-            cause=v["cause"],
-            family=Family(v["family"]),
-            probability=v["probability"],
-            episodes=tuple(v["episodes"]),
-            summary=v["summary"],
-            evidence=tuple(_evidence(e) for e in v["evidence"]),
-            fixes=tuple(v["fixes"]),
-            change=_change(v.get("change")),
-            confirmed=v["confirmed"],
-        )
-        for v in contents
-    )
-
-
-def _change(content: Mapping[str, Any] | None) -> Change | None:
-    if content is None:
-        return None
-    value = content["value"]
-    return Change(setting=content["setting"], value=tuple(value) if isinstance(value, list) else value)
-
-
-def _evidence(content: Mapping[str, Any]) -> Evidence:
-    return Evidence(
-        signal=content["signal"],
-        step=content["step"],
-        observed=content["observed"],
-        expected=content["expected"],
-        text=content["text"],
-        weight=content.get("weight", 0.0),
-    )
+def _verdicts(contents: object) -> tuple[Verdict, ...]:
+    return from_plain(tuple[Verdict, ...], contents)
 
 
 def _action(content: Mapping[str, Any]) -> Action:
-    at = _moment(content["at"]) if "at" in content else _by_step(content["step"])
+    at = from_plain(Moment, content["at"]) if "at" in content else _by_step(content["step"])
     return Action(action=content["action"], at=at, detail=content["detail"])
 
 

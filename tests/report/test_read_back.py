@@ -48,15 +48,15 @@ def test_the_text_is_the_same_at_any_width(troubled, troubled_run, tmp_path, wid
     assert text(read_back(tmp_path), width) == shown
 
 
-def test_the_record_is_the_same_but_for_settings_that_are_not_shown(troubled, troubled_run, tmp_path):
+def test_the_record_is_the_same(troubled, troubled_run, tmp_path):
     report = dataclasses.replace(troubled, not_replayed={2: "the budget is used up"})
     written(report, troubled_run, tmp_path)
     again = read_back(tmp_path).report
     for field in dataclasses.fields(report):
-        if field.name not in (*CURVES, "facts"):
+        if field.name == "recorded":  # mappings come back read-only
+            assert again.recorded == report.recorded
+        elif field.name not in CURVES:
             assert repr(getattr(again, field.name)) == repr(getattr(report, field.name)), field.name
-    for name in ("started", "world_size", "precision", "first_step"):
-        assert getattr(again.facts, name) == getattr(report.facts, name)
 
 
 def same(one, other):
