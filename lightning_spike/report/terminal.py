@@ -104,6 +104,10 @@ def _parts(report: Report, width: int) -> Iterator[RenderableType]:
     yield Text()
     yield _title(report, width)
     yield Text(" · ".join(filter(None, [ending(report), setting(report)])), style="dim")
+    for verdict in report.likely[:1]:
+        yield _cause_line(1, verdict, width)
+        yield hanging("   ", Text(verdict.summary))
+        yield from (hanging("   → ", Text(fix, style="bold")) for fix in verdict.fixes[:1])
     if report.error:
         yield hanging("! ", Text(report.error, style="red"))
     for curve in _curves(report):
@@ -112,10 +116,13 @@ def _parts(report: Report, width: int) -> Iterator[RenderableType]:
     if report.episodes:
         yield Text()
         yield _episodes(report, width)
-    for rank, verdict in enumerate(report.likely[:MOST_CAUSES], start=1):
+    for verdict in report.likely[:1]:
+        yield Text()
+        yield from _why(report, verdict)
+    for rank, verdict in enumerate(report.likely[1:MOST_CAUSES], start=2):
         yield Text()
         yield _cause_line(rank, verdict, width)
-        yield from _in_full(report, verdict) if rank == 1 else [hanging("   ", Text(verdict.summary))]
+        yield hanging("   ", Text(verdict.summary))
     yield from _rest(report)
     yield from _listed("Samples that stand out", *_suspects(report))
     done = actions_words(report.actions)
@@ -241,23 +248,21 @@ def _cause_line(rank: int, verdict: Verdict, width: int) -> Text:
     return Text.assemble(line, "  ", tail)
 
 
-def _in_full(report: Report, verdict: Verdict) -> Iterator[RenderableType]:
-    yield hanging("   ", Text(verdict.summary))
+def _why(report: Report, verdict: Verdict) -> Iterator[RenderableType]:
+    """What the first verdict rests on, and what else to change."""
+    yield Text(f"Why {verdict.cause}", style="bold")
     if verdict.confirmed is not None:
         yield hanging("   ", Text(confirmed_words(verdict), style="green" if verdict.confirmed else "red"))
     why_not = report.why_not_confirmed(verdict)
     if why_not is not None:
         yield hanging("   ", Text(f"– not confirmed by replay: {why_not}", style="dim"))
     strongest = sorted(verdict.evidence, key=lambda e: -abs(e.weight))[:MOST_EVIDENCE]
-    if strongest:
-        yield Text("   evidence", style="dim")
     for evidence in strongest:
         sign = "   − " if evidence.weight < 0 else "   + "
         yield hanging(sign, Text.assemble(evidence.text, (f"  [{evidence_words(evidence)}]", "dim")))
-    if verdict.fixes:
-        yield Text("   what to change", style="dim")
-    for fix in verdict.fixes:
-        yield hanging("   → ", Text(fix, style="bold"))
+    if len(verdict.fixes) > 1:
+        yield Text("What else to change", style="bold")
+    yield from (hanging("   → ", Text(fix, style="bold")) for fix in verdict.fixes[1:])
 
 
 def _rest(report: Report) -> Iterator[RenderableType]:

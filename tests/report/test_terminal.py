@@ -32,6 +32,17 @@ def test_it_reads_as_agreed(request, name, width):
     assert text == path.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_the_verdict_and_the_first_fix_stand_in_the_first_ten_lines_even_of_a_run_that_died(troubled, width):
+    died = dataclasses.replace(troubled, status=RunStatus.EXCEPTION, error=f"RuntimeError: {'no ' * 90}")
+    lines = printed(died, width).splitlines()[:10]
+    first = troubled.causes[0]
+    assert any(line.startswith(f"1  {first.cause}") for line in lines)
+    shown = " ".join(" ".join(lines).split())
+    assert first.summary in shown
+    assert f"→ {first.fixes[0]}" in shown
+
+
 @pytest.mark.parametrize("width", [30, 60, 80, 100, 160, 240])
 def test_no_line_is_wider_than_the_terminal_or_ends_in_blanks(troubled, width):
     lines = printed(troubled, width).splitlines()
