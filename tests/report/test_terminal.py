@@ -32,7 +32,7 @@ def test_it_reads_as_agreed(request, name, width):
     assert text == path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("width", [60, 80, 160])
+@pytest.mark.parametrize("width", [72, 80, 160])
 def test_the_verdict_and_the_first_fix_stand_in_the_first_ten_lines_even_of_a_run_that_died(troubled, width):
     died = dataclasses.replace(troubled, status=RunStatus.EXCEPTION, error=f"RuntimeError: {'no ' * 90}")
     lines = printed(died, width).splitlines()[:10]
