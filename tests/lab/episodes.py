@@ -1,9 +1,10 @@
-"""Trainings with one episode, examined by the lab: what was found of it."""
+"""Trainings with one episode, examined by the lab: what it measured."""
 
 from lightning.pytorch import Callback, seed_everything
 from training_tasks import train
 
 from lightning_spike.callbacks.counterfactual_replay import CounterfactualReplay
+from lightning_spike.diagnosis.judgement import jump_shares
 from lightning_spike.store import TrainerStateStore
 
 SIZE = 16
@@ -33,7 +34,17 @@ def examined(make, tmp_path, *faults, epochs=9, **options):
     return train(make(), [*faults, CounterfactualReplay()], tmp_path, max_epochs=epochs, batch_size=SIZE, **options)
 
 
-def told(trainer, kind, episode=1):
-    """The details of the lab's findings of a kind about one episode."""
-    findings = TrainerStateStore.of(trainer).findings
-    return [f.detail for f in findings if f.detector == "lab" and f.kind == kind and f.detail.get("episode") == episode]
+def measured(trainer, episode=1):
+    """What the lab measured about one episode."""
+    return TrainerStateStore.of(trainer).experiments[episode]
+
+
+def shares(trainer, episode=1):
+    """The shares of the jump above 0 that follow from it."""
+    return {group: share for group, share in jump_shares(measured(trainer, episode)).items() if share}
+
+
+def first(trainer, episode=1):
+    """The group with the largest share."""
+    found = shares(trainer, episode)
+    return max(found, key=found.get)
