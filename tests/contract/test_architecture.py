@@ -170,7 +170,6 @@ def tree(tmp_path):
 
     def make(**files):
         root = tmp_path / "house"
-        # fmt: skip
         standing = {
             "errors": "",
             "low/__init__": "",
@@ -229,7 +228,6 @@ def test_a_ring_of_files_is_seen(tree, text):
     assert cycle(root) == ["house.high.roof", "house.low.beam", "house.high.roof"]
 
 
-# fmt: skip
 @pytest.mark.parametrize(
     "text", ["import torch\n", "from torch.nn import Linear\n", "def f():\n    import torch.nn as nn\n"]
 )

@@ -169,46 +169,35 @@ def experiments_of(results):
 
 def _experiments(episode, found):
     fields = {}
-    by_kind = {result.kind: result.detail for result in found if result.kind != "measured"}
-    if "split" in by_kind and by_kind["split"].get("verdict") != "not_reproduced":
-        known = dict(by_kind["split"])
-        verdict = known.pop("verdict", "both")
-        exact = known.pop("exact", False)
-        effects = {
-            f"{k}_effect": v for k, v in known.items() if k in ("data", "weights", "computation") and v is not None
-        }
-        fields |= {
-            "replay": replay(exact=exact),
-            "split": split_of(verdict, **effects | {k: v for k, v in known.items() if k in ("noise", "jump")}),
-        }
-    if "blame" in by_kind:
-        fields |= {
-            k: v
-            for k, v in with_shares(**by_kind["blame"]["shares"]).items()
-            if k not in fields or k in ("replay", "split")
-        }
     for detail in (result.detail for result in found if result.kind == "measured"):
         fields |= _measured(detail)
+    by_kind = {result.kind: result.detail for result in found if result.kind != "measured"}
+    if "blame" in by_kind:
+        fields |= with_shares(**by_kind["blame"]["shares"])
+    elif by_kind.get("split", {}).get("verdict", "not_reproduced") != "not_reproduced":
+        fields |= _split(by_kind["split"])
     if "factors" in by_kind:
         fields["attribution"] = _attribution(by_kind["factors"], fields.get("attribution"))
-    if "nonfinite_origin" in by_kind:
-        known = by_kind["nonfinite_origin"]
-        healthy = known.get("with_healthy_weights", True)
-        fields["first_nonfinite"] = born(
-            known["phase"], module=known.get("module"), operation=known.get("operation"), healthy=healthy
-        )
-    if "order" in by_kind:
-        fields["sample_order"] = order(by_kind["order"]["left"])
-    if "remedies" in by_kind:
-        fields["remedies"] = tuple(
-            Remedy(remedy=t["remedy"], value=t.get("value"), repaired=t["repaired"])
-            for t in by_kind["remedies"]["tried"]
-        )
-    if "outside" in by_kind:
-        fields["outside_change"] = _outside(by_kind["outside"])
-    if "not_run" in by_kind:
-        fields["not_run"] = by_kind["not_run"]["why"]
+    for kind, (name, build) in SIMPLE.items():
+        if kind in by_kind:
+            fields[name] = build(by_kind[kind])
     return experiments(episode, **fields)
+
+
+def _split(detail):
+    effects = {f"{k}_effect": v for k, v in detail.items() if k in ("data", "weights", "computation") and v is not None}
+    plain = {k: v for k, v in detail.items() if k in ("noise", "jump")}
+    split = split_of(detail["verdict"], **effects | plain)
+    return {"replay": replay(exact=detail.get("exact", False)), "split": split}
+
+
+def _born(detail):
+    healthy = detail.get("with_healthy_weights", True)
+    return born(detail["phase"], module=detail.get("module"), operation=detail.get("operation"), healthy=healthy)
+
+
+def _remedies(detail):
+    return tuple(Remedy(remedy=t["remedy"], value=t.get("value"), repaired=t["repaired"]) for t in detail["tried"])
 
 
 def _attribution(detail, known):
@@ -264,3 +253,13 @@ def _outside(detail):
         for d in detail.get("different") or ()
     )  # fmt: skip
     return dataclasses.replace(found, different=different)
+
+
+SIMPLE = {
+    "nonfinite_origin": ("first_nonfinite", _born),
+    "order": ("sample_order", lambda detail: order(detail["left"])),
+    "remedies": ("remedies", _remedies),
+    "outside": ("outside_change", _outside),
+    "not_run": ("not_run", lambda detail: detail["why"]),
+}
+"""By the name of a result the field that it fills, and how."""

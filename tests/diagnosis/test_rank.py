@@ -250,7 +250,6 @@ def test_what_shows_a_cause_by_itself_is_told_though_the_loss_has_shown_nothing(
     store = Run(length=100).store()
     assert store.episodes == ()
     assert diagnose(store, [shown()]).overall == ()
-    # fmt: skip
     store.note(
         Finding(detector="watch", kind="broken", at=moment(70)), Finding(detector="watch", kind="broken", at=moment(60))
     )

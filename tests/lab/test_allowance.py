@@ -2,7 +2,7 @@
 
 import pytest
 from lab.attached import attached
-from lab.episodes import LATE, At, examined, told
+from lab.episodes import LATE, At, examined, first, measured
 from torch.utils.data import DataLoader
 from training_tasks import Digits, digits
 
@@ -38,18 +38,16 @@ def test_what_fits_is_asked_and_what_does_not_is_named():
 def test_an_examination_keeps_to_it_and_still_names_the_update(allowed, tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_spike.lab.examine.FULL_STEPS", allowed)
     trainer = examined(lambda: Digits(0.003), tmp_path, At(LATE - 1, end=high_rate))
-    (cost,) = told(trainer, "cost")
-    assert cost["left_out"]
-    assert all(question in cost["text"] for question in cost["left_out"])
-    assert told(trainer, "blame")[0]["first"] == "learning_rate"
-    (factors,) = told(trainer, "factors")
-    assert factors["ordinal"] == LATE - 1
+    found = measured(trainer)
+    assert found.cost.left_out
+    assert found.remedies == ()  # the last question of all
+    assert first(trainer) == "learning_rate"
+    assert found.attribution.ordinal == LATE - 1
 
 
 def test_with_room_nothing_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_spike.lab.examine.FULL_STEPS", 1000.0)
     trainer = examined(lambda: Digits(0.003), tmp_path, At(LATE - 1, end=high_rate))
-    (cost,) = told(trainer, "cost")
-    assert "left_out" not in cost
-    assert "text" not in cost
-    assert told(trainer, "remedies")
+    found = measured(trainer)
+    assert found.cost.left_out == ()
+    assert found.remedies

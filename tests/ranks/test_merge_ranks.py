@@ -2,8 +2,8 @@
 
 import pytest
 from lab.made import moment
-
 from lightning_spike.lab.experiments.findings import not_run
+
 from lightning_spike.ranks.merge_ranks import SAME_TROUBLE, Examined, merged
 from lightning_spike.records import Action, Episode, EpisodeKind, Finding
 

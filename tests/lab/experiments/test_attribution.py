@@ -83,7 +83,7 @@ def test_a_single_rate_out_of_the_ordinary_takes_three_runs_at_most():
     assert found.shares[0].factor == "learning_rate"
     assert found.shares[0].share == pytest.approx(1.0, abs=0.2)
     assert not found.odd_batch
-    assert "batch" in found.normal
+    assert "batch" in found.at_baseline
     assert asked <= 3
     assert "reset_state" not in {remedy.remedy for remedy in remedies}
     assert tried <= 2

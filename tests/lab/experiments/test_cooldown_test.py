@@ -1,4 +1,4 @@
-"""The batch under calmed weights, against a training loop written out by hand."""
+"""The batch under cooled-down weights, against a training loop written out by hand."""
 
 import copy
 import math
@@ -10,7 +10,8 @@ from lab.made import moment
 from lightning.pytorch import LightningModule
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
-from lightning_spike.lab.experiments.cooldown_test import CALMER, Cooldown, cooldown_test
+from lightning_spike.experiments import Cooldown
+from lightning_spike.lab.experiments.cooldown_test import COOLDOWN_RATE, cooldown_test
 from lightning_spike.lab.replay.reproduce import ReplayedUpdate
 from lightning_spike.lab.replay.update import Update, UpdateOutcome
 from lightning_spike.record.batch_ring import RingEntry
@@ -87,7 +88,7 @@ def made(spike, excess):
 
 
 def test_the_excess_is_that_of_the_weights_after_the_same_steps_with_a_tenth_of_the_rate():
-    assert CALMER == 0.1
+    assert COOLDOWN_RATE == 0.1
     found, (spike, *controls) = made(batches(10, shift=3.0)[9], excess=2.0)
     expected = math.log(spike) - sum(map(math.log, controls)) / len(controls)
     assert found.after == pytest.approx(expected, rel=1e-4)

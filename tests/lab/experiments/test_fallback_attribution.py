@@ -1,69 +1,83 @@
-"""Who is to blame where the beginning of a trouble is out of reach."""
+"""What stands in for a replay where the onset is out of reach."""
+
+import dataclasses
 
 import pytest
 from lab.made import moment
 
-from lightning_spike.lab.experiments.fallback_attribution import (
-    blamed_on_steps,
-    steps_too_long,
-    told_before,
-    unexplained,
-)
-from lightning_spike.lab.experiments.step_size import Consistency
-from lightning_spike.records import Episode, EpisodeKind, Finding, RunFacts, StepRow
+from lightning_spike.experiments import Experiments, FirstNonFinite, Replay, Split, StepSize, StepSizeTest
+from lightning_spike.lab.experiments.fallback_attribution import earlier_step_size, unexplained, with_step_size
+from lightning_spike.records import Episode, EpisodeKind, RunFacts, StepRow
 from lightning_spike.store import TrainerStateStore
 
-STEPS = Consistency(rho=0.3, worsened=0.3, against=0.0, overshot=0.3, updates=24)
+STEPS = StepSize(rho=0.3, worsened=0.3, against=0.0, overshot=0.3, updates=24, source="present")
+ORDINARY = StepSize(rho=0.95, worsened=0.0, against=0.0, overshot=0.0, updates=24, source="present")
 
 
-def store(*findings, rates=(0.1, 0.1)):
+def store(*found, rates=(0.1, 0.1)):
     made = TrainerStateStore(RunFacts(started="2026-01-01T00:00:00Z"))
     for ordinal in range(100):
         made.append(StepRow(at=moment(ordinal), values={"loss": 1.0, "lr-SGD": rates[ordinal >= 50]}))
-    made.note(*findings)
+    made.note(*found)
     return made
 
 
-def episode(onset=80):
+def episode(onset=80, id_=3):
     return Episode(
-        id=3, kind=EpisodeKind.DIVERGENCE, onset=moment(onset), noticed=moment(99), peak=moment(99), severity=9
+        id=id_, kind=EpisodeKind.DIVERGENCE, onset=moment(onset), noticed=moment(99), peak=moment(99), severity=9
     )
 
 
-def found(kind="steps_too_long", at=20, **detail):
-    return Finding(detector="lab", kind=kind, at=moment(at), detail={**steps_too_long(STEPS), **detail})
+def a_test(at=20, result=STEPS):
+    return StepSizeTest(at=moment(at), result=result)
 
 
-def test_what_was_found_before_holds_while_the_rate_is_the_same():
-    assert told_before(store(found()), episode()) is not None
-    assert told_before(store(found(), rates=(0.1, 0.02)), episode()) is None
-    assert told_before(store(found(at=90)), episode()) is None
-    assert told_before(store(), episode()) is None
+def test_an_earlier_test_holds_while_the_rate_is_the_same():
+    found = earlier_step_size(store(a_test()), episode())
+    assert found == dataclasses.replace(STEPS, source="earlier", at_step=20)
+    assert earlier_step_size(store(a_test(), rates=(0.1, 0.02)), episode()) is None
+    assert earlier_step_size(store(a_test(at=90)), episode()) is None
+    assert earlier_step_size(store(a_test(result=ORDINARY)), episode()) is None
+    assert earlier_step_size(store(), episode()) is None
 
 
-@pytest.mark.parametrize(("first", "counts"), [("intrinsic", True), ("data", False)])
-def test_an_earlier_episode_that_was_blamed_on_the_steps_counts_too(first, counts):
-    blamed = found(kind="blame", first=first, episode=1)
-    assert (told_before(store(blamed), episode()) is not None) is counts
+@pytest.mark.parametrize(("steps", "counts"), [(STEPS, True), (ORDINARY, False)])
+def test_an_earlier_episode_whose_steps_were_too_long_counts_too(steps, counts):
+    made = store(Experiments(episode=1, failure="no snapshot", step_size=steps))
+    made.replace_episode(episode(onset=40, id_=1))
+    found = earlier_step_size(made, episode())
+    assert (found is not None) is counts
+    assert found is None or (found.source, found.at_step) == ("earlier", 40)
 
 
-@pytest.mark.parametrize("steps", [STEPS, found()], ids=["the-present", "found-before"])
-def test_all_of_it_is_the_steps_and_why_the_moment_is_missing_is_said(steps):
-    findings = blamed_on_steps(episode(), "the batch is gone", steps)
-    blame = next(f for f in findings if f.kind == "blame").detail
-    assert blame["shares"]["intrinsic"] == 1.0
-    assert sum(blame["shares"].values()) == 1.0
-    assert "the batch is gone" in blame["text"]
-    assert {f.detail["episode"] for f in findings} == {3}
+def test_the_step_sizes_stand_beside_what_else_was_measured_and_why_there_is_no_replay():
+    split = Split(
+        jump=1.0, data_effect=0.0, weights_effect=1.0, interaction_effect=0.0, computation_effect=0.0,
+        weights_error=0.01, excess=0.0, noise=0.01, controls=8, batch_loss=(0.3, 1.3), control_loss=(0.3, 1.3),
+    )  # fmt: skip
+    found = with_step_size(Experiments(episode=3, split=split), episode(), "the batch is gone", STEPS)
+    assert (found.split, found.failure, found.step_size) == (split, "the batch is gone", STEPS)
+    assert with_step_size(None, episode(), "gone", STEPS) == Experiments(episode=3, failure="gone", step_size=STEPS)
 
 
 def test_only_what_an_examination_left_open_is_asked_again():
-    def split(**detail):
-        return Finding(detector="lab", kind="split", at=moment(80), detail=detail)
+    def split(**effects):
+        ordinary = {"data_effect": 0.0, "weights_effect": 0.0, "interaction_effect": 0.0, "computation_effect": 0.0}
+        return Split(
+            jump=1.0, weights_error=0.01, excess=0.0, noise=0.01, controls=8, batch_loss=(0.3, 1.3),
+            control_loss=(0.3, 1.3), **ordinary | effects,
+        )  # fmt: skip
 
-    gone = split(exact=False, verdict="weights", why_not_exact="not all batches are held")
-    assert unexplained([gone]) == "not all batches are held"
-    assert unexplained([gone, found(kind="blame", first="data")]) is None
-    assert unexplained([split(exact=True, verdict="weights", why_not_exact=None)]) is None
-    assert unexplained([split(exact=False, verdict="data", why_not_exact="gone")]) is None
-    assert unexplained([]) is None
+    def replay(failure):
+        return Replay(batches=8, recorded=1.3, replayed=None, differs_at=None, failure=failure)
+
+    def found(**fields):
+        return Experiments(episode=1, **fields)
+
+    gone, weights = replay("not all batches are held"), split(weights_effect=1.0)
+    assert unexplained(found(replay=gone, split=weights)) == "not all batches are held"
+    born = FirstNonFinite(phase="input", module=None, operation="batch[0]")
+    assert unexplained(found(replay=gone, split=weights, first_nonfinite=born)) is None
+    assert unexplained(found(replay=replay(None), split=weights)) is None
+    assert unexplained(found(replay=gone, split=split(data_effect=1.0))) is None
+    assert unexplained(found()) is None

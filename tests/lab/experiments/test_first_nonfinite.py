@@ -5,7 +5,7 @@ from lab.shapes import CLASSES, FEATURES, Plain
 from torch import nn
 from torch.nn import functional
 
-from lightning_spike.lab.experiments.first_nonfinite import nonfinite_origin
+from lightning_spike.lab.experiments.first_nonfinite import first_nonfinite
 from lightning_spike.sandbox.isolation import isolated
 
 
@@ -70,7 +70,7 @@ def origin_of(shape, batch=None):
     trainer = attached(module)
     batch = batch or [torch.randn(8, FEATURES), torch.randint(CLASSES, (8,))]
     with isolated(trainer, module) as sandbox:
-        found = nonfinite_origin(sandbox, batch, 0)
+        found = first_nonfinite(sandbox, batch, 0)
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
     return found
 
@@ -89,7 +89,6 @@ def origin_of(shape, batch=None):
 def test_the_operation_is_named(shape, phase, module, operation):
     found = origin_of(shape)
     assert (found.phase, found.module, found.operation) == (phase, module, operation)
-    assert operation in found.text
 
 
 def test_a_bad_value_in_the_batch_is_named_by_its_leaf():
@@ -97,7 +96,7 @@ def test_a_bad_value_in_the_batch_is_named_by_its_leaf():
     x[2, 3] = torch.inf
     found = origin_of(Plain, [x, torch.randint(CLASSES, (8,))])
     assert (found.phase, found.module, found.operation) == ("input", None, "batch[0]")
-    assert "1 value is" in found.text
+    assert found.count == 1
 
 
 def test_nothing_is_said_of_a_batch_that_passes():

@@ -4,10 +4,11 @@ To blame where it makes the jump, and only there.
 """
 
 import torch
-from lab.episodes import LATE, At, examined, told
+from lab.episodes import LATE, At, examined, measured, shares
 from torch import nn
 from training_tasks import Digits
 
+from lightning_spike.diagnosis.judgement import split_verdict
 from lightning_spike.testing import EvalModeLeftOn
 
 
@@ -23,12 +24,11 @@ class Lagging(Digits):
 
 def test_a_jump_that_eval_mode_makes_is_gone_with_the_modes_of_before(tmp_path):
     trainer = examined(Lagging, tmp_path, EvalModeLeftOn(LATE, 1.0))
-    outside = told(trainer, "outside")[0]
-    assert outside["changed"] == "modes"
-    assert outside["modes"][0] == ""
-    assert outside["repaired"] > 0.9
-    assert "eval mode" in outside["text"]
-    assert told(trainer, "blame")[0]["shares"]["outside"] == 1.0
+    change = measured(trainer).outside_change
+    assert change.kind == "modes"
+    assert change.eval_modules[0] == ""
+    assert change.repaired > 0.9
+    assert shares(trainer) == {"outside": 1.0}
 
 
 def test_eval_mode_that_only_goes_before_a_bad_batch_is_not_to_blame(tmp_path):
@@ -36,12 +36,13 @@ def test_eval_mode_that_only_goes_before_a_bad_batch_is_not_to_blame(tmp_path):
         batch[1].add_(5).remainder_(10)
 
     trainer = examined(lambda: Digits(0.003), tmp_path, EvalModeLeftOn(LATE - 4, 1.0), At(LATE, start=wrong_labels))
-    assert all(outside["changed"] != "modes" for outside in told(trainer, "outside"))
-    assert told(trainer, "split")[0]["verdict"] == "data"
+    found = measured(trainer)
+    assert found.outside_change is None
+    assert split_verdict(found) == "data"
 
 
 def test_modes_are_as_they_were_after_an_examination(tmp_path):
     trainer = examined(Lagging, tmp_path, EvalModeLeftOn(LATE, 1.0, length=2))
-    assert told(trainer, "outside")
+    assert measured(trainer).outside_change is not None
     assert all(part.training for part in trainer.lightning_module.modules())
     assert torch.isfinite(trainer.callback_metrics["train_loss"])

@@ -5,7 +5,7 @@ The state, the weights, or a gradient.
 
 import pytest
 import torch
-from lab.episodes import LATE, At, examined, told
+from lab.episodes import LATE, At, examined, measured, shares
 from training_tasks import Digits
 
 
@@ -58,14 +58,13 @@ def wrong_once(trainer, module, batch):
 
 def test_a_result_that_does_not_come_again_is_told_from_a_change_of_the_state(tmp_path):
     trainer = examined(sgd, tmp_path, At(LATE, start=wrong_once))
-    (outside,) = told(trainer, "outside")
-    assert (outside["changed"], outside["ordinal"], outside["different"]) == ("result", LATE, [])
-    assert "gave another result" in outside["text"]
-    assert told(trainer, "blame")[0]["shares"]["outside"] == 1.0
+    change = measured(trainer).outside_change
+    assert (change.kind, change.ordinal, change.different) == ("result", LATE, ())
+    assert shares(trainer) == {"outside": 1.0}
 
 
 @pytest.mark.parametrize(
-    ("make", "fault", "changed", "shares"),
+    ("make", "fault", "kind", "expected"),
     [
         pytest.param(sgd, {"ordinal": LATE - 1, "start": momentum}, "optimizer", {"optimizer": 1.0}, id="sgd"),
         pytest.param(adam, {"ordinal": LATE - 1, "start": first_moments}, "optimizer", {"optimizer": 1.0}, id="m"),
@@ -81,14 +80,13 @@ def test_a_result_that_does_not_come_again_is_told_from_a_change_of_the_state(tm
         ),
     ],
 )
-def test_the_change_is_told_by_what_differs_alone(make, fault, changed, shares, tmp_path):
+def test_the_change_is_told_by_what_differs_alone(make, fault, kind, expected, tmp_path):
     trainer = examined(make, tmp_path, At(**fault))
-    (outside,) = told(trainer, "outside")
-    assert outside["writes"] == []
-    assert outside["changed"] == changed
-    assert {group: share for group, share in told(trainer, "blame")[0]["shares"].items() if share} == shares
-    assert outside["repaired"] > 0.9
-    assert outside["with_change"] > 0.5
-    assert "of the jump is gone" in outside["text"]
-    if changed == "weights":
-        assert [d["name"] for d in outside["different"]] == ["net.5.weight"]
+    change = measured(trainer).outside_change
+    assert change.writes == ()
+    assert change.kind == kind
+    assert shares(trainer) == expected
+    assert change.repaired > 0.9
+    assert change.loss_with_change > 0.5
+    if kind == "weights":
+        assert [d.name for d in change.different] == ["net.5.weight"]

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from lightning_spike.lab.experiments.split import batch_noise, judge
+from lightning_spike.diagnosis.judgement import verdict_of
+from lightning_spike.lab.experiments.split import batch_noise, split_losses
 
 USUAL = np.array([1.0, 1.1, 0.95, 1.02, 0.9, 1.05, 0.98, 1.0])
 
@@ -28,14 +29,14 @@ def losses(batch, controls):
     ],
 )
 def test_the_verdict(old, new, verdict):
-    assert judge(old, new, scatter=0.3 if verdict == "weights" else 0.06).verdict == verdict
+    assert verdict_of(split_losses(old, new, scatter=0.3 if verdict == "weights" else 0.06)) == verdict
 
 
 def test_ordinary_batches_that_are_worse_under_the_very_weights_of_before_are_the_computations_doing():
     """A loss that is multiplied by 30 from now on: batch, weights and all are as before."""
     trained = np.array([0.9, 1.1, 1.0, 0.95])
-    parts = judge(losses(33, 30 * trained), losses(31, 29 * trained), scatter=0.06, usual=trained)
-    assert parts.verdict == "computation"
+    parts = split_losses(losses(33, 30 * trained), losses(31, 29 * trained), scatter=0.06, recorded=trained)
+    assert verdict_of(parts) == "computation"
     assert parts.computation == pytest.approx(math.log(30) / (math.log(31) - np.log(trained).mean()))
     assert parts.batch_part + parts.weights_part < 0.05
 
@@ -45,23 +46,23 @@ def test_ordinary_batches_that_are_worse_under_the_very_weights_of_before_are_th
 )
 def test_ordinary_batches_with_about_the_loss_of_before_or_none_that_is_known_say_nothing_of_it(trained):
     now = np.array([1.2, 0.85, 0.8, 1.25])
-    parts = judge(losses(20, now), losses(20, now), scatter=0.1, usual=trained)
-    assert (parts.verdict, parts.computation) == ("data", 0.0)
+    parts = split_losses(losses(20, now), losses(20, now), scatter=0.1, recorded=trained)
+    assert (verdict_of(parts), parts.computation) == ("data", 0.0)
 
 
 def test_a_bad_batch_in_a_loss_that_has_doubled_is_still_the_batchs():
     trained = np.ones(4)
-    parts = judge(losses(200, 2 * trained), losses(200, 2 * trained), scatter=0.05, usual=trained)
-    assert parts.verdict == "data"
+    parts = split_losses(losses(200, 2 * trained), losses(200, 2 * trained), scatter=0.05, recorded=trained)
+    assert verdict_of(parts) == "data"
     assert 0.05 < parts.computation < 0.2
 
 
 def test_the_shares_are_those_of_the_log_losses():
-    parts = judge(losses(4, [1, 1, 1]), losses(32, [8, 8, 8]), scatter=0.0)
+    parts = split_losses(losses(4, [1, 1, 1]), losses(32, [8, 8, 8]), scatter=0.0)
     assert parts.jump == pytest.approx(math.log(32))
-    assert parts.data == pytest.approx(math.log(4) / math.log(32))
-    assert parts.weights == pytest.approx(math.log(8) / math.log(32))
-    assert parts.interaction == pytest.approx(0.0, abs=1e-12)
+    assert parts.data_effect / parts.jump == pytest.approx(math.log(4) / math.log(32))
+    assert parts.weights_effect / parts.jump == pytest.approx(math.log(8) / math.log(32))
+    assert parts.interaction_effect / parts.jump == pytest.approx(0.0, abs=1e-12)
 
 
 def test_a_batch_picked_for_its_loss_is_not_blamed_for_its_luck():
@@ -74,20 +75,20 @@ def test_a_batch_picked_for_its_loss_is_not_blamed_for_its_luck():
     for _ in range(200):
         picked = math.exp(np.max(rng.normal(0, 0.3, 50)))
         controls = np.exp(rng.normal(0, 0.3, 8))
-        parts = judge(losses(picked, controls), losses(picked * 3, controls * 3), scatter=0.3)
-        blamed += parts.verdict == "data"
+        parts = split_losses(losses(picked, controls), losses(picked * 3, controls * 3), scatter=0.3)
+        blamed += verdict_of(parts) == "data"
     assert blamed <= 4
 
 
 def test_damage_seen_only_after_the_batch_is_not_held_against_it_twice():
     """The batch makes the whole jump, and its update has ruined the weights since."""
-    parts = judge(losses(20, USUAL), losses(20, USUAL * 50), scatter=0.06, is_later=True)
-    assert parts.verdict == "data"
-    assert judge(losses(20, USUAL), losses(20, USUAL * 50), scatter=0.06).verdict != "data"
+    parts = split_losses(losses(20, USUAL), losses(20, USUAL * 50), scatter=0.06, is_later=True)
+    assert verdict_of(parts) == "data"
+    assert verdict_of(split_losses(losses(20, USUAL), losses(20, USUAL * 50), scatter=0.06)) != "data"
 
 
 def test_lasting_damage_is_seen_with_later_weights_where_the_batch_is_ordinary():
-    assert judge(losses(1, USUAL), losses(20, USUAL * 15), scatter=0.06, is_later=True).verdict == "weights"
+    assert verdict_of(split_losses(losses(1, USUAL), losses(20, USUAL * 15), scatter=0.06, is_later=True)) == "weights"
 
 
 def test_the_scatter_is_that_of_the_noise_whatever_the_trend_and_the_spikes():

@@ -6,7 +6,8 @@ from lab.attached import attached
 from lab.made import entry, moment, settings
 from lightning.pytorch import LightningModule
 
-from lightning_spike.lab.experiments.step_size import consistency
+from lightning_spike.diagnosis.judgement import p_chronic
+from lightning_spike.lab.experiments.step_size import step_size
 from lightning_spike.lab.replay.reproduce import ReplayedUpdate
 from lightning_spike.lab.replay.update import Update, UpdateOutcome
 from lightning_spike.sandbox.isolation import isolated
@@ -50,7 +51,7 @@ def descent(rate, steps=8):
 def told(rate, **options):
     module = Parabola()
     with isolated(attached(module), module) as sandbox:
-        return consistency(sandbox, *descent(rate, **options))
+        return step_size(sandbox, *descent(rate, **options))
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.25, 0.45, 0.6])
@@ -63,8 +64,8 @@ def test_rho_is_one_less_half_of_rate_times_curvature(rate):
 
 
 def test_steps_beyond_the_edge_are_called_too_long_all_the_time():
-    assert told(0.6).p_chronic > 0.99
-    assert told(0.02).p_chronic < 0.05
+    assert p_chronic(told(0.6)) > 0.99
+    assert p_chronic(told(0.02)) < 0.05
 
 
 def test_few_updates_say_nothing():
@@ -75,6 +76,6 @@ def test_steps_that_keep_little_of_their_promise_are_suspected_though_none_worse
     """The ratio is 0.8, 0.6 and 0.2."""
     ordinary, long, longer = (told(rate) for rate in (0.1, 0.2, 0.4))
     assert [found.worsened for found in (ordinary, long, longer)] == [0.0, 0.0, 0.0]
-    assert ordinary.p_chronic < 0.1
-    assert ordinary.p_chronic < long.p_chronic < longer.p_chronic
-    assert longer.p_chronic > 0.8
+    assert p_chronic(ordinary) < 0.1
+    assert p_chronic(ordinary) < p_chronic(long) < p_chronic(longer)
+    assert p_chronic(longer) > 0.8

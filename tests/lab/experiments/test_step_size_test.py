@@ -9,9 +9,10 @@ from lab.attached import attached
 from lab.made import entry, settings
 from lightning.pytorch import LightningModule
 
+from lightning_spike.diagnosis.judgement import steps_too_long, steps_too_long_in_quiet_run
 from lightning_spike.errors import CannotReplay
-from lightning_spike.lab.experiments.step_size import Consistency
-from lightning_spike.lab.experiments.step_size_test import UPDATES, are_too_long, break_their_promise, step_size_test
+from lightning_spike.lab.experiments.step_size_test import TESTED_UPDATES as UPDATES
+from lightning_spike.lab.experiments.step_size_test import step_size_test
 
 
 class Valley(LightningModule):
@@ -66,8 +67,8 @@ def test_it_makes_the_updates_from_the_present_weights_on(rate):
 
 
 def test_steps_across_the_valley_are_too_long_and_short_ones_are_not():
-    assert are_too_long(looked_at(1.0, start=0.4))
-    assert not are_too_long(looked_at(0.01, start=1.0))
+    assert steps_too_long(looked_at(1.0, start=0.4))
+    assert not steps_too_long(looked_at(0.01, start=1.0))
 
 
 def test_too_few_updates_say_nothing():
@@ -83,11 +84,9 @@ def test_a_gradient_that_promises_nothing_says_nothing():
     assert looked_at(1e-9, start=1e6) is None
 
 
-def test_a_brisk_rate_is_told_only_where_there_is_trouble():
-    brisk = Consistency(rho=0.58, worsened=0.3, against=0.1, overshot=0.2, updates=24)
-    assert are_too_long(brisk)
-    assert not break_their_promise(brisk)
-    assert break_their_promise(looked_at(1.0, start=0.4))
+def test_steps_across_the_valley_are_named_without_an_episode_too():
+    assert steps_too_long_in_quiet_run(looked_at(1.0, start=0.4))
+    assert not steps_too_long_in_quiet_run(looked_at(0.01, start=1.0))
 
 
 def test_a_batch_that_was_changed_in_place_is_refused():
@@ -96,17 +95,3 @@ def test_a_batch_that_was_changed_in_place_is_refused():
     changed = [type(e)(at=e.at, batch=e.batch, ids=e.ids, rng=e.rng, mutated=True) for e in entries]
     with pytest.raises(CannotReplay, match="in place"):
         step_size_test(attached(module), module, changed, {k: [settings(0.1)] for k in range(8)})
-
-
-@pytest.mark.parametrize(
-    ("rho", "worsened", "against", "overshot", "too_long"),
-    [
-        pytest.param(0.3, 0.2, 0.0, 0.2, True, id="little-kept"),
-        pytest.param(0.8, 0.4, 0.3, 0.1, False, id="carried-by-momentum"),
-        pytest.param(0.8, 0.4, 0.1, 0.3, True, id="overshooting"),
-        pytest.param(0.5, 0.0, 0.0, 0.0, False, id="never-worse"),
-    ],
-)
-def test_momentum_alone_is_no_step_too_long(rho, worsened, against, overshot, too_long):
-    steps = Consistency(rho=rho, worsened=worsened, against=against, overshot=overshot, updates=24)
-    assert are_too_long(steps) is too_long

@@ -3,7 +3,6 @@ import torch
 from lab.attached import attached
 from lab.shapes import Plain
 from lightning.pytorch.plugins.precision import MixedPrecision
-
 from lightning_spike.lab.measure.loss_scale import measure_loss_scale
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from lab.episodes import LATE, At, examined, told
+from lab.episodes import LATE, At, examined, first, measured
 from lab.made import around, leg, settings
 from lightning.pytorch import Callback
 from training_tasks import Digits
@@ -66,11 +66,11 @@ class LargeGradients(Digits):
 
 def test_a_run_whose_clipping_was_switched_off_comes_out_again_and_the_clipping_is_to_blame(tmp_path):
     trainer = examined(lambda: LargeGradients(0.02), tmp_path, Unclipped(LATE - 1), gradient_clip_val=1.0)
-    assert told(trainer, "split")[0]["exact"]
-    factors = told(trainer, "factors")[0]
-    assert factors["shares"][0]["factor"] == "clipping"
-    assert factors["shares"][0]["share"] > 0.8
-    assert told(trainer, "blame")[0]["first"] == "clipping"
+    found = measured(trainer)
+    assert found.replay.exact
+    assert found.attribution.shares[0].factor == "clipping"
+    assert found.attribution.shares[0].share > 0.8
+    assert first(trainer) == "clipping"
     assert trainer.gradient_clip_val is None
 
 
@@ -79,6 +79,5 @@ def test_a_clipping_that_is_as_ever_is_not_to_blame(tmp_path):
         optimizer.param_groups[0]["lr"] *= 400
 
     trainer = examined(lambda: Digits(0.003), tmp_path, At(LATE - 1, end=high_rate), gradient_clip_val=10.0)
-    factors = told(trainer, "factors")[0]
-    assert "clipping" in factors["normal"]
-    assert told(trainer, "blame")[0]["first"] == "learning_rate"
+    assert "clipping" in measured(trainer).attribution.at_baseline
+    assert first(trainer) == "learning_rate"
