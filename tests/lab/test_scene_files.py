@@ -1,4 +1,4 @@
-"""A scene that was written and read back gives, in another module and trainer, the findings of the live examination, number by number."""
+"""A scene that was written and read back gives, in another module and trainer, the measurements of the live examination, number by number."""
 
 import collections
 import dataclasses
@@ -48,20 +48,19 @@ def image_of(batch):
 
 
 def recorded(make, folder, *, spoilt_before=True, **options):
-    """A run with one episode: its live findings, and its scene."""
+    """A run with one episode: what was measured live, and its scene."""
     seed_everything(0, verbose=False)
     ours = [CounterfactualReplay(), SceneRecorder(dirpath=folder)]
     callbacks = [Spoil(), *ours] if spoilt_before else [*ours, Spoil()]
     trainer = train(make(), callbacks, folder, max_epochs=3, **options)
     store = TrainerStateStore.of(trainer)
     (scene,) = scene_files.find_scenes(folder / "scenes")
-    live = [f for f in store.findings if f.detector == "lab" and f.detail["episode"] == 1]
     assert store.disabled == []
-    return live, scene
+    return store.experiments[1], scene
 
 
 def examined(scene, module, **options):
-    """Its findings in a module with other weights, after other random numbers."""
+    """What is measured in a module with other weights, after other random numbers."""
     seed_everything(99, verbose=False)
     examiner = Examiner([scene])
     trainer = Trainer(
@@ -73,10 +72,6 @@ def examined(scene, module, **options):
     if type(way_out.value).__name__ != "_Examined":
         raise way_out.value
     return examiner.replayed[0]
-
-
-def as_json(findings):
-    return json.loads(json.dumps([dataclasses.asdict(f) for f in findings], default=str))
 
 
 class Counting(Digits):
@@ -129,13 +124,13 @@ def _fresh(options):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_findings_are_those_of_the_live_examination(case, tmp_path):
+def test_the_measurements_are_those_of_the_live_examination(case, tmp_path):
     make, options = CASES[case]
     live, scene = recorded(make, tmp_path, **_fresh(options))
     replayed = examined(scene, make(), **_fresh(options))
-    assert as_json(replayed.findings) == as_json(live)
+    assert repr(replayed.experiments) == repr(live)
     assert replayed.examined
-    assert replayed.split["exact"], replayed.split["why_not_exact"]
+    assert replayed.experiments.replay.exact, replayed.experiments.replay.failure
 
 
 def test_so_are_those_of_an_examination_that_knows_only_the_present_weights(tmp_path):
@@ -145,8 +140,8 @@ def test_so_are_those_of_an_examination_that_knows_only_the_present_weights(tmp_
     """
     live, scene = recorded(Digits, tmp_path, spoilt_before=False)
     replayed = examined(scene, Digits())
-    assert as_json(replayed.findings) == as_json(live)
-    assert "in place" in replayed.split["why_not_exact"]
+    assert repr(replayed.experiments) == repr(live)
+    assert "in place" in replayed.experiments.replay.failure
 
 
 def test_a_nested_batch_comes_back(tmp_path, monkeypatch):
@@ -155,7 +150,7 @@ def test_a_nested_batch_comes_back(tmp_path, monkeypatch):
     )
     monkeypatch.setitem(sys.modules, __name__, types.SimpleNamespace(Sample=Sample, Nested=Nested))
     live, scene = recorded(Nested, tmp_path)
-    assert as_json(examined(scene, Nested()).findings) == as_json(live)
+    assert repr(examined(scene, Nested()).experiments) == repr(live)
     structure = json.loads((scene / "structure.json").read_text())
     assert "Sample" in json.dumps(structure["scene"]["entries"])
 

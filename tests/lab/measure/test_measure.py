@@ -1,7 +1,5 @@
 """All measurements in examinations of real runs."""
 
-import json
-
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
@@ -9,6 +7,8 @@ from training_tasks import Digits, build, digits, train
 
 from lightning_spike import suite
 from lightning_spike.callbacks.counterfactual_replay import CounterfactualReplay
+from lightning_spike.diagnosis.judgement import first_changed_module, update_direction
+from lightning_spike.experiments import FailedMeasurement
 from lightning_spike.store import TrainerStateStore
 from lightning_spike.testing.faults.bad_batch import ExtremeValues
 from lightning_spike.testing.faults.learning_rate import RateJump
@@ -29,26 +29,30 @@ def measured(tmp_path, fault, module=None):
     )
     store = TrainerStateStore.of(trainer)
     episode = next(e for e in store.episodes if e.onset.ordinal >= AT)
-    found = [f.detail for f in store.findings if f.kind == "measured" and f.detail["episode"] == episode.id]
-    assert all(isinstance(detail["text"], str) for detail in found)
-    json.dumps([dict(detail) for detail in found])
-    return {detail["what"]: detail for detail in found}
+    return store.experiments[episode.id]
+
+
+MEASUREMENTS = {"modules", "update", "precision", "modes", "loss_scale", "samples"}
+
+
+def made(found):
+    return {name for name in MEASUREMENTS if getattr(found, name) is not None}
 
 
 def test_of_a_bad_batch_its_samples_are_measured_and_no_update(tmp_path):
     found = measured(tmp_path, ExtremeValues(AT, 30.0, share=0.2))
-    assert set(found) == {"modules", "samples"}
-    assert found["modules"]["first"] == "net.0"
-    assert len(found["samples"]["losses"]) == 16
-    assert max(found["samples"]["gradients"]) > 3 * found["samples"]["usual_gradient"]
+    assert made(found) == {"modules", "samples"}
+    assert first_changed_module(found.modules).module == "net.0"
+    assert len(found.samples.losses) == 16
+    assert max(found.samples.gradients) > 3 * found.samples.usual_gradient
 
 
 def test_of_a_step_that_was_too_long_it_is_said(tmp_path):
     found = measured(tmp_path, RateJump(AT, 100.0, length=1))
-    assert {"modules", "modes", "updates"} <= set(found)
-    assert found["updates"]["ordinal"] == AT
-    assert found["updates"]["direction"] == "too_long"
-    assert found["updates"]["length"] > 20 * found["updates"]["length_usual"]
+    assert {"modules", "modes", "update"} <= made(found)
+    assert found.update.ordinal == AT
+    assert update_direction(found.update) == "too_long"
+    assert found.update.length > 20 * found.update.length_usual
 
 
 class OnlyTrains(Digits):
@@ -65,9 +69,8 @@ class OnlyTrains(Digits):
 def test_what_fails_takes_no_other_measurement_with_it(tmp_path):
     torch.manual_seed(0)
     found = measured(tmp_path, RateJump(AT, 100.0, length=1), OnlyTrains())
-    assert found["modes"]["text"] == "It could not be measured: RuntimeError: no loss in eval mode"
-    assert found["updates"]["direction"] == "too_long"
-    assert "rms" in found["updates"]
+    assert found.failed == (FailedMeasurement(measurement="modes", error="RuntimeError: no loss in eval mode"),)
+    assert update_direction(found.update) == "too_long"
 
 
 @pytest.mark.parametrize("kind", [Digits, OnlyTrains])
