@@ -12,7 +12,12 @@ import torch
 import yaml
 
 from lightning_spike.cli import main
+from lightning_spike.codec import from_plain
+from lightning_spike.diagnosis import sentences
+from lightning_spike.diagnosis.judgement import split_verdict
 from lightning_spike.errors import CannotReplay
+from lightning_spike.experiments import Experiments
+from lightning_spike.report.json_file import with_nonfinite
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,6 +31,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_spike import CounterfactualReplay, SceneRecorder, SpikeCLI
+from lightning_spike.codec import to_plain
 from lightning_spike.demo.digits import DigitsData
 from lightning_spike.demo.digits_cnn import DigitsCNN
 from lightning_spike.store import TrainerStateStore
@@ -56,9 +62,9 @@ class Spoil(Callback):
 
 class Told(Callback):
     def on_fit_end(self, trainer, pl_module):
-        found = [f for f in TrainerStateStore.of(trainer).findings if f.detector == "lab"]
+        found = TrainerStateStore.of(trainer).experiments
         with open("live.json", "w") as file:
-            json.dump([[f.kind, dict(f.detail)] for f in found], file, default=str)
+            json.dump([to_plain(e) for e in found.values()], file)
 """
 
 PLAIN = """
@@ -114,9 +120,9 @@ def _here(run, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def findings(folder):
+def measured(folder):
     replay = json.loads((folder / "spike" / "replay.json").read_text())
-    return [[f["kind"], f["detail"]] for scene in replay["scenes"] for f in scene["findings"]]
+    return [from_plain(Experiments, scene["experiments"]) for scene in with_nonfinite(replay)["scenes"]]
 
 
 @pytest.mark.slow
@@ -125,16 +131,13 @@ def test_a_fresh_process_finds_what_the_training_found_to_the_bit(run):
     done = process("-m", "lightning_spike.cli", "replay", str(folder), "--config", str(folder / "config.yaml"), cwd=run)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    live = json.loads((run / "live.json").read_text())
-    assert {kind for kind, _ in live} >= {"split"}
-    assert findings(folder) == live
-    split = dict(live)["split"]
-    assert (split["verdict"], split["exact"]) == ("data", True)
+    (live,) = [from_plain(Experiments, e) for e in json.loads((run / "live.json").read_text())]
+    assert [repr(found) for found in measured(folder)] == [repr(live)]
+    assert (split_verdict(live), live.replay.exact) == ("data", True)
     said = " ".join(done.stdout.split())
     assert "Episode 1: spike at step 84" in said
-    assert "with the same losses as in the training" in said
     assert "what made the loss jump: the batch" in said
-    assert split["text"] in said
+    assert all(sentence in said for sentence in sentences.about(live))
     assert "notes" not in said
 
 
@@ -142,10 +145,9 @@ def test_a_fresh_process_finds_what_the_training_found_to_the_bit(run):
 def test_the_config_beside_the_run_is_found_and_settings_can_be_changed(run, capsys):
     folder = run / "lightning_logs" / "version_0"
     assert main(["replay", str(folder / "spike"), "--episode=1", "--trainer.precision=32-true"]) == 0
-    ((kind, split), *_) = findings(folder)
-    assert kind == "split"
-    assert not split["exact"], "another precision is another run"
-    assert "Not run again step by step" in " ".join(capsys.readouterr().out.split())
+    (found,) = measured(folder)
+    assert not found.replay.exact, "another precision is another run"
+    assert sentences.replay(found.replay) in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.usefixtures("_here")
@@ -157,8 +159,8 @@ def test_where_nothing_can_be_run_again_the_status_says_so(run, capsys, monkeypa
     monkeypatch.setattr("lightning_spike.replay.examine", examine)
     folder = run / "lightning_logs" / "version_0"
     assert main(["replay", str(folder)]) == 1
-    assert "not run again: the module holds an open socket" in capsys.readouterr().out
-    assert findings(folder) == [["not_run", {"episode": 1, "why": "the module holds an open socket"}]]
+    assert "not replayed: the module holds an open socket" in capsys.readouterr().out
+    assert measured(folder) == [Experiments(episode=1, not_run="the module holds an open socket")]
 
 
 @pytest.mark.usefixtures("_here")

@@ -10,6 +10,12 @@ from training_tasks import TASKS, Digits, train
 
 from lightning_spike.callbacks import counterfactual_replay
 from lightning_spike.callbacks.counterfactual_replay import CounterfactualReplay
+from lightning_spike.diagnosis.judgement import (
+    jump_shares,
+    split_verdict,
+    steps_too_long_in_quiet_run,
+    update_direction,
+)
 from lightning_spike.diagnosis.rank import diagnose
 from lightning_spike.errors import ConfigurationError
 from lightning_spike.store import TrainerStateStore
@@ -60,8 +66,22 @@ def seeded(make):
     return make()
 
 
-def told(trainer, kind):
-    return [f.detail for f in TrainerStateStore.of(trainer).findings if f.detector == "lab" and f.kind == kind]
+def measured(trainer):
+    """What the lab measured, by episode."""
+    return list(TrainerStateStore.of(trainer).experiments.values())
+
+
+def shares(found):
+    """The shares of the jump by group, the largest first."""
+    return dict(sorted(jump_shares(found).items(), key=lambda item: -item[1]))
+
+
+def examined(trainer):
+    return [found for found in measured(trainer) if found.not_run is None]
+
+
+def not_run(trainer):
+    return [found.not_run for found in measured(trainer) if found.not_run is not None]
 
 
 def run(tmp_path, *faults, make=lambda: Digits(0.003), epochs=9, **options):
@@ -93,37 +113,36 @@ def momentum_from_outside(trainer, module, batch):
 )
 def test_the_verdict_names_what_was_done(fault, verdict, first, tmp_path):
     trainer = run(tmp_path, At(**fault))
-    splits = [s for s in told(trainer, "split") if s["episode"] == 1]
-    assert [s["verdict"] for s in splits] == [verdict], told(trainer, "not_run")
-    assert splits[0]["exact"]
-    blamed = told(trainer, "blame")[0]
-    assert blamed["first"] == first
-    assert blamed["shares"][first] > 0.7
-    assert sum(blamed["shares"].values()) == pytest.approx(1.0)
+    found = TrainerStateStore.of(trainer).experiments[1]
+    assert split_verdict(found) == verdict, found.not_run
+    assert found.replay.exact
+    assert next(iter(shares(found))) == first
+    assert shares(found)[first] > 0.7
+    assert sum(shares(found).values()) == pytest.approx(1.0)
     assert next(a.detail["episode"] for a in TrainerStateStore.of(trainer).actions if a.action == "replay") == 1
 
 
 def test_gradients_that_the_code_turns_round_are_not_taken_for_a_step_that_is_too_long(tmp_path):
     trainer = run(tmp_path, GradientsTurnRound(LATE - 6, 40.0, length=6))
-    updates = [detail for detail in told(trainer, "measured") if detail["what"] == "updates"]
-    assert [detail["direction"] for detail in updates[:1]] == ["turned"], told(trainer, "not_run")
-    assert updates[0]["slope"] == pytest.approx(-1 / 40, rel=0.2)
-    assert updates[0]["slope_usual"] == pytest.approx(1.0, rel=0.2)
-    blamed = told(trainer, "blame")[0]
-    assert blamed["first"] == "gradient"
+    found = TrainerStateStore.of(trainer).experiments[1]
+    assert update_direction(found.update) == "turned"
+    assert found.update.slope == pytest.approx(-1 / 40, rel=0.2)
+    assert found.update.slope_usual == pytest.approx(1.0, rel=0.2)
+    assert next(iter(shares(found))) == "gradient"
     first = diagnose(TrainerStateStore.of(trainer)).overall[0]
-    assert (first.cause, first.confirmed) == ("momentum_reversal", True)
+    assert (first.cause, first.confirmed) == ("gradient_reversal", True)
 
 
 def test_the_update_that_did_it_is_found_and_what_would_have_helped(tmp_path):
     trainer = run(tmp_path, At(LATE - 1, end=high_rate))
-    factors = told(trainer, "factors")[0]
-    assert factors["ordinal"] == LATE - 1
-    assert (factors["shares"][0]["factor"], "learning_rate" in factors["normal"]) == ("learning_rate", False)
-    assert factors["shares"][0]["share"] == pytest.approx(1.0, abs=0.3)
-    assert factors["shares"][0]["error"] < 0.3
-    lower = next(r for r in told(trainer, "remedies")[0]["tried"] if r["remedy"] == "lower_rate")
-    assert lower["repaired"] > 0.5
+    found = measured(trainer)[0]
+    assert found.attribution.ordinal == LATE - 1
+    assert "learning_rate" not in found.attribution.at_baseline
+    share = found.attribution.shares[0]
+    assert share.factor == "learning_rate"
+    assert share.share == pytest.approx(1.0, abs=0.3)
+    assert share.error < 0.3
+    assert next(r for r in found.remedies if r.remedy == "lower_rate").repaired > 0.5
 
 
 def test_what_was_written_from_outside_is_named(tmp_path):
@@ -132,24 +151,24 @@ def test_what_was_written_from_outside_is_named(tmp_path):
             module.net[-1].weight.add_(torch.randn(10, 512, generator=torch.Generator().manual_seed(1)))
 
     trainer = run(tmp_path, At(LATE, start=into_one_layer))
-    outside = told(trainer, "outside")[0]
-    assert outside["ordinal"] == LATE
-    assert [(write["kind"], write["names"]) for write in outside["writes"]] == [("weights", ("net.5.weight",))]
-    assert outside["different"][0]["name"].endswith(("net.5.weight", "momentum_buffer"))
+    change = measured(trainer)[0].outside_change
+    assert change.ordinal == LATE
+    assert [(write.kind, write.names) for write in change.writes] == [("weights", ("net.5.weight",))]
+    assert change.different[0].name.endswith(("net.5.weight", "momentum_buffer"))
 
 
 def test_an_examination_costs_no_more_than_some_dozens_of_steps(tmp_path):
     trainer = run(tmp_path, At(LATE - 1, end=high_rate))
-    cost = told(trainer, "cost")[0]
-    assert cost["updates"] - cost["way"] <= 12
-    assert cost["steps"] - cost["way"] <= 80
+    found = measured(trainer)[0]
+    assert found.cost.updates - found.replay.batches <= 12
+    assert found.cost.steps - found.replay.batches <= 80
 
 
 def test_a_value_that_is_not_finite_is_traced_to_the_batch(tmp_path):
     trainer = run(tmp_path, At(EARLY, start=nan_in_image), epochs=3)
-    origin = told(trainer, "nonfinite_origin")[0]
-    assert (origin["phase"], origin["operation"]) == ("input", "batch[0]")
-    assert told(trainer, "split")[0]["verdict"] == "data"
+    found = measured(trainer)[0]
+    assert (found.first_nonfinite.phase, found.first_nonfinite.operation) == ("input", "batch[0]")
+    assert split_verdict(found) == "data"
 
 
 class LogOfZero(Digits):
@@ -166,8 +185,8 @@ def blacken(trainer, module, batch):
 
 def test_a_value_that_is_not_finite_is_traced_to_its_operation(tmp_path):
     trainer = run(tmp_path, At(EARLY, start=blacken), make=LogOfZero, epochs=3)
-    origin = told(trainer, "nonfinite_origin")[0]
-    assert (origin["phase"], origin["operation"], origin["with_healthy_weights"]) == ("loss", "log", True)
+    born = measured(trainer)[0].first_nonfinite
+    assert (born.phase, born.operation, born.with_healthy_weights) == ("loss", "log", True)
 
 
 def no_gradients(trainer, module, optimizer):
@@ -196,7 +215,7 @@ def test_the_training_goes_on_as_if_nothing_had_been_run_again(task, tmp_path):
         ends.append([*module.state_dict().values(), *_tensors(trainer.optimizers), torch.get_rng_state()])
         losses.append(seen.losses)
         if suite:
-            assert told(trainer, "split")[0]["exact"]
+            assert measured(trainer)[0].replay.exact
     assert len(losses[0]) == 128
     assert all(_same(a, b) for a, b in zip(*losses, strict=True))
     assert all(_same(a, b) for a, b in zip(*ends, strict=True))
@@ -228,24 +247,24 @@ def test_what_cannot_be_run_again_is_said_and_left_alone(tmp_path):
             return super().training_step(batch, batch_idx)
 
     trainer = run(tmp_path, At(EARLY, start=nan_in_image), make=Once, epochs=3)
-    assert "module.stream is a range_iterator" in told(trainer, "not_run")[0]["why"]
-    assert not told(trainer, "split")
+    assert "module.stream is a range_iterator" in not_run(trainer)[0]
+    assert examined(trainer) == []
 
 
 def test_some_seconds_are_free_so_that_short_runs_get_their_answers(tmp_path):
     faults = [At(k, start=nan_in_image, end=no_gradients) for k in (EARLY, EARLY + 30)]
     trainer = run(tmp_path, *faults, epochs=4, budget=1e-6)
-    assert len(told(trainer, "split")) == 2
-    assert not told(trainer, "not_run")
+    assert len(examined(trainer)) == 2
+    assert not_run(trainer) == []
 
 
 def test_after_the_first_an_examination_must_fit_into_the_budget(tmp_path, monkeypatch):
     monkeypatch.setattr(counterfactual_replay, "FREE_SECONDS", 0.0)
     faults = [At(k, start=nan_in_image, end=no_gradients) for k in (EARLY, EARLY + 30)]
     trainer = run(tmp_path, *faults, epochs=4, budget=1e-6)
-    assert len(told(trainer, "split")) == 1
-    assert all("budget" in d["why"] for d in told(trainer, "not_run"))
-    assert len(told(trainer, "not_run")) >= 1
+    assert len(examined(trainer)) == 1
+    assert all("budget" in reason for reason in not_run(trainer))
+    assert len(not_run(trainer)) >= 1
 
 
 @pytest.mark.parametrize(
@@ -276,8 +295,8 @@ class Across(Digits):
 def test_steps_too_long_are_told_of_a_run_that_never_had_an_episode(rate, too_long, tmp_path):
     trainer = run(tmp_path, make=lambda: Across(rate), epochs=4)
     assert not TrainerStateStore.of(trainer).episodes
-    findings = [f for f in TrainerStateStore.of(trainer).findings if f.kind == "steps_too_long"]
-    assert bool(findings) is too_long
+    tests = TrainerStateStore.of(trainer).step_size_tests
+    assert [steps_too_long_in_quiet_run(test.result) for test in tests] == [too_long] * len(tests)
+    assert all((test.at.ordinal + 1).bit_count() == 1 for test in tests)
     if too_long:
-        assert (findings[0].at.ordinal + 1).bit_count() == 1
-        assert findings[0].detail["rho"] < 0.6
+        assert tests[0].result.rho < 0.6

@@ -13,6 +13,10 @@ import pytest
 import torch
 from callbacks.test_counterfactual_replay import LATE
 
+from lightning_spike.codec import from_plain
+from lightning_spike.diagnosis.judgement import jump_shares, split_verdict
+from lightning_spike.experiments import Experiments
+
 SCRIPT = """
 import json, sys
 import torch
@@ -20,6 +24,7 @@ from callbacks.test_counterfactual_replay import EARLY, LATE, SIZE, At, Losses, 
 from lightning.pytorch import Callback, seed_everything
 from training_tasks import Digits, digits, train
 from lightning_spike import CounterfactualReplay, TrainerStateStore
+from lightning_spike.codec import to_plain
 from lightning_spike.ranks import rank_agreement as wishes
 
 torch.set_num_threads(1)
@@ -68,7 +73,7 @@ class Tells(Callback):
         torch.save({"end": end, "losses": self.losses.losses}, f"{self.out}-{trainer.global_rank}.pt")
         if store is None:
             return
-        found = [[f.kind, dict(f.detail)] for f in store.findings if f.detector == "lab"]
+        found = [to_plain(e) for e in store.experiments.values()]
         episodes = [[e.id, e.kind, e.onset.ordinal] for e in store.episodes]
         told = {"found": found, "remarks": store.remarks, "episodes": episodes, "disabled": [d.reason for d in store.disabled],
                 "replays": [a.detail["episode"] for a in store.actions if a.action == "replay"]}
@@ -131,12 +136,18 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def told(folder):
-    """By rank, what each took down of the lab."""
-    return lambda case: [json.loads((folder / f"{case}-watched-{rank}.json").read_text()) for rank in (0, 1)]
+    """By rank, what each noted of the lab."""
+
+    def read(case):
+        ranks = [json.loads((folder / f"{case}-watched-{rank}.json").read_text()) for rank in (0, 1)]
+        return [rank | {"found": [from_plain(Experiments, e) for e in rank["found"]]} for rank in ranks]
+
+    return read
 
 
-def of(rank, kind):
-    return [detail for k, detail in rank["found"] if k == kind]
+def first_group(found):
+    shares = jump_shares(found)
+    return max(shares, key=shares.get)
 
 
 @pytest.mark.ddp
@@ -153,35 +164,35 @@ def test_the_training_goes_on_as_if_nothing_had_been_run_again(folder, told, cas
 @pytest.mark.ddp
 def test_one_ranks_bad_batch_is_examined_by_both(told):
     first, second = told("late")
-    split, blame = of(second, "split")[0], of(second, "blame")[0]
-    assert (split["verdict"], split["exact"], split["rank"]) == ("data", True, 1)
-    assert blame["first"] == "data"
+    found = second["found"][0]
+    assert (split_verdict(found), found.replay.exact, found.rank) == ("data", True, 1)
+    assert first_group(found) == "data"
     assert [onset for _, _, onset in first["episodes"]] == [LATE]
     (remark,) = first["remarks"]
     assert remark.startswith(f"Rank 1 saw a spike at step {LATE - 48}; this rank's loss did not show it.")
-    assert "the batch itself makes the jump" in remark
+    assert "the batch itself" in remark
 
 
 @pytest.mark.ddp
 def test_a_rate_that_jumps_on_both_later_is_blamed_on_both(told):
     first, second = told("late")
     for rank in (first, second):
-        assert of(rank, "split")[-1]["verdict"] == "weights"
-        assert of(rank, "split")[-1]["exact"]
-        assert of(rank, "blame")[-1]["first"] == "learning_rate"
-        assert of(rank, "factors")[0]["ordinal"] == LATE - 1
-    shares = [of(rank, "blame")[-1]["shares"] for rank in (first, second)]
-    assert shares[0] == shares[1]
+        found = rank["found"][-1]
+        assert split_verdict(found) == "weights"
+        assert found.replay.exact
+        assert first_group(found) == "learning_rate"
+        assert found.attribution.ordinal == LATE - 1
+    assert jump_shares(first["found"][-1]) == jump_shares(second["found"][-1])
 
 
 @pytest.mark.ddp
 @pytest.mark.parametrize("case", ["nan", "at the end"])
 def test_a_value_that_is_not_finite_is_traced_on_the_rank_that_had_it(told, case):
     first, second = told(case)
-    origin = of(second, "nonfinite_origin")[0]
-    assert (origin["rank"], origin["phase"], origin["operation"]) == (1, "input", "batch[0]")
-    assert of(second, "split")[0]["verdict"] == "data"
-    assert not of(first, "split")
+    born = second["found"][0].first_nonfinite
+    assert (born.rank, born.phase, born.operation) == (1, "input", "batch[0]")
+    assert split_verdict(second["found"][0]) == "data"
+    assert first["found"] == []
     assert any(remark.startswith("Rank 1 saw a nonfinite") for remark in first["remarks"])
 
 
@@ -189,12 +200,12 @@ def test_a_value_that_is_not_finite_is_traced_on_the_rank_that_had_it(told, case
 def test_a_re_run_that_fails_on_one_rank_alone_ends_on_both(told):
     for rank in told("fails once"):
         assert rank["disabled"] == []
-    split = of(told("fails once")[1], "split")[0]
-    assert not split["exact"]
-    assert "on rank 1, the re-run failed: RuntimeError: only here" in split["why_not_exact"]
+    replay = told("fails once")[1]["found"][0].replay
+    assert not replay.exact
+    assert "on rank 1, the replay failed: RuntimeError: only here" in replay.failure
     first, second = told("fails always")
-    assert "on rank 1, the re-run failed: RuntimeError: only here" in of(second, "not_run")[0]["why"]
-    assert any("It was not run again: on rank 1, the re-run failed" in remark for remark in first["remarks"])
+    assert "on rank 1, the replay failed: RuntimeError: only here" in second["found"][0].not_run
+    assert any("on rank 1, the replay failed" in remark for remark in first["remarks"])
 
 
 @pytest.mark.ddp
