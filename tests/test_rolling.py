@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_spike.rolling import MAD_TO_SIGMA, Cusum, LazyWindow, SortedWindow, mad, median, quantile, theil_sen
+from lightning_spike.rolling import MAD_TO_SIGMA, LazyWindow, SortedWindow, mad, median, quantile, theil_sen
 
 FINITE = st.floats(min_value=-1e12, max_value=1e12)
 
@@ -74,11 +74,3 @@ def test_theil_sen_finds_the_slope_beside_outliers():
     values[20] = -1e6
     assert theil_sen(values) == pytest.approx(0.5)
     assert theil_sen([3.0]) == 0.0
-
-
-def test_cusum_adds_small_evidence_and_one_wild_value_says_little():
-    cusum = Cusum(slack=1.0, clip=3.0)
-    assert cusum.push(1e9) == pytest.approx(2.0)
-    assert cusum.push(math.nan) == pytest.approx(2.0)
-    assert cusum.push(-1e9) == 0.0
-    assert [cusum.push(1.5) for _ in range(4)][-1] == pytest.approx(2.0)

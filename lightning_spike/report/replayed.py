@@ -102,7 +102,7 @@ def _scene(scene: Replayed, device: str) -> Iterator[RenderableType]:
         yield hanging("   ! ", Text(f"not replayed: {found.not_run}", style="yellow"))
         return
     if found.replay is not None:
-        took = f"{sentences.replay(found.replay)} ({duration(scene.seconds)} on {device})"
+        took = f"{sentences.replay(found.replay)} It took {duration(scene.seconds)} on {device}."
         yield hanging("   ", Text(took, style="dim"))
     if verdict is not None:
         yield hanging("   ", Text.assemble("what made the loss jump: ", (CAUSED_BY[verdict], "bold green")))

@@ -193,7 +193,7 @@ def test_a_value_that_is_not_finite_is_traced_on_the_rank_that_had_it(told, case
     assert (born.rank, born.phase, born.operation) == (1, "input", "batch[0]")
     assert split_verdict(second["found"][0]) == "data"
     assert first["found"] == []
-    assert any(remark.startswith("Rank 1 saw a nonfinite") for remark in first["remarks"])
+    assert any(remark.startswith("Rank 1 saw a non-finite") for remark in first["remarks"])
 
 
 @pytest.mark.ddp
@@ -202,10 +202,10 @@ def test_a_re_run_that_fails_on_one_rank_alone_ends_on_both(told):
         assert rank["disabled"] == []
     replay = told("fails once")[1]["found"][0].replay
     assert not replay.exact
-    assert "on rank 1, the replay failed: RuntimeError: only here" in replay.failure
+    assert "on rank 1, the re-run failed: RuntimeError: only here" in replay.failure
     first, second = told("fails always")
-    assert "on rank 1, the replay failed: RuntimeError: only here" in second["found"][0].not_run
-    assert any("on rank 1, the replay failed" in remark for remark in first["remarks"])
+    assert "on rank 1, the re-run failed: RuntimeError: only here" in second["found"][0].not_run
+    assert any("on rank 1, the re-run failed" in remark for remark in first["remarks"])
 
 
 @pytest.mark.ddp
