@@ -227,7 +227,7 @@ def run_faults(seed: int, task: str, size: int) -> dict[str, dict[str, Any]]:
 
 
 def _raised(losses: Sequence[float], twin: Sequence[float]) -> bool:
-    """The fault made a difference: 30 % and four standard deviations above the level (science.md 1.4), and above its healthy twin."""
+    """Whether the fault raised the loss by 30 % and four standard deviations (science.md 1.4), and above its twin's."""
     before = sorted(twin[FAULT_AT - 64 : FAULT_AT])
     level = statistics.median(before)
     noise = (before[int(0.8413 * len(before))] - level) or 1e-9
@@ -380,14 +380,16 @@ def _worst_kind(events: dict[str, Any], noises: Sequence[str]) -> tuple[float, b
 def show(results: dict[str, Any], console: Console) -> None:
     """Five tables and the aims."""
     table = Table(
-        title="events seen in time, % (ours: % seen · kind right % · median delay · onset error median/95 % · extra episodes)"
+        title="events seen in time, % (ours: seen · kind right · median delay · onset error, 95 % · extra episodes)"
     )
     for column in ("event | noise", OURS, *RULES):
         table.add_column(column)
     for name, row in results["events"].items():
         mine = row[OURS]
         period = "" if mine["right_period"] is None else f" · period {mine['right_period']:.0f}"
-        cell = f"{mine['seen']:.4g} · {mine['right_kind']:.4g} · d{mine['delay']} · {mine['onset_error_median']:.0f}/{mine['onset_error_95']:.0f} · +{mine['extra_episodes']}{period}"
+        onset = f"{mine['onset_error_median']:.0f}/{mine['onset_error_95']:.0f}"
+        seen = f"{mine['seen']:.4g} · {mine['right_kind']:.4g} · d{mine['delay']}"
+        cell = f"{seen} · {onset} · +{mine['extra_episodes']}{period}"
         table.add_row(name, cell, *(f"{row[rule]:.0f}" for rule in RULES))
     console.print(table)
     for title, key, form in (

@@ -78,7 +78,7 @@ MENDS: Final[Mapping[str, frozenset[str]]] = {
 
 
 class SettingsHeld(Callback):
-    """Before every update the named setting of every parameter group is what the fix says, whatever else writes to it."""
+    """Sets the named setting of every parameter group to what the fix says, before every update."""
 
     def __init__(self, setting: Callable[[dict[str, Any], int], None]) -> None:
         self.setting = setting
@@ -180,7 +180,7 @@ class Treatment:
 
 
 def treatment(change: Change, cell: Cell, faults: Sequence[Fault], onset: int) -> Treatment | None:
-    """What the fix amounts to in this run; `None` where it misses what was put in, or says nothing that can be applied."""
+    """What the fix amounts to in this run; `None` where it misses the fault or cannot be applied."""
     setting, value = change.setting, change.value
     whole = f"{setting}:{value}" if setting == "code" else setting
     if any(whole in MENDS.get(name, ()) for name in (*cell.causes, cell.name)):

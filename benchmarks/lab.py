@@ -43,9 +43,12 @@ from typing_extensions import override
 from lightning_spike import RootCauseReport, TrainerStateStore, suite
 from lightning_spike.callbacks.counterfactual_replay import CounterfactualReplay
 from lightning_spike.callbacks.scene_recorder import SceneRecorder
+from lightning_spike.diagnosis import sentences
+from lightning_spike.diagnosis.judgement import jump_shares, split_verdict
 from lightning_spike.diagnosis.rank import diagnose
+from lightning_spike.experiments import Experiments
 from lightning_spike.record.participant import TrainingBatch
-from lightning_spike.records import Episode, EpisodeKind, Finding
+from lightning_spike.records import Episode, EpisodeKind
 from lightning_spike.sandbox.budget import Extent
 from lightning_spike.testing.faults.bad_batch import CorruptTokens, ExtremeValues
 from lightning_spike.testing.faults.code_bug import WeightsOverwritten
@@ -107,7 +110,10 @@ KINDS: Final[Mapping[str, Kind]] = {
     "corrupt tokens": Kind(
         group="data", make=lambda at, k, seed: CorruptTokens(at, k, seed=seed), strengths=(0.5, 0.75, 1), nets=TOKENS
     ),
-    "wrong labels": Kind(group="data", make=lambda at, k, seed: WrongLabels(at, k, seed=seed), strengths=(0.5, 0.75, 1)),
+    "wrong labels": Kind(
+        group="data",
+        make=lambda at, k, seed: WrongLabels(at, k, seed=seed), strengths=(0.5, 0.75, 1),
+    ),
     "rate for one update": Kind(
         group="learning_rate", make=lambda at, k, _: RateJump(at, k, length=1), strengths=(30, 60, 150), shows_at=1
     ),
@@ -121,7 +127,8 @@ KINDS: Final[Mapping[str, Kind]] = {
         group="optimizer", make=lambda at, k, _: StateRescaled(at, k), strengths=(30, 100, 300), shows_at=1
     ),
     "state scrambled": Kind(
-        group="optimizer", make=lambda at, k, seed: StateScrambled(at, k, seed=seed), strengths=(30, 100, 300), shows_at=1
+        group="optimizer", make=lambda at, k, seed: StateScrambled(at, k, seed=seed), strengths=(30, 100, 300),
+        shows_at=1
     ),
     "weights overwritten": Kind(
         group="outside", make=lambda at, k, seed: WeightsOverwritten(at, k, seed=seed), strengths=(0.5, 1, 2)
@@ -228,20 +235,20 @@ class WithTriage(CounterfactualReplay):
         """By the id of the episode."""
 
     @override
-    def _findings(
-        self, batch: TrainingBatch, episode: Episode, extent: Extent, *, again: bool, **how: int
-    ) -> list[Finding]:
+    def _experiments(
+        self, batch: TrainingBatch, episode: Episode, extent: Extent, *, again: bool, by: int
+    ) -> Experiments:
         if again:
-            return super()._findings(batch, episode, extent, again=again, **how)
+            return super()._experiments(batch, episode, extent, again=again, by=by)
         if extent == "full":
-            self._timed(batch, episode, "triage", **how)
-        return self._timed(batch, episode, extent, **how)
+            self._timed(batch, episode, "triage", by)
+        return self._timed(batch, episode, extent, by)
 
-    def _timed(self, batch: TrainingBatch, episode: Episode, extent: Extent, **how: int) -> list[Finding]:
+    def _timed(self, batch: TrainingBatch, episode: Episode, extent: Extent, by: int) -> Experiments:
         started = time.process_time()
-        findings = super()._findings(batch, episode, extent, again=False, **how)
+        found = super()._experiments(batch, episode, extent, again=False, by=by)
         self.seconds.setdefault(episode.id, {})[extent] = time.process_time() - started
-        return findings
+        return found
 
 
 def outcomes_of(run: Run, show: bool = False) -> list[Outcome]:
@@ -259,20 +266,19 @@ def outcomes_of(run: Run, show: bool = False) -> list[Outcome]:
         late = {
             e.onset.ordinal: e for e in reversed(episodes) if e.onset.ordinal >= SETTLED
         }  # an onset may be that of several signals
-        told = [late[onset] for onset in sorted(late)][:CHRONIC_EPISODES]
+        chosen = [late[onset] for onset in sorted(late)][:CHRONIC_EPISODES]
     else:
         near = [e for e in episodes if run.at - 1 <= e.onset.ordinal <= run.at + SEEN]
-        told = sorted(near, key=lambda e: -e.severity)[:1]  # a decoy may have made a small one of its own
+        chosen = sorted(near, key=lambda e: -e.severity)[:1]  # a decoy may have made a small one of its own
     if show:
         print(run)
-        for finding in store.findings:
-            if finding.detector == "lab":
-                print("   ", finding.kind, dict(finding.detail))
-    if not told:
+        for found in store.experiments.values():
+            print("   ", *sentences.about(found), sep="\n    ")
+    if not chosen:
         return [Outcome(run=run)]
     return [
         dataclasses.replace(outcome, true_shares=_true_shares(run) if run.fault == TWO else {})
-        for episode in told
+        for episode in chosen
         for outcome in [
             _outcome(run, store, episode, {k: s / pace for k, s in replay.seconds.get(episode.id, {}).items()})
         ]
@@ -318,7 +324,8 @@ def _struck_loss(run: Run, faults: list[Callback]) -> float:
 
 def _trainer(folder: str, steps: int, callbacks: list[Callback]) -> Trainer:
     return Trainer(
-        max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False,
         enable_model_summary=False, callbacks=callbacks, default_root_dir=folder,
     )  # fmt: skip
 
@@ -351,10 +358,10 @@ class Clock(Callback):
 
 
 def _outcome(run: Run, store: TrainerStateStore, episode: Episode, steps: Mapping[Extent, float]) -> Outcome:
-    told = {f.kind: f for f in store.findings if f.detector == "lab" and f.detail.get("episode") == episode.id}
-    shares: dict[str, float] = told["blame"].detail["shares"] if "blame" in told else {}
+    found = store.experiments.get(episode.id) or Experiments(episode=episode.id)
+    shares = {str(group): share for group, share in jump_shares(found).items()}
     ranked = sorted((g for g, s in shares.items() if s > 0), key=lambda g: -shares[g])
-    cost = told["cost"].detail if "cost" in told else {}
+    size, cost, replay = found.step_size, found.cost, found.replay
     return Outcome(
         run=run,
         onset=episode.onset.ordinal - run.at,
@@ -362,31 +369,24 @@ def _outcome(run: Run, store: TrainerStateStore, episode: Episode, steps: Mappin
         second=ranked[1] if len(ranked) > 1 else None,
         shares=shares,
         by_signature=_by_signature(store, episode.id),
-        located=told["factors"].detail["ordinal"] - run.at if "factors" in told else None,
-        is_run_again="split" in told and told["split"].detail["exact"],
-        by_present="consistency" in told and "split" not in told,
-        why_not=_why_not(told),
+        located=None if found.attribution is None else found.attribution.ordinal - run.at,
+        is_run_again=replay is not None and replay.exact,
+        by_present=size is not None and found.split is None,
+        why_not=_why_not(found),
         cost=steps.get("full"),
         triage=steps.get("triage"),
-        way=cost.get("way"),
-        updates=cost.get("updates"),
-        worsened=_worsened(told),
-        passes=cost.get("steps"),
+        way=None if replay is None else replay.batches,
+        updates=None if cost is None else cost.updates,
+        worsened=None if size is None else (round(size.worsened * size.updates), size.updates),
+        passes=None if cost is None else cost.steps,
     )
 
 
-def _worsened(told: Mapping[str, Finding]) -> tuple[int, int] | None:
-    if "consistency" not in told:
-        return None
-    detail = told["consistency"].detail
-    return round(detail["worsened"] * detail["updates"]), detail["updates"]
-
-
-def _why_not(told: Mapping[str, Finding]) -> str | None:
-    if "not_run" in told:
-        return str(told["not_run"].detail["why"])
-    if "blame" not in told and "split" in told:
-        return f"{told['split'].detail['verdict']}, {told['split'].detail['why_not_exact']}"
+def _why_not(found: Experiments) -> str | None:
+    if found.not_run is not None:
+        return found.not_run
+    if found.split is not None and not jump_shares(found):
+        return f"{split_verdict(found)}, {None if found.replay is None else found.replay.failure}"
     return None
 
 
@@ -402,7 +402,7 @@ def _by_signature(store: TrainerStateStore, episode: int) -> str | None:
     """The group of the cause that comes first where the lab has said nothing."""
     bare = TrainerStateStore(store.facts)
     bare.__dict__.update(store.__dict__)
-    bare.findings = [f for f in store.findings if f.detector != "lab"]
+    bare.experiments, bare.step_size_tests = {}, []
     verdicts = diagnose(bare).per_episode.get(episode, ())
     return SIGNATURES.get(verdicts[0].family, str(verdicts[0].family)) if verdicts else None
 
@@ -500,7 +500,7 @@ def _spread(values: Sequence[float], *, digits: int) -> str:
 
 
 def own_batch(outcomes: Sequence[Outcome]) -> str:
-    """How many updates before the onset worsened their own batch's loss, where the rate was right and where it was too high all along."""
+    """Share of updates before the onset that worsened their own batch's loss, at a right and at too high a rate."""
     words = []
     for name, chronic in (("with faults of other kinds", False), (CHRONIC, True)):
         pairs = [o.worsened for o in outcomes if o.worsened and (o.run.fault == CHRONIC) == chronic]
@@ -517,8 +517,10 @@ def chronic(outcomes: Sequence[Outcome]) -> str:
     share = f" = {right / len(seen):.3f} (95 %: {low:.2f}-{high:.2f})" if seen else ""
     gone = [o for o in seen if not o.is_run_again]
     return (
-        f"{CHRONIC}: {right} of {len(seen)} episodes{share} told as such, {sum(o.first == 'data' for o in seen)} taken for a bad batch, {sum(o.first is None for o in seen)} for "
-        f"nothing. Of them {len(gone)} could not be run again, {sum(o.by_present for o in gone)} of these told by the steps of the present."
+        f"{CHRONIC}: {right} of {len(seen)} episodes{share} are attributed to it, "
+        f"{sum(o.first == 'data' for o in seen)} to a bad batch, {sum(o.first is None for o in seen)} to nothing. "
+        f"{len(gone)} of them could not be replayed, {sum(o.by_present for o in gone)} of these are attributed by the "
+        "step-size test."
     )
 
 
@@ -542,13 +544,14 @@ def main() -> None:
     trainings = itertools.product(options.net, options.optimizer, options.batch_size, seeds)
     todo = [run for training in trainings for run in runs(*training, options.fault, quick=options.quick)]
     if options.sample:
-        todo = random.Random(options.seed).sample(todo, min(options.sample, len(todo)))  # noqa: S311 - which runs, no secret
+        # which runs, no secret
+        todo = random.Random(options.seed).sample(todo, min(options.sample, len(todo)))  # noqa: S311
     outcomes: list[Outcome] = []
     with ProcessPoolExecutor(options.jobs, initializer=_quiet) as pool:
         futures = [pool.submit(outcomes_of, run, options.show) for run in todo]
         for future in track(as_completed(futures), total=len(todo), console=console, description="runs"):
-            outcomes += (told := future.result())
-            for outcome in told:
+            outcomes += (made := future.result())
+            for outcome in made:
                 if outcome.onset is not None and outcome.first not in outcome.run.groups:
                     console.print(f"[dim]{_words(outcome)}", highlight=False)
     if options.out:

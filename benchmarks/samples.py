@@ -278,7 +278,8 @@ class Direct(Callback):
 def directly(net: str, seed: int, kinds: Sequence[str]) -> list[Outcome]:
     """One training, all ways to corrupt its batch."""
     nothing = Case(net=net, seed=seed, kind=NOTHING, count=0)
-    direct = Direct([nothing, *(Case(net=net, seed=seed, kind=k, count=n) for k in kinds for n in COUNTS if net in KINDS[k].fits)])  # fmt: skip
+    fitting = [kind for kind in kinds if net in KINDS[kind].fits]
+    direct = Direct([nothing, *(Case(net=net, seed=seed, kind=k, count=n) for k in fitting for n in COUNTS)])
     _train(net, seed, direct.cases[0].at + 1, [direct])
     return direct.outcomes
 
@@ -300,7 +301,8 @@ def _train(net: str, seed: int, steps: int, callbacks: Sequence[Callback]) -> Tr
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         watching = [c for c in suite(dirpath=folder) if not isinstance(c, (RootCauseReport, SceneRecorder))]
         trainer = Trainer(
-            max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False,
+            enable_progress_bar=False,
             enable_model_summary=False, callbacks=[*watching, *callbacks], default_root_dir=folder,
         )  # fmt: skip
         trainer.fit(task, make_loader(seed))

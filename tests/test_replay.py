@@ -75,7 +75,8 @@ if __name__ == "__main__":
 
 TRAINER = {
     "max_epochs": 3, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False,
-    "enable_checkpointing": False, "gradient_clip_val": 1.0, "precision": "bf16-mixed", "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "."}},
+    "enable_checkpointing": False, "gradient_clip_val": 1.0, "precision": "bf16-mixed",
+    "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "."}},
 }  # fmt: skip
 SETTINGS = {
     "seed_everything": 1,

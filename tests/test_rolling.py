@@ -1,7 +1,5 @@
 """Robust statistics against numpy's."""
 
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given

@@ -81,7 +81,8 @@ def fit(examples: Sequence[Example | None]) -> Weights:
     """The most probable weights, temper, share of "unexplained" and offsets."""
     data = [one for one in examples if one is not None]
     packed = _Packed.of(data)
-    free = [torch.zeros(len(packed.by_hand)), torch.tensor(math.log(PRIOR_TEMPER)), _logit(PRIOR_UNEXPLAINED), torch.zeros(len(CAUSES))]  # fmt: skip
+    start = torch.tensor(math.log(PRIOR_TEMPER)), _logit(PRIOR_UNEXPLAINED)
+    free = [torch.zeros(len(packed.by_hand)), *start, torch.zeros(len(CAUSES))]
     for parameter in free:
         parameter.requires_grad_()
     factors, log_temper, logit, offsets = free

@@ -88,7 +88,10 @@ def judge(found: RecordedRun, twin: TrainerStateStore | None, weights: Weights |
     """Rank the causes of a kept run."""
     store = found.store
     if store is None:
-        return Judged(cell=found.cell, harmed=True, ranked=((UNEXPLAINED, 1.0),), confirmed=None, episodes=0, overfits=False, onset_error=None, first_fix=None)  # fmt: skip
+        return Judged(
+            cell=found.cell, harmed=True, ranked=((UNEXPLAINED, 1.0),), confirmed=None, episodes=0, overfits=False,
+            onset_error=None, first_fix=None,
+        )  # fmt: skip
     overall = diagnose(store, weights=weights).overall
     left = max(0.0, 1.0 - sum(v.probability for v in overall))
     first = overall[0] if overall else None
@@ -121,10 +124,11 @@ def _losses(store: TrainerStateStore) -> npt.NDArray[np.float64]:
 
 
 def harmed(cell: Cell, store: TrainerStateStore, twin: TrainerStateStore | None, *, steps: int | None = None) -> bool:
-    """Whether the loss of a run is clearly worse than that of its clean twin; `steps` where it was stopped before its time.
+    """Whether the loss of a run is clearly worse than that of its clean twin.
 
-    Of overfitting the validation loss tells: that few batches have another training loss than many is no harm. A
-    resumed run counts its batches from the resume on; its data go on as those of the twin.
+    Overfitting is judged by the validation loss: few batches have another training loss than many, which is no harm. A
+    resumed run counts its batches from the resume on; its data go on as those of the twin. `steps` is the length of a
+    run that was stopped before its time.
     """
     if cell.sort == "clean" or twin is None:
         return False
@@ -192,7 +196,7 @@ def calibration_error(said: Iterable[tuple[float, bool]], bins: int = 10) -> flo
 
 
 def brier(judged: Sequence[Judged]) -> float:
-    """Mean over the runs of the summed squared errors over all answers, "unexplained" included; 0 is perfect, 2 the worst (Brier 1950)."""
+    """Brier score (Brier 1950): mean over the runs of the summed squared errors of all answers, 0 at best, 2 at worst."""
     if not judged:
         return math.nan
     total = 0.0

@@ -135,7 +135,7 @@ def all_cells(seeds: Sequence[int], tasks: Sequence[str], causes: Sequence[str] 
                     Cell(task=task, seed=seed, sort="confusable", name=name, causes=(cause,))
                     for name, cause in CONFUSABLE.items()
                 ),
-                Cell(task=task, seed=seed, sort="two", name="rate, then batch", causes=("lr_scheduler_fault", "bad_batch")),
+                Cell(task=task, seed=seed, sort="two", name="rate, then batch", causes=TWO),
             ]  # fmt: skip
     return cells
 
@@ -156,6 +156,8 @@ def _of_cause(cause: str, task: str, seed: int) -> list[Cell]:
     ]
 
 
+TWO: Final = ("lr_scheduler_fault", "bad_batch")
+"""The causes of a run with two faults."""
 CONFUSABLE: Final[Mapping[str, str]] = {
     "restart that makes gradients explode": "lr_restart",
     "bad batch under a high rate": "bad_batch",

@@ -141,7 +141,8 @@ class Tagger(nn.Module):
 def patch_net() -> nn.Module:
     """Patches through twelve numbers and back."""
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(192, 96), nn.GELU(), nn.Linear(96, 12), nn.GELU(), nn.Linear(12, 96), nn.GELU(), nn.Linear(96, 192)
+        nn.Flatten(), nn.Linear(192, 96), nn.GELU(), nn.Linear(96, 12), nn.GELU(),
+        nn.Linear(12, 96), nn.GELU(), nn.Linear(96, 192),
     )  # fmt: skip
 
 
@@ -479,9 +480,8 @@ def loaders(name: str, seed: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
     whole = kind.data()
     count = len(whole)  # type: ignore[arg-type]
     train, held = Subset(whole, range(count - HELD)), Subset(whole, range(count - HELD, count))
-    order = _Order(len(train), seed)
-    size = kind.batch_size
+    order: Any = _Order(len(train), seed)
     return (
-        DataLoader(train, batch_size=size, sampler=order, collate_fn=_collate, drop_last=True),  # type: ignore[arg-type]
+        DataLoader(train, batch_size=kind.batch_size, sampler=order, collate_fn=_collate, drop_last=True),
         DataLoader(held, batch_size=HELD, collate_fn=_collate),
     )

@@ -1,4 +1,4 @@
-"""Loss curves of real trainings, healthy ones and ones with one fault, small enough for two CPU cores, without a download."""
+"""Loss curves of real trainings, healthy or with one fault, small enough for two CPU cores, without a download."""
 
 import math
 import random

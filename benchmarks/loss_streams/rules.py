@@ -91,7 +91,7 @@ class _Moments:
 
 
 class KillLossSpike:
-    """llm-foundry: at least twice the mean of the last 100 (5 % of a longer run) for five losses in a row, or half of a window above 10."""
+    """llm-foundry: five losses in a row of twice the mean of the last 100 (5 % of a run), or half a window over 10."""
 
     def __init__(self) -> None:
         """Defaults: window 100, multiplier 2, patience 4, cap 10."""
@@ -105,7 +105,7 @@ class KillLossSpike:
         if len(values) < 100:  # noqa: PLR2004 - the window
             return False
         self._row = self._row + 1 if loss >= 2.0 * self._window.mean else 0
-        high = sum(value > 10.0 for value in values) >= len(values) / 2 if max(values) > 10.0 else False  # noqa: PLR2004 - the cap
+        high = sum(value > 10.0 for value in values) >= len(values) / 2  # noqa: PLR2004 - the cap
         return self._row > 4 or high  # noqa: PLR2004 - the patience
 
 

@@ -79,7 +79,7 @@ def _vanishing(level: Floats, rng: np.random.Generator) -> Floats:
 
 
 def _restarts(level: Floats, rng: np.random.Generator) -> Floats:
-    """Warm restarts: the loss climbs by 4 % within some batches, about twice the noise, and comes down with the rate."""
+    """Warm restarts: the loss climbs by 4 %, about twice the noise, and comes down with the rate."""
     since = np.arange(len(level)) % RESTART_EVERY
     bump = np.where(
         np.arange(len(level)) < RESTART_EVERY, 0.0, 0.06 * (1.0 - np.exp(-since / 10.0)) * np.exp(-since / 60.0)

@@ -143,7 +143,8 @@ def test_random_states_come_back(tmp_path):
     write(tmp_path, None)
 
     def draw():
-        python, legacy = random.random(), np.random.standard_normal()  # noqa: S311, NPY002 - the global generators are meant
+        # the global generators are meant
+        python, legacy = random.random(), np.random.standard_normal()  # noqa: S311, NPY002
         return python, float(legacy), torch.rand(2).tolist()
 
     expected = draw()

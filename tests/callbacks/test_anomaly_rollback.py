@@ -1,4 +1,5 @@
-"""Rollbacks inside a real `fit`, against runs that a callback of the test's own winds back with deepcopy and `load_state_dict`."""
+"""Rollbacks inside a real `fit`, against runs that a callback of the test's own winds back with deepcopy and
+`load_state_dict`."""
 
 import copy
 import csv
@@ -386,7 +387,9 @@ class Write(Callback):
     def teardown(self, trainer, pl_module, stage):
         store = TrainerStateStore.of(trainer)
         out = {
-            "actions": [(a.action, a.at.ordinal, a.detail.get("to_step"), a.detail.get("reason")) for a in store.actions],
+            "actions": [
+            (a.action, a.at.ordinal, *(a.detail.get(k) for k in ("to_step", "reason"))) for a in store.actions
+        ],
             "weights": [float(p.double().sum()) for p in pl_module.parameters()],
             "steps": trainer.global_step,
             "disabled": [d.reason for d in store.disabled],

@@ -412,7 +412,8 @@ def test_two_ranks_name_their_own_samples(tmp_path):
             checks = Checks(dirpath={str(tmp_path)!r})
             # Lightning's own sampler will draw the same: the corrupt sample comes to rank 1 once its loss has settled.
             bad = list(DistributedSampler(Noisy(size=2 * SIZE), num_replicas=2, rank=1, seed=0))[350]
-            trainer = Trainer(max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", logger=False, gradient_clip_val=1.0,
+            trainer = Trainer(max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", logger=False,
+                              gradient_clip_val=1.0,
                               enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
                               callbacks=[checks])
             trainer.fit(Line(), DataLoader(Noisy(lambda x: x * 1e5, 2 * SIZE, bad), batch_size=BATCH, shuffle=True))

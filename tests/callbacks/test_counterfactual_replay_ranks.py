@@ -20,7 +20,9 @@ from lightning_spike.experiments import Experiments
 SCRIPT = """
 import json, sys
 import torch
-from callbacks.test_counterfactual_replay import EARLY, LATE, SIZE, At, Losses, high_rate, nan_in_image, no_gradients, wrong_labels
+from callbacks.test_counterfactual_replay import (
+    EARLY, LATE, SIZE, At, Losses, high_rate, nan_in_image, no_gradients, wrong_labels
+)
 from lightning.pytorch import Callback, seed_everything
 from training_tasks import Digits, digits, train
 from lightning_spike import CounterfactualReplay, TrainerStateStore
@@ -75,7 +77,8 @@ class Tells(Callback):
             return
         found = [to_plain(e) for e in store.experiments.values()]
         episodes = [[e.id, e.kind, e.onset.ordinal] for e in store.episodes]
-        told = {"found": found, "remarks": store.remarks, "episodes": episodes, "disabled": [d.reason for d in store.disabled],
+        told = {"found": found, "remarks": store.remarks, "episodes": episodes,
+                "disabled": [d.reason for d in store.disabled],
                 "replays": [a.detail["episode"] for a in store.actions if a.action == "replay"]}
         with open(f"{self.out}-{trainer.global_rank}.json", "w") as file:
             json.dump(told, file)
@@ -108,7 +111,8 @@ if __name__ == "__main__":
             seed_everything(0, verbose=False)
             losses = Losses()
             suite = [CounterfactualReplay(budget=1.0)] if kind == "watched" else []
-            callbacks = [At(**fault), *options.get("more", []), *suite, losses, Tells(f"{sys.argv[1]}/{name}-{kind}", losses)]
+            told = Tells(f"{sys.argv[1]}/{name}-{kind}", losses)
+            callbacks = [At(**fault), *options.get("more", []), *suite, losses, told]
             wishes.PATIENCE = 1.0 if name == "breaks" else 60.0
             train(
                 options["make"](), callbacks, sys.argv[1], dataset=digits(1024), batch_size=SIZE,

@@ -23,7 +23,8 @@ from lightning_spike.testing import (
 
 
 class Reference(Callback):
-    """RMS_t with the clipped gradient and the second moment from before, and the cosine of momentum, update by update."""
+    """RMS_t with the clipped gradient and the second moment from before, and the cosine of momentum, update by
+    update."""
 
     def __init__(self):
         self.rms, self.cosines, self.shares, self.before = [], [], [], None

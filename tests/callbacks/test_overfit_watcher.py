@@ -1,4 +1,5 @@
-"""Overfitting that is real (80 images of digits, some labels wrong), and what the watcher does about it only where asked."""
+"""Overfitting that is real (80 images of digits, some labels wrong), and what the watcher does about it only where
+asked."""
 
 import copy
 import math

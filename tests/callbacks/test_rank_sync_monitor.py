@@ -47,7 +47,8 @@ class Tells(Callback):
     def on_train_end(self, trainer, pl_module):
         store = TrainerStateStore.of(trainer)
         found = [[f.kind, f.at.ordinal, dict(f.detail)] for f in store.findings if f.detector == "ranks"]
-        told = {"found": found, "disabled": len(store.disabled), "weights": float(sum(p.detach().double().sum() for p in pl_module.parameters()))}
+        told = {"found": found, "disabled": len(store.disabled),
+                "weights": float(sum(p.detach().double().sum() for p in pl_module.parameters()))}
         with open(f"{self.out}-{trainer.global_rank}.json", "w") as file:
             json.dump(told, file)
 

@@ -13,7 +13,8 @@ VOLATILE = ("seconds", "started")
 
 
 def report_of(callbacks, root):
-    """Train the two nets by hand on digits of which one is blown up and read the report back, less what the clock says."""
+    """Train the two nets by hand on digits of which one is blown up and read the report back, less what the clock
+    says."""
     module, _ = build("two_by_hand")
     train(module, callbacks, root, dataset=spoilt_digits(), max_epochs=3)
     path = next(c for c in callbacks if isinstance(c, RootCauseReport)).dirpath / "report.json"

@@ -24,7 +24,8 @@ PACKAGES = {
     "lab": {"signals", "diagnosis", "record", "flight", "ranks", "sandbox", "samples", "actions"},
     "report": {"diagnosis"},
     "callbacks": {
-        "signals", "detectors", "record", "diagnosis", "flight", "ranks", "sandbox", "samples", "actions", "lab", "report",
+        "signals", "detectors", "record", "diagnosis", "flight", "ranks", "sandbox", "samples", "actions", "lab",
+        "report",
     },
     "testing": {"signals"},
     "demo": {"report"},

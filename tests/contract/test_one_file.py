@@ -1,4 +1,7 @@
-"""A cause and its fault are one file each: from a package of their own they reach ranking, report, table and benchmark."""
+"""A cause and its fault are one file each.
+
+From a package of their own they reach ranking, report, table and benchmark.
+"""
 
 import os
 import subprocess

@@ -21,8 +21,10 @@ from lightning_spike import (
 )
 
 NAMES = {
-    "ActivationMonitor", "AnomalyRollback", "BadBatchDumper", "CounterfactualReplay", "DataMonitor", "GradNormMonitor", "LRPeakDetector",
-    "OptimizerMonitor", "OverfitWatcher", "PrecisionMonitor", "RankSyncMonitor", "RootCauseReport", "SceneRecorder", "SpikeCLI",
+    "ActivationMonitor", "AnomalyRollback", "BadBatchDumper", "CounterfactualReplay", "DataMonitor", "GradNormMonitor",
+    "LRPeakDetector",
+    "OptimizerMonitor", "OverfitWatcher", "PrecisionMonitor", "RankSyncMonitor", "RootCauseReport", "SceneRecorder",
+    "SpikeCLI",
     "TrainerStateStore", "WeightMonitor", "suite",
 }  # fmt: skip
 
@@ -44,7 +46,8 @@ def callbacks():
 
 @pytest.mark.parametrize("kind", [k for k in callbacks() if issubclass(k, Callback)])
 def test_every_callback_stands_alone(kind):
-    """Without arguments, picklable before `setup` (spawned ranks get a pickle), at most 7 options, all with defaults."""
+    """Without arguments, picklable before `setup` (spawned ranks get a pickle), at most 7 options, all with
+    defaults."""
     made = kind()
     pickle.loads(pickle.dumps(made))  # noqa: S301 - our own bytes
     options = inspect.signature(kind).parameters.values()

@@ -1,4 +1,5 @@
-"""The suite's state goes through Lightning's own checkpoint, read back with weights_only=True, and the run goes on where it was."""
+"""The suite's state goes through Lightning's own checkpoint, read back with weights_only=True, and the run goes on
+where it was."""
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ def fit(root, callbacks, *, max_epochs, ckpt_path=None):
     module, _ = build("cnn")
     checkpoint = ModelCheckpoint(root / "checkpoints", filename="last", save_on_train_epoch_end=True)
     trainer = Trainer(
-        max_epochs=max_epochs, accelerator="cpu", logger=False, callbacks=[*callbacks, checkpoint], default_root_dir=root,
+        max_epochs=max_epochs, accelerator="cpu", logger=False, callbacks=[*callbacks, checkpoint],
+        default_root_dir=root,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, DataLoader(digits(), batch_size=16), DataLoader(digits(64), batch_size=16), ckpt_path=ckpt_path)

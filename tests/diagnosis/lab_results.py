@@ -99,7 +99,9 @@ def outside(kind, *, repaired=0.98, writes=(), different=(), modules=None):
         ordinal=199, step=199, kind=kind, repaired=repaired, eval_modules=modules, loss_with_change=4.0,
         writes=tuple(OutsideWrite(ordinal=199, kind=k, names=("net.0.weight",)) for k in writes),
         different=tuple(
-            TensorDifference(name="net.0.weight", kind="weights", relative=0.5, elements=of, changed=changed, powers_of_two=powers)
+            TensorDifference(
+                name="net.0.weight", kind="weights", relative=0.5, elements=of, changed=changed, powers_of_two=powers
+            )
             for changed, of, powers in different
         ),
     )  # fmt: skip
@@ -128,7 +130,8 @@ def modules(**factors):
 
 def update(**fields):
     ordinary = {
-        "ordinal": 199, "step": 199, "tensor": "net.0.weight", "rms": 1.0, "rms_usual": 1.0, "cosine": 0.1, "cosine_usual": 0.1,
+        "ordinal": 199, "step": 199, "tensor": "net.0.weight", "rms": 1.0, "rms_usual": 1.0, "cosine": 0.1,
+        "cosine_usual": 0.1,
         "length": 0.1, "relative_length": 0.001, "length_usual": 0.1, "promised": -0.1, "rho": 0.9, "slope": None,
         "slope_usual": None, "against": None, "against_error": None,
     }  # fmt: skip

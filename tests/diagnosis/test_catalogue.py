@@ -28,7 +28,7 @@ MOON = """
 
     @observer("full")
     def phase(view):
-        return Observation(level="full", text="The moon was full.", signal="moon", step=view.step, observed=1.0, expected=0.5)
+        return Observation(level="full", text="The moon was full.", signal="moon", step=view.step)
 
     MOON = Cause(
         id="full_moon", family=Family.ENVIRONMENT, title="A full moon", meaning="the moon shines on the loss",

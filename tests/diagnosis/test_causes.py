@@ -1,4 +1,5 @@
-"""Every first cause against its own fault and against the faults of the others, on runs made of numbers, with decoys beside the fault."""
+"""Every first cause against its own fault and against the faults of the others, on runs made of numbers, with decoys
+beside the fault."""
 
 import dataclasses
 import json

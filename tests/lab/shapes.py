@@ -115,7 +115,8 @@ class Randomness(Plain):
     def training_step(self, batch, batch_idx):
         x, y = batch
         noise = torch.randn_like(x) + torch.randn(x.shape, generator=self.own)
-        scale = random.random() + float(np.random.rand()) + float(self.numbers.random())  # noqa: NPY002, S311 - as users do
+        # as users do
+        scale = random.random() + float(np.random.rand()) + float(self.numbers.random())  # noqa: NPY002, S311
         return functional.cross_entropy(self.net(x + 0.1 * noise), y) * (1 + 0.1 * scale)
 
 

@@ -1,4 +1,5 @@
-"""A scene that was written and read back gives, in another module and trainer, the measurements of the live examination, number by number."""
+"""A scene that was written and read back gives, in another module and trainer, the measurements of the live
+examination, number by number."""
 
 import collections
 import dataclasses
@@ -196,12 +197,17 @@ def _newer(folder):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
 
 
+def _cut_short(folder):
+    path = folder / "tensors.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
 BROKEN = {
     "no manifest": lambda folder: (folder / "manifest.json").unlink(),
     "no json": lambda folder: (folder / "manifest.json").write_text("{"),
     "newer": _newer,
     "no tensors": lambda folder: (folder / "tensors.safetensors").unlink(),
-    "cut short": lambda folder: (folder / "tensors.safetensors").write_bytes((folder / "tensors.safetensors").read_bytes()[:5000]),
+    "cut short": _cut_short,
     "structure": lambda folder: (folder / "structure.json").write_text('{"scene": {}}'),
 }  # fmt: skip
 

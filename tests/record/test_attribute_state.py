@@ -17,7 +17,7 @@ from torch import nn
 from torchmetrics import MeanMetric
 
 from lightning_spike.record import attribute_state as own_state
-from lightning_spike.record.attribute_state import copy_own, load_own
+from lightning_spike.record.attribute_state import copy_attributes, load_attributes
 
 Point = collections.namedtuple("Point", ["x", "y"])  # noqa: PYI024 - the plain kind that users have too
 
@@ -70,13 +70,13 @@ def test_everything_is_as_it_was_and_can_be_again(through_a_file):
     module = Keeper()
     del module.nested["f"]
     before = remains(module)
-    saved = copy_own(module)
+    saved = copy_attributes(module)
     saved = pickle.loads(pickle.dumps(saved)) if through_a_file else saved  # noqa: S301 - our own
     containers = [module.nested, module.recent, module.labels, module.array, module.record, module.record.names]
     for _ in range(2):
         module.nested["f"] = len
         spoil(module)
-        load_own(module, saved)
+        load_attributes(module, saved)
         assert remains(module) == before
         assert module.twice is module.hidden
         assert module.record.names == ["a"]
@@ -88,26 +88,26 @@ def test_everything_is_as_it_was_and_can_be_again(through_a_file):
 
 def test_weights_are_none_of_it():
     module = Keeper()
-    saved = copy_own(module)
+    saved = copy_attributes(module)
     with torch.no_grad():
         module.layer.weight.add_(1)
     now = module.layer.weight.clone()
-    load_own(module, saved)
+    load_attributes(module, saved)
     assert torch.equal(module.layer.weight, now)
     assert module.tied[0] is module.layer.weight
     assert all(a is b for a, b in zip(module.gru._flat_weights, module.gru.parameters(), strict=True))
 
 
 def test_what_is_too_large_or_unregistered_is_left_out_and_named(monkeypatch):
-    monkeypatch.setattr(own_state, "MOST_BYTES", 100)
+    monkeypatch.setattr(own_state, "MAX_BYTES", 100)
     module = nn.Linear(1, 1)
     module.long, module.wide, module.small = list(range(1001)), torch.zeros(26), torch.zeros(25)
     module.side = [nn.Linear(1, 1)]
-    saved = copy_own(module)
+    saved = copy_attributes(module)
     assert saved.left_out == ("long", "wide", "side[0]")
     module.long.append(1)
     module.small.add_(1)
-    load_own(module, saved)
+    load_attributes(module, saved)
     assert len(module.long) == 1002
     assert module.small.sum() == 0
 
@@ -115,7 +115,7 @@ def test_what_is_too_large_or_unregistered_is_left_out_and_named(monkeypatch):
 def test_no_random_number_is_drawn_and_the_module_is_left_alone():
     module = Keeper()
     before = remains(module), torch.get_rng_state()
-    copy_own(module)
+    copy_attributes(module)
     assert remains(module) == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
 
@@ -123,7 +123,7 @@ def test_no_random_number_is_drawn_and_the_module_is_left_alone():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_shapes_of_users_come_back(shape):
     module = shape()
-    saved = copy_own(module)
+    saved = copy_attributes(module)
     twin = copy.deepcopy(remains(module))
-    load_own(module, saved)
+    load_attributes(module, saved)
     assert remains(module) == twin

@@ -54,7 +54,8 @@ def fit(root, callbacks, optimizer, schedule, **options):
     ckpt_path = options.pop("ckpt_path", None)
     torch.manual_seed(0)
     trainer = Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=callbacks, default_root_dir=root, enable_progress_bar=False, enable_model_summary=False, **options,
+        accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=callbacks, default_root_dir=root,
+        enable_progress_bar=False, enable_model_summary=False, **options,
     )  # fmt: skip
     trainer.fit(Net(optimizer, schedule), DataLoader(digits(160), batch_size=16), ckpt_path=ckpt_path)
     return trainer

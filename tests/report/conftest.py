@@ -117,7 +117,8 @@ RESTART = Verdict(
     probability=0.91,
     episodes=(1, 2),
     confirmed=True,
-    summary="The learning rate came back up from 0.001 to 0.1 at step 400, a factor of 100, one step before the loss rose from 0.18 to 4.0.",
+    summary="The learning rate came back up from 0.001 to 0.1 at step 400, a factor of 100, "
+    "one step before the loss rose from 0.18 to 4.0.",
     evidence=(
         Evidence(
             signal="lr-AdamW", step=400, observed=0.1, expected=0.001, weight=3.1,
@@ -131,10 +132,13 @@ RESTART = Verdict(
             signal="batch/input/max_abs", step=400, observed=3.0, expected=2.9, weight=-0.4,
             text="The batch at the onset is like its neighbours.",
         ),
-        Evidence(signal="grad_norm", step=None, observed=None, expected=None, weight=0.1, text="No layer leads the growth of the gradients."),
+        Evidence(
+            signal="grad_norm", step=None, observed=None, expected=None, weight=0.1,
+            text="No layer leads the growth of the gradients.",
+        ),
     ),
     fixes=(
-        "Lower the peak of the restarts: CosineAnnealingWarmRestarts starts again at lr=0.1; up to 0.004 was borne in this run.",
+        "Lower the peak of the restarts from lr=0.1; up to 0.004 did no harm in this run.",
         "Or warm up again after each restart, over about 40 steps.",
     ),
 )  # fmt: skip
@@ -142,10 +146,13 @@ RESTART = Verdict(
 OTHERS = (
     Verdict(
         cause="gradient_explosion", family=Family.GRADIENT, probability=0.05, episodes=(2,), confirmed=False,
-        summary="The gradient norm grew 30-fold over the episode and was not clipped; a symptom where the learning rate jumped before it.",
+        summary="The gradient norm grew 30-fold over the episode and was not clipped; "
+    "a symptom where the learning rate jumped before it.",
         fixes=("Clip: Trainer(gradient_clip_val=1.4).",),
     ),
-    Verdict(cause="bad_batch", family=Family.DATA, probability=0.01, episodes=(1,), summary="Sample 17 has a high loss."),
+    Verdict(
+        cause="bad_batch", family=Family.DATA, probability=0.01, episodes=(1,), summary="Sample 17 has a high loss."
+    ),
 )  # fmt: skip
 
 DIAGNOSIS = Diagnosis(per_episode={1: (RESTART,), 2: (RESTART, OTHERS[0])}, overall=(RESTART, *OTHERS))

@@ -127,7 +127,8 @@ def test_what_the_losses_do_not_show_the_pulls_do():
 
 
 def test_healthy_batches_seldom_have_a_name_in_them():
-    """At a false discovery rate of 5 % for losses and for pulls, and of 2 % for each of two statistics of the values."""
+    """At a false discovery rate of 5 % for losses and for pulls, and of 2 % for each of two statistics of the
+    values."""
     rng = np.random.default_rng(5)
     usual = [values((images(seed), classes())) for seed in range(200, 220)]
     named = 0

@@ -25,7 +25,8 @@ class Trace(Callback):
 
 
 class Lab(Callback):
-    """Runs the last batches again after every batch, as they come, with other weights, and with a failure at the end."""
+    """Runs the last batches again after every batch, as they come, with other weights, and with a failure at the
+    end."""
 
     def __init__(self):
         self.runs = 0
@@ -88,7 +89,8 @@ def remains(obj):
 
 
 def generators():
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), np.random.get_state()[1].tobytes()  # noqa: NPY002
+    legacy = np.random.get_state()[1].tobytes()  # noqa: NPY002
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), legacy
 
 
 @pytest.mark.parametrize("shape", SHAPES)

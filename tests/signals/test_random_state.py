@@ -7,7 +7,8 @@ from lightning_spike.signals.random_state import RandomState
 
 
 def draw() -> tuple[float, float, float, list[float]]:
-    python, gauss, legacy = random.random(), random.gauss(), np.random.standard_normal()  # noqa: S311, NPY002 - the global generators are meant
+    # the global generators are meant
+    python, gauss, legacy = random.random(), random.gauss(), np.random.standard_normal()  # noqa: S311, NPY002
     return python, gauss, float(legacy), torch.rand(3).tolist()
 
 

@@ -1,4 +1,5 @@
-"""Tiny trainings that faults are put into, and everything about every batch written down by a callback that knows nothing of faults."""
+"""Tiny trainings that faults are put into, and everything about every batch written down by a callback that knows
+nothing of faults."""
 
 import copy
 import dataclasses

@@ -279,8 +279,10 @@ def test_a_restart_is_a_factor_on_the_rate_that_the_module_trains_at_and_not_on_
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
             rates.append(optimizer.param_groups[0]["lr"])
 
-    run = Trainer(max_steps=BATCHES, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                  enable_model_summary=False, callbacks=[WarmRestarts(at=AT, strength=10.0), Rates()])  # fmt: skip
+    run = Trainer(
+        max_steps=BATCHES, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[WarmRestarts(at=AT, strength=10.0), Rates()],
+    )  # fmt: skip
     items = Items("tuple")
     run.fit(WarmsUp(), torch.utils.data.DataLoader(items, 4, collate_fn=collate(items)))
     assert rates[0] == pytest.approx(0.05, rel=0.4)

@@ -1,4 +1,5 @@
-"""Over a resume: faults go on counting, and the faults of the resume itself take out of the checkpoint what they say."""
+"""Over a resume: faults go on counting, and the faults of the resume itself take out of the checkpoint what they
+say."""
 
 import pytest
 import torch

@@ -89,7 +89,8 @@ def test_a_datamodules_own_hook_comes_first():
 
 @pytest.mark.parametrize("last", [True, False])
 def test_with_the_suite_the_suite_sees_it_and_the_run_is_the_same(tmp_path, last):
-    """Losses, batches and weights with the fault are the same with and without the suite, wherever the fault stands in the list."""
+    """Losses, batches and weights with the fault are the same with and without the suite, wherever the fault stands in
+    the list."""
     watchers = suite(dirpath=tmp_path)
     fault = ExtremeValues.strong(at=AT)
     callbacks = [*watchers, fault] if last else [fault, *watchers]
@@ -102,7 +103,8 @@ def test_with_the_suite_the_suite_sees_it_and_the_run_is_the_same(tmp_path, last
 
 
 class RunsAgain(Callback):
-    """A lab: runs the step of a batch again when it has ended, and the module's own loss on the same weights beside it."""
+    """A lab: runs the step of a batch again when it has ended, and the module's own loss on the same weights beside
+    it."""
 
     def __init__(self):
         self.ratios = []

@@ -66,7 +66,8 @@ def test_units_that_were_alive_when_the_loss_had_risen_went_flat_of_something_el
 
 
 def with_sizes(run, then, later):
-    """Root mean squares of the flat layer and of the one behind it: 1 and 2 before, so many times as large at the first look after the onset, and later."""
+    """Root mean squares of the flat layer and of the one behind it: 1 and 2 before, so many times as large at the first
+    look after the onset, and later."""
     times = {203: then, 250: later, 300: later, 350: later}
     rows = {o: [1.0, 1.0 * times.get(o, (1.0, 1.0))[0], 2.0 * times.get(o, (1.0, 1.0))[1]] for o in range(0, 400, 50)}
     rows[203] = [1.0, then[0], 2.0 * then[1]]

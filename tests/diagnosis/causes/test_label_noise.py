@@ -120,7 +120,8 @@ def test_signals_that_are_missing_or_not_finite_are_borne(bad):
 @pytest.mark.parametrize("cause", ["label_noise", "bad_batch"])
 @pytest.mark.parametrize(("far", "speaks"), [(3.4, False), (6.0, True)])
 def test_a_lone_batch_no_higher_than_the_highest_of_so_many_is_chance(cause, far, speaks):
-    """With 300 batches before it, of which the highest lies sqrt(2 ln 300) = 3.4 standard deviations above the others."""
+    """With 300 batches before it, of which the highest lies sqrt(2 ln 300) = 3.4 standard deviations above the
+    others."""
     run = Run(0)
     run.loss[300] *= 3.0
     run.episodes = [an_episode(300, 300, 300, height=run.loss[300], before=0.35)]

@@ -11,7 +11,8 @@ from lightning_spike.records import Change, Finding
 
 STATE = {"optimizer": "AdamW", "what": ["exp_avg_sq"], "saved": 3.5, "restored": 0.0, "text": "exp_avg_sq is gone."}
 SCHEDULE = {
-    "optimizer": "AdamW", "what": ["schedule"], "saved": 500, "restored": 0, "rate_saved": 0.00123, "rate_restored": 0.01,
+    "optimizer": "AdamW", "what": ["schedule"], "saved": 500, "restored": 0, "rate_saved": 0.00123,
+    "rate_restored": 0.01,
     "text": "It begins again.",
 }  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""Weights that a decay of the wrong sign scales up, against steps that are too long, growth that came after, and nothing at all."""
+"""Weights that a decay of the wrong sign scales up, against steps that are too long, growth that came after, and
+nothing at all."""
 
 import dataclasses
 import math

@@ -29,7 +29,8 @@ def test_no_more_than_there_are(count):
 
 
 def test_those_that_are_chosen_know_the_mean_rise_to_a_tenth():
-    """Of many draws at a scatter that two can tell, the two are within a tenth of the mean, give or take, in two of three cases, as a standard error promises."""
+    """Of many draws at a scatter that two can tell, the two are within a tenth of the mean, give or take, in two of
+    three cases, as a standard error promises."""
     rng = np.random.default_rng(0)
     draws = rng.normal(1.0, 0.12, (400, 8))
     means = [row[: len(control_sample_size(EIGHT, row))].mean() for row in draws]

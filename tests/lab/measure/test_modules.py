@@ -17,7 +17,8 @@ from lightning_spike.sandbox.isolation import isolated
 class Deep(Plain):
     def make(self):
         return nn.Sequential(
-            nn.Linear(FEATURES, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Sigmoid(), nn.Linear(8, CLASSES)
+            nn.Linear(FEATURES, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Sigmoid(),
+            nn.Linear(8, CLASSES),
         )  # fmt: skip
 
 
@@ -45,7 +46,8 @@ def test_they_are_what_the_layers_give_by_hand():
     assert found["net.3"].saturated == pytest.approx((tanh.abs() > 0.99).float().mean().item())
     assert found["net.2"].saturated is None
     parameters = dict(module.net.named_parameters())
-    loss = lambda p: functional.cross_entropy(torch.func.functional_call(module.net, p, (x,)), y)  # noqa: E731 - as torch.func takes it
+    # as torch.func takes it
+    loss = lambda p: functional.cross_entropy(torch.func.functional_call(module.net, p, (x,)), y)  # noqa: E731
     gradients = torch.func.grad(loss)(parameters)
     for k in (0, 2, 4, 6):
         norm = math.hypot(gradients[f"{k}.weight"].norm().item(), gradients[f"{k}.bias"].norm().item())

@@ -37,7 +37,8 @@ class OneCycle(Digits):
 
 
 class Gru(Digits):
-    """The rows of an image as a sequence, with dropout between the layers, and a hidden state that is carried from batch to batch."""
+    """The rows of an image as a sequence, with dropout between the layers, and a hidden state that is carried from
+    batch to batch."""
 
     def __init__(self):
         super().__init__(0.01)
@@ -52,7 +53,8 @@ class Gru(Digits):
 
 
 class Gan(LightningModule):
-    """Two optimizers, toggled by turns, a schedule stepped by hand in the middle, gradients of two batches summed by hand in one of them."""
+    """Two optimizers, toggled by turns, a schedule stepped by hand in the middle, gradients of two batches summed by
+    hand in one of them."""
 
     def __init__(self):
         super().__init__()
@@ -107,7 +109,8 @@ class ReturnsItsLoss(Digits):
 
 
 class Teacher(Digits):
-    """A slow copy of the weights that follows in a hook, a counter in another, a loss that depends on both, and a metric."""
+    """A slow copy of the weights that follows in a hook, a counter in another, a loss that depends on both, and a
+    metric."""
 
     def __init__(self):
         super().__init__()

@@ -18,7 +18,8 @@ def second_moment(then, squares):
 
 
 def updates_replayed(*, squares, m=(0.0, 0.0)):
-    """A dozen updates; the second moment has stood at 1 for long, and then the gradients were of these squared sizes."""
+    """A dozen updates; the second moment has stood at 1 for long, and then the gradients were of these squared
+    sizes."""
     filled = 1 - BETA**OLD
     first = adam_state(OLD, v=filled, m=m[0])
     last = adam_state(OLD + STEPS, v=second_moment(filled, squares), m=m[1])
