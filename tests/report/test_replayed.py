@@ -29,7 +29,7 @@ def scene(**fields):
 
 
 SPLIT = Split(
-    jump=math.inf, data_effect=math.inf, weights_effect=0.0, interaction_effect=0.0, computation_effect=0.0,
+    jump=10.0, data_effect=9.9, weights_effect=0.0, interaction_effect=0.0, computation_effect=0.0,
     weights_error=0.01, excess=math.inf, noise=0.05, controls=8, batch_loss=(math.nan, math.nan),
     control_loss=(0.3, 0.3),
 )  # fmt: skip
@@ -110,7 +110,7 @@ def test_the_file_is_strict_json_with_all_experiments(tmp_path):
     assert content["notes"] == ["A note."]
     assert (told["path"], told["episode"], told["examined"]) == ("scenes/episode_0003", 3, True)
     assert told["onset"] == {"ordinal": 84, "step": 42, "epoch": 2, "batch_idx": 20}
-    assert told["experiments"]["split"]["jump"] is None
-    assert content["nonfinite"]["/scenes/0/experiments/split/jump"] == "Infinity"
+    assert told["experiments"]["split"]["excess"] is None
+    assert content["nonfinite"]["/scenes/0/experiments/split/excess"] == "Infinity"
     assert repr(from_plain(Experiments, with_nonfinite(content)["scenes"][0]["experiments"])) == repr(WHOLE.experiments)
     assert told["sentences"] == list(sentences.about(WHOLE.experiments))
