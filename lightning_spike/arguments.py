@@ -1,7 +1,4 @@
-"""Checks of what a user hands to a constructor.
-
-Each returns the value, or says what was expected, what was given and what to do.
-"""
+"""Checks of constructor arguments: each returns the value, or raises an error that says what to do."""
 
 import math
 from pathlib import Path
@@ -10,10 +7,10 @@ from lightning_spike.errors import ConfigurationError
 
 
 def whole_number(name: str, value: object, *, at_least: int, do: str) -> int:
-    """A whole number of at least `at_least`; a float, a string or a boolean is refused.
+    """Returns a whole number of at least `at_least`.
 
     Raises:
-        ConfigurationError: It is not one.
+        ConfigurationError: The value is smaller, or a float, string or boolean.
     """
     if isinstance(value, int) and not isinstance(value, bool) and value >= at_least:
         return value
@@ -29,10 +26,10 @@ def number(
     at_least: float = -math.inf,
     at_most: float = math.inf,
 ) -> float:
-    """A finite number above `above`, of at least `at_least` and at most `at_most`; a string or a boolean is refused.
+    """Returns a finite number above `above`, of at least `at_least` and at most `at_most`.
 
     Raises:
-        ConfigurationError: It is not one.
+        ConfigurationError: The value is out of range, not finite, or a string or boolean.
     """
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):  # noqa: SIM102 - mypy
         if above < value and at_least <= value <= at_most:
@@ -43,10 +40,10 @@ def number(
 
 
 def switch(name: str, value: object, *, do: str) -> bool:
-    """True or False, and nothing that merely counts as one of them.
+    """Returns True or False.
 
     Raises:
-        ConfigurationError: It is neither.
+        ConfigurationError: The value is not a boolean.
     """
     if isinstance(value, bool):
         return value
@@ -54,10 +51,10 @@ def switch(name: str, value: object, *, do: str) -> bool:
 
 
 def directory(name: str, value: object) -> Path | None:
-    """A folder that files may be put into, made when the first one is; `None` for the default place.
+    """Returns the path of an output folder, which need not exist; `None` for the default one.
 
     Raises:
-        ConfigurationError: It is no path, or something that is no folder stands there.
+        ConfigurationError: The value is no path, or a file has that name.
     """
     if value is None:
         return None
@@ -74,10 +71,10 @@ def directory(name: str, value: object) -> Path | None:
 
 
 def batch_path(name: str, value: object) -> str | None:
-    """Where something is in a batch, keys and positions joined by dots; `None` for what the convention says.
+    """Returns a path in a batch, keys and positions joined by dots; `None` for the default.
 
     Raises:
-        ConfigurationError: It is neither.
+        ConfigurationError: The value is neither a string nor None.
     """
     if value is None or (isinstance(value, str) and value):
         return value

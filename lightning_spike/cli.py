@@ -68,7 +68,7 @@ class SpikeCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        """Let the options of `suite()` reach the callbacks that they are about."""
+        """Applies the options of `suite()` to its callbacks."""
         config = self._given()
         spike = config["spike"]
         for key in map(_key, _kinds()):
@@ -85,7 +85,7 @@ class SpikeCLI(LightningCLI):
         return super().instantiate_trainer(callbacks=callbacks + self._suite_beside(callbacks), **kwargs)
 
     def _suite_beside(self, callbacks: Sequence[Callback]) -> list[Callback]:
-        """The suite's callbacks, but for those whose class is there already."""
+        """The suite's callbacks without those whose class is given already."""
         spike = self._get(self.config_init, "spike")
         wanted = {type(c) for c in suite(rollback=spike["rollback"], replay=spike["replay"])}
         return [
@@ -95,17 +95,17 @@ class SpikeCLI(LightningCLI):
         ]
 
     def _given(self) -> Any:
-        """The settings as parsed, of the subcommand where there is one."""
+        """The parsed settings, of the subcommand if there is one."""
         return self.config if self.subcommand is None else self.config[self.subcommand]
 
 
 def _kinds() -> list[type[Callback]]:
-    """Every class that the suite can hold."""
+    """All classes of the suite."""
     return [type(callback) for callback in suite(rollback=True, replay=True)]
 
 
 def _key(kind: type[Callback]) -> str:
-    """Where a callback's settings stand: its class name in snake case, `LRPeakDetector` as `lr_peak_detector`."""
+    """A callback's key in the config: its class name in snake case, such as `lr_peak_detector`."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", kind.__name__).lower()
 
 
@@ -113,15 +113,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the console script `lightning-spike`.
 
     Args:
-        arguments: What stands behind the command; by default that of this process.
+        arguments: The arguments of the command; by default those of this process.
 
     Returns:
-        The exit status: 0 where all went well, 1 where a demo's report does not put the right cause first, a package is
-        missing, a report cannot be read, or no scene could be run again, 2 where there is nothing to replay or the
-        config is not that of the run.
+        The exit status. 1: a demo's report has another first cause, a package is missing, a report cannot be read, or
+        no scene could be replayed. 2: there are no scenes, or the config is not the run's. 0: none of these.
 
     Raises:
-        SystemExit: With status 2, for arguments that are none.
+        SystemExit: With status 2, for invalid arguments.
     """
     parser = _parser()
     given, more = parser.parse_known_args(arguments)
@@ -156,7 +155,7 @@ def _replay(given: argparse.Namespace, overrides: Sequence[str]) -> int:
 def _examined(
     scenes: Sequence[Path], configs: Sequence[Path], overrides: Sequence[str], cli: str | None
 ) -> ReplayReport:
-    """Build the run anew from its config, and examine its scenes in it."""
+    """Builds the run's objects from its config and examines its scenes."""
     examiner, makers = Examiner(scenes), Makers.of(scenes[0], configs)
     base = SpikeCLI if cli is None else find_class(":".join(cli.replace(":", ".").rsplit(".", 1)))
     kind = type("Replay", (ReplayingCLI, base), {})
@@ -172,13 +171,13 @@ def _examined(
             )
     except SpikeError:
         raise
-    except Exception as error:  # what the user's module, data or trainer have against the config
+    except Exception as error:  # from the user's module, data or trainer
         raise cannot_make(type(error).__name__, error) from error
     file = scenes[0].parent.parent / "replay.json"
     report = examiner.report(configs, file)
     try:
         write_replay(report, file)
-    except OSError as error:  # a folder that is not ours to write to: what was found is printed all the same
+    except OSError as error:  # a read-only folder: the report is printed anyway
         note = f"replay.json could not be written: {error}"
         return dataclasses.replace(report, file=None, notes=(*report.notes, note))
     return report
@@ -186,7 +185,7 @@ def _examined(
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what Lightning says about a training that is none."""
+    """Silences Lightning's messages about a training without batches."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
@@ -216,17 +215,19 @@ def _parser() -> argparse.ArgumentParser:
     listed = "\n".join(f"  {demo.name:<16} {demo.title}" for demo in DEMOS)
     demo = commands.add_parser(
         "demo",
-        help="train on real data, see it go wrong, and read why",
-        description=f"Real trainings that go wrong, each with its report:\n{listed}",
+        help="train small models with a known fault and print their reports",
+        description=f"Trainings with a known fault, each with its report:\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = [demo.name for demo in DEMOS]
-    demo.add_argument("names", nargs="*", metavar="name", choices=[*names, []], help="which of them; all by default")
+    demo.add_argument(
+        "names", nargs="*", metavar="name", choices=[*names, []], help="names of the demos (default: all)"
+    )
     demo.add_argument("--out", type=Path, default=Path("runs"), help="folder for the reports (default: runs)")
     report = commands.add_parser(
         "report",
         help="print a run's report again",
-        description="Print the report again that a run printed when it ended, from the files that it wrote.",
+        description="Print the report of a finished run again, from its files.",
     )
     report.add_argument(
         "run_dir", type=Path, metavar="RUN_DIR", help="the run's dirpath, the folder above its spike/, or a report.json"
@@ -234,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--rank-again",
         action="store_true",
-        help="rank the causes again with this version's knowledge, from report.json and signals/",
+        help="rank the causes again with this version, from report.json and signals/",
     )
     _add_replay(commands)
     return parser
@@ -243,11 +244,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add_replay(commands: Any) -> None:
     replay = commands.add_parser(
         "replay",
-        help="examine a run's episodes after the fact",
+        help="examine the episodes of a finished run",
         description=(
-            "Run the moment of each episode again, from the scenes that the run wrote, and say what made the loss jump. Further arguments are those of the training's "
-            "own command line and change its config: --trainer.accelerator=gpu. On the CPU unless that is given. Exit status: 0 where something was examined, "
-            "1 where nothing could be run again, 2 where there is nothing to replay or the config is not that of the run."
+            "Replay each episode from the scenes of a run and report why the loss jumped. Further arguments override "
+            "the training's config, such as --trainer.accelerator=gpu; the default is the CPU. Exit status: 0 if an "
+            "episode was examined, 1 if none could be replayed, 2 for no scenes or the config of another run."
         ),
         allow_abbrev=False,
     )
@@ -258,11 +259,11 @@ def _add_replay(commands: Any) -> None:
         "--config",
         type=Path,
         action="append",
-        help="the config that the run was started with, as often as there are files; by default the config.yaml in RUN_DIR or above it",
+        help="the run's config, repeated for several files (default: the config.yaml in RUN_DIR or above it)",
     )
-    replay.add_argument("--episode", type=int, help="only this one; by default all that have a scene")
+    replay.add_argument("--episode", type=int, help="number of the episode (default: all with a scene)")
     replay.add_argument(
-        "--cli", help="import path of your own LightningCLI class, where it adds arguments or links to the config"
+        "--cli", help="import path of your own LightningCLI class, if it adds arguments or links to the config"
     )
 
 

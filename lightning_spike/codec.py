@@ -1,9 +1,8 @@
-"""Frozen records to plain data and back: the one way in which records reach a file.
+"""Turns frozen records into plain data and back; all records in files go through this module.
 
-`to_plain` makes dicts, lists, strings and numbers of a record; `from_plain` makes the record again by the types of its
-fields. Fields that a file lacks take their
-defaults and keys that a record lacks are passed over, so files of older and newer versions are read alike. Nothing in a
-file names a class: only the given type is built.
+`to_plain` turns a record into dicts, lists, strings and numbers; `from_plain` builds the record from them by the types
+of its fields. Fields that a file lacks take their defaults, and unknown keys are ignored, so files of older and newer
+versions can be read. A file names no class: only the given type is built.
 """
 
 import dataclasses
@@ -30,7 +29,7 @@ def to_plain(record: object) -> Any:
 
 
 def from_plain(kind: type[T], content: object) -> T:
-    """The record of this type that `to_plain` made the content of.
+    """A record of this type from the output of `to_plain`.
 
     Raises:
         ValueError: The content does not fit the type; the message says where, what was expected and what was found.
@@ -45,16 +44,12 @@ def _build(kind: Any, content: object, where: str) -> Any:
         return content
     if origin in {typing.Union, types.UnionType}:
         return _build_union(kind, content, where)
-    if origin is typing.Literal:
-        return _expect(content in typing.get_args(kind), kind, content, where)
     if origin is tuple:
         return _build_tuple(typing.get_args(kind), content, where)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         _expect(isinstance(content, Mapping), kind, content, where)
         return types.MappingProxyType(dict(typing.cast("Mapping[str, Any]", content)))
-    if dataclasses.is_dataclass(kind):
-        return _build_record(kind, content, where)
-    return _build_plain(kind, content, where)
+    return _build_record(kind, content, where) if dataclasses.is_dataclass(kind) else _build_plain(kind, content, where)
 
 
 def _build_union(kind: Any, content: object, where: str) -> Any:
@@ -93,10 +88,12 @@ def _build_record(kind: Any, content: object, where: str) -> Any:
 
 
 def _build_plain(kind: Any, content: object, where: str) -> Any:
+    if typing.get_origin(kind) is typing.Literal:
+        return _expect(content in typing.get_args(kind), kind, content, where)
     if isinstance(kind, type) and issubclass(kind, Enum):
         return _expect_enum(kind, content, where)
     if kind is float:
-        if content is None:  # strict JSON has no NaN: null stands for a number that is not finite
+        if content is None:  # strict JSON has no NaN: it is null there
             return math.nan
         is_number = isinstance(content, int | float) and not isinstance(content, bool)
         return float(typing.cast("float", _expect(is_number, kind, content, where)))

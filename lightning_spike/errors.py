@@ -2,12 +2,14 @@
 
 ```
 SpikeError
-├── ConfigurationError(ValueError)   an argument or a combination of callbacks makes no sense; raised at construction or
-in `setup` ├── MissingExtraError(ImportError)   an optional package is needed for what was asked └──
-UnreadableReportError            a report.json that is not ours, or of another schema ```
+├── ConfigurationError(ValueError)   an unusable argument or combination, raised at construction or in `setup`
+├── MissingExtraError(ImportError)   an optional package is missing
+├── UnreadableReportError            no report.json, or one of another schema
+└── CannotReplay                     a moment cannot be replayed; stays inside the lab
+    └── OnsetGone                    the onset is no longer recorded
+```
 
-Nothing here is raised from inside a running training: there an error of ours switches the part off and is named in the
-report.
+None of them is raised inside a running training: there a failing part is switched off and named in the report.
 """
 
 
@@ -16,17 +18,17 @@ class SpikeError(Exception):
 
 
 class ConfigurationError(SpikeError, ValueError):
-    """An argument is not usable; the message says what was expected, what was given and what to do."""
+    """An unusable argument; the message says what was expected, what was given and what to do."""
 
     @classmethod
     def of(cls, name: str, *, expected: str, given: object, do: str) -> "ConfigurationError":
-        """Build the message in its one form.
+        """Returns the error with its standard message.
 
         Args:
             name: The argument, as the user writes it: ``"AnomalyRollback(max_rollbacks)"``.
-            expected: What would have been accepted, in words.
-            given: What came instead; its ``repr`` is shown, cut at 80 characters.
-            do: What to change.
+            expected: The accepted values, in words.
+            given: The given value; its ``repr`` is shown, cut at 80 characters.
+            do: The change to make.
         """
         shown = repr(given)
         if len(shown) > 80:  # noqa: PLR2004 - one terminal line
@@ -35,26 +37,24 @@ class ConfigurationError(SpikeError, ValueError):
 
 
 class MissingExtraError(SpikeError, ImportError):
-    """An optional package is not installed; the message names the extra that brings it."""
+    """A missing optional package; the message names the extra to install."""
 
     @classmethod
     def of(cls, what: str, *, extra: str, package: str) -> "MissingExtraError":
-        """Say what needs which package, and the command that installs it."""
+        """Returns the error with the missing package and the command that installs it."""
         return cls(f"{what} needs the package {package!r}. Install it with: pip install 'lightning-spike[{extra}]'")
 
 
 class UnreadableReportError(SpikeError):
-    """A file that should hold a report does not, or holds one of a schema this version cannot read."""
+    """A file without a report, or with one of another schema version."""
 
 
-class CannotReplay(SpikeError):  # noqa: N818 - it is an answer more than an error: who asks turns it into a finding
-    """The moment cannot be run again in a way that leaves no trace, or not with the same numbers.
+class CannotReplay(SpikeError):  # noqa: N818 - callers turn it into a result
+    """The moment cannot be replayed without a trace, or not with the same numbers; the message is the reason.
 
-    The message says why, for a person.
-
-    Raised inside the lab only. Callers turn it into a finding of kind "not_run"; it never reaches the training.
+    It is raised inside the lab only. Callers turn it into a result that was "not_run"; it never reaches the training.
     """
 
 
 class OnsetGone(CannotReplay):
-    """The beginning of the trouble is out of reach, while the present can still be looked into."""
+    """The onset is no longer recorded; tests at the current weights are still possible."""

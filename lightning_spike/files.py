@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, however the process ends in the middle of writing."""
+"""Writes files and folders atomically, even if the process ends while writing."""
 
 import contextlib
 import os
@@ -10,11 +10,11 @@ from typing import BinaryIO
 
 
 def write_whole(path: Path, content: str | bytes) -> Path:
-    """Write one file whole or not at all, and wait until it is on the disk.
+    """Writes one file atomically and waits until it is on the disk.
 
     Args:
-        path: Where to; its folder is made where missing, a file already there is replaced in one step.
-        content: What to write; text is written as UTF-8 with its line ends as they are.
+        path: Path of the file; its folder is made if missing, and an existing file is replaced in one step.
+        content: Content of the file; text is written as UTF-8 with its line ends unchanged.
 
     Returns:
         `path`.
@@ -29,10 +29,10 @@ def write_whole(path: Path, content: str | bytes) -> Path:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A handle to write to, whose content appears under `path` when the block ends well, and never where it raises.
+    """Yields a handle whose content appears under `path` when the block ends, and not if it raises.
 
-    The bytes go to a hidden file in the same folder (a rename is atomic only inside one file system), are synced to the
-    disk, and then renamed. A process that is killed on the way leaves only that hidden file (`.<name>.<random>.tmp`).
+    The bytes are written to a hidden file in the same folder, synced to the disk, and renamed: a rename is atomic
+    inside one file system only. A killed process leaves only that file (`.<name>.<random>.tmp`).
 
     Raises:
         OSError: It could not be written; what was there before is untouched.
@@ -53,10 +53,10 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """An empty folder to write into, which appears under `path` when the block ends well, and never where it raises.
+    """Yields an empty folder that appears under `path` when the block ends, and not if it raises.
 
-    A folder already at `path` is replaced as a whole: moved aside, and removed once the new one stands in its place, so
-    that a reader finds the old one, the new one or none, never a mixture. The files in it are synced to the disk here.
+    An existing folder at `path` is replaced as a whole: moved aside, and removed after the rename. A reader finds the
+    old one, the new one or none, never a mixture. The files are synced to the disk.
 
     Raises:
         OSError: It could not be written.
@@ -77,7 +77,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def _put_in_place(folder: Path, path: Path) -> None:
-    if not path.is_dir():  # a plain file in the way makes `rename` raise, as it should: it is not ours to remove
+    if not path.is_dir():  # an existing plain file makes `rename` raise, as it should
         folder.rename(path)
         return
     old = path.rename(_hidden_neighbour(path))
@@ -86,7 +86,7 @@ def _put_in_place(folder: Path, path: Path) -> None:
 
 
 def _hidden_neighbour(path: Path) -> Path:
-    # `secrets` asks the system: the random state of a training run is not ours to move.
+    # `secrets` uses the system's randomness and leaves the training's random state unchanged.
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
@@ -96,7 +96,7 @@ def _sync_file(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Make a rename in this folder outlive a power cut; only POSIX can open a folder."""
+    """Syncs a rename in this folder to the disk; only POSIX can open a folder."""
     if os.name != "posix":
         return
     descriptor = os.open(path, os.O_RDONLY)

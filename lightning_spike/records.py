@@ -1,4 +1,4 @@
-"""What one part hands to the next: frozen records of plain numbers and strings, no torch, no Lightning.
+"""The records that the parts exchange: frozen, of plain numbers and strings, without torch and Lightning.
 
 In the order in which they come to be: a training batch becomes a `StepRow`, a validation a `ValidationPoint`; detectors
 turn rows into `Episode`s and `Finding`s; actions leave an `Action`; the diagnosis ranks `Verdict`s, each with its
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class EpisodeKind(StrEnum):
-    """The shapes of trouble that are told apart; the values are those of report.json."""
+    """The shapes of an episode; the values are those of report.json."""
 
     SPIKE = "spike"
     DIVERGENCE = "divergence"
@@ -47,7 +47,7 @@ class Family(StrEnum):
 
 
 class RunStatus(StrEnum):
-    """How a run ended; the values are those of report.json."""
+    """Status of a run; the values are those of report.json."""
 
     RUNNING = "running"
     FINISHED = "finished"
@@ -71,7 +71,7 @@ def whole_numbers(value: object) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
-    """Where in the run a batch stands."""
+    """The position of a batch in the run."""
 
     ordinal: int
     """Batches begun in this run before this one, over all epochs: 0, 1, 2, … The axis of every recorded series."""
@@ -123,7 +123,7 @@ class ValidationPoint:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Episode:
-    """A stretch of the run in which the loss was not as it should be."""
+    """A range of batches with abnormal loss."""
 
     id: int
     """1, 2, 3, … in order of onset, unique in the run."""
@@ -131,7 +131,7 @@ class Episode:
     onset: Moment
     """The first abnormal batch: dated back, not the batch at which it was noticed."""
     noticed: Moment
-    """The batch at which the detector became sure."""
+    """The batch at which it was detected."""
     peak: Moment
     end: Moment | None = None
     """The last abnormal batch; `None` while the loss has not come back."""
@@ -145,17 +145,17 @@ class Episode:
     period: int | None = None
     """Batches between the members of the family of like episodes that this one belongs to, `None` for a single one."""
     severity: float = 0.0
-    """How far outside the usual noise the peak is, in robust standard deviations, at most 99."""
+    """Distance of the peak from the usual noise, in robust standard deviations, at most 99."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """Something that a detector other than the episode detector saw."""
+    """One observation of a detector or of the lab."""
 
     detector: str
     """The detector's name: `"learning_rate"`, `"overfit"`, …"""
     kind: str
-    """What was seen, in the detector's own words: `"restart"`, `"unexplained_jump"`, …"""
+    """The detector's name of the observation: `"restart"`, `"unexplained_jump"`, …"""
     at: Moment
     detail: Mapping[str, Any] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
     """JSON-able facts; each detector's docstring lists its keys."""
@@ -187,7 +187,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Action:
-    """Something that was done to the run, or written for it; as in report.json."""
+    """An action on the run or a file written for it; as in report.json."""
 
     action: str
     """`"rollback"`, `"dump"`, `"early_stop"`, `"skip"`, `"restore_best"`, `"replay"` or `"scene"`."""
@@ -201,7 +201,7 @@ class Action:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Disabled:
-    """A part of the suite that broke and was switched off, so that the training could go on."""
+    """A part of the suite that failed and was switched off."""
 
     part: str
     reason: str
@@ -277,12 +277,12 @@ class Evidence:
     observation: str = ""
     """Name of the observer that made it; its weight stands under it in `diagnosis/weights.json`."""
     level: str = ""
-    """What the observer gave."""
+    """The level of the evidence."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """What the first fix of a verdict says, as a program can apply it: one setting and its new value.
+    """The first fix of a verdict as one setting and its new value, for a program.
 
     | setting | value |
     | --- | --- |
@@ -324,4 +324,4 @@ class Verdict:
     change: Change | None = None
     """The first fix, for a program; `None` where it cannot be put as one setting."""
     confirmed: bool | None = None
-    """By replay: true, false, or `None` where none was run."""
+    """The replay's result: true, false, or `None` without one."""

@@ -1,4 +1,4 @@
-"""After the run: its scenes are read from disk and examined, in a training that ends before its first batch."""
+"""Examines the scenes of a finished run, in a training that ends before its first batch."""
 
 import contextlib
 import dataclasses
@@ -25,16 +25,16 @@ from lightning_spike.lab.scene_files import find_scenes, read_manifest, read_sce
 from lightning_spike.report.replayed import Replayed, ReplayReport
 
 PLACES: Final = ("scenes", "spike/scenes")
-"""Where the scenes are in the recorder's `dirpath`, and in the folder above the default one."""
+"""Folder of the scenes, in the recorder's `dirpath` and in the folder above the default one."""
 CONFIGS: Final = ("config.yaml", "../config.yaml")
-"""Where LightningCLI wrote the config, from the log_dir and from the default `dirpath` in it."""
+"""Paths of LightningCLI's config, relative to the log_dir and to the default `dirpath` in it."""
 DEFAULTS: Final = (
     "--trainer.accelerator=cpu",
     "--trainer.devices=1",
     "--trainer.num_nodes=1",
     "--trainer.strategy=auto",
 )
-"""A single process, whatever the run was; what stands on the command line wins."""
+"""Default options: a single process on the CPU; the command line overrides them."""
 QUIET: Final = {
     "logger": False,
     "callbacks": None,
@@ -53,21 +53,20 @@ QUIET: Final = {
     "use_distributed_sampler": False,
     "max_time": None,
 }
-"""Settings of the trainer that have no part in a replay: it draws no data, writes nothing, and the callbacks of the run
-are not run again."""
-TOLD: Final = ("torch", "lightning", "lightning-spike")
-"""Packages whose version may change what comes out."""
+"""Trainer settings for a replay, which draws no data, writes nothing and runs no callbacks."""
+COMPARED_PACKAGES: Final = ("torch", "lightning", "lightning-spike")
+"""Packages whose version may change the result."""
 
 
 def scenes_of(run_dir: Path, episode: int | None = None) -> list[Path]:
-    """The scenes that a run wrote.
+    """Returns the scenes of a run.
 
     Args:
         run_dir: The recorder's `dirpath`, or the folder above it where that is called `spike`.
-        episode: Only that of this episode.
+        episode: Only the scene of this episode.
 
     Raises:
-        ConfigurationError: There is none, or none of this episode.
+        ConfigurationError: There is no scene, or none of this episode.
     """
     places = next((found for name in PLACES if (found := find_scenes(run_dir / name))), [])
     if not places:
@@ -75,7 +74,7 @@ def scenes_of(run_dir: Path, episode: int | None = None) -> list[Path]:
             "replay(RUN_DIR)",
             expected=f"a folder with scenes in {' or '.join(PLACES)}",
             given=str(run_dir),
-            do="A scene is written for every spike, divergence and non-finite loss, where SceneRecorder is among the callbacks.",
+            do="Add SceneRecorder to the callbacks: it writes a scene for every spike, divergence and non-finite loss.",
         )
     episodes = {read_manifest(place)["episode"]["id"]: place for place in places}
     if episode is None:
@@ -91,10 +90,10 @@ def scenes_of(run_dir: Path, episode: int | None = None) -> list[Path]:
 
 
 def find_config(run_dir: Path) -> Path:
-    """The config that LightningCLI wrote beside the run's files.
+    """Returns the config that LightningCLI wrote beside the run's files.
 
     Raises:
-        ConfigurationError: There is none.
+        ConfigurationError: There is no config.
     """
     found = next((run_dir / name for name in CONFIGS if (run_dir / name).is_file()), None)
     if found is None:
@@ -108,7 +107,7 @@ def find_config(run_dir: Path) -> Path:
 
 
 def cannot_make(what: str, said: object) -> ConfigurationError:
-    """That the run's objects cannot be made from the config, with what was said against it."""
+    """The error for a config from which the run's objects cannot be built."""
     return ConfigurationError.of(
         "replay(--config)",
         expected="a config that the run's module, data and trainer can be made from",
@@ -117,24 +116,21 @@ def cannot_make(what: str, said: object) -> ConfigurationError:
     )
 
 
-# -- the module, as the run had it
-# ---------------------------------------------------------------------------------------
+# -- the module, as the run had it -------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Makers:
-    """What the config of a run is made into objects with."""
+    """Classes for building the objects of a run from its config."""
 
     model: type[LightningModule] | None
-    """`None` where the config itself names the class."""
+    """`None` if the config names the class."""
     data: type[LightningDataModule] | None
     batches_per_epoch: int | None
 
     @classmethod
     def of(cls, scene: Path, configs: Sequence[Path]) -> "Makers":
-        """Those of the run that a scene is of.
-
-        Its classes are looked for in the working directory and beside the script that was run.
+        """Returns those of a scene's run, from the working directory or the folder of its script.
 
         Raises:
             CannotReplay: A class cannot be imported.
@@ -155,7 +151,7 @@ class Makers:
 
 
 def _named_in(configs: Sequence[Path]) -> set[str]:
-    """Which of `model` and `data` have their class in a config."""
+    """Those of `model` and `data` whose class a config names."""
     named = set()
     for path in configs:
         try:
@@ -170,7 +166,7 @@ def _named_in(configs: Sequence[Path]) -> set[str]:
 
 
 def _as_main(module: str) -> None:
-    """The classes of a script stand in its config as those of `__main__`, which is this program now."""
+    """Adds a script's classes to `__main__`, where its config has them."""
     main = sys.modules["__main__"]
     for name, value in vars(importlib.import_module(module)).items():
         if isinstance(value, type) and not hasattr(main, name):
@@ -179,7 +175,7 @@ def _as_main(module: str) -> None:
 
 @contextlib.contextmanager
 def _nothing_trains() -> Iterator[None]:
-    """A script that trains as soon as it is imported is stopped, and says why."""
+    """Makes a script raise if it trains on import."""
 
     def refuse(*_: object, **__: object) -> NoReturn:
         msg = 'the script trains as soon as it is imported: put its last lines under `if __name__ == "__main__":`'
@@ -196,12 +192,11 @@ def _nothing_trains() -> Iterator[None]:
             setattr(kind, name, original)
 
 
-# -- the training that ends before its first batch
-# -----------------------------------------------------------------------
+# -- the training that ends before its first batch ---------------------------------------------------------------------
 
 
 class _Examined(Exception):  # noqa: N818 - no error: the way out of a fit that has done what it was for
-    """All scenes were examined."""
+    """Ends the fit after all scenes were examined."""
 
 
 class Examiner(Callback):
@@ -214,7 +209,7 @@ class Examiner(Callback):
     def __init__(self, scenes: Sequence[Path]) -> None:
         self.scenes = tuple(scenes)
         self.replayed: list[Replayed] = []
-        """One for each scene, once they were examined."""
+        """The results, one per scene."""
         self.device = "cpu"
         self.notes: list[str] = []
 
@@ -228,20 +223,19 @@ class Examiner(Callback):
         raise _Examined
 
     def report(self, configs: Sequence[Path], file: Path | None = None) -> ReplayReport:
-        """What was found."""
+        """Returns the results."""
         notes = tuple(dict.fromkeys(self.notes))
         return ReplayReport(scenes=self.replayed, device=self.device, configs=configs, notes=notes, file=file)
 
     def _note_differences(self, manifest: dict[str, Any]) -> None:
         here = package_versions()
-        for name in TOLD:
+        for name in COMPARED_PACKAGES:
             there = manifest["versions"].get(name)
             if there != here.get(name):
                 self.notes.append(f"The run had {name} {there}, here it is {here.get(name)}: numbers may differ.")
         if manifest["device"] != self.device:
-            self.notes.append(
-                f"The run was on {manifest['device']}, this is {self.device}: random numbers and the last digits differ."
-            )
+            there = manifest["device"]
+            self.notes.append(f"The run was on {there}, this is {self.device}: random numbers and last digits differ.")
 
 
 def _replayed(place: Path, trainer: Trainer, module: LightningModule) -> Replayed:
@@ -263,7 +257,7 @@ def _replayed(place: Path, trainer: Trainer, module: LightningModule) -> Replaye
 
 
 class ReplayingCLI(LightningCLI):
-    """A LightningCLI that makes module, data module and trainer from a run's config, and examines scenes in place of training.
+    """A LightningCLI that builds a run's module, data and trainer, and examines scenes instead of training.
 
     Mixed into the run's own kind of CLI. No logger, no callbacks, no checkpoints; the data module is set up, and no
     data are drawn from it.
@@ -282,7 +276,7 @@ class ReplayingCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        """With the parser's complaint in the error, in place of a page of options and the end of the process."""
+        """Parses the arguments and raises the parser's message as our error instead of exiting."""
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said):

@@ -130,7 +130,7 @@ class LazyWindow:
         self.size = size
         self._values: list[float] = []
         self._settled = 0
-        """How many of them are in `_ordered`."""
+        """The number of them in `_ordered`."""
         self._ordered: list[float] = []
 
     def __len__(self) -> int:
@@ -171,27 +171,3 @@ class LazyWindow:
     def values(self) -> list[float]:
         """Oldest first."""
         return self._values[-self.size :]
-
-
-class Cusum:
-    """One-sided cumulative sum `S = max(0, S + min(z, clip) - slack)`.
-
-    Adds up small evidence for a rise (Page 1954).
-    """
-
-    def __init__(self, *, slack: float, clip: float) -> None:
-        """Start at zero.
-
-        Args:
-            slack: Standard deviations per value that are taken as noise; half of the shift to be found is best.
-            clip: Most that one value can say: keeps a heavy tail from ringing the alarm alone.
-        """
-        self.slack = slack
-        self.clip = clip
-        self.total = 0.0
-
-    def push(self, z: float) -> float:
-        """Add one standardised value; returns the new sum."""
-        if math.isfinite(z):
-            self.total = max(0.0, self.total + max(-self.clip, min(self.clip, z)) - self.slack)
-        return self.total

@@ -1,14 +1,13 @@
-"""What all parts of the suite share about one run: `TrainerStateStore`, and the bounded series inside it.
+"""`TrainerStateStore`, the shared data of one run, and `History`, the bounded series in it.
 
-The store only remembers. Three verbs write (`append`, `note`, `replace_episode`), everything else reads. It knows
-neither torch nor Lightning, so that diagnosis and report can be run, and tested, without a trainer; the only thing it
-asks of a trainer is to carry it (`of`).
+`append`, `note` and `replace_episode` write, all else reads. The store needs neither torch nor Lightning, so diagnosis
+and report run without a trainer. A trainer only carries the store (`of`).
 """
 
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Final, TypeVar
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -35,11 +34,10 @@ FULL_ROWS: Final = 1 << 14
 LAYER_ROWS: Final = 512
 """Vector-valued rows kept; with 300 parameters 0.6 MB."""
 
-FINDINGS: Final = 1000
-"""Findings and actions kept each; a run with more of them is not understood better by the rest."""
+MAX_FINDINGS: Final = 1000
+"""Maximum number of findings, and of actions."""
 
 Array = npt.NDArray[np.float64]
-T = TypeVar("T")
 
 
 class History:
@@ -195,11 +193,11 @@ class TrainerStateStore:
         self.layers: dict[str, deque[LayerRow]] = {}
         """Vector-valued series by signal, the most recent rows only."""
         self.layer_names: dict[str, tuple[str, ...]] = {}
-        """What the entries of a vector-valued series are called, by signal."""
+        """Names of the entries of each vector-valued series, by signal."""
         self.validations: list[ValidationPoint] = []
         self.findings: list[Finding] = []
         self.experiments: dict[int, Experiments] = {}
-        """What the lab measured, by episode id."""
+        """Results of the lab, by episode id."""
         self.step_size_tests: list[StepSizeTest] = []
         """Step-size tests that were made without an episode, oldest first."""
         self.actions: list[Action] = []
@@ -217,7 +215,10 @@ class TrainerStateStore:
         """
         flight = vars(trainer).get(ATTRIBUTE)
         if flight is None:
-            msg = "TrainerStateStore.of(trainer): this trainer has no store. One is made when fit() sets up a lightning_spike callback."
+            msg = (
+                "TrainerStateStore.of(trainer): this trainer has no store. "
+                "One is made when fit() sets up a lightning_spike callback."
+            )
             raise LookupError(msg)
         store: TrainerStateStore = flight.store
         return store
@@ -238,23 +239,24 @@ class TrainerStateStore:
         self.layers.setdefault(row.signal, deque(maxlen=LAYER_ROWS)).append(row)
 
     def note(self, *items: ValidationPoint | Finding | Action | Disabled | Experiments | StepSizeTest | str) -> None:
-        """Take in anything else that happened; a string is a remark for the report and is kept once."""
+        """Stores anything else; a string is a remark for the report and is stored once."""
+        lists: dict[type, list[Any]] = {
+            ValidationPoint: self.validations,
+            Disabled: self.disabled,
+            Finding: self.findings,
+            Action: self.actions,
+            StepSizeTest: self.step_size_tests,
+        }
         for item in items:
-            match item:
-                case ValidationPoint():
-                    self.validations.append(item)
-                case Finding():
-                    self._bounded(self.findings, item)
-                case Action():
-                    self._bounded(self.actions, item)
-                case Disabled():
-                    self.disabled.append(item)
-                case Experiments():
-                    self.experiments[item.episode] = item
-                case StepSizeTest():
-                    self._bounded(self.step_size_tests, item)
-                case str() if item not in self.remarks:
-                    self.remarks.append(item)
+            if isinstance(item, Experiments):
+                self.experiments[item.episode] = item
+            elif isinstance(item, str):
+                self.remarks += [item] if item not in self.remarks else []
+            else:
+                stored = lists[type(item)]
+                stored.append(item)
+                if len(stored) > MAX_FINDINGS and not isinstance(item, ValidationPoint | Disabled):
+                    del stored[MAX_FINDINGS // 2]  # readers need the first and the latest
 
     def replace_episode(self, episode: Episode) -> None:
         """Take in an episode, or the newer version of one with the same id; its stretch is kept from thinning."""
@@ -267,10 +269,3 @@ class TrainerStateStore:
         rows = self.layers.get(signal, deque())
         inside = itertools.dropwhile(lambda r: r.at.ordinal < first, rows)
         return list(itertools.takewhile(lambda r: r.at.ordinal <= last, inside))
-
-    @staticmethod
-    def _bounded(items: list[T], item: T) -> None:
-        """Append, and drop from the middle past `FINDINGS`: the first and the latest are what a reader needs."""
-        items.append(item)
-        if len(items) > FINDINGS:
-            del items[FINDINGS // 2]

@@ -178,7 +178,7 @@ def test_help_shows_each_option_with_its_words(capsys):
         _built("--help")
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "--overfit_watcher.patience PATIENCE Validations in a row" in text
+    assert "--overfit_watcher.patience PATIENCE Overfitted validations in a row" in text
     assert "--spike.rollback {true,false} Heal the run" in text
 
 

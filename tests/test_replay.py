@@ -148,7 +148,9 @@ def test_the_config_beside_the_run_is_found_and_settings_can_be_changed(run, cap
     assert main(["replay", str(folder / "spike"), "--episode=1", "--trainer.precision=32-true"]) == 0
     (found,) = measured(folder)
     assert not found.replay.exact, "another precision is another run"
-    assert sentences.replay(found.replay) in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "is not exact" in said
+    assert sentences.replay(found.replay) in said
 
 
 @pytest.mark.usefixtures("_here")

@@ -1,1 +1,1 @@
-"""What acts on the run or the disk."""
+"""Actions on the run or the disk."""

@@ -1,9 +1,8 @@
-"""A batch on disk: a folder with the tensors as safetensors and all else as JSON, and the way back.
+"""Write and read a batch as a folder: tensors as safetensors, everything else as JSON.
 
 ```
 step000123_epoch2_batch17_rank0/
-    manifest.json         what the batch is: structure, leaves and their statistics, random states, and the facts that
-    the writer adds
+    manifest.json         structure, leaves and their statistics, random states, facts of the writer
     tensors.safetensors   the tensors: batch/<path>, random/torch, random/<device>
 ```
 
@@ -16,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,40 +27,31 @@ from torch import Tensor
 from lightning_spike.files import whole_folder
 from lightning_spike.signals.batch import children
 from lightning_spike.signals.random_state import RandomState
+from lightning_spike.signals.subset import is_plain
 
 FORMAT: Final = "lightning_spike.batch"
 FORMAT_VERSION: Final = 1
 MANIFEST: Final = "manifest.json"
 TENSORS: Final = "tensors.safetensors"
 
-LONGEST_REPR: Final = 2000
-"""Characters of `repr` kept of an object that has no other form."""
+MAX_REPR_LENGTH: Final = 2000
+"""Characters of the `repr` of an object without another form; engineering choice."""
 
 MAX_DEPTH: Final = 64
-"""Levels of nesting; a structure that holds itself ends in a repr here."""
+"""Levels of nesting, which end a recursive structure in a repr; engineering choice."""
 
 SAFETENSORS_DTYPES: Final = frozenset(
-    {
-        torch.bool,
-        torch.uint8,
-        torch.int8,
-        torch.int16,
-        torch.int32,
-        torch.int64,
-        torch.float16,
-        torch.bfloat16,
-        torch.float32,
-        torch.float64,
-    }
+    getattr(torch, name)
+    for name in ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64")
 )
-"""What every version of safetensors that we allow can write; complex tensors go as pairs of reals."""
+"""Dtypes of every allowed version of safetensors; complex tensors become pairs of reals."""
 
 Node = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Unreadable:
-    """Stands in a loaded batch for an object of the user's own that could not be written."""
+    """Placeholder of an object that could not be written."""
 
     class_name: str
     repr: str
@@ -69,33 +59,31 @@ class Unreadable:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedDump:
-    """A batch as it comes back from disk."""
+    """A batch from disk."""
 
     batch: Any
-    """In its original structure of dicts, lists, tuples, None, strings, numbers, numpy arrays and tensors (on the CPU).
-    A mapping or dataclass of the user's own is a dict, a namedtuple a tuple, any other object an `Unreadable`."""
+    """In its structure of dicts, lists, tuples, None, strings, numbers, numpy arrays and tensors (on the CPU). Other
+    mappings and dataclasses are dicts, namedtuples are tuples, any other object is `Unreadable`."""
     random: RandomState
-    """As it was before the batch's forward pass."""
+    """State before the batch's forward pass."""
     manifest: Mapping[str, Any]
     """All of manifest.json."""
 
 
 def write_dump(path: Path, *, batch: object, random: RandomState, facts: Mapping[str, Any]) -> int:
-    """Write a batch into the folder `path`, whole or not at all; a dump that is there already is replaced.
-
-    Copies device tensors to the host, so it blocks: for use after an episode.
+    """Write a batch into the folder `path`, completely or not at all; replaces an earlier dump. Blocks.
 
     Args:
-        path: The folder to make; its parents are made where missing.
-        batch: Anything that a loader yields.
-        random: The random states to write along.
-        facts: JSON-able entries for the manifest, under their own names.
+        path: The folder to make, with its parents.
+        batch: Any output of a loader.
+        random: The random states.
+        facts: JSON-able entries for the manifest.
 
     Returns:
         Bytes written.
 
     Raises:
-        OSError: It could not be written; nothing is left of it then.
+        OSError: It could not be written.
     """
     tensors: dict[str, Tensor] = {}
     structure = _encode(batch, "batch", tensors, MAX_DEPTH)
@@ -122,13 +110,13 @@ def load_dump(path: str | Path) -> LoadedDump:
 
     Raises:
         FileNotFoundError: There is no dump.
-        ValueError: The folder holds something else, or a dump of a newer version than this package reads.
+        ValueError: The folder holds something else, or a dump of another version.
     """
     folder = Path(path)
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     found = (manifest.get("format"), manifest.get("format_version"))
     if found != (FORMAT, FORMAT_VERSION):
-        msg = f"{folder}: expected a manifest of format {FORMAT!r}, version {FORMAT_VERSION}; found {found[0]!r}, {found[1]!r}"
+        msg = f"{folder}: expected format {FORMAT!r}, version {FORMAT_VERSION}; found {found[0]!r}, {found[1]!r}"
         raise ValueError(msg)
     tensors = load_file(folder / TENSORS)
     devices = {
@@ -146,7 +134,7 @@ def load_dump(path: str | Path) -> LoadedDump:
 
 
 def tensor_bytes(batch: object, depth: int = MAX_DEPTH) -> int:
-    """Bytes of all tensors and arrays in a batch: nearly what its dump will take."""
+    """Bytes of all tensors and arrays in a batch, about the size of its dump."""
     if isinstance(batch, Tensor):
         return batch.numel() * batch.element_size()
     if isinstance(batch, np.ndarray):
@@ -155,10 +143,7 @@ def tensor_bytes(batch: object, depth: int = MAX_DEPTH) -> int:
 
 
 def content_hash(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 over dtypes, shapes and bytes of some tensors, in order, hexadecimal: names a sample that has no index.
-
-    Blocks.
-    """
+    """Hexadecimal SHA-256 over dtypes, shapes and bytes of tensors in order. Blocks."""
     digest = hashlib.sha256()
     for tensor in tensors:
         host = _on_host(tensor)
@@ -168,7 +153,7 @@ def content_hash(tensors: Iterable[Tensor]) -> str:
 
 
 def _encode(value: object, path: str, tensors: dict[str, Tensor], depth: int) -> Node:
-    """One node of the structure; tensors go into `tensors` under their path."""
+    """One node of the structure; adds tensors to `tensors` under their path."""
     if isinstance(value, Tensor):
         return _encode_tensor(value, path, tensors)
     if isinstance(value, (np.ndarray, np.generic)):
@@ -186,17 +171,11 @@ def _encode_container(value: object, path: str, tensors: dict[str, Tensor], dept
     if isinstance(value, (list, tuple)):
         items = [_encode(item, f"{path}.{k}", tensors, depth - 1) for k, item in enumerate(value)]
         return {"kind": "list" if isinstance(value, list) else "tuple", "class": _class(value), "items": items}
-    if isinstance(value, Mapping):
-        pairs = [
-            [_encode(key, path, {}, 0), _encode(item, f"{path}.{key}", tensors, depth - 1)]
-            for key, item in value.items()
-        ]
-        return {"kind": "dict", "class": _class(value), "items": pairs}
-    held = children(value)
+    held = value.items() if isinstance(value, Mapping) else children(value)
     if held is None:
         return _encode_repr(value)
-    named = [[_encode(key, path, {}, 0), _encode(item, f"{path}.{key}", tensors, depth - 1)] for key, item in held]
-    return {"kind": "dict", "class": _class(value), "items": named}
+    pairs = [[_encode(key, path, {}, 0), _encode(item, f"{path}.{key}", tensors, depth - 1)] for key, item in held]
+    return {"kind": "dict", "class": _class(value), "items": pairs}
 
 
 def _encode_repr(value: object) -> Node:
@@ -204,13 +183,11 @@ def _encode_repr(value: object) -> Node:
 
 
 def _encode_tensor(value: Tensor, path: str, tensors: dict[str, Tensor]) -> Node:
-    """A plain tensor by its values; one with a layout or dtype that cannot be written by its repr."""
-    readable = value.layout is torch.strided and not value.is_nested and not value.is_quantized
+    """A plain tensor by its values, any other by its repr."""
     dtype = torch.float32 if value.is_complex() else value.dtype
-    if not readable or hasattr(value, "full_tensor") or value.device.type == "meta" or dtype not in SAFETENSORS_DTYPES:
+    if not is_plain(value) or dtype not in SAFETENSORS_DTYPES:
         return _encode_repr(value)
-    host = _on_host(value)
-    return _keep(host, path, tensors, "tensor")
+    return _keep(_on_host(value), path, tensors, "tensor")
 
 
 def _encode_array(value: np.ndarray[Any, Any] | np.generic, path: str, tensors: dict[str, Tensor]) -> Node:
@@ -232,42 +209,30 @@ def _keep(host: Tensor, path: str, tensors: dict[str, Tensor], kind: str) -> Nod
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """A copy of its own.
-
-    Safetensors refuses tensors that share memory, and the training goes on writing to the original's.
-    """
+    """A copy on the host: safetensors refuses shared memory, and the training writes the original."""
     plain = tensor.detach().as_subclass(Tensor).cpu().resolve_conj().resolve_neg()
     return plain.clone(memory_format=torch.contiguous_format)
 
 
 def _decode(node: Node, tensors: Mapping[str, Tensor]) -> Any:
-    value: Any
-    match node["kind"]:
-        case "value":
-            value = node["value"]
-        case "float":
-            value = float(node["value"])
-        case "bytes":
-            value = base64.b64decode(node["base64"])
-        case "list":
-            value = [_decode(item, tensors) for item in node["items"]]
-        case "tuple":
-            value = tuple(_decode(item, tensors) for item in node["items"])
-        case "dict":
-            value = {_decode(key, tensors): _decode(item, tensors) for key, item in node["items"]}
-        case "repr":
-            value = Unreadable(class_name=node["class"], repr=node["repr"])
-        case _:
-            value = _decode_tensor(node, tensors)
-    return value
+    decoders: dict[str, Callable[[], Any]] = {
+        "value": lambda: node["value"],
+        "float": lambda: float(node["value"]),
+        "bytes": lambda: base64.b64decode(node["base64"]),
+        "list": lambda: [_decode(item, tensors) for item in node["items"]],
+        "tuple": lambda: tuple(_decode(item, tensors) for item in node["items"]),
+        "dict": lambda: {_decode(key, tensors): _decode(item, tensors) for key, item in node["items"]},
+        "repr": lambda: Unreadable(class_name=node["class"], repr=node["repr"]),
+        "tensor": lambda: _stored(node, tensors),
+        "array": lambda: _stored(node, tensors).numpy(),
+        "scalar": lambda: _stored(node, tensors).numpy()[()],
+    }
+    return decoders[node["kind"]]()
 
 
-def _decode_tensor(node: Node, tensors: Mapping[str, Tensor]) -> Any:
-    stored = tensors[node["key"]]
-    value = torch.view_as_complex(stored) if node["complex"] else stored
-    if node["kind"] == "tensor":
-        return value
-    return value.numpy() if node["kind"] == "array" else value.numpy()[()]
+def _stored(node: Node, tensors: Mapping[str, Tensor]) -> Tensor:
+    tensor = tensors[node["key"]]
+    return torch.view_as_complex(tensor) if node["complex"] else tensor
 
 
 def _class(value: object) -> str:
@@ -276,13 +241,13 @@ def _class(value: object) -> str:
 
 def _short_repr(value: object) -> str:
     try:
-        return repr(value)[:LONGEST_REPR]
-    except Exception as error:  # noqa: BLE001 - a repr of the user's own may do anything
+        return repr(value)[:MAX_REPR_LENGTH]
+    except Exception as error:  # noqa: BLE001 - a user's repr can raise anything
         return f"<repr raised {type(error).__name__}>"
 
 
 def _jsonable(value: object) -> Any:
-    """The same in JSON's own types; what has none is told by its repr."""
+    """The same in JSON types; other objects by their repr."""
     if isinstance(value, (np.ndarray, np.generic, Tensor)):
         value = value.tolist()
     if isinstance(value, float):
@@ -298,7 +263,7 @@ def _jsonable(value: object) -> Any:
 
 def _python_state(state: list[Any]) -> tuple[Any, ...]:
     version, words, gauss = state
-    return (version, tuple(words), gauss)
+    return version, tuple(words), gauss
 
 
 def _numpy_state(state: list[Any]) -> tuple[Any, ...]:

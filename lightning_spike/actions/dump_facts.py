@@ -1,18 +1,16 @@
-"""What the manifest of a dumped batch says beside the batch itself."""
+"""Facts about a batch for the manifest of its dump."""
 
 import dataclasses
 import functools
 import platform
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 import torch
 
 from lightning_spike.actions.batch_dump import content_hash
-from lightning_spike.record.batch_ring import RingEntry
 from lightning_spike.records import Moment
-from lightning_spike.samples.examined_batch import LISTED_SAMPLES, ExaminedBatch
+from lightning_spike.samples.examined_batch import MAX_LISTED_SAMPLES, ExaminedBatch
 from lightning_spike.signals.batch import BatchLeaf, value_statistics
 from lightning_spike.store import TrainerStateStore
 
@@ -22,20 +20,19 @@ PACKAGES: Final = ("lightning-spike", "lightning", "torch", "torchmetrics", "num
 def dump_facts(
     batch: ExaminedBatch, store: TrainerStateStore, *, episode: int, role: str, rank: int, last_of_step: Moment
 ) -> dict[str, Any]:
-    """Everything that is known about a batch, JSON-able.
-
-    Blocks where the batch is on a device.
+    """All facts about a batch, JSON-able. Blocks for a batch on a device.
 
     Args:
         batch: The batch.
-        store: Where the batch's signals are.
-        episode: Id of the episode that the batch is dumped for.
+        store: Has the batch's signals.
+        episode: Id of the episode.
         role: `"onset"`, `"micro_batch"` (of the same optimizer step) or `"neighbour"`.
         rank: Global rank of this process.
-        last_of_step: The last batch of the same optimizer step: the one that has the gradient norm.
+        last_of_step: The last batch of the same optimizer step, which has the gradient norm.
     """
     at = batch.entry.at
     signals = _signals(store, at.ordinal)
+    loaders = () if batch.entry.ids is None else batch.entry.ids.loaders
     step_signals = _signals(store, last_of_step.ordinal)
     return {
         **dataclasses.asdict(at),
@@ -49,7 +46,7 @@ def dump_facts(
         "changed_in_place": batch.entry.mutated,
         "batch_size": batch.size,
         "dataset_indices": _listed(batch.indices),
-        "loaders": [{"loader": ids.loader, "dataset_indices": _listed(ids.indices)} for ids in _loaders(batch.entry)],
+        "loaders": [{"loader": ids.loader, "dataset_indices": _listed(ids.indices)} for ids in loaders],
         "content_sha256": content_hash(leaf.value for leaf in batch.leaves if leaf.value.layout is torch.strided),
         "leaves": [_leaf_facts(leaf) for leaf in batch.leaves],
         "samples": _samples(batch),
@@ -61,7 +58,7 @@ def dump_facts(
 
 @functools.cache
 def package_versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that matter here, `None` for one that is not installed as a package."""
+    """Versions of Python and of relevant packages; `None` for one that is not installed."""
     return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
@@ -77,12 +74,8 @@ def _signals(store: TrainerStateStore, ordinal: int) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _loaders(entry: RingEntry) -> Sequence[Any]:
-    return () if entry.ids is None else entry.ids.loaders
-
-
 def _listed(indices: tuple[Any, ...]) -> list[Any]:
-    return list(indices[:LISTED_SAMPLES])
+    return list(indices[:MAX_LISTED_SAMPLES])
 
 
 def _leaf_facts(leaf: BatchLeaf) -> dict[str, Any]:
@@ -98,15 +91,11 @@ def _leaf_facts(leaf: BatchLeaf) -> dict[str, Any]:
 
 
 def _samples(batch: ExaminedBatch) -> dict[str, Any]:
-    """Columns with one entry a sample."""
-    if batch.size is None or batch.size > LISTED_SAMPLES:
+    """Columns with one entry per sample."""
+    if batch.size is None or batch.size > MAX_LISTED_SAMPLES:
         return {}
     columns: dict[str, Any] = {"loss": batch.losses} if batch.losses is not None else {}
     for name, values in batch.values.items():
-        columns |= {
-            f"{name}/max_abs": values.max_abs,
-            f"{name}/std": values.std,
-            f"{name}/nonfinite": values.nonfinite,
-        }
+        columns |= {f"{name}/max_abs": values.max_abs, f"{name}/std": values.std, f"{name}/nonfinite": values.nonfinite}
     known = len(batch.indices) == batch.size
     return columns | {"dataset_index": _listed(batch.indices) if known else [None] * batch.size}

@@ -1,4 +1,4 @@
-"""A cut of the learning rate that any schedule leaves in force, because it is applied after the schedule and taken back before it."""
+"""A cut of the learning rate that is independent of the schedule."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,9 +10,8 @@ from torch.utils.hooks import RemovableHandle
 class LearningRateCut:
     """Multiplies the learning rate of every parameter group by `factor` for the duration of `optimizer.step()`.
 
-    A scheduler, recursive or closed, or a user's own code sees and writes the planned rate as ever: so the plan keeps
-    its shape, and the rate in use is the plan times the factor at every step. What `on_before_optimizer_step` reads is
-    the rate in use (under fp16 with a GradScaler, where that hook comes before the step, the planned one).
+    Schedulers and user code read and write the planned rate. `on_before_optimizer_step` reads the cut rate, or under
+    fp16 with a GradScaler, where that hook precedes the step, the planned one.
     """
 
     def __init__(self) -> None:
@@ -21,7 +20,7 @@ class LearningRateCut:
         self._planned: dict[int, list[Any]] = {}
 
     def install(self, optimizers: Iterable[Optimizer]) -> None:
-        """Apply `factor` from the next step on; does nothing at a factor of 1 or where it is installed already."""
+        """Apply `factor` from the next step on; does nothing at a factor of 1 or if installed."""
         if self.factor == 1.0 or self._handles:
             return
         for optimizer in optimizers:
@@ -29,13 +28,13 @@ class LearningRateCut:
             self._handles.append(optimizer.register_step_post_hook(self._restore))
 
     def remove(self) -> None:
-        """Take the hooks out again."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def _cut(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        self._restore(optimizer, args, kwargs)  # a step that raised has left the cut rate behind
+        self._restore(optimizer, args, kwargs)  # after a step that raised
         self._planned[id(optimizer)] = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * self.factor

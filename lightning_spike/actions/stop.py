@@ -1,4 +1,4 @@
-"""Decisions that all ranks take together, and the end of a training that Lightning itself carries out."""
+"""Decisions of all ranks, and a stop of the training by Lightning."""
 
 import math
 
@@ -7,21 +7,15 @@ from lightning.pytorch import Trainer
 
 
 def decide_together(trainer: Trainer, *, wanted: bool) -> bool:
-    """True on every rank as soon as one of them wants it.
-
-    A collective: every rank must call it at the same place of the same batch, whatever it wants. With more than one
-    rank it waits for the others; with a single process it is free.
-    """
+    """Whether any rank wants it. A collective that all ranks must call at the same place of the same batch."""
     return bool(trainer.strategy.reduce_boolean_decision(wanted, all=False))
 
 
 def stop_training(trainer: Trainer, *, wanted: bool) -> bool:
-    """Ask Lightning to end the training after this batch if any rank wants it, on all ranks alike.
+    """Stop the training after this batch on all ranks if any wants it; returns whether.
 
-    True if it was asked.
-
-    Lightning does not share `should_stop`: set on one rank alone, the others wait for it for ever. It then finishes the
-    batch, validates and saves as at any other end, and still honours `min_epochs` and `min_steps`.
+    A collective, as Lightning does not share `should_stop` and other ranks would wait forever. Lightning finishes the
+    batch, validates, saves, and respects `min_epochs` and `min_steps`.
     """
     stop = decide_together(trainer, wanted=wanted)
     if stop:
@@ -30,12 +24,7 @@ def stop_training(trainer: Trainer, *, wanted: bool) -> bool:
 
 
 def mean_over_ranks(trainer: Trainer, value: float | None) -> float | None:
-    """The mean of what the ranks have, `None` where none has anything.
-
-    The same on every rank, so that they can decide alike by it.
-
-    A collective on several ranks, which blocks; nothing in a single process.
-    """
+    """The mean over the ranks that have a value; `None` if none has. A blocking collective on several ranks."""
     if trainer.world_size == 1:
         return value
     mine = torch.tensor(math.nan if value is None else value, device=trainer.strategy.root_device)

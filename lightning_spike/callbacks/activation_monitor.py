@@ -1,7 +1,4 @@
-"""`ActivationMonitor`.
-
-How large activations are, how many units are dead or saturated, and whether modules are in train mode.
-"""
+"""`ActivationMonitor`: activation sizes, dead and saturated units, and modules left in eval mode."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +15,11 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_spike.arguments import whole_number
-from lightning_spike.callbacks.base import SpikeCallback
+from lightning_spike.callbacks.base import SpikeCallback, counted, first_names
 from lightning_spike.detectors.layer_falls import Fall, FlatUnits
 from lightning_spike.record.participant import TrainingBatch
 from lightning_spike.record.recorder import Arrival
-from lightning_spike.records import Episode, Finding, LayerRow, Moment
+from lightning_spike.records import Episode, Finding, Moment
 from lightning_spike.signals.activations import (
     Shape,
     activation_size,
@@ -33,12 +30,11 @@ from lightning_spike.signals.activations import (
 )
 
 NOT_RUN: Final = -1.0
-"""Stands in the vectors for a module that this batch did not pass through."""
-NAMED: Final = 8
+"""Vector entry of a module that the batch did not pass through."""
 FAST_PATHS: Final = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
-"""In eval mode these leave their fast path where a part has a hook, which changes rounding."""
+"""In eval mode a hook inside these modules disables torch's fast path, which changes rounding."""
 FUNCTIONAL: Final[Mapping[object, type[nn.Module]]] = {functional.relu: nn.ReLU, functional.gelu: nn.GELU}
-"""What torch's Transformer layers call by themselves, as modules."""
+"""Activation functions that torch's Transformer layers call directly, with the module of each."""
 MODE_MATTERS: Final = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
@@ -54,38 +50,38 @@ class _Watched:
     name: str
     module: nn.Module
     function: nn.Module
-    """The activation that the output comes from, or (`is_before`) goes through next; the module itself where that is
-    one."""
+    """The activation that makes the output or, with `is_before`, takes it next; the module itself if it is one."""
     shape: Shape
     is_before: bool
 
 
 class ActivationMonitor(SpikeCallback):
-    """Records activation statistics of every module without children, every few batches, and finds modules left in eval mode.
+    """Records activation statistics of all leaf modules every few batches, and finds modules left in eval mode.
 
-    Vectors, an entry for each module, -1 where the batch did not pass through it: `activation_max` (largest absolute
-    value, NaN or Inf where one is in the output), `activation_rms`; over ReLU and its kin `activation_zeros` (share of
-    the elements in the flat part) and `activation_dead` (share of the units, channels or features, that are flat for
-    the whole batch); over sigmoid, tanh, their kin and recurrent layers `activation_saturated` (share of the elements
-    in the flat parts). Where a module runs several times in a batch the largest counts.
+    Each vector has an entry per module, -1 where the batch did not pass through it:
 
-    Forward hooks are installed before a sampled batch and removed after it. They change nothing, draw nothing and keep
-    nothing alive. Modules under `torch.compile` are passed over, and the report says so; so are scripted ones, losses
-    and metrics. Functions called without a module (`torch.relu`) are not seen, but for those in torch's Transformer
-    layers.
+    - `activation_max`: largest absolute value, NaN or Inf where the output has one; `activation_rms`;
+    - for ReLU and similar, `activation_zeros`: share of the elements in the flat part; `activation_dead`: share of the
+      units (channels or features) that are flat for the whole batch;
+    - for sigmoid, tanh and recurrent layers, `activation_saturated`: share of the elements in the flat parts.
 
-    Finding: detector `"modes"`, kind `"eval_mode"`: modules that were in train mode when training began are not any
-        more when a batch begins, though they are not frozen; looked at
-    for every batch. `names` (the first eight), `count`, `of`, `matters` (those of them whose result depends on it:
-    dropout, batch norm) and `text`.
+    If a module runs several times in a batch, the largest value counts.
 
-    Finding: detector `"activations"`, kind `"flat"`, once for each layer: its units have gone flat (dead or saturated)
-        from one look to the next, and were so at the look after, too.
-    `names` (the first eight), `count`, `of`, `share` (of the outputs that are flat, in the worst), `before` and `text`.
+    Forward hooks are installed before a measured batch and removed after it. They change nothing and keep nothing
+    alive. Compiled modules are skipped, and the report says so; scripted modules, losses and metrics are skipped too.
+    Functions called without a module (`torch.relu`) are seen in torch's Transformer layers only.
+
+    Findings:
+
+    - detector `"modes"`, kind `"eval_mode"`, checked at every batch: modules in train mode at the start of training are
+      in eval mode and not frozen; `names` (the first eight), `count`, `of`, `matters` (those whose output depends on
+      the mode: dropout, batch norm), `text`;
+    - detector `"activations"`, kind `"flat"`, once per layer: its units went flat (dead or saturated) between two
+      measurements and stayed flat; `names` (the first eight), `count`, `of`, `share` (flat outputs of the worst),
+      `before`, `text`.
 
     Args:
-        every: Batches between two that are measured; 1 for each. The batch after an episode has been noticed is
-            measured, too.
+        every: Measure every N batches; 1 for each. The batch after a new episode is measured too.
 
     Raises:
         ConfigurationError: `every` is not a whole number of at least 1.
@@ -135,19 +131,20 @@ class ActivationMonitor(SpikeCallback):
         seen, self._seen = self._seen, {}
         if self._error is not None:
             raise self._error
-        if not seen:
-            return
-        for signal, names in self.flight.store.layer_names.items():
-            if names and signal in SIGNALS:
-                of_signal = [seen.get(name, {}).get(signal) for name in names]
-                if any(value is not None for value in of_signal):
-                    self.flight.recorder.put_vector(signal, _stacked(of_signal))
+        for signal in SIGNALS:
+            values = [seen.get(name, {}).get(signal) for name in self.flight.store.layer_names[signal]]
+            if any(value is not None for value in values):
+                self.flight.recorder.put_vector(signal, _stacked(values))
 
     @override
     def judge(self, arrival: Arrival) -> None:
         for row in arrival.layers:
-            if row.signal in FLATNESS:
-                self._judge_flatness(row)
+            if row.signal not in FLATNESS:
+                continue
+            fall = self._flat.setdefault(row.signal, FlatUnits()).push(np.asarray(row.values, np.float64))
+            if fall is not None:
+                detail = _flat(fall, self.flight.store.layer_names[row.signal], FLATNESS[row.signal])
+                self.flight.store.note(Finding(detector="activations", kind="flat", at=row.at, detail=detail))
 
     @override
     def act(self, batch: TrainingBatch, changed: Sequence[Episode]) -> None:
@@ -182,7 +179,7 @@ class ActivationMonitor(SpikeCallback):
         self._handles = []
 
     def take(self, watched: _Watched, output: object) -> None:
-        """Measure what a module returned. Called inside the user's forward pass, so that nothing may be raised here."""
+        """Measures a module's output, inside the user's forward pass: an error is kept and raised after it."""
         try:
             if (tensor := first_tensor(output)) is not None:
                 self._add(watched.name, _measured(watched, tensor))
@@ -192,12 +189,6 @@ class ActivationMonitor(SpikeCallback):
     def _add(self, name: str, values: dict[str, Tensor]) -> None:
         known = self._seen.get(name)
         self._seen[name] = values if known is None else {key: torch.maximum(known[key], v) for key, v in values.items()}
-
-    def _judge_flatness(self, row: LayerRow) -> None:
-        fall = self._flat.setdefault(row.signal, FlatUnits()).push(np.asarray(row.values, np.float64))
-        if fall is not None:
-            detail = _flat(fall, self.flight.store.layer_names[row.signal], FLATNESS[row.signal])
-            self.flight.store.note(Finding(detector="activations", kind="flat", at=row.at, detail=detail))
 
     # -- modes -------------------------------------------------------------------------------------------------------
 
@@ -209,27 +200,22 @@ class ActivationMonitor(SpikeCallback):
             return
         names = [name or type(part).__name__ for name, part in fresh]
         matters = [name for name, part in fresh if isinstance(part, MODE_MATTERS)]
-        some = ", ".join((matters or names)[:NAMED])
-        text = f"{len(names)} of {len(self._in_train_mode)} modules that were in train mode when training began are in eval mode: {some}."
-        detail = {
-            "names": names[:NAMED],
-            "count": len(names),
-            "of": len(self._in_train_mode),
-            "matters": matters[:NAMED],
-            "text": text,
-        }
+        total = len(self._in_train_mode)
+        text = (
+            f"{len(names)} of {total} modules that were in train mode when training began are in eval mode: "
+            f"{', '.join(first_names(matters or names))}."
+        )
+        detail = counted(names, total, text) | {"matters": first_names(matters)}
         self.flight.store.note(Finding(detector="modes", kind="eval_mode", at=at, detail=detail))
 
 
-SIGNALS: Final = frozenset(
-    {"activation_max", "activation_rms", "activation_zeros", "activation_dead", "activation_saturated"}
-)
+SIGNALS: Final = ("activation_max", "activation_rms", "activation_zeros", "activation_dead", "activation_saturated")
 
 FLATNESS: Final[Mapping[str, str]] = {"activation_zeros": "dead", "activation_saturated": "saturated"}
 
 
 class _Hook:
-    """The forward hook of one module; nothing of it remains in a graph that is compiled meanwhile."""
+    """The forward hook of one module; it does nothing while torch compiles."""
 
     def __init__(self, monitor: ActivationMonitor, watched: _Watched) -> None:
         self._monitor = monitor
@@ -241,7 +227,7 @@ class _Hook:
 
 
 def _watched(module: LightningModule) -> Iterator[_Watched]:
-    """The modules without children that are neither compiled nor scripted, nor losses or metrics, nor inside such ones."""
+    """The leaf modules outside compiled and scripted modules, losses and metrics."""
     if getattr(module, "_compiler_ctx", None) is not None:  # fit(torch.compile(module)): Lightning has unwrapped it
         return
     called = {
@@ -272,7 +258,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _is_frozen(part: nn.Module) -> bool:
-    """Whether it has parameters, and none that is trained: a module that is frozen is put into eval mode on purpose."""
+    """Whether no parameter of the module is trained; a frozen module is in eval mode on purpose."""
     parameters = list(part.parameters())
     return bool(parameters) and not any(p.requires_grad for p in parameters)
 
@@ -291,14 +277,11 @@ def _measured(watched: _Watched, output: Tensor) -> dict[str, Tensor]:
 def _flat(fall: Fall, names: tuple[str, ...], what: str) -> dict[str, Any]:
     worst = fall.places[0]
     share, before = float(fall.now[worst]), float(fall.before[worst])
-    return {
-        "names": [names[k] for k in fall.places[:NAMED]],
-        "count": len(fall.places),
-        "of": len(names),
-        "share": share,
-        "before": before,
-        "text": f"{100.0 * share:.3g} % of the outputs of {names[worst]} are {what} (before: {100.0 * before:.3g} %), and they have stayed so.",
-    }
+    text = (
+        f"{100.0 * share:.3g} % of the outputs of {names[worst]} are {what} (before: {100.0 * before:.3g} %), "
+        "and they have stayed so."
+    )
+    return counted([names[k] for k in fall.places], len(names), text) | {"share": share, "before": before}
 
 
 def _stacked(values: list[Tensor | None]) -> Tensor:

@@ -1,4 +1,4 @@
-"""`AnomalyRollback`: back to the last healthy snapshot, inside `fit`, when the loss does not come back by itself."""
+"""`AnomalyRollback`: restores the last healthy snapshot during `fit` if the loss does not recover."""
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_spike.actions.lr_cut import LearningRateCut
-from lightning_spike.actions.rollback_policy import RollbackPolicy, Wish
+from lightning_spike.actions.rollback_policy import RollbackPolicy, RollbackRequest
 from lightning_spike.actions.stop import decide_together
 from lightning_spike.arguments import number, switch, whole_number
 from lightning_spike.callbacks.base import SpikeCallback
@@ -22,39 +22,34 @@ from lightning_spike.record.snapshot import NEAR_SLOTS, Snapshot, Snapshots, ref
 from lightning_spike.records import Action, Episode
 
 MARKER: Final = "spike/rollback"
-"""Metric that the loggers get at a rollback: how many there have been."""
+"""Metric logged at a rollback: the number of rollbacks so far."""
 TOGETHER_EVERY: Final = 8
-"""On accelerators with several ranks the joint decision, which waits for the device, is taken at every 8th optimizer
-step."""
+"""Optimizer steps between joint decisions of several ranks on accelerators, each of which waits for the device."""
 
 
 class AnomalyRollback(SpikeCallback):
-    """Heals a run inside `fit`.
+    """Restores the last healthy snapshot during `fit` if the loss is not finite or does not recover.
 
-    Restores the last verified-healthy snapshot when the loss is not finite or does not come back.
+    Weights, buffers, optimizer states, loss scale and averaged models (EMA, SWA) are restored. Learning rates,
+    schedulers, loops, random states and the loggers' step axis are not, and the training continues with the next
+    batches. Gradients are dropped; non-finite running means and metrics are reset. A non-finite loss causes a rollback
+    at once, but under a GradScaler, which skips such updates, only if it stays. A spike or divergence causes one after
+    `patience` batches. Under DDP all ranks decide together and restore the same snapshot. Loggers get `spike/rollback`;
+    the report has an action with the lost steps.
 
-    Weights, buffers, optimizer states, loss scale and averaged models (EMA, SWA) go back; learning rates, schedulers,
-    loops, random states and the loggers' step axis do not, and the training goes on with the next batches. Gradients
-    are dropped, running means and metrics that have become non-finite are cleaned. Non-finite losses are a reason at
-    once (under a GradScaler only if they stay, since it skips such updates itself), spikes and divergences after
-    `patience` batches. Under DDP all ranks decide together and go back to the same snapshot. Loggers get
-    `spike/rollback`, the report an action with what was given up.
-
-    Each rollback in a row doubles the patience for the next and holds it off for 0, 1, 3, 7, … batches, and after
-    `max_rollbacks` there are no
-    more: the training then simply goes on, and the report says so.
+    Each rollback in a row doubles the patience for the next and delays it by 0, 1, 3, 7, … batches. After
+    `max_rollbacks` the training continues without rollbacks, and the report says so.
 
     Args:
-        patience: Batches that a spike or divergence is given to come back by itself.
-        max_rollbacks: Rollbacks in the whole run, resumes included.
-        lr_scale: Factor on all learning rates from each rollback on, 1.0 to leave them. It multiplies with every
-            rollback, and holds under any
-            scheduler: the schedule goes on as planned, the rate used at each step is the plan times the factor.
-        reset_optimizer: Start with empty optimizer states (momentum, second moments) in place of the snapshot's.
-        every: Batches between two snapshots: what a rollback loses at most, plus the time until trouble is noticed.
-        memory_mb: Memory for all snapshots together, on the host where they are large; two must fit (12 bytes a
+        patience: Batches in which a spike or divergence may recover without a rollback.
+        max_rollbacks: Maximum number of rollbacks in the whole run, resumes included.
+        lr_scale: Factor on all learning rates after each rollback, 1.0 for none. Factors of several rollbacks multiply.
+            It works with any scheduler: each rate is the scheduled rate times the factor.
+        reset_optimizer: Start with empty optimizer states (momentum, second moments) instead of the snapshot's.
+        every: Batches between two snapshots. A rollback loses at most so many, plus the delay of the detection.
+        memory_mb: Memory for all snapshots together, on the host if they are large; two must fit (12 bytes per
             parameter each under Adam).
-        cooldown: Accepted losses in a row after which a rollback counts as a success and the next trouble starts anew.
+        cooldown: Normal losses in a row after which a rollback counts as successful.
 
     Raises:
         ConfigurationError: An argument is out of its range; or, when `fit` begins, the strategy (FSDP, DeepSpeed,
@@ -102,7 +97,7 @@ class AnomalyRollback(SpikeCallback):
         self._policy = self._new_policy()
         self._cut = LearningRateCut()
         self._snapshots = Snapshots()
-        self._wish: Wish | None = None
+        self._request: RollbackRequest | None = None
         self._windows = 0
 
     @override
@@ -114,7 +109,7 @@ class AnomalyRollback(SpikeCallback):
                 given=type(trainer.strategy).__name__,
                 do=f"{why} Leave AnomalyRollback out, or use strategy='ddp'.",
             )
-        self._policy, self._cut, self._wish, self._windows = self._new_policy(), LearningRateCut(), None, 0
+        self._policy, self._cut, self._request, self._windows = self._new_policy(), LearningRateCut(), None, 0
         self._snapshots = self.flight.share(Snapshots, Snapshots, trainer, module)
         self._snapshots.want(every=self.every, memory_mb=self.memory_mb)
 
@@ -130,16 +125,19 @@ class AnomalyRollback(SpikeCallback):
 
     @override
     def heal(self, batch: TrainingBatch, changed: Sequence[Episode]) -> None:
-        wish = self._policy.wish(batch.at.ordinal, changed, self.flight.store)
+        request = self._policy.request(batch.at.ordinal, changed, self.flight.store)
         if self._policy.spent:
-            self._say_spent(wish)
+            self._note_spent(request)
             return
-        self._wish = wish or self._wish
-        if not _ends_window(batch.trainer) or not self._is_time(batch.trainer):
+        self._request = request or self._request
+        # Lightning's own test, the short last window included: half a window's gradients belong to the lost steps.
+        if batch.trainer.fit_loop.epoch_loop._should_accumulate() or not self._is_time(batch.trainer):
             return
-        if decide_together(batch.trainer, wanted=self._wish is not None):
-            self._go_back(batch, self._wish or Wish(reason="another_rank", onset=batch.at.ordinal, episode=None))
-        self._wish = None
+        if decide_together(batch.trainer, wanted=self._request is not None):
+            self._roll_back(
+                batch, self._request or RollbackRequest(reason="another_rank", onset=batch.at.ordinal, episode=None)
+            )
+        self._request = None
 
     @override
     def release(self) -> None:
@@ -158,22 +156,27 @@ class AnomalyRollback(SpikeCallback):
         return RollbackPolicy(patience=self.patience, max_rollbacks=self.max_rollbacks, cooldown=self.cooldown)
 
     def _is_time(self, trainer: Trainer) -> bool:
-        """Every time in one process or on the CPU; counted in optimizer steps, which all ranks count alike."""
+        """Whether the ranks decide at this step: always in one process or on the CPU, else every 8th step."""
         self._windows += 1
         free = trainer.world_size == 1 or trainer.strategy.root_device.type == "cpu"
         return free or self._windows % TOGETHER_EVERY == 0
 
-    def _go_back(self, batch: TrainingBatch, wish: Wish) -> None:
-        snapshot = self._common_snapshot(batch.trainer, wish.onset)
+    def _roll_back(self, batch: TrainingBatch, request: RollbackRequest) -> None:
+        snapshot = self._common_snapshot(batch.trainer, request.onset)
         if snapshot is None:
             self._policy.failed(batch.at.ordinal)
-            self.flight.store.note(_nothing_to_go_back_to(self._snapshots, batch, wish))
+            why = (
+                self._snapshots.unavailable or f"no snapshot from before batch {request.onset} had been proven healthy."
+            )
+            self.flight.store.note(
+                f"AnomalyRollback wanted to go back at step {batch.at.step} ({request.reason}) and could not: {why}"
+            )
             return
         cleaned = self._restore(batch, snapshot)
         self._policy.rolled_back(batch.at.ordinal)
         self._cut.factor *= self.lr_scale
         self._cut.install(batch.trainer.optimizers)
-        self._tell(batch, snapshot, wish, cleaned)
+        self._report_rollback(batch, snapshot, request, cleaned)
 
     def _restore(self, batch: TrainingBatch, snapshot: Snapshot) -> list[str]:
         trainer, module = batch.trainer, batch.module
@@ -190,7 +193,7 @@ class AnomalyRollback(SpikeCallback):
         ]
 
     def _common_snapshot(self, trainer: Trainer, onset: int) -> Snapshot | None:
-        """The newest one from before the onset that every rank holds and believes. A collective on several ranks."""
+        """The newest snapshot from before the onset that all ranks hold and verified; a collective call."""
         mine = {s.at.ordinal: s for s in self._snapshots.verified(onset)}
         padded = [*mine, *[-1] * NEAR_SLOTS][:NEAR_SLOTS]
         if trainer.world_size > 1:
@@ -199,13 +202,15 @@ class AnomalyRollback(SpikeCallback):
             mine = {ordinal: s for ordinal, s in mine.items() if all(ordinal in ordinals for ordinals in held)}
         return mine[max(mine)] if mine else None
 
-    def _tell(self, batch: TrainingBatch, snapshot: Snapshot, wish: Wish, cleaned: list[str]) -> None:
+    def _report_rollback(
+        self, batch: TrainingBatch, snapshot: Snapshot, request: RollbackRequest, cleaned: list[str]
+    ) -> None:
         trainer, count = batch.trainer, self._policy.rollbacks
         detail = {
             "from_step": batch.at.step,
             "to_step": snapshot.at.step,
-            "reason": wish.reason,
-            "episode": wish.episode,
+            "reason": request.reason,
+            "episode": request.episode,
             "steps_lost": trainer.global_step - snapshot.at.step,
             "batches_lost": batch.at.ordinal + 1 - snapshot.at.ordinal,
             "attempt": count,
@@ -220,25 +225,12 @@ class AnomalyRollback(SpikeCallback):
         for logger in trainer.loggers:
             logger.log_metrics({MARKER: float(count)}, step=axis)
         rank_zero_info(
-            f"lightning_spike: rollback {count} of {self.max_rollbacks} at step {batch.at.step} ({wish.reason}): "
+            f"lightning_spike: rollback {count} of {self.max_rollbacks} at step {batch.at.step} ({request.reason}): "
             f"back to the weights of step {snapshot.at.step}."
         )
 
-    def _say_spent(self, wish: Wish | None) -> None:
-        text = f"AnomalyRollback: all {self.max_rollbacks} rollbacks are spent; from here on the training goes on as it is."
-        if wish is not None and text not in self.flight.store.remarks:
+    def _note_spent(self, request: RollbackRequest | None) -> None:
+        text = f"AnomalyRollback: all {self.max_rollbacks} rollbacks are used; the training continues without them."
+        if request is not None and text not in self.flight.store.remarks:
             self.flight.store.note(text)
             warn(text)
-
-
-def _ends_window(trainer: Trainer) -> bool:
-    """The batch has closed its accumulation window.
-
-    Half a window's gradients would be of the course that is given up.
-    """
-    return not trainer.fit_loop.epoch_loop._should_accumulate()  # Lightning's own test, the short last window included
-
-
-def _nothing_to_go_back_to(snapshots: Snapshots, batch: TrainingBatch, wish: Wish) -> str:
-    why = snapshots.unavailable or f"no snapshot from before batch {wish.onset} had been proven healthy."
-    return f"AnomalyRollback wanted to go back at step {batch.at.step} ({wish.reason}) and could not: {why}"

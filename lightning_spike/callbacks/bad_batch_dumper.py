@@ -1,4 +1,4 @@
-"""`BadBatchDumper`: the batch at which the trouble began, written to disk with everything needed to look at it again."""
+"""`BadBatchDumper`: writes the batch at an episode's onset to disk and names its outlier samples."""
 
 import dataclasses
 import math
@@ -27,58 +27,45 @@ from lightning_spike.samples.suspect_samples import SampleValues, find_suspects,
 from lightning_spike.signals.batch import BatchRoles, batch_leaves
 
 DUMPED: Final = frozenset({EpisodeKind.SPIKE, EpisodeKind.DIVERGENCE, EpisodeKind.NONFINITE, EpisodeKind.OSCILLATION})
-"""Kinds of episodes that begin at a batch; of oscillations only the first, for they return by their nature."""
+"""Kinds of episodes that begin at a batch; only the first oscillation is written, since they recur."""
 
 MB: Final = 1_000_000
 
-LISTED_SUSPECTS: Final = 32
+MAX_SUSPECTS: Final = 32
 """Samples named in the report; the manifest has all."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Due:
-    """A neighbour that is to be written once it is there."""
-
-    ordinal: int
-    episode: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Yardstick:
-    """What the batches of an episode are held against.
-
-    The samples of healthy batches from before it, and weights from there.
-    """
+class _Baseline:
+    """Normal samples and weights from before an episode, which its batches are compared with."""
 
     usual: tuple[Mapping[str, SampleValues], ...]
     snapshot: Snapshot | None
     losses: SampleLosses | None
-    """Of the onset's batch, with those of the healthy ones."""
+    """Sample losses of the onset's batch and of the normal ones."""
 
 
 class BadBatchDumper(SpikeCallback):
-    """Writes the batch at which an episode began, and its neighbours, and names the samples that stand out in it.
+    """Writes the batch at the onset of an episode and its neighbours, and names the outlier samples in it.
 
-    For each new spike, divergence or non-finite loss (and the first oscillation) a folder per batch under
-    `<dirpath>/batches`: the tensors as safetensors, and a JSON manifest with the step, loss, gradient norm, learning
-    rates, dataset indices (under shuffling, workers, `Subset` and DistributedSampler), value statistics, losses of
-    single samples where they can be had, random states and package versions. Under gradient accumulation all
-    micro-batches of the step are written, the worst as the onset. `lightning_spike.actions.batch_dump.load_dump` reads
-    a folder back.
+    Each new spike, divergence or non-finite loss, and the first oscillation, gets a folder per batch under
+    `<dirpath>/batches`. It has the tensors as safetensors and a JSON manifest: step, loss, gradient norm, learning
+    rates, dataset indices (under shuffling, workers, `Subset` and DistributedSampler), value statistics, sample losses
+    where available, random states and package versions. Under gradient accumulation all micro-batches of the step are
+    written, the worst as the onset. `lightning_spike.actions.batch_dump.load_dump` reads a folder.
 
-    Every rank writes its own batches. Training is not changed; only the batches of the last steps are kept by
-    reference, and writing blocks for as long as the disk takes.
+    Every rank writes its own batches. Training is not changed: the last batches are kept by reference, and writing
+    blocks for as long as the disk takes.
 
     Args:
-        dirpath: Folder in which `batches/` is made; by default `<logger.log_dir, else trainer.default_root_dir>/spike`.
-        max_mb: Megabytes (10^6 bytes) of tensors written per run and rank at most; 0 writes none and still names the
-            samples that stand out.
-        max_dumps: Episodes that are written at most.
+        dirpath: Parent folder of `batches/`; by default `<logger.log_dir, else trainer.default_root_dir>/spike`.
+        max_mb: Maximum megabytes (10^6 bytes) of tensors per run and rank; 0 writes none and still names the outlier
+            samples.
+        max_dumps: Maximum number of episodes that are written.
         neighbours: Batches written before and after the onset's step; 0 for the onset alone.
-        target: Path of the target in a batch where the convention does not fit: keys and positions joined by dots, as
-            `"labels"` or `"1.y"`. By convention the last tensor of a tuple or list, or what is called label(s),
-            target(s) or y.
-        weight: Path of the sample weights; by convention what is called weight(s) or sample_weight(s).
+        target: Path of the target in a batch: keys and positions joined by dots, such as `"labels"` or `"1.y"`. By
+            default the last tensor of a tuple or list, or the entry label(s), target(s) or y.
+        weight: Path of the sample weights. By default the entry weight(s) or sample_weight(s).
 
     Raises:
         ConfigurationError: An argument is out of range.
@@ -102,11 +89,11 @@ class BadBatchDumper(SpikeCallback):
         self.roles = BatchRoles(
             target=batch_path("BadBatchDumper(target)", target), weight=batch_path("BadBatchDumper(weight)", weight)
         )
-        self._begin_anew()
+        self._reset()
 
     @override
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
-        self._begin_anew()
+        self._reset()
         self._ring: BatchRing = self.flight.share(BatchRing, BatchRing, trainer, module)
         self.flight.share(BatchStatistics, BatchStatistics, trainer, module).take_roles(self.roles)
         self._folder = (self.dirpath or self.flight.default_dirpath) / "batches"
@@ -117,19 +104,16 @@ class BadBatchDumper(SpikeCallback):
 
     @override
     def act(self, batch: TrainingBatch, changed: Sequence[Episode]) -> None:
-        self._take_up(changed, batch.trainer, batch.module)
+        self._add_episodes(changed, batch.trainer, batch.module)
         self._follow(batch.trainer, batch.module)
         self._write_due(batch.trainer)
 
     @override
     def conclude(self, trainer: Trainer, status: RunStatus, error: BaseException | None) -> None:
-        """Write what became known with the last rows.
-
-        Nothing is run again here: the module may be on its way off the device.
-        """
-        self._take_up(self.flight.store.episodes, trainer, None)
-        for stretch, _ in self._followed:
-            self._close(stretch)
+        """Writes episodes of the last rows, without running the module: it may be leaving the device."""
+        self._add_episodes(self.flight.store.episodes, trainer, None)
+        for batches, _ in self._followed:
+            self._note_finding(batches)
         self._write_due(trainer)
 
     @override
@@ -139,17 +123,18 @@ class BadBatchDumper(SpikeCallback):
 
     # -- the episode's batches ---------------------------------------------------------------------------------------
 
-    def _begin_anew(self) -> None:
+    def _reset(self) -> None:
         self._seen: set[int] = set()
         self._oscillation_seen = False
-        self._due: list[_Due] = []
-        self._followed: list[tuple[BadBatchRun, _Yardstick]] = []
+        self._due: list[tuple[int, int]] = []
+        """Ordinal and episode of neighbours that are written once they have arrived."""
+        self._followed: list[tuple[BadBatchRun, _Baseline]] = []
         self._written: set[int] = set()
         self._bytes = 0
         self._dumps = 0
         self._arrived = -1
 
-    def _take_up(self, episodes: Iterable[Episode], trainer: Trainer, module: LightningModule | None) -> None:
+    def _add_episodes(self, episodes: Iterable[Episode], trainer: Trainer, module: LightningModule | None) -> None:
         for episode in episodes:
             if episode.kind in DUMPED and episode.id not in self._seen:
                 self._seen.add(episode.id)
@@ -162,13 +147,14 @@ class BadBatchDumper(SpikeCallback):
         entries = self._of_step(episode.onset)
         if not entries:
             self.flight.store.note(
-                f"The batch at which episode {episode.id} began (step {episode.onset.step}) was not held any more when it was noticed."
+                f"The batch at which episode {episode.id} began (step {episode.onset.step}) was not held any more "
+                "when it was noticed."
             )
             return
         worst = max(entries, key=self._badness)
-        examined, yardstick = self._examine(worst, entries[0].at.ordinal, trainer, module)
-        self._tell(examined, episode)
-        self._followed.append((BadBatchRun(episode.id, examined), yardstick))
+        examined, baseline = self._examine(worst, entries[0].at.ordinal, trainer, module)
+        self._note_suspects(examined, episode)
+        self._followed.append((BadBatchRun(episode.id, examined), baseline))
         if self._dumps >= self.max_dumps:
             self.flight.store.note(f"BadBatchDumper wrote {self.max_dumps} episodes, its limit (max_dumps).")
             return
@@ -179,15 +165,13 @@ class BadBatchDumper(SpikeCallback):
                 self._write(self._look_at(entry), episode.id, "micro_batch", trainer)
         first, last = entries[0].at.ordinal, entries[-1].at.ordinal
         around = [*range(first - self.neighbours, first), *range(last + 1, last + 1 + self.neighbours)]
-        self._due += [_Due(ordinal=k, episode=episode.id) for k in around]
+        self._due += [(k, episode.id) for k in around]
 
     def _of_step(self, onset: Moment) -> list[RingEntry]:
-        """The onset's batch; under accumulation with all that share its optimizer step."""
+        """The onset's batch; under accumulation all batches of its optimizer step."""
         held = self._ring.entry(onset.ordinal)
-        if held is None:
-            return []
-        if self.flight.store.facts.accumulate_grad_batches == 1:
-            return [held]
+        if held is None or self.flight.store.facts.accumulate_grad_batches == 1:
+            return [held] if held is not None else []
         return [e for e in self._ring.entries() if (e.at.step, e.at.epoch) == (onset.step, onset.epoch)]
 
     def _badness(self, entry: RingEntry) -> tuple[bool, bool, float]:
@@ -210,8 +194,8 @@ class BadBatchDumper(SpikeCallback):
 
     def _examine(
         self, entry: RingEntry, first_of_step: int, trainer: Trainer, module: LightningModule | None
-    ) -> tuple[ExaminedBatch, _Yardstick]:
-        """With losses and suspects, against the healthy batches of the ring: those before the onset's step."""
+    ) -> tuple[ExaminedBatch, _Baseline]:
+        """The batch with its sample losses and suspects, and the baseline: the recorded batches before the step."""
         seen = self._look_at(entry)
         earlier = [self._look_at(e) for e in self._ring.entries() if e.at.ordinal < first_of_step]
         snapshots = self.flight.taking_part(Snapshots)
@@ -219,51 +203,50 @@ class BadBatchDumper(SpikeCallback):
         losses: SampleLosses | None = None
         if trainer.world_size > 1:
             self.flight.store.note(
-                "Losses of single samples are not computed under several ranks: a step run on one rank could wait for the others."
+                "Losses of single samples are not computed under several ranks: a step run on one rank could wait for "
+                "the others."
             )
         if module is not None and seen.size is not None:
             controls = [e.entry for e in earlier]
             losses = losses_of_samples(trainer, module, entry, size=seen.size, controls=controls, snapshot=snapshot)
-        yardstick = _Yardstick(usual=tuple(e.values for e in earlier), snapshot=snapshot, losses=losses)
-        return _with_suspects(seen, losses, yardstick), yardstick
+        baseline = _Baseline(usual=tuple(e.values for e in earlier), snapshot=snapshot, losses=losses)
+        return _with_suspects(seen, losses, baseline), baseline
 
     def _follow(self, trainer: Trainer, module: LightningModule) -> None:
-        """Look at the batches after an onset, as long as they are bad too."""
-        for stretch, yardstick in self._followed:
-            for entry in [e for e in self._ring.entries() if e.at.ordinal > stretch.looked_at]:
-                if not stretch.is_over:
-                    stretch.add(self._examine_next(entry, yardstick, trainer, module))
-            if stretch.is_over:
-                self._close(stretch)
-        self._followed = [(stretch, of) for stretch, of in self._followed if not stretch.is_over]
+        """Examines the batches after an onset for as long as they are bad."""
+        for batches, baseline in self._followed:
+            for entry in [e for e in self._ring.entries() if e.at.ordinal > batches.last_ordinal]:
+                if not batches.is_over:
+                    batches.add(self._examine_next(entry, baseline, trainer, module))
+            if batches.is_over:
+                self._note_finding(batches)
+        self._followed = [(batches, baseline) for batches, baseline in self._followed if not batches.is_over]
 
     def _examine_next(
-        self, entry: RingEntry, yardstick: _Yardstick, trainer: Trainer, module: LightningModule
+        self, entry: RingEntry, baseline: _Baseline, trainer: Trainer, module: LightningModule
     ) -> ExaminedBatch:
-        """Under the weights that the onset's batch was looked at.
-
-        Those of the training have gone on since, and say nothing where they were that yardstick.
-        """
-        seen, first = self._look_at(entry), yardstick.losses
+        """The batch examined with the snapshot's weights, as the onset's batch; without a snapshot no losses."""
+        seen, first = self._look_at(entry), baseline.losses
         losses: SampleLosses | None = None
-        if first is not None and yardstick.snapshot is not None and seen.size is not None:
+        if first is not None and baseline.snapshot is not None and seen.size is not None:
             losses = losses_of_samples(
-                trainer, module, entry, size=seen.size, snapshot=yardstick.snapshot, way=first.how
+                trainer, module, entry, size=seen.size, snapshot=baseline.snapshot, way=first.how
             )
         if first is None or losses is None:
-            return _with_suspects(seen, None, yardstick)
-        comparable = dataclasses.replace(losses, control=first.control, control_pulls=first.control_pulls)
-        return _with_suspects(seen, comparable, yardstick)
+            return _with_suspects(seen, None, baseline)
+        comparable = dataclasses.replace(
+            losses, control=first.control, control_gradient_bounds=first.control_gradient_bounds
+        )
+        return _with_suspects(seen, comparable, baseline)
 
-    def _close(self, stretch: BadBatchRun) -> None:
-        finding = stretch.finding()
-        if finding is not None:
+    def _note_finding(self, batches: BadBatchRun) -> None:
+        if (finding := batches.finding()) is not None:
             self.flight.store.note(finding)
 
-    def _tell(self, batch: ExaminedBatch, episode: Episode) -> None:
+    def _note_suspects(self, batch: ExaminedBatch, episode: Episode) -> None:
         if not batch.suspects:
             return
-        listed = batch.suspects[:LISTED_SUSPECTS]
+        listed = batch.suspects[:MAX_SUSPECTS]
         detail = {
             "episode": episode.id,
             "ordinal": batch.entry.at.ordinal,
@@ -280,15 +263,12 @@ class BadBatchDumper(SpikeCallback):
     # -- writing -----------------------------------------------------------------------------------------------------
 
     def _write_due(self, trainer: Trainer) -> None:
-        """Write the neighbours that have come, numbers included; those that are gone or never came are let go."""
-        waiting = []
-        for due in self._due:
-            entry = self._ring.entry(due.ordinal)
-            if entry is not None and due.ordinal <= self._arrived:
-                self._write(self._look_at(entry), due.episode, "neighbour", trainer)
-            elif due.ordinal > self._arrived:
-                waiting.append(due)
-        self._due = waiting
+        """Writes the neighbours whose rows have arrived; those no longer recorded are left out."""
+        for ordinal, episode in self._due:
+            entry = self._ring.entry(ordinal)
+            if entry is not None and ordinal <= self._arrived:
+                self._write(self._look_at(entry), episode, "neighbour", trainer)
+        self._due = [due for due in self._due if due[0] > self._arrived]
 
     def _write(self, batch: ExaminedBatch, episode: int, role: str, trainer: Trainer) -> None:
         at, size = batch.entry.at, tensor_bytes(batch.entry.batch)
@@ -304,21 +284,21 @@ class BadBatchDumper(SpikeCallback):
         )
         try:
             self._bytes += write_dump(self._folder / name, batch=batch.entry.batch, random=batch.entry.rng, facts=facts)
-        except OSError as error:  # the disk is full, or not ours: looking at batches goes on without it
+        except OSError as error:  # a full or read-only disk must not end the examination
             self.flight.store.note(f"BadBatchDumper could not write to {self._folder}: {error}")
             return
         self._written.add(at.ordinal)
         self.flight.store.note(Action(action="dump", at=at, detail=_detail(batch, episode, role, f"batches/{name}")))
 
 
-def _with_suspects(seen: ExaminedBatch, losses: SampleLosses | None, yardstick: _Yardstick) -> ExaminedBatch:
+def _with_suspects(seen: ExaminedBatch, losses: SampleLosses | None, baseline: _Baseline) -> ExaminedBatch:
     suspects = find_suspects(
         seen.values,
-        usual=yardstick.usual,
+        usual=baseline.usual,
         losses=None if losses is None else losses.losses,
         usual_losses=None if losses is None else losses.control,
-        pulls=None if losses is None else losses.pulls,
-        usual_pulls=None if losses is None else losses.control_pulls,
+        gradient_bounds=None if losses is None else losses.gradient_bounds,
+        usual_gradient_bounds=None if losses is None else losses.control_gradient_bounds,
     )
     return dataclasses.replace(
         seen,
@@ -342,13 +322,13 @@ def _detail(batch: ExaminedBatch, episode: int, role: str, path: str) -> dict[st
                 "max_abs": s.max_abs,
                 "reasons": list(s.reasons),
             }
-            for s in batch.suspects[:LISTED_SUSPECTS]
+            for s in batch.suspects[:MAX_SUSPECTS]
         ],
     }
 
 
 def _text(batch: ExaminedBatch) -> str:
-    """One sentence for a person."""
+    """The finding's sentence."""
     count, worst = len(batch.suspects), batch.suspects[0]
     index = batch.index_of(worst.position)
     name = f"position {worst.position}" if index is None else f"dataset index {index} (position {worst.position})"

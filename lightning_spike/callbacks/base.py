@@ -1,7 +1,7 @@
 """The hooks that every callback of the suite has: the first one in the trainer's list drives the flight for all."""
 
-from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec
+from collections.abc import Callable, Sequence
+from typing import Any, Concatenate, Final, ParamSpec
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -13,15 +13,18 @@ from lightning_spike.flight.loop import Flight
 from lightning_spike.flight.warn import warn
 from lightning_spike.record.participant import Participant
 from lightning_spike.records import Disabled, RunStatus
+from lightning_spike.signals.learning_rate import optimizer_names
 
 A = ParamSpec("A")
+MAX_NAMES: Final = 8
+"""Names that one finding lists; engineering choice."""
 
 
 class SpikeCallback(Participant, Callback):
     """Base of the suite's callbacks: Lightning's hooks on one side, the phases of `Participant` on the other.
 
-    All callbacks of a trainer join one `Flight`. Lightning calls each of them at every hook; only the first in the list
-    (the leader) passes the call on, so that each phase runs once, for everybody, whatever the order of the list.
+    All callbacks of a trainer join one `Flight`. Lightning calls each of them at every hook. Only the first in the list
+    (the leader) passes the call on, so each phase runs once for all of them, in any order of the list.
     """
 
     flight: Flight
@@ -91,12 +94,12 @@ class SpikeCallback(Participant, Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """What this callback must remember over a resume; the leader adds what all share. Plain values only."""
+        """This callback's state for a checkpoint, plain values only; the leader adds the shared state."""
         return self.own_state() | ({"flight": self.flight.state_dict()} if self._leads else {})
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the state of the run that wrote the checkpoint, the shared one too, whoever leads now."""
+        """Restore the state from a checkpoint, with the shared state, whichever callback leads now."""
         state = dict(state_dict)
         if shared := state.pop("flight", None):
             self.flight.load_state_dict(shared)
@@ -104,17 +107,16 @@ class SpikeCallback(Participant, Callback):
             self.load_own_state(state)
 
     def own_state(self) -> dict[str, Any]:
-        """This callback's own part of `state_dict`; empty where it has none."""
+        """This callback's own part of `state_dict`; empty by default."""
         return {}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
-        """Take up what `own_state` gave."""
+        """Restore what `own_state` returned."""
 
     def _drive(self, step: Callable[Concatenate[Flight, A], None], *args: A.args, **kwargs: A.kwargs) -> None:
-        """Pass a hook on.
+        """Run one step of the flight.
 
-        If the loop itself breaks, nothing is sensed any more; the training goes on, and the report still comes and says
-        so.
+        If it raises, recording stops and the training continues. The report is still written and names the error.
         """
         if self.flight.broken and step not in {Flight.conclude, Flight.release}:
             return
@@ -124,11 +126,31 @@ class SpikeCallback(Participant, Callback):
             self.flight.broken = True
             reason = f"{type(error).__name__}: {error}"
             self.flight.store.note(Disabled(part="Flight", reason=reason))
-            warn(f"the suite broke and is switched off; the training goes on. {reason}")
+            warn(f"the suite broke and is switched off; the training continues. {reason}")
+
+
+def first_names(names: Sequence[str]) -> list[str]:
+    """The names that a finding lists: the first `MAX_NAMES`."""
+    return list(names[:MAX_NAMES])
+
+
+def counted(names: Sequence[str], total: int, text: str) -> dict[str, Any]:
+    """The detail of a finding about `names`, some of `total` modules or parameters."""
+    return {"names": first_names(names), "count": len(names), "of": total, "text": text}
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the prefix that `torch.compile` adds."""
+    return name.replace("_orig_mod.", "")
+
+
+def names_by_optimizer(trainer: Trainer) -> dict[int, str]:
+    """Lightning's name of each optimizer, by its id."""
+    return dict(zip(map(id, trainer.optimizers), optimizer_names(trainer.optimizers), strict=True))
 
 
 def _status(trainer: Trainer) -> RunStatus:
-    """How a fit that raised nothing has ended."""
+    """Returns the status of a fit that raised nothing."""
     reached = (trainer.max_steps not in (None, -1) and trainer.global_step >= trainer.max_steps) or (
         trainer.max_epochs not in (None, -1) and trainer.current_epoch >= trainer.max_epochs
     )

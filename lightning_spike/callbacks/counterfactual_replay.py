@@ -1,7 +1,4 @@
-"""`CounterfactualReplay`.
-
-After an episode, run the moment again and see whether the batch or the weights made the loss jump.
-"""
+"""`CounterfactualReplay`: replays an episode's onset with one thing changed, to confirm its cause."""
 
 import dataclasses
 import time
@@ -23,76 +20,65 @@ from lightning_spike.lab.experiments.fallback_attribution import earlier_step_si
 from lightning_spike.lab.experiments.step_size_test import STEP_SIZE_TEST_STEPS, TESTED_UPDATES, step_size_test
 from lightning_spike.lab.live_scene import EXAMINED, Witnesses, live_scene
 from lightning_spike.ranks.control_group import ControlGroup, why_no_control_group
-from lightning_spike.ranks.merge_ranks import SharedExamination, merged
-from lightning_spike.ranks.rank_agreement import EVERY, PATIENCE, ExaminationRequests
-from lightning_spike.ranks.rank_coordination import ALONE, OutOfReach, Ranks
+from lightning_spike.ranks.merge_ranks import SharedExamination, merge_experiments
+from lightning_spike.ranks.rank_agreement import EXCHANGE_EVERY, PATIENCE, ExaminationRequests
+from lightning_spike.ranks.rank_coordination import SINGLE_RANK, Ranks, RankUnreachable
 from lightning_spike.record.participant import TrainingBatch
 from lightning_spike.records import Action, Episode, EpisodeKind, RunStatus
-from lightning_spike.sandbox.budget import FULL_STEPS, LEAST_STEPS, TRIAGE_STEPS, Budget, Extent
+from lightning_spike.sandbox.budget import FULL_STEPS, MIN_STEPS, TRIAGE_STEPS, Budget, Extent
 
-OUTGROWN: Final = 2.0
-"""How many times as severe an episode must have become since its examination for it to be examined again, at its
-peak."""
+MIN_SEVERITY_GROWTH: Final = 2.0
+"""Growth of an episode's severity since its examination from which its peak is examined too; engineering choice."""
 FREE_SECONDS: Final = 5.0
-"""Seconds in all that re-runs may take whatever the budget: nobody minds a few, and a short run has no 2 % to spend."""
-
-FIRST_TEST: Final = 128
-"""Batches after which a run that has had no episode is looked at for the first time, if its loss has stopped falling;
-then at every doubling, so that all looks together cost less and less of the run."""
+"""Total seconds of replays that every run may take: 2 % of a short run is too little; engineering choice."""
+MIN_BATCHES_BEFORE_TEST: Final = 128
+"""Batches before the first step-size test of a run without episodes; later tests follow at every doubling, so their
+share of the run falls; engineering choice."""
 
 
 class CounterfactualReplay(SpikeCallback):
-    """Confirms causes by experiment.
+    """Confirms causes by replaying an episode with weights and batches exchanged.
 
-    After an episode, the moment is run again with the weights and the batches exchanged.
+    The run is trained again from the last healthy snapshot to the onset, with the recorded batches, random states and
+    learning rates. Old and new weights are then evaluated on the onset's batch and on control batches. That splits the
+    loss jump between batch and weights; a spike that does not recur has an external cause. For a non-finite loss, the
+    module and operation of the first non-finite value are named.
 
-    From the last snapshot that has proven healthy the run is trained again up to the onset, with the recorded batches,
-    random states and learning rates; then old and new weights are evaluated on the batch of the onset and on ordinary
-    ones. That splits the jump into what the batch does and what the weights do; a spike that does not come back was
-    made from outside. Where the loss is not finite, the module and operation that made the first such value are named.
+    The step-size test repeats the newest updates from the current weights. It shows a learning rate that is too high
+    throughout: the updates do not lower the loss as their gradients predict. It runs if the onset is no longer recorded
+    (a slow divergence is noticed late). It also runs in a run without episodes whose loss has stopped falling, after
+    128, 256, 512, … batches.
 
-    Where the onset is no longer held (a loss that crept away was noticed late), and where a loss without any episode
-    has stopped falling (looked at after 128 batches, 256, 512 and so on),
-    the newest updates are made once more from the present weights on: whether steps of this size keep what their
-    gradients promise tells a learning rate that is too high all along.
+    The replay restores everything, to the bit, and the training continues unchanged. Only what `training_step` writes
+    to files, globals or its own writers remains (`sandbox.isolation`). If a replay is impossible, the report says why.
 
-    Afterwards everything is as before, to the bit, and so is the rest of the training; where a moment cannot be run
-    again, the report says why. What leaks all the same is what `training_step` itself writes to files, globals or
-    writers of its own (`sandbox.isolation`).
+    Under DDP all ranks examine the same episode at the same batch, the most severe one of any rank. Every loss is the
+    mean over the ranks, so all decide alike. Each rank notes the findings about its own episode if its onset is within
+    8 batches; rank 0's report mentions the other ranks' episodes in a remark. Every four batches each rank sends two
+    numbers over its own group (gloo, on the CPU) and reads the others' four batches later. No device is read. A rank
+    waits only for one that is further behind or gone, once and for five minutes at most; then examinations end.
 
-    With several ranks under DDP all examine the same episode at the same batch: the most severe that one of them has
-    seen. Every loss is then the mean over the ranks, that of the global batch, so all decide alike; a fault in one
-    rank's batch counts as far as it shows in that mean. Each rank notes the findings about its own episode, if its
-    onset is within 8 batches; rank 0's report tells in a remark what others saw and its own loss did not show. For
-    that, after every fourth batch, every rank sends two numbers over a group of its own (gloo, on the CPU) and reads
-    the others' four batches later: no device is read, and nobody waits, unless a rank is that far behind or gone, and
-    then
-    for five minutes at most and once: there are no more examinations after that.
-
-    An exception in the re-run on one rank ends it on all, who say why, and the training goes on. Not so for one inside
-    a backward pass: there the others wait for that rank's gradients, as they would in the training, until the process
-    group's timeout. Steps that are only looked at are run by each rank alone: SyncBatchNorm then goes by the rank's own
-    batch, and a `training_step` that gathers through Lightning is not examined; where it talks to other ranks through
-    `torch.distributed` itself, leave this callback out. Several ranks under other strategies (FSDP, DeepSpeed, model
-    parallel) are not examined, and the report says so.
+    An exception during the replay on one rank ends the replay on all, and the training continues. In a backward pass,
+    however, the other ranks wait for that rank's gradients until the process group's timeout, as in training. Single
+    steps are run by each rank alone: SyncBatchNorm then uses the rank's own batch, and a `training_step` that gathers
+    through Lightning is not examined. If it calls `torch.distributed` itself, leave this callback out. Several ranks
+    under other strategies (FSDP, DeepSpeed, model parallel) are not examined, and the report says so.
 
     Args:
-        budget: Share of the run's time so far that re-runs may take, above 0 and at most 1; 5 seconds in all are free
-            on top of it, so that short runs get their answers too, and the first episode is always examined. Episodes
-            are examined as they come; one that is worse than all before it may overdraw the budget, others that no
-            longer fit get a triage (some three steps' worth), or are named in the report.
-        max_episodes: Episodes examined at most in one fit.
-        controls: Ordinary batches that the batch of the onset is compared with; more make small effects of the weights
-            visible.
+        budget: Share of the run's time that replays may take, above 0 and at most 1, plus 5 seconds in total. The
+            first episode is always examined. An episode more severe than all before it may exceed the budget. Others
+            that do not fit get a triage (about three steps) or are named in the report.
+        max_episodes: Maximum number of episodes examined in one fit.
+        controls: Control batches that the onset's batch is compared with; more of them resolve smaller effects.
 
     Raises:
         ConfigurationError: An argument is out of its range.
     """
 
     _refusal: str | None
-    """Why the ranks cannot examine anything together."""
+    """Reason why the ranks cannot examine anything together."""
     _ranks: Ranks
-    _wishes: ExaminationRequests | None
+    _requests: ExaminationRequests | None
 
     def __init__(self, budget: float = 0.02, max_episodes: int = 20, controls: int = 8) -> None:
         self.budget = number(
@@ -102,7 +88,7 @@ class CounterfactualReplay(SpikeCallback):
             "CounterfactualReplay(max_episodes)",
             max_episodes,
             at_least=1,
-            do="Leave the callback out for no re-runs at all.",
+            do="Leave the callback out for no replays.",
         )
         self.controls = whole_number(
             "CounterfactualReplay(controls)", controls, at_least=1, do="Use 8, or 2 for speed."
@@ -120,43 +106,43 @@ class CounterfactualReplay(SpikeCallback):
         self._first = self.flight.last_moment(trainer).ordinal
         self._refusal = why_no_control_group(trainer)
         if (group := ControlGroup.of(trainer)) is not None:
-            self._ranks, self._wishes = Ranks(group), ExaminationRequests(group)
+            self._ranks, self._requests = Ranks(group), ExaminationRequests(group)
 
     @override
     def act(self, batch: TrainingBatch, changed: Sequence[Episode]) -> None:
         self._waiting |= {e.id: e for e in changed if e.kind in EXAMINED and e.id not in self._seen}
         outgrown = {e.id: e for e in changed if self._has_outgrown(e)}
-        if self._wishes is not None:
-            self._act_together(batch, self._wishes, changed, outgrown)
+        if self._requests is not None:
+            self._act_together(batch, self._requests, changed, outgrown)
             return
         if self._test_is_due(batch):
             self.flight.store.note(*self._test_step_size(batch))
-        due = [e for e in self._waiting.values() if not _may_wait(e, batch)]
+        due = [e for e in self._waiting.values() if not _should_wait(e, batch)]
         for episode in sorted([*due, *outgrown.values()], key=lambda e: -e.severity):
-            found, action = self._look_into(batch, episode, again=episode.id in self._seen)
+            found, action = self._examine(batch, episode, repeated=episode.id in self._seen)
             self._note(episode, [note for note in (found, action) if note is not None])
 
     @override
     def conclude(self, trainer: Trainer, status: RunStatus, error: BaseException | None) -> None:
         for episode in self._waiting.values():
             self.flight.store.note(Experiments(episode=episode.id, not_run="the run ended with it"))
-        self.flight.store.note(*(_remark(shared) for shared in self._strange))
+        self.flight.store.note(*(_remark(shared) for shared in self._unmatched))
 
     def _forget(self) -> None:
         self._seen: dict[int, list[float]] = {}
-        """By the id of an examined episode, its severity at each examination."""
+        """Severity at each examination, by the episode's id."""
         self._waiting: dict[int, Episode] = {}
         self._budget = Budget(share=self.budget, free=FREE_SECONDS)
         self._began = time.monotonic()
         self._first = 0
-        self._refusal, self._ranks, self._wishes = None, ALONE, None
+        self._refusal, self._ranks, self._requests = None, SINGLE_RANK, None
         self._tests_steps = True
         self._batches = 0
-        self._wished: Episode | None = None
+        self._requested: Episode | None = None
         self._outgrown: dict[int, Episode] = {}
         self._shared: list[SharedExamination] = []
-        self._strange: list[SharedExamination] = []
-        """Those of them that no episode of this rank's is about, so far."""
+        self._unmatched: list[SharedExamination] = []
+        """Those of them that match no episode of this rank so far."""
 
     def _note(self, episode: Episode, notes: Sequence[Experiments | Action]) -> None:
         self._waiting.pop(episode.id, None)
@@ -169,133 +155,127 @@ class CounterfactualReplay(SpikeCallback):
     def _act_together(
         self,
         batch: TrainingBatch,
-        wishes: ExaminationRequests,
+        requests: ExaminationRequests,
         changed: Sequence[Episode],
         outgrown: Mapping[int, Episode],
     ) -> None:
-        """The same exchanges on every rank, whatever it has seen itself."""
+        """Exchanges requests and examines the strongest: the same calls on every rank, whatever it has seen."""
         self._outgrown |= outgrown
-        self._take_over(changed)
+        self._note_known(changed)
         self._batches += 1
         is_last = _is_last(batch.trainer)
-        if self._batches % EVERY and not is_last:
+        if self._batches % EXCHANGE_EVERY and not is_last:
             return
         try:
-            self._examine_strongest(batch, wishes)
-            self._wish(wishes)
-            while is_last and self._examine_strongest(batch, wishes):
-                self._wish(wishes)
-        except OutOfReach as gone:
-            self._refusal, self._wishes, self._ranks = str(gone), None, ALONE
+            self._examine_strongest(batch, requests)
+            self._request(requests)
+            while is_last and self._examine_strongest(batch, requests):
+                self._request(requests)
+        except RankUnreachable as gone:
+            self._refusal, self._requests, self._ranks = str(gone), None, SINGLE_RANK
             self.flight.store.note(f"No more moments are run again: {gone}.")
 
-    def _wish(self, wishes: ExaminationRequests) -> None:
+    def _request(self, requests: ExaminationRequests) -> None:
         due = [*self._waiting.values(), *self._outgrown.values()]
-        self._wished = max(due, key=lambda e: e.severity, default=None)
-        wishes.send(self._wished)
+        self._requested = max(due, key=lambda e: e.severity, default=None)
+        requests.send(self._requested)
 
-    def _examine_strongest(self, batch: TrainingBatch, wishes: ExaminationRequests) -> bool:
-        """Whether one of the ranks wished for something."""
-        wish = wishes.strongest()
-        if wish is None:
+    def _examine_strongest(self, batch: TrainingBatch, requests: ExaminationRequests) -> bool:
+        """Examines the strongest request of all ranks; returns whether there was one."""
+        request = requests.strongest()
+        if request is None:
             return False
-        self._ranks.meet("an examination", wish.onset, seconds=PATIENCE)
-        episode, again = self._ranks.tell(self._newest(self._wished), by=wish.rank)
+        self._ranks.barrier("an examination", request.onset, seconds=PATIENCE)
+        episode, repeated = self._ranks.broadcast(self._newest(self._requested), by=request.rank)
         if episode is None:
             return True
-        found, action = self._look_into(batch, episode, again=again, by=wish.rank)
-        examined = SharedExamination(rank=wish.rank, episode=episode, found=found, action=action)
-        own = [episode] if wish.rank == self._ranks.rank else [e for e in self._own() if examined.is_about(e)]
+        found, action = self._examine(batch, episode, repeated=repeated, by=request.rank)
+        examined = SharedExamination(rank=request.rank, episode=episode, found=found, action=action)
+        own = [episode] if request.rank == self._ranks.rank else [e for e in self._own() if examined.is_about(e)]
         for mine in own:
             self._note(mine, examined.notes_about(mine))
         self._shared.append(examined)
-        self._strange += [examined] if found is not None and not own else []
+        self._unmatched += [examined] if found is not None and not own else []
         return True
 
-    def _newest(self, wished: Episode | None) -> tuple[Episode | None, bool]:
-        """The episode as it is known by now, and whether it has been examined before."""
-        if wished is None:
+    def _newest(self, requested: Episode | None) -> tuple[Episode | None, bool]:
+        """The newest version of the episode, and whether it has been examined before."""
+        if requested is None:
             return None, False
-        return next((e for e in self._own() if e.id == wished.id), wished), wished.id in self._seen
+        return next((e for e in self._own() if e.id == requested.id), requested), requested.id in self._seen
 
     def _own(self) -> list[Episode]:
         return [e for e in self.flight.store.episodes if e.kind in EXAMINED]
 
-    def _take_over(self, changed: Sequence[Episode]) -> None:
-        """An episode that this rank sees only now has been examined already, when another rank saw it."""
+    def _note_known(self, changed: Sequence[Episode]) -> None:
+        """Notes results of an earlier shared examination about an episode that this rank sees only now."""
         for episode in changed:
             known = [e for e in self._shared if episode.id in self._waiting and e.is_about(episode)]
             for examined in known:
                 self._note(episode, examined.notes_about(episode))
-                self._strange = [other for other in self._strange if other is not examined]
+                self._unmatched = [other for other in self._unmatched if other is not examined]
 
     def _has_outgrown(self, episode: Episode) -> bool:
-        """What was examined was only the beginning: the peak has become another matter.
-
-        Looked into once; if the weights were at fault already, it is their doing.
-        """
+        """Whether the peak needs an examination too: severity grew since the only one, which blamed the batch."""
         severities = self._seen.get(episode.id, [])
-        return (
-            len(severities) == 1
-            and episode.severity > OUTGROWN * severities[0]
-            and not self._weights_are_to_blame(episode)
-        )
-
-    def _weights_are_to_blame(self, episode: Episode) -> bool:
+        if len(severities) != 1 or episode.severity <= MIN_SEVERITY_GROWTH * severities[0]:
+            return False
         shares = jump_shares(self.flight.store.experiments.get(episode.id))
-        return bool(shares) and max(shares, key=lambda group: shares[group]) is not Group.DATA
+        return not shares or max(shares, key=lambda group: shares[group]) is Group.DATA
 
-    def _look_into(
-        self, batch: TrainingBatch, episode: Episode, *, again: bool, by: int = 0
+    def _examine(
+        self, batch: TrainingBatch, episode: Episode, *, repeated: bool, by: int = 0
     ) -> tuple[Experiments | None, Action | None]:
-        """What is to be noted of it; on several ranks the same on all."""
-        extent, why = self._ranks.tell(self._extent(batch, episode), by=0)
+        """Examines an episode within the budget; returns what to note, the same on all ranks."""
+        extent, why = self._ranks.broadcast(self._extent(batch, episode), by=0)
         if extent is None:
-            return None if again else Experiments(episode=episode.id, not_run=why), None
+            return None if repeated else Experiments(episode=episode.id, not_run=why), None
         started = time.monotonic()
-        found = self._experiments(batch, episode, extent, again=again, by=by)
+        found = self._experiments(batch, episode, extent, repeated=repeated, by=by)
         seconds = time.monotonic() - started
         is_done = found.not_run is None
-        self._budget.took(seconds, extent=extent if is_done else "triage", severity=episode.severity)
+        self._budget.book(seconds, extent=extent if is_done else "triage", severity=episode.severity)
         if not is_done:
-            return None if again else found, None
+            return None if repeated else found, None
         detail = {"episode": episode.id, "extent": extent, "seconds": round(seconds, 3)}
         return found, Action(action="replay", at=batch.at, detail=detail)
 
     def _experiments(
-        self, batch: TrainingBatch, episode: Episode, extent: Extent, *, again: bool, by: int
+        self, batch: TrainingBatch, episode: Episode, extent: Extent, *, repeated: bool, by: int
     ) -> Experiments:
         try:
-            return self._examined(batch, episode, extent, again=again, by=by)
-        except OutOfReach:
+            return self._replay(batch, episode, extent, repeated=repeated, by=by)
+        except RankUnreachable:
             raise
         except CannotReplay as reason:
             return Experiments(episode=episode.id, not_run=str(reason))
-        except Exception as error:  # noqa: BLE001 - the user's code, run once more; the training is untouched and goes on
+        except Exception as error:  # noqa: BLE001 - the user's code; the training is untouched
             return Experiments(episode=episode.id, not_run=f"the replay failed: {type(error).__name__}: {error}")
 
-    def _examined(self, batch: TrainingBatch, episode: Episode, extent: Extent, *, again: bool, by: int) -> Experiments:
+    def _replay(
+        self, batch: TrainingBatch, episode: Episode, extent: Extent, *, repeated: bool, by: int
+    ) -> Experiments:
         examination = examine if extent == "full" else triage
         try:
             with self._ranks.stage():
                 scene = live_scene(batch, episode, self._witnesses, controls=self.controls, ranks=self._ranks)
-                at_peak = again and any(entry.at.ordinal == episode.peak.ordinal for entry in scene.entries)
+                at_peak = repeated and any(entry.at.ordinal == episode.peak.ordinal for entry in scene.entries)
                 found = examination(dataclasses.replace(scene, looks_at=episode.peak.ordinal) if at_peak else scene)
         except OnsetGone as reason:
             steps = self._step_size(batch, episode) if extent == "full" else None
             if steps is None:
                 return Experiments(episode=episode.id, not_run=str(reason))
             return with_step_size(None, episode, str(reason), steps)
-        found = merged(self._ranks.gather(found), by=by)
+        found = merge_experiments(self._ranks.gather(found), by=by)
         failure = unexplained(found) if extent == "full" else None
         steps = None if failure is None else self._step_size(batch, episode)
         return found if failure is None or steps is None else with_step_size(found, episode, failure, steps)
 
-    # -- the present -------------------------------------------------------------------------------------------------
+    # -- step sizes at the current weights ---------------------------------------------------------------------------
 
     def _step_size(self, batch: TrainingBatch, episode: Episode) -> StepSize | None:
-        """Steps that are too long, for an episode whose onset is out of reach; `None` where they are not."""
-        earlier = self._ranks.tell(earlier_step_size(self.flight.store, episode), by=0)
+        """The step-size test for an episode whose onset is not recorded; `None` if the steps are not too long."""
+        earlier = self._ranks.broadcast(earlier_step_size(self.flight.store, episode), by=0)
         if earlier is not None:
             return earlier
         with self._ranks.stage():
@@ -303,14 +283,14 @@ class CounterfactualReplay(SpikeCallback):
         return steps if steps is not None and steps_too_long(steps) else None
 
     def _test_is_due(self, batch: TrainingBatch) -> bool:
-        """A run without an episode whose loss has stopped falling is looked at, ever more rarely."""
+        """Whether to test the step size of a run without episodes whose loss has stopped falling."""
         count = batch.at.ordinal + 1 - self._first
-        if count < FIRST_TEST or count & (count - 1) or not self._tests_steps:
+        if count < MIN_BATCHES_BEFORE_TEST or count & (count - 1) or not self._tests_steps:
             return False
         if any(e.kind in EXAMINED for e in self.flight.store.episodes):
             return False
         elapsed = time.monotonic() - self._began - self._budget.spent
-        return stagnates(self.flight.store.history.series("loss")) and self._budget.bears(
+        return stagnates(self.flight.store.history.series("loss")) and self._budget.has_room(
             elapsed / count * STEP_SIZE_TEST_STEPS, elapsed=elapsed
         )
 
@@ -335,7 +315,7 @@ class CounterfactualReplay(SpikeCallback):
     # -- the budget --------------------------------------------------------------------------------------------------
 
     def _extent(self, batch: TrainingBatch, episode: Episode) -> tuple[Extent | None, str]:
-        """How far to examine, and if not at all, why."""
+        """Extent of the examination; `None` and a reason if there is to be none."""
         if self._refusal is not None:
             return None, self._refusal
         if self._budget.examined >= self.max_episodes:
@@ -343,32 +323,29 @@ class CounterfactualReplay(SpikeCallback):
         elapsed = time.monotonic() - self._began - self._budget.spent
         pace = elapsed / max(batch.at.ordinal - self._first, 1)
         snapshot = self._witnesses.snapshots.latest_healthy(before=episode.onset.ordinal)
-        way = 0 if snapshot is None else episode.onset.ordinal - snapshot.at.ordinal
-        full, triage_only = pace * max(FULL_STEPS, way + LEAST_STEPS), pace * TRIAGE_STEPS
+        replayed = 0 if snapshot is None else episode.onset.ordinal - snapshot.at.ordinal
+        full, triage_only = pace * max(FULL_STEPS, replayed + MIN_STEPS), pace * TRIAGE_STEPS
         extent = self._budget.extent(severity=episode.severity, elapsed=elapsed, full=full, triage=triage_only)
-        spent = f"re-runs took {self._budget.spent:.2g} s already"
+        spent = f"replays took {self._budget.spent:.2g} s already"
         return extent, f"{spent}, and another would not fit into budget={self.budget:.3g} of the run's time"
 
 
 def _remark(shared: SharedExamination) -> str:
-    """For a rank whose own loss did not show the episode."""
+    """The remark of a rank whose own loss did not show the episode."""
     found = Experiments(episode=shared.episode.id) if shared.found is None else shared.found
     known = dataclasses.replace(found, rank=shared.rank)
     return sentences.remark_of_other_rank(known, shared.episode.kind, shared.episode.onset.step)
 
 
-def _may_wait(episode: Episode, batch: TrainingBatch) -> bool:
-    """Whether to look at the next loss first.
-
-    Where the batch of the onset has only just been trained on, the jump itself may be still to come.
-    """
+def _should_wait(episode: Episode, batch: TrainingBatch) -> bool:
+    """Whether to wait for the next loss: if the onset's batch is the newest one, the jump may be still to come."""
     if episode.kind is EpisodeKind.NONFINITE or batch.at.ordinal > episode.onset.ordinal:
         return False
     return not _is_last(batch.trainer)
 
 
 def _is_last(trainer: Trainer) -> bool:
-    """Whether the training ends with this batch, as far as can be known; the same on all ranks."""
+    """Whether this is the last batch of the training, as far as known; the same on all ranks."""
     in_last_epoch = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch + 1
     is_last = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
     return is_last or (in_last_epoch and trainer.is_last_batch)

@@ -1,7 +1,4 @@
-"""`DataMonitor`: what is in the batches.
-
-How large values are, how classes and sample weights are spread, and whether the inputs move.
-"""
+"""`DataMonitor`: value statistics, class and weight distribution, and input drift of the batches."""
 
 import math
 from collections.abc import Callable
@@ -19,40 +16,45 @@ from lightning_spike.record.participant import TrainingBatch
 from lightning_spike.record.recorder import Arrival
 from lightning_spike.signals.batch import BatchRoles
 
-REFERENCE: Final = 64
-"""Batches at the beginning of the run (or of its resumed part) that later ones are compared with."""
-SHARE: Final = 1 / 16
-"""Of the newest batch in the moving average: it looks back over some thirty batches."""
-MOST: Final = 5.0
-"""Spreads at which a single batch's deviation is cut off: one bad batch is no drift."""
+REFERENCE_BATCHES: Final = 64
+"""Batches at the start of the run (or of its resumed part) that later batches are compared with."""
+SMOOTHING: Final = 1 / 16
+"""Weight of the newest batch in the moving average, which covers about thirty batches."""
+MAX_DEVIATION: Final = 5.0
+"""Standard deviations at which a batch's deviation is clipped: one bad batch is no drift."""
 
 
 class DataMonitor(SpikeCallback):
-    """Records statistics of every batch; what they show is evidence for the ranking, and is written to `signals/`.
+    """Records statistics of every batch, as evidence for the ranking and in `signals/`.
 
-    For every floating tensor `batch/<leaf>/mean`, `std`, `max_abs`, `nonfinite`, `zeros`; for an integer target or
-    input (tokens) `distinct`, `entropy`, `largest`, `longest_run` and the vector `histogram` (classes modulo 64); for
-    sample weights also `ess` and `max_share`; see `signals.batch`. For inputs also `batch/<leaf>/drift`: how far the
-    moving average of mean and log spread (of tokens: of the roots of their counts) over the last thirty or so batches,
-    those before this one, lies from the run's first 64, in standard errors: around 1 where the data stay as they are.
+    - Every floating tensor: `batch/<leaf>/mean`, `std`, `max_abs`, `nonfinite`, `zeros`.
+    - Integer targets and inputs (tokens): `distinct`, `entropy`, `largest`, `longest_run` and the vector `histogram`
+      (classes modulo 64).
+    - Sample weights: also `ess` and `max_share`; see `signals.batch`.
+    - Inputs: also `batch/<leaf>/drift`, the distance of the moving average from the first 64 batches, in standard
+      errors; about 1 for stationary data. The average is of mean and log standard deviation (tokens: square roots of
+      the counts) over about thirty batches before this one.
 
-    All batches are measured, since the one that matters is not known beforehand. A few kernels for each tensor, nothing
-    blocks. `BadBatchDumper` measures the same where it is alone; where both say which part of a batch is what, the
-    later in the list of callbacks wins.
+    Every batch is measured. That takes a few kernels per tensor, and nothing blocks. `BadBatchDumper` measures the same
+    if it is alone. If both define the parts of a batch, the later one in the list of callbacks wins.
 
     Args:
-        input: Path of the input in a batch where the convention does not fit: keys and positions joined by dots, as
-            `"image"` or `"0.x"`. What is then neither input nor target nor weight is passed over. By convention all
-            that is neither target nor weight.
-        target: Path of the target. By convention the last tensor of a tuple or list, or what is called label(s),
-            target(s) or y.
-        weight: Path of the sample weights; by convention what is called weight(s) or sample_weight(s).
+        input: Path of the input in a batch: keys and positions joined by dots, such as `"image"` or `"0.x"`. Everything
+            that is then no input, target or weight is ignored. By default all that is neither target nor weight.
+        target: Path of the target. By default the last tensor of a tuple or list, or the entry label(s), target(s)
+            or y.
+        weight: Path of the sample weights. By default the entry weight(s) or sample_weight(s).
 
     Raises:
         ConfigurationError: An argument is neither a path nor None.
     """
 
-    def __init__(self, input: str | None = None, target: str | None = None, weight: str | None = None) -> None:  # noqa: A002 - the contract's word
+    def __init__(
+        self,
+        input: str | None = None,  # noqa: A002 - the contract's word
+        target: str | None = None,
+        weight: str | None = None,
+    ) -> None:
         self.roles = BatchRoles(
             input=batch_path("DataMonitor(input)", input),
             target=batch_path("DataMonitor(target)", target),
@@ -79,49 +81,44 @@ class DataMonitor(SpikeCallback):
                 leaf = signal.removeprefix("batch/").removesuffix("/mean")
                 spread = values.get(f"batch/{leaf}/std", math.nan)
                 if math.isfinite(mean) and math.isfinite(spread):
-                    self._add(leaf, [mean, math.log(max(spread, 1e-30))], _furthest, arrival)
+                    self._add(leaf, [mean, math.log(max(spread, 1e-30))], _maximum, arrival)
         for row in arrival.layers:
             if row.signal.startswith("batch/input") and row.signal.endswith("/histogram"):
                 leaf = row.signal.removeprefix("batch/").removesuffix("/histogram")
-                self._add(leaf, np.sqrt(row.values), _together, arrival)
+                self._add(leaf, np.sqrt(row.values), _root_mean_square, arrival)
 
-    def _add(self, leaf: str, values: npt.ArrayLike, joined: "_Joined", arrival: Arrival) -> None:
-        self._drifts.setdefault(leaf, _Drift(joined)).add(np.asarray(values, dtype=np.float64), weight=_size(arrival))
-
-
-_Joined = Callable[[npt.NDArray[np.float64]], float]
-"""What makes one number of several statistics' distances, so that it is around 1 where nothing moves."""
+    def _add(self, leaf: str, values: npt.ArrayLike, reduction: "_Reduction", arrival: Arrival) -> None:
+        drift = self._drifts.setdefault(leaf, _Drift(reduction))
+        drift.add(np.asarray(values, dtype=np.float64), weight=_batch_weight(arrival))
 
 
-def _furthest(away: npt.NDArray[np.float64]) -> float:
-    return float(np.abs(away).max())
+_Reduction = Callable[[npt.NDArray[np.float64]], float]
+"""Reduces the distances of several statistics to one, which is about 1 for stationary data."""
 
 
-def _together(away: npt.NDArray[np.float64]) -> float:
-    """Root of the mean square: the furthest of 64 would be far where nothing moves.
+def _maximum(distances: npt.NDArray[np.float64]) -> float:
+    return float(np.abs(distances).max())
 
-    Of the kinds of token that occur at all.
-    """
-    moving = away[away != 0.0]
+
+def _root_mean_square(distances: npt.NDArray[np.float64]) -> float:
+    """Root mean square over the tokens that occur; the maximum of 64 would be large without any drift."""
+    moving = distances[distances != 0.0]
     return float(np.sqrt(np.mean(np.square(moving)))) if moving.size else 0.0
 
 
 class _Drift:
-    """How far an input's statistics have moved from where they began.
+    """Distance of an input's statistics from the reference batches, as a moving average."""
 
-    Of each the mean and spread over the reference, and the moving average since.
-    """
+    ERROR: Final = math.sqrt(SMOOTHING / (2 - SMOOTHING) + 1 / REFERENCE_BATCHES)
+    """Standard error of moving average minus reference mean, in standard deviations between batches."""
 
-    ERROR: Final = math.sqrt(SHARE / (2 - SHARE) + 1 / REFERENCE)
-    """Standard error of the moving average less the reference's mean, in spreads between single batches."""
-
-    def __init__(self, joined: _Joined) -> None:
-        self._joined = joined
+    def __init__(self, reduction: _Reduction) -> None:
+        self._reduction = reduction
         self._count = 0
         self._mean = self._squares = self._moving = np.zeros(1)
 
     def add(self, values: npt.NDArray[np.float64], weight: float) -> None:
-        if self._count < REFERENCE:  # Welford
+        if self._count < REFERENCE_BATCHES:  # Welford
             self._count += 1
             step = values - self._mean
             self._mean = self._mean + step / self._count
@@ -129,15 +126,15 @@ class _Drift:
             return
         spread = np.sqrt(self._squares / (self._count - 1))
         least = np.maximum(1e-6 * np.abs(self._mean), 1e-12)
-        away = np.clip((values - self._mean) / np.maximum(spread, least) * weight, -MOST, MOST)
-        self._moving = self._moving + SHARE * (away - self._moving)
+        deviation = (values - self._mean) / np.maximum(spread, least) * weight
+        self._moving = self._moving + SMOOTHING * (np.clip(deviation, -MAX_DEVIATION, MAX_DEVIATION) - self._moving)
 
     def distance(self) -> float | None:
-        """In standard errors, over the statistics together; `None` while the reference is being made."""
-        return None if self._count < REFERENCE else self._joined(self._moving) / self.ERROR
+        """The distance in standard errors; `None` until the reference is complete."""
+        return None if self._count < REFERENCE_BATCHES else self._reduction(self._moving) / self.ERROR
 
 
-def _size(arrival: Arrival) -> float:
-    """A short batch deviates by more: its deviation counts for less by the root of its share."""
+def _batch_weight(arrival: Arrival) -> float:
+    """Weight of a batch's deviation: sqrt(size / usual size), since a short batch is noisier."""
     size, usual = arrival.row.batch_size, arrival.row.usual_batch_size
     return 1.0 if not size or not usual else math.sqrt(size / usual)

@@ -1,7 +1,4 @@
-"""`LRPeakDetector`: the learning rate of every update, and what it did.
-
-Restarts, peaks, the end of a warm-up, jumps that no schedule explains.
-"""
+"""`LRPeakDetector`: the learning rate of every update, its restarts, peaks and unexplained jumps."""
 
 import math
 from typing import Any, Final
@@ -11,46 +8,45 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_spike.arguments import number
-from lightning_spike.callbacks.base import SpikeCallback
+from lightning_spike.callbacks.base import SpikeCallback, names_by_optimizer
 from lightning_spike.detectors.learning_rate import LearningRateDetector
 from lightning_spike.record.participant import TrainingBatch
 from lightning_spike.record.recorder import Arrival
 from lightning_spike.records import Finding
-from lightning_spike.signals.learning_rate import learning_rates, optimizer_names
+from lightning_spike.signals.learning_rate import learning_rates
 
 PREFIX: Final = "lr-"
-LEAST_JUMP: Final = 1.5
-"""Ratio from which the detector calls a move of the rate a jump at all."""
+MIN_JUMP: Final = 1.5
+"""Smallest ratio of two successive rates that the detector calls a jump."""
 BY_RATIO: Final = frozenset({"restart", "unexplained_jump", "drop"})
 
 
 class LRPeakDetector(SpikeCallback):
-    """Records the learning rate that every update really uses, of every optimizer and parameter group, and tells what it does.
+    """Records the learning rate of every update, per optimizer and parameter group, and finds its events.
 
-    It goes by the rates themselves, so it works for any scheduler, for one of your own and for none: a warm restart,
-    the peak of a cycle, the end of a warm-up, a jump that no configured schedule explains, a length that counts batches
-    where epochs were meant. What it finds is evidence for the ranking. The rates are read in
-    `on_before_optimizer_step`, for at a batch's end Lightning has stepped the scheduler already; they are numbers on
-    the host, so nothing blocks (a rate that is a device tensor travels with the other signals).
+    It reads the rates themselves, so it works with any scheduler and with none. Events are a warm restart, the peak of
+    a cycle, the end of a warm-up, a jump that no configured schedule explains, and a length in batches where epochs
+    were meant. They are evidence for the ranking. The rates are read in `on_before_optimizer_step`, because at the end
+    of a batch Lightning has already stepped the scheduler. Reading never blocks.
 
     Args:
-        jump: Report a move of the rate from one update to the next (a restart, a jump, a drop) from this ratio on, at
-            least 1.5. A larger value keeps small planned restarts out of the report.
+        jump: Smallest ratio between two successive rates that is reported as a restart, jump or drop, at least 1.5.
+            A larger value keeps small planned restarts out of the report.
 
     Raises:
         ConfigurationError: `jump` is not a finite number of at least 1.5.
     """
 
-    def __init__(self, jump: float = LEAST_JUMP) -> None:
-        do = f"Use {LEAST_JUMP:g} to see every jump; smaller moves are a schedule's ordinary steps."
-        self.jump = number("LRPeakDetector(jump)", jump, at_least=LEAST_JUMP, do=do)
+    def __init__(self, jump: float = MIN_JUMP) -> None:
+        do = f"Use {MIN_JUMP:g} to see every jump; smaller moves are a schedule's ordinary steps."
+        self.jump = number("LRPeakDetector(jump)", jump, at_least=MIN_JUMP, do=do)
         self._names: dict[int, str] = {}
         self._detector = LearningRateDetector()
         self._resumed_state: dict[str, Any] | None = None
 
     @override
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
-        self._names = dict(zip(map(id, trainer.optimizers), optimizer_names(trainer.optimizers), strict=True))
+        self._names = names_by_optimizer(trainer)
         facts = self.flight.store.facts
         batches = facts.batches_per_epoch
         self._detector = LearningRateDetector(
@@ -83,7 +79,7 @@ class LRPeakDetector(SpikeCallback):
 
     @override
     def load_own_state(self, state: dict[str, Any]) -> None:
-        """Kept until `begin`: Lightning restores callbacks before the schedulers are known."""
+        """Stores the state until `begin`: Lightning restores callbacks before the schedulers are known."""
         self._resumed_state = state["detector"]
 
     def _reported(self, finding: Finding) -> bool:

@@ -1,7 +1,4 @@
-"""`OptimizerMonitor`.
-
-What the optimizer's state says about its updates, and whether the training step does what every training step must.
-"""
+"""`OptimizerMonitor`: second moments and momentum of the optimizer, and errors of the training step."""
 
 import weakref
 from collections.abc import Callable
@@ -15,14 +12,14 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_spike.arguments import whole_number
-from lightning_spike.callbacks.base import SpikeCallback
+from lightning_spike.callbacks.base import SpikeCallback, first_names, names_by_optimizer, plain_name
 from lightning_spike.detectors.second_moment import SecondMomentDetector
 from lightning_spike.experiments import OutsideWrite
 from lightning_spike.record.gradient_checks import GradientChecks
 from lightning_spike.record.outside_writes import OutsideWrites
 from lightning_spike.record.participant import TrainingBatch
 from lightning_spike.record.recorder import Arrival
-from lightning_spike.record.resume_check import Lost, lost, summary
+from lightning_spike.record.resume_check import NotRestored, not_restored, summary
 from lightning_spike.record.setting_changes import SettingChange, SettingChanges
 from lightning_spike.record.update_meter import NO_UPDATE, NOT_MEASURED, UpdateMeter
 from lightning_spike.records import Finding, Moment
@@ -32,43 +29,40 @@ from lightning_spike.signals.optimizer import Memory, corrected_roots, eps_share
 RMS: Final = "update_rms"
 EPS: Final = "eps_share"
 COSINE: Final = "momentum_cosine"
-NAMED: Final = 8
-CONFIRMED: Final = 2
-"""Measured updates in a row that changed nothing before it is said."""
+MIN_EMPTY_UPDATES: Final = 2
+"""Measured updates in a row without a change of the weights before a finding."""
 
 
 class OptimizerMonitor(SpikeCallback):
-    """Records what the optimizer remembers against what it gets, every few updates, and finds training steps that do not do what they must.
+    """Compares the optimizer's state with the gradients every few updates, and finds errors of the training step.
 
     For Adam's kind and RMSprop: `update_rms`, the highest over the parameters of RMS_t = sqrt(mean(g² / max(v, eps²)))
     (Wortsman et al. 2023) with the gradient that the update used and the second moment from before it, and the vector
     of the same for every parameter; `eps_share`, the share of all coordinates whose sqrt(v) is below 10 eps, and the
     vector.
     For any optimizer with momentum: `momentum_cosine`, the cosine between the gradient and the momentum before the
-    update. Of parameters with more than 16,384 elements a subset is taken; in the vectors -1 stands for a parameter
-    without. With several optimizers the one whose RMS_t is highest counts, and the lowest cosine.
+    update. A parameter with more than 16,384 elements is measured on a subset. A vector has -1 for a parameter without
+    the value. With several optimizers the highest RMS_t and the lowest cosine count.
 
-    Findings, which hardly ever are false alarms:
+    Findings, with few false alarms:
 
     - those of `GradientChecks`: detector `"optimizer"`, kinds `"not_optimized"`, `"no_gradient"`, `"not_zeroed"`;
-    - detector `"optimizer"`, kind `"no_update"`: in two measured updates in a row nothing that is looked at changed,
-      though there were gradients and a learning rate above a thousandth of its highest; `text`;
+    - detector `"optimizer"`, kind `"no_update"`: two measured updates in a row changed no weight, with gradients and
+      a learning rate above a thousandth of its maximum; `text`;
     - detector `"optimizer"`, kind `"second_moment_stale"` of `SecondMomentDetector`;
     - detector `"optimizer"`, kind `"settings_changed"`: a setting other than the learning rate (weight decay, eps,
-      betas, momentum, …) that had stood still for eight updates has another value from the update of the batch `at` on;
-      `optimizer` (Lightning's name), `group` (from 1 on), `name`, `before`, `after` and `text`;
-    - detector `"outside_writes"`, kinds `"weights"` and `"optimizer_state"`: something was written into them in place
-      that the training step does not write; `names` (the first eight), `count`, `text`. `"weights_at_validation"` and
-      `"optimizer_state_at_validation"` where a validation lay in between, for averaged weights are swapped in there and
-      out again. `at` is the batch between whose beginning and the next one's it was.
-
-    - detector `"resume"`, kinds `"optimizer_state"` and `"schedule"`, at the first batch of a run that goes on from a
-      checkpoint: state, learning rates or the scheduler's place are not what they were when it was written
-      (`record.resume_check`); `optimizer`, `what`, `saved`, `restored`, `text`. A checkpoint that was written without
-      this callback says nothing.
+      betas, momentum, …), constant for eight updates, changes at the update of the batch `at`; `optimizer` (Lightning's
+      name), `group` (from 1), `name`, `before`, `after`, `text`;
+    - detector `"outside_writes"`, kinds `"weights"` and `"optimizer_state"`: code outside the optimizer's step wrote to
+      them in place, between the start of the batch `at` and the next one; `names` (the first eight), `count`, `text`.
+      With a validation in between the kinds are `"weights_at_validation"` and `"optimizer_state_at_validation"`, since
+      averaged weights are swapped in and out there;
+    - detector `"resume"`, kinds `"optimizer_state"` and `"schedule"`, at the first batch after a resume: optimizer
+      state, learning rates or scheduler position differ from the checkpoint (`record.resume_check`); `optimizer`,
+      `what`, `saved`, `restored`, `text`. A checkpoint written without this callback cannot be compared.
 
     Args:
-        every: Updates between two looks at the optimizer's state; 1 for each. What must hold is checked at every step.
+        every: Measure the optimizer's state every N updates; 1 for each. Errors are looked for at every step.
 
     Raises:
         ConfigurationError: `every` is not a whole number of at least 1.
@@ -82,10 +76,10 @@ class OptimizerMonitor(SpikeCallback):
 
     def _reset(self) -> None:
         self._sizes: dict[int, int] = {}
-        """Elements of every parameter, in the order of the vectors."""
+        """Number of elements by the parameter's id, in the order of the vectors."""
         self._updates: dict[int, int] = {}
         self._due: dict[int, tuple[list[Memory], list[Tensor]]] = {}
-        """By optimizer, what an update about to be made is measured against."""
+        """By the optimizer's id: states and root second moments that its next update is compared with."""
         self._rms: dict[int, Tensor] = {}
         self._shares: dict[int, Tensor] = {}
         self._cosines: list[Tensor] = []
@@ -93,13 +87,13 @@ class OptimizerMonitor(SpikeCallback):
         self._settings = SettingChanges()
         self._moments = SecondMomentDetector()
         self._names: dict[int, str] = {}
-        self._stuck = 0
-        self._told = -1
+        self._empty_updates = 0
+        self._reported_until = -1
         self._last: Moment | None = None
         self._validated = False
         self._saved: dict[str, Any] = {}
-        """What the checkpoint that this run goes on from says of the optimizers."""
-        self._lost: list[Lost] = []
+        """Summary of the optimizers in the checkpoint that this run resumed from."""
+        self._not_restored: list[NotRestored] = []
 
     @override
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
@@ -111,22 +105,22 @@ class OptimizerMonitor(SpikeCallback):
 
     @override
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
-        named = [(n.replace("_orig_mod.", ""), p) for n, p in module.named_parameters()]
+        named = [(plain_name(n), p) for n, p in module.named_parameters()]
         self._sizes = {id(p): p.numel() for _, p in named}
         store = self.flight.store
         store.layer_names[RMS] = store.layer_names[EPS] = tuple(n for n, _ in named)
-        self._names = dict(zip(map(id, trainer.optimizers), optimizer_names(trainer.optimizers), strict=True))
+        self._names = names_by_optimizer(trainer)
         self._handles = [o.register_step_post_hook(self._stepped) for o in trainer.optimizers]
         if self._saved and trainer.global_rank == 0:
-            self._lost = lost(self._saved, summary(trainer), optimizer_names(trainer.optimizers))
+            self._not_restored = not_restored(self._saved, summary(trainer), optimizer_names(trainer.optimizers))
 
     @override
     def sense_batch(self, batch: TrainingBatch) -> None:
         self._due, self._rms, self._shares, self._cosines = {}, {}, {}, []
-        self._tell_writes()
-        for one in self._lost:
+        self._report_outside_writes()
+        for one in self._not_restored:
             self.flight.store.note(Finding(detector="resume", kind=one.kind, at=batch.at, detail=one.detail))
-        self._lost = []
+        self._not_restored = []
         self._last, self._validated = batch.at, False
 
     @override
@@ -168,12 +162,15 @@ class OptimizerMonitor(SpikeCallback):
     @override
     def judge(self, arrival: Arrival) -> None:
         self.flight.store.note(*self._moments.observe(arrival.row))
-        stuck = arrival.row.values.get(NO_UPDATE)
-        if stuck is None:
+        empty = arrival.row.values.get(NO_UPDATE)
+        if empty is None:
             return
-        self._stuck = self._stuck + 1 if stuck == 1.0 else 0
-        if self._stuck == CONFIRMED:
-            text = "Updates do not change the weights, though there are gradients and a learning rate: they are lost in rounding, or the optimizer holds other tensors."
+        self._empty_updates = self._empty_updates + 1 if empty == 1.0 else 0
+        if self._empty_updates == MIN_EMPTY_UPDATES:
+            text = (
+                "Updates do not change the weights, though there are gradients and a learning rate: they are lost in "
+                "rounding, or the optimizer holds other tensors."
+            )
             self.flight.store.note(
                 Finding(detector="optimizer", kind="no_update", at=arrival.row.at, detail={"text": text})
             )
@@ -187,14 +184,14 @@ class OptimizerMonitor(SpikeCallback):
 
     @override
     def own_state(self) -> dict[str, Any]:
-        """What a run that goes on from this checkpoint must find.
+        """A summary of the optimizers, which a resumed run compares with its own.
 
-        The norms of the optimizers' states are read, which waits for the device as writing the checkpoint does.
+        Reading the norms of the optimizers' states waits for the device, as writing the checkpoint does.
         """
         trainer = self._trainer()
         try:
             found = {} if trainer is None else summary(trainer)
-        except Exception:  # noqa: BLE001 - an optimizer of a make of its own must not cost the user the checkpoint; without a summary a resume is not compared
+        except Exception:  # noqa: BLE001 - a custom optimizer must not cost the user the checkpoint
             found = {}
         return {"summary": found} if found else {}
 
@@ -203,35 +200,27 @@ class OptimizerMonitor(SpikeCallback):
         self._saved = state.get("summary", {})
 
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Called by torch when the optimizer has stepped, the gradients still as it used them.
-
-        Inside the user's step, so that nothing may be raised here.
-        """
+        """Measures an update, as torch's post hook of the optimizer's step: an error is kept and raised after it."""
         del args, kwargs
         due = self._due.pop(id(optimizer), None)
         if due is None or torch.compiler.is_compiling():
             return
         try:
             pairs = [(m, root) for m, root in zip(*due, strict=True) if m.parameter.grad is not None]
-            held, gradients = (
-                [m for m, _ in pairs],
-                [m.parameter.grad for m, _ in pairs if m.parameter.grad is not None],
-            )
-            if held:
-                rms = update_rms(gradients, [root for _, root in pairs], [m.eps for m in held])
-                self._rms |= _by_parameter(held, rms)
+            if pairs:
+                gradients = [m.parameter.grad for m, _ in pairs if m.parameter.grad is not None]
+                rms = update_rms(gradients, [root for _, root in pairs], [m.eps for m, _ in pairs])
+                self._rms |= _by_parameter([m for m, _ in pairs], rms)
         except Exception as error:  # noqa: BLE001 - raised in our own phase, where it switches us off
             self._error = error
 
     def _laid_out(self, values: dict[int, Tensor]) -> Tensor:
         first = next(iter(values.values()))
-        none = torch.full((), NOT_MEASURED, device=first.device)
-        return torch.stack(
-            [values[key].to(first.device, non_blocking=True) if key in values else none for key in self._sizes]
-        )
+        absent = torch.full((), NOT_MEASURED, device=first.device)
+        return torch.stack([values.get(key, absent).to(first.device, non_blocking=True) for key in self._sizes])
 
     def _share_of_all(self) -> Tensor:
-        """The mean of the parameters' shares, each weighted with its size."""
+        """Mean of the parameters' shares, weighted by their sizes."""
         sizes = [self._sizes[key] for key in self._shares]
         first = next(iter(self._shares.values()))
         parts = [
@@ -240,17 +229,17 @@ class OptimizerMonitor(SpikeCallback):
         ]
         return torch.stack(parts).sum()
 
-    def _tell_writes(self) -> None:
+    def _report_outside_writes(self) -> None:
         at = self._last
         for write in self._outside.writes:
-            if at is not None and write.ordinal == at.ordinal and write.ordinal > self._told:
+            if at is not None and write.ordinal == at.ordinal and write.ordinal > self._reported_until:
                 self.flight.store.note(_finding(write, at, validated=self._validated))
         if at is not None:
-            self._told = at.ordinal
+            self._reported_until = at.ordinal
 
 
 def _no_trainer() -> Trainer | None:
-    """Before the first fit."""
+    """Stands in for the trainer before the first fit."""
     return None
 
 
@@ -259,7 +248,10 @@ def _by_parameter(held: list[Memory], values: Tensor) -> dict[int, Tensor]:
 
 
 def _settings_finding(change: SettingChange, optimizer: str, at: Moment) -> Finding:
-    text = f"{change.name} of {optimizer} (group {change.group}) went from {_said(change.before)} to {_said(change.after)} at step {at.step}."
+    text = (
+        f"{change.name} of {optimizer} (group {change.group}) went from {_short(change.before)} to "
+        f"{_short(change.after)} at step {at.step}."
+    )
     before, after = (list(v) if isinstance(v, tuple) else v for v in (change.before, change.after))
     detail = {
         "optimizer": optimizer,
@@ -272,15 +264,14 @@ def _settings_finding(change: SettingChange, optimizer: str, at: Moment) -> Find
     return Finding(detector="optimizer", kind="settings_changed", at=at, detail=detail)
 
 
-def _said(value: object) -> str:
+def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _finding(write: OutsideWrite, at: Moment, *, validated: bool) -> Finding:
-    kind = "weights" if write.kind == "weights" else "optimizer_state"
-    what = "weights" if write.kind == "weights" else "states of the optimizer"
-    names, count = list(write.names[:NAMED]), len(write.names)
-    some = ", ".join(names) + (", …" if count > NAMED else "")
-    text = f"{count} {what} were written to outside of the optimizer's step: {some}."
+    kind, what = ("weights", "weights") if write.kind == "weights" else ("optimizer_state", "states of the optimizer")
+    names, count = first_names(write.names), len(write.names)
+    listed = ", ".join([*names, "…"] if count > len(names) else names)
+    text = f"{count} {what} were written to outside of the optimizer's step: {listed}."
     detail = {"names": names, "count": count, "text": text}
     return Finding(detector="outside_writes", kind=f"{kind}_at_validation" if validated else kind, at=at, detail=detail)

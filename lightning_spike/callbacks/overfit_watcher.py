@@ -1,4 +1,4 @@
-"""`OverfitWatcher`: the validation loss against the training loss, and, where asked, the end of the run and its best weights."""
+"""`OverfitWatcher`: finds overfitting, and can stop the run and restore its best weights."""
 
 import math
 from typing import Any
@@ -18,24 +18,23 @@ from lightning_spike.records import Action, Disabled, EpisodeKind, Moment, Valid
 
 
 class OverfitWatcher(SpikeCallback):
-    """Sees when the validation loss rises while the training loss still falls, and says since when.
+    """Finds the step from which the validation loss rises while the training loss still falls.
 
-    After every validation the monitored loss is compared with its own course and with the mean training loss since the
-    validation before (rises by several times the curve's own noise, over three validations, with a growing gap; see
-    `OverfitDetector`). By itself it changes nothing. With `stop` it ends the training once the overfit has lasted, with
-    `restore_best` it puts the weights of the best validation back in place when training ends, before the last
-    checkpoint is written. Under DDP the ranks' values are averaged for both, and all ranks act alike.
+    After every validation the monitored loss is compared with its history and with the mean training loss since the
+    previous validation. Overfitting is a rise of several times the noise over three validations, with a growing gap
+    (see `OverfitDetector`). By default nothing is changed. `stop` ends the training once it has overfitted for
+    `patience` validations. `restore_best` restores the weights of the best validation when training ends, before the
+    last checkpoint is written. Under DDP the ranks' values are averaged for both, and all ranks act alike.
 
-    A validation loss may come down again after a rise (double descent), and may rise while the accuracy still improves:
-    "overfitting" here says that the gap is growing, not that more training is in vain.
+    A validation loss may fall again after a rise (double descent), and may rise while the accuracy still improves.
+    "Overfitting" means here that the gap grows, not that more training is useless.
 
     Args:
-        monitor: Name of the validation loss as it is logged; lower is better. For an accuracy log its error as well.
-        patience: Validations in a row that the overfit must have lasted before `stop` acts; 1 to stop as soon as it is
-            noticed.
+        monitor: Name of the logged validation loss; lower is better. For an accuracy log its error as well.
+        patience: Overfitted validations in a row before `stop` acts; 1 to stop at the first.
         stop: End the training when it overfits.
-        restore_best: At the end of training put the weights and buffers of the best validation back, for which one copy
-            of them is kept; the optimizer's state stays that of the end.
+        restore_best: Restore the weights and buffers of the best validation at the end of training. One copy of them
+            is kept; the optimizer's state stays that of the end.
 
     Raises:
         ConfigurationError: An argument is not of its kind.
@@ -80,9 +79,9 @@ class OverfitWatcher(SpikeCallback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning's checkpoint callbacks come after all others, so that the last checkpoint holds what is put back here."""
+        """Restores the best weights; Lightning's checkpoint callbacks come later, so the last checkpoint has them."""
         try:
-            self._put_best_back(trainer, pl_module)
+            self._restore_best_weights(trainer, pl_module)
         except Exception as error:  # noqa: BLE001 - whatever it is, the training must end as it would have
             self.flight.store.note(Disabled(part="OverfitWatcher", reason=f"{type(error).__name__}: {error}"))
             warn(f"OverfitWatcher could not put the best weights back. {error}")
@@ -103,17 +102,14 @@ class OverfitWatcher(SpikeCallback):
 
     @override
     def load_own_state(self, state: dict[str, Any]) -> None:
-        self._best_value, self._last_ordinal, self._lasting = (
-            state["best_value"],
-            state["last_ordinal"],
-            state["lasting"],
-        )
+        self._best_value, self._last_ordinal = state["best_value"], state["last_ordinal"]
+        self._lasting = state["lasting"]
         if state["best_at"] is not None:
             ordinal, step, epoch, batch_idx = state["best_at"]
             self._best_at = Moment(ordinal=ordinal, step=step, epoch=epoch, batch_idx=batch_idx)
 
     def _value(self, trainer: Trainer) -> float | None:
-        """The monitored value; `None`, and a remark, where it was not logged."""
+        """The monitored value; `None`, with a remark, if it was not logged."""
         logged = trainer.callback_metrics.get(self.monitor)
         if logged is not None:
             return float(logged)
@@ -121,7 +117,8 @@ class OverfitWatcher(SpikeCallback):
             self._is_missed = True
             names = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             self.flight.store.note(
-                f"OverfitWatcher: no {self.monitor!r} was logged by the end of a validation, so overfitting cannot be judged. Logged: {names}."
+                f"OverfitWatcher: no {self.monitor!r} was logged by the end of a validation, so overfitting cannot be "
+                f"judged. Logged: {names}."
             )
         return None
 
@@ -131,17 +128,15 @@ class OverfitWatcher(SpikeCallback):
         self.flight.store.note(point)
         self.flight.update_episodes(self.flight.episodes.observe_validation(point))
         self.flight.store.note(*self.flight.episodes.new_findings())
-        self._lasting = self._lasting + 1 if self._overfits() else 0
+        episodes = self.flight.store.episodes
+        overfits = any(e.kind is EpisodeKind.OVERFIT and e.signal == self.monitor and e.end is None for e in episodes)
+        self._lasting = self._lasting + 1 if overfits else 0
 
     def _train_loss(self, at: Moment) -> float | None:
-        """Mean of the training losses since the validation before, as far as they have arrived."""
+        """Mean of the recorded training losses since the previous validation."""
         losses = self.flight.store.history.between("loss", self._last_ordinal + 1, at.ordinal)
         finite = losses[np.isfinite(losses)]
         return float(finite.mean()) if finite.size else None
-
-    def _overfits(self) -> bool:
-        episodes = self.flight.store.episodes
-        return any(e.kind is EpisodeKind.OVERFIT and e.signal == self.monitor and e.end is None for e in episodes)
 
     def _keep_best(self, module: LightningModule, at: Moment, value: float | None) -> None:
         if value is None or not value < self._best_value:
@@ -157,19 +152,18 @@ class OverfitWatcher(SpikeCallback):
             self.flight.store.note(Action(action="early_stop", at=at, detail=detail | self._best()))
 
     def _best(self) -> dict[str, Any]:
-        best = self._best_at
-        return {
-            "best_value": None if best is None else self._best_value,
-            "best_step": None if best is None else best.step,
-        }
+        if self._best_at is None:
+            return {"best_value": None, "best_step": None}
+        return {"best_value": self._best_value, "best_step": self._best_at.step}
 
-    def _put_best_back(self, trainer: Trainer, module: LightningModule) -> None:
+    def _restore_best_weights(self, trainer: Trainer, module: LightningModule) -> None:
         best, now = self._best_at, self.flight.last_moment(trainer)
         if not self.restore_best or best is None or best.ordinal == now.ordinal:
             return
         if self._best_weights is None:
             self.flight.store.note(
-                f"OverfitWatcher: the best weights (step {best.step}) are from before the resume and not in its checkpoint, so the last ones stay."
+                f"OverfitWatcher: the best weights (step {best.step}) are from before the resume and not in its "
+                "checkpoint, so the last ones stay."
             )
             return
         load_module(module, self._best_weights)

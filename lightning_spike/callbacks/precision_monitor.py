@@ -1,7 +1,4 @@
-"""`PrecisionMonitor`.
-
-The loss scale, the updates that it makes the scaler skip, and gradients too small for half precision.
-"""
+"""`PrecisionMonitor`: loss scale, skipped updates, and gradients too small for half precision."""
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -13,29 +10,29 @@ from typing_extensions import override
 from lightning_spike.arguments import whole_number
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.detectors.loss_scale import LossScaleDetector
-from lightning_spike.record.mixed_precision import left_scale, low_precision, scaler_of
+from lightning_spike.record.mixed_precision import low_precision, remaining_scale, scaler_of
 from lightning_spike.record.participant import TrainingBatch
 from lightning_spike.record.recorder import Arrival
 from lightning_spike.signals.precision import loss_scale, underflow
 
 
 class PrecisionMonitor(SpikeCallback):
-    """Records what half precision does to the training; in float32 it does nothing and costs nothing.
+    """Records loss scale and gradient underflow in half precision; in float32 it does nothing.
 
-    With a gradient scaler (`16-mixed`) at every update `loss_scale` (the scale that the batch's loss was multiplied by)
-    and `skipped_step` (1 where the scaler skipped the update because a gradient was not finite and lowered the scale, 0
-    else). In any half precision, every few updates, `grad_zeros` (share of the gradients' entries that are exactly 0)
-    and `grad_underflow` (share of those that are not 0 but, scaled, below the smallest normal number of the half
-    precision, 6.1e-5 for float16: where digits are lost). Of large gradients 16,384 entries are taken.
+    - With a gradient scaler (`16-mixed`), at every update: `loss_scale`, the factor on the batch's loss, and
+      `skipped_step`, 1 if the scaler skipped the update because of a non-finite gradient, else 0.
+    - In any half precision, every few updates: `grad_zeros`, share of the gradients' entries that are exactly 0, and
+      `grad_underflow`, share of the others that lose digits. Those are, when scaled, below the smallest normal number
+      of the precision (6.1e-5 for float16). Large gradients are measured on 16,384 entries.
 
     Findings are those of `LossScaleDetector`: detector `"precision"`, kinds `"scale_leapt"`, `"often_skipped"`,
     `"scale_too_low"`.
 
-    About one skipped update in 2,000 is ordinary for float16: that is how the scaler finds its scale. The scale is read
-    as a device tensor, so that nothing waits for the device.
+    About one skipped update in 2,000 is normal for float16: that is how the scaler finds its scale. The scale is read
+    as a device tensor, so nothing waits for the device.
 
     Args:
-        every: Updates between two looks at the gradients; 1 for each.
+        every: Measure the gradients every N updates; 1 for each.
 
     Raises:
         ConfigurationError: `every` is not a whole number of at least 1.
@@ -50,7 +47,7 @@ class PrecisionMonitor(SpikeCallback):
         self._low: torch.dtype | None = None
         self._scaler: GradScaler | None = None
         self._used: Tensor | None = None
-        """The scale that the present batch was scaled with."""
+        """The loss scale of the current batch."""
         self._updates: dict[int, int] = {}
 
     @override
@@ -90,7 +87,7 @@ class PrecisionMonitor(SpikeCallback):
 
     def _look_at(self, trainer: Trainer, optimizer: Optimizer, low: torch.dtype) -> None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        unscaled_by = 1.0 if self._used is None else self._used / left_scale(trainer, optimizer)
+        unscaled_by = 1.0 if self._used is None else self._used / remaining_scale(trainer, optimizer)
         shares = underflow(gradients, torch.finfo(low).tiny / unscaled_by)
         if shares is not None:
             self.flight.recorder.put("grad_zeros", shares[0])

@@ -1,7 +1,4 @@
-"""`RankSyncMonitor`.
-
-Whether the ranks of a DDP training still hold the same weights, got the same gradients, and are at the same place.
-"""
+"""`RankSyncMonitor`: finds DDP ranks whose weights, gradients or counters differ."""
 
 import dataclasses
 import math
@@ -18,7 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_spike.arguments import whole_number
-from lightning_spike.callbacks.base import SpikeCallback
+from lightning_spike.callbacks.base import SpikeCallback, first_names, plain_name
 from lightning_spike.ranks.control_group import ControlGroup, Exchange, why_no_control_group
 from lightning_spike.record.participant import TrainingBatch
 from lightning_spike.record.recorder import Arrival
@@ -28,53 +25,49 @@ from lightning_spike.signals.ranks import checksums
 WEIGHTS: Final = "ranks/weights"
 GRADIENTS: Final = "ranks/gradients"
 COUNTERS: Final = ("ordinal", "step", "learning_rate")
-"""What must be the same on all ranks, beside weights and gradients."""
+"""Values that must be equal on all ranks, beside weights and gradients."""
 HEAD: Final = ("loss", *COUNTERS)
-OUTLIER: Final = 10.0
-"""Times the median of the ranks' losses at which one stands out."""
-IN_A_ROW: Final = 3
-"""Looks in a row at which the same rank must stand out, unless its loss is not finite: single batches differ."""
-UNDER_WAY: Final = 8
-"""Exchanges that may be under way at once; where the ranks drift further apart, looks are left out."""
-NAMED: Final = 8
+OUTLIER_RATIO: Final = 10.0
+"""Loss over the median of the other ranks' losses from which a rank is an outlier."""
+MIN_OUTLIER_CHECKS: Final = 3
+"""Checks in a row with the same outlier before a finding about a finite loss: single batches differ."""
+MAX_PENDING: Final = 8
+"""Exchanges that may be pending at once; further checks are left out until one has arrived."""
 
 Floats = npt.NDArray[np.float64]
 
 
 @dataclasses.dataclass(slots=True)
 class _Exchange:
-    """One look, on its way to the other ranks."""
+    """One check, on its way to the other ranks."""
 
     at: Moment
     rows: Exchange
 
 
 class RankSyncMonitor(SpikeCallback):
-    """Compares the ranks of a DDP training every few batches, to the bit.
+    """Compares the ranks of a DDP training every few batches, to the bit; with one process it does nothing.
 
-    With a single process it does nothing, costs nothing and installs nothing.
-
-    After the update of a sampled batch every rank takes a checksum of each parameter, and before it of each gradient
-    (after DDP's averaging, before clipping): the vectors `ranks/weights` and `ranks/gradients`, whole numbers below
-    2^24, -1 for a parameter without. When they have reached the host they are exchanged over a process group of their
-    own (gloo, on the CPU), without anybody waiting: a rank that has ended or failed leaves the others' exchange open
-    and holds nobody up. The one collective call that waits is the making of the group, when training starts.
+    Every rank takes a checksum of each gradient (after DDP's averaging, before clipping) and, after the update, of each
+    parameter: the vectors `ranks/gradients` and `ranks/weights`, whole numbers below 2^24, -1 for a parameter without.
+    On the host they are exchanged over a process group of their own (gloo, on the CPU). No rank waits: an exchange with
+    a rank that has ended or failed stays open. Only creating the group waits, when training starts.
 
     Findings, on every rank alike, detector `"ranks"`:
 
     - `"weights_differ"` and `"gradient_differs"`, once each time it begins: `parameters` (the first eight), `count`,
-      `of`, `ranks` (those that differ from most others), `last_equal` (ordinal of the last look at which they were
-      equal, `None` where there was none), `text`. `at` is the look at which it was seen.
-    - `"counters_differ"`: batches begun, `global_step` or learning rate are not the same; `what`, `values` (one for
-      each rank), `text`.
-    - `"rank_outlier"`: one rank's loss is not finite while others are, or ten times the median at three looks in a row;
-      `rank`, `losses`, `text`.
+      `of`, `ranks` (those that differ from the majority), `last_equal` (ordinal of the last check that found them
+      equal, or `None`), `text`. `at` is the batch of the check.
+    - `"counters_differ"`: batches begun, `global_step` or learning rate differ; `what`, `values` (one per rank),
+      `text`.
+    - `"rank_outlier"`: one rank's loss is not finite while others are, or ten times the median in three checks in a
+      row; `rank`, `losses`, `text`.
 
     Gradients of the ranks before averaging are not seen. Strategies that shard weights (FSDP, DeepSpeed) are not
     compared, and the report says so.
 
     Args:
-        every: Batches between two looks; under accumulation the first update from there on.
+        every: Check every N batches; under accumulation at the next update.
 
     Raises:
         ConfigurationError: `every` is not a whole number of at least 1.
@@ -91,11 +84,11 @@ class RankSyncMonitor(SpikeCallback):
         self._gradients: Tensor | None = None
         self._rate = 0.0
         self._rates: dict[int, float] = {}
-        self._under_way: deque[_Exchange] = deque()
+        self._pending: deque[_Exchange] = deque()
         self._last_equal: dict[str, int] = {}
         self._apart: set[str] = set()
-        self._standing_out: tuple[int, int] = (-1, 0)
-        """Which rank has stood out, and at how many looks in a row."""
+        self._outlier_rank: tuple[int, int] = (-1, 0)
+        """The outlier among the ranks, and for how many checks in a row."""
 
     @override
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
@@ -110,7 +103,7 @@ class RankSyncMonitor(SpikeCallback):
         named = [(n, p) for n, p in module.named_parameters() if n not in ignored]
         self._parameters = [p for _, p in named]
         names = self.flight.store.layer_names
-        names[WEIGHTS] = names[GRADIENTS] = tuple(n.replace("_orig_mod.", "") for n, _ in named)
+        names[WEIGHTS] = names[GRADIENTS] = tuple(plain_name(n) for n, _ in named)
         self._group = ControlGroup.of(trainer)
 
     @override
@@ -142,10 +135,10 @@ class RankSyncMonitor(SpikeCallback):
         if self._group is None:
             return
         rows = {row.signal: row.values for row in arrival.layers if row.signal in {WEIGHTS, GRADIENTS}}
-        if len(rows) == 2 and len(self._under_way) < UNDER_WAY:  # noqa: PLR2004 - weights and gradients
+        if len(rows) == 2 and len(self._pending) < MAX_PENDING:  # noqa: PLR2004 - weights and gradients
             self._send(self._group, arrival, rows)
-        while self._under_way and self._under_way[0].rows.has_arrived:
-            self._compare(self._under_way.popleft())
+        while self._pending and self._pending[0].rows.has_arrived:
+            self._compare(self._pending.popleft())
 
     @override
     def release(self) -> None:
@@ -157,7 +150,7 @@ class RankSyncMonitor(SpikeCallback):
         at = arrival.row.at
         head = [arrival.row.values.get("loss", math.nan), at.ordinal, at.step, self._rates.pop(at.ordinal, math.nan)]
         row = np.concatenate([head, rows[WEIGHTS], rows[GRADIENTS]])
-        self._under_way.append(_Exchange(at=at, rows=group.send(row)))
+        self._pending.append(_Exchange(at=at, rows=group.send(row)))
 
     def _compare(self, exchange: _Exchange) -> None:
         table = exchange.rows.table()
@@ -169,7 +162,7 @@ class RankSyncMonitor(SpikeCallback):
         self._compare_losses(exchange.at, losses)
 
     def _compare_tensors(self, at: Moment, kind: str, sums: Floats) -> None:
-        differ = sums != _usual(sums)
+        differ = sums != _majority(sums)
         if not differ.any():
             self._last_equal[kind] = at.ordinal
             self._apart.discard(kind)
@@ -181,13 +174,17 @@ class RankSyncMonitor(SpikeCallback):
         apart = [names[k] for k in np.flatnonzero(differ.any(axis=0))]
         ranks = np.flatnonzero(differ.any(axis=1)).tolist()
         what = "weights" if kind == "weights_differ" else "averaged gradients"
+        text = (
+            f"The {what} of {len(apart)} of {len(names)} parameters are not the same on all ranks "
+            f"(apart: {_listed(ranks)}), as under DDP they must be to the bit."
+        )
         detail = {
-            "parameters": apart[:NAMED],
+            "parameters": first_names(apart),
             "count": len(apart),
             "of": len(names),
             "ranks": ranks,
             "last_equal": self._last_equal.get(kind),
-            "text": f"The {what} of {len(apart)} of {len(names)} parameters are not the same on all ranks (apart: {_listed(ranks)}), as under DDP they must be to the bit.",
+            "text": text,
         }
         self._find(at, kind, detail)
 
@@ -208,26 +205,28 @@ class RankSyncMonitor(SpikeCallback):
             return
         rank = int(np.argmax(losses))
         others = np.median(np.delete(losses, rank))
-        if not (finite.all() and others > 0 and losses[rank] > OUTLIER * others):
-            self._standing_out = (-1, 0)
+        if not (finite.all() and others > 0 and losses[rank] > OUTLIER_RATIO * others):
+            self._outlier_rank = (-1, 0)
             return
-        before, count = self._standing_out
-        self._standing_out = (rank, count + 1 if rank == before else 1)
-        if self._standing_out[1] == IN_A_ROW:
-            self._outlier(at, rank, losses, f"is more than {OUTLIER:g} times the others' at {IN_A_ROW} looks in a row")
+        before, count = self._outlier_rank
+        self._outlier_rank = (rank, count + 1 if rank == before else 1)
+        if self._outlier_rank[1] == MIN_OUTLIER_CHECKS:
+            what = f"is more than {OUTLIER_RATIO:g} times the others' in {MIN_OUTLIER_CHECKS} checks in a row"
+            self._outlier(at, rank, losses, what)
 
     def _outlier(self, at: Moment, rank: int, losses: Floats, what: str) -> None:
-        told = [loss if math.isfinite(loss) else None for loss in losses.tolist()]
-        self._find(at, "rank_outlier", {"rank": rank, "losses": told, "text": f"The loss of rank {rank} {what}."})
+        finite = [loss if math.isfinite(loss) else None for loss in losses.tolist()]
+        self._find(at, "rank_outlier", {"rank": rank, "losses": finite, "text": f"The loss of rank {rank} {what}."})
 
     def _find(self, at: Moment, kind: str, detail: dict[str, Any]) -> None:
         self.flight.store.note(Finding(detector="ranks", kind=kind, at=at, detail=detail))
 
 
-def _usual(sums: Floats) -> Floats:
-    """What most ranks have, by the median; of two ranks the first one's."""
-    two: Floats = sums[0]
-    return two if len(sums) == 2 else np.sort(sums, axis=0)[(len(sums) - 1) // 2]  # noqa: PLR2004 - of two none is the majority
+def _majority(sums: Floats) -> Floats:
+    """The values of most ranks, as the median; of two ranks the first one's."""
+    of_two = len(sums) == 2  # noqa: PLR2004 - then no value is the majority
+    majority: Floats = sums[0] if of_two else np.sort(sums, axis=0)[(len(sums) - 1) // 2]
+    return majority
 
 
 def _listed(values: Sequence[float]) -> str:

@@ -1,5 +1,6 @@
-"""`RootCauseReport`: says at the end of the run, however it ends, what went wrong and why."""
+"""`RootCauseReport`: prints and writes the ranked root causes at the end of the run."""
 
+import functools
 import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,32 +25,29 @@ from lightning_spike.report.terminal import TerminalReport
 Format = Literal["terminal", "json", "html", "signals"]
 
 BESIDE: Final[Mapping[Format, str]] = MappingProxyType({"signals": "signals", "html": "report.html"})
-"""What stands beside report.json, in the order in which it is written."""
+"""File name of each format written beside report.json, in the order of writing."""
 
 
 class RootCauseReport(SpikeCallback):
-    """Prints and writes the ranked root causes when training ends.
+    """Prints and writes the ranked root causes when training finishes, stops early, raises or is interrupted.
 
-    Finished, stopped early, by an exception or by Ctrl-C.
-
-    A healthy run gives one line. It works alone; what the suite's other callbacks see makes the ranking sharper. Rank 0
-    prints and writes; a run that ended before its first batch gives no report. Afterwards `report` holds the report (on
-    every rank). Nothing that goes wrong in here
-    reaches the training: what could not be written is named in the terminal, and an exception of your own passes
-    through untouched.
+    A healthy run gives one line. The callback works alone; the other callbacks of the suite improve the ranking. Rank 0
+    prints and writes. A run that ended before its first batch gives no report. Afterwards `report` holds the report on
+    every rank. An error while writing is named in the terminal and never reaches the training; an exception of the
+    training passes through.
 
     Args:
         dirpath: Folder for `report.json`, `report.html` and `signals/`; by default `<logger.log_dir, else
-            trainer.default_root_dir>/spike`. What an earlier run left there is replaced.
-        formats: Which forms the report takes, of `terminal` (printed), `json`, `html` (needs the extra `html`) and
-            `signals` (the recorded series).
+            trainer.default_root_dir>/spike`. Files of an earlier run are replaced.
+        formats: Formats of the report: `terminal` (printed), `json`, `html` (needs the extra `html`) and `signals`
+            (the recorded series).
 
     Raises:
-        ConfigurationError: `formats` is empty or names a form that there is not, or `dirpath` is a file.
+        ConfigurationError: `formats` is empty or has an unknown format, or `dirpath` is a file.
     """
 
     report: Report | None
-    """The report, once the run has ended; `None` before."""
+    """The report of the last run; `None` until it has ended."""
 
     def __init__(
         self, dirpath: str | Path | None = None, formats: Sequence[Format] = ("terminal", "json", "html", "signals")
@@ -90,27 +88,27 @@ class RootCauseReport(SpikeCallback):
             error=error,
         )
         if trainer.is_global_zero:
-            self._hand_out(self.report)
+            self._deliver(self.report)
 
-    def _hand_out(self, report: Report) -> None:
-        """Each form by itself, the most durable first: one that fails is named in the next and costs no other."""
+    def _deliver(self, report: Report) -> None:
+        """Writes and prints the formats; one that fails is named in the next ones."""
         folder = self.dirpath or self.flight.default_dirpath
         beside = [name for form, name in BESIDE.items() if form in self.formats]
-        ways: dict[Format, Callable[[], Path]] = {
+        writers: dict[Format, Callable[[], Path]] = {
             "json": lambda: write_report(report, folder / "report.json", files=beside),
             "signals": lambda: write_signals(self.flight.store, folder / "signals"),
             "html": lambda: _write_page(report, folder / "report.html"),
         }
         files: list[Path] = []
         notes: list[str] = []
-        for form, write in ways.items():
+        for form, write in writers.items():
             if form in self.formats:
                 _attempt(form, write, files, notes)
         if notes and folder / "report.json" in files:
-            # It was written before what the notes are about was tried.
+            # The notes are about later files.
             names, known = [file.name for file in files[1:]], tuple(notes)
-            again = lambda: write_report(report, folder / "report.json", files=names, notes=known)  # noqa: E731 - as above
-            _attempt("json with these notes", again, [], notes)
+            rewrite = functools.partial(write_report, report, folder / "report.json", files=names, notes=known)
+            _attempt("json with these notes", rewrite, [], notes)
         if "terminal" in self.formats:
             _print(TerminalReport(report=report, files=files, notes=notes))
         else:
@@ -119,7 +117,7 @@ class RootCauseReport(SpikeCallback):
 
 
 def _attempt(what: str, write: Callable[[], Path], files: list[Path], notes: list[str]) -> None:
-    """Write, and take down in `files` or in `notes` what came of it."""
+    """Writes a file and adds its path to `files`, or the error to `notes`."""
     try:
         files.append(write())
     except MissingExtraError as missing:
@@ -129,16 +127,14 @@ def _attempt(what: str, write: Callable[[], Path], files: list[Path], notes: lis
 
 
 def _print(text: TerminalReport) -> None:
-    """On the console that Lightning's bar lives in: another one would write into the bar's line."""
+    """Prints on the console of Lightning's progress bar; another one would write into the bar's line."""
     try:
         rich.get_console().print(text)
-    except (
-        SystemExit
-    ):  # rich leaves the program when nobody reads its output any more (`| head`): that is not ours to decide
+    except SystemExit:  # rich ends the program when its output is closed (`| head`)
         warn("the report could not be printed, its output is closed. It is in the files.")
 
 
 def _write_page(report: Report, path: Path) -> Path:
-    """Loaded when needed: it brings matplotlib, which takes a second and may be absent."""
+    """Writes the page; imports it only here, since matplotlib takes a second and may be absent."""
     written: Path = importlib.import_module("lightning_spike.report.html").write_page(report, path)
     return written

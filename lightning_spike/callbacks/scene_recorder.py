@@ -1,4 +1,4 @@
-"""`SceneRecorder`: everything that an episode needs to be run again, written to disk, so that it can be examined when the run is over."""
+"""`SceneRecorder`: writes the scene of an episode to disk, for a replay after the run."""
 
 import dataclasses
 import shutil
@@ -21,7 +21,7 @@ from lightning_spike.records import Action, Episode, Moment, RunStatus
 
 MB: Final = 1_000_000
 CONTROLS: Final = 8
-"""Ordinary batches to compare with where no `CounterfactualReplay` says how many; as its default."""
+"""Control batches of a scene without a `CounterfactualReplay`, as its default."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,24 +33,22 @@ class _Written:
 
 
 class SceneRecorder(SpikeCallback):
-    """Writes the scene of an episode to disk, so that `lightning-spike replay` can examine it in another process, when the run is over.
+    """Writes the scene of each episode to disk, for `lightning-spike replay` after the run.
 
-    For each new spike, divergence or non-finite loss a folder under `<dirpath>/scenes`: the last healthy snapshot, the
-    batches from before it up to the present with their random states, the learning rates, the losses, and the present
-    weights and optimizer states. It takes as much room as weights and optimizer states twice, and the last 80 or so
-    batches; what is the same is written once. All of it is tensors and JSON, and reading it runs no code that it
-    brings.
+    Each new spike, divergence or non-finite loss gets a folder under `<dirpath>/scenes`. It holds the last healthy
+    snapshot, the recorded batches (about 80) with their random states, learning rates, losses, and the current weights
+    and optimizer states. Its size is that of the batches plus twice weights and optimizer states. It is all tensors and
+    JSON: reading it runs no code from the file.
 
-    The training is not changed. Writing blocks for as long as the disk takes, and happens only when there is an
-    episode. With more than one rank, and where the batches hold what cannot be written so that it comes back (sparse
-    tensors, functions, classes made inside functions), nothing is written, and the report says why.
+    The training is not changed. Writing blocks for as long as the disk takes, and only at an episode. Nothing is
+    written with more than one rank, or if batches hold objects that cannot be restored (sparse tensors, functions,
+    classes made inside functions). The report then says why.
 
     Args:
-        dirpath: Folder in which `scenes/` is made; by default `<logger.log_dir, else trainer.default_root_dir>/spike`.
-            A scene of an earlier run is replaced by one of the same episode number.
-        max_scenes: Scenes held at most for one fit; once there are so many, a more severe episode takes the place of
-            the least severe.
-        max_mb: Megabytes (10^6 bytes) that one scene may take; of larger ones none is written, and the report says so.
+        dirpath: Parent folder of `scenes/`; by default `<logger.log_dir, else trainer.default_root_dir>/spike`.
+            A scene replaces the one of the same episode number of an earlier run.
+        max_scenes: Maximum number of scenes per fit. Beyond it a more severe episode replaces the least severe one.
+        max_mb: Maximum size of a scene in megabytes (10^6 bytes). A larger one is not written, and the report says so.
 
     Raises:
         ConfigurationError: An argument is out of range.
@@ -70,14 +68,14 @@ class SceneRecorder(SpikeCallback):
         self._witnesses = Witnesses.of(self.flight, trainer, module)
         self._folder = (self.dirpath or self.flight.default_dirpath) / "scenes"
         if trainer.world_size > 1:
-            self._gives_up("with several ranks the moment is run again on single processes only")
+            self._give_up("several ranks are replayed during the run only")
 
     @override
     def act(self, batch: TrainingBatch, changed: Sequence[Episode]) -> None:
         for episode in changed:
             if self._writes and episode.kind in EXAMINED and episode.id not in self._seen:
                 self._seen.add(episode.id)
-                self._take_up(batch, episode)
+                self._add_scene(batch, episode)
 
     @override
     def conclude(self, trainer: Trainer, status: RunStatus, error: BaseException | None) -> None:
@@ -91,37 +89,35 @@ class SceneRecorder(SpikeCallback):
         self._written: list[_Written] = []
         self._writes = True
 
-    def _take_up(self, batch: TrainingBatch, episode: Episode) -> None:
+    def _add_scene(self, batch: TrainingBatch, episode: Episode) -> None:
         least = min(self._written, key=self._severity) if len(self._written) >= self.max_scenes else None
         if least is not None and episode.severity <= self._severity(least):
             return
         try:
             self._write(batch, episode)
         except TooLarge:
-            self._gives_up(f"one would take more than {self.max_mb:g} MB (max_mb)")
+            self._give_up(f"one would take more than {self.max_mb:g} MB (max_mb)")
         except CannotReplay as reason:
             self.flight.store.note(f"The scene of episode {episode.id} was not written: {reason}.")
-        except OSError as error:  # the disk is full, or not ours: the training goes on without scenes
-            self._gives_up(f"{self._folder} could not be written to: {error}")
+        except OSError as error:  # a full or read-only disk must not end the training
+            self._give_up(f"{self._folder} could not be written to: {error}")
         else:
             if least is not None:
                 self._written.remove(least)
                 shutil.rmtree(least.folder, ignore_errors=True)
 
     def _write(self, batch: TrainingBatch, episode: Episode) -> None:
-        scene = live_scene(batch, episode, self._witnesses, controls=self._controls())
+        replay = self.flight.taking_part(CounterfactualReplay)
+        controls = CONTROLS if replay is None else replay.controls
+        scene = live_scene(batch, episode, self._witnesses, controls=controls)
         folder = self._folder / f"episode_{episode.id:04d}"
         size = write_scene(folder, scene, self.flight.store.facts, limit=self.max_mb * MB)
         self._written.append(_Written(at=batch.at, episode=episode.id, folder=folder, size=size))
 
-    def _gives_up(self, why: str) -> None:
+    def _give_up(self, why: str) -> None:
         self._writes = False
         self.flight.store.note(f"No scenes are written for a replay after the run: {why}.")
 
     def _severity(self, written: _Written) -> float:
-        """As it is known by now: an episode goes on after its scene was written."""
+        """The episode's current severity; it can grow after the scene was written."""
         return next((e.severity for e in self.flight.store.episodes if e.id == written.episode), 0.0)
-
-    def _controls(self) -> int:
-        replay = self.flight.taking_part(CounterfactualReplay)
-        return CONTROLS if replay is None else replay.controls

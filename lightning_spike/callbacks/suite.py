@@ -1,4 +1,4 @@
-"""All callbacks at once, with defaults that fit together."""
+"""`suite`: all callbacks, with defaults that fit together."""
 
 from pathlib import Path
 

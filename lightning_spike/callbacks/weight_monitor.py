@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_spike.arguments import whole_number
-from lightning_spike.callbacks.base import SpikeCallback
+from lightning_spike.callbacks.base import SpikeCallback, counted, plain_name
 from lightning_spike.record.participant import TrainingBatch
 from lightning_spike.record.recorder import Arrival
 from lightning_spike.record.update_meter import UpdateMeter
@@ -18,38 +18,38 @@ from lightning_spike.records import Finding
 from lightning_spike.signals.subset import is_readable
 from lightning_spike.signals.weights import fan_scale, initial_scales, weight_sizes
 
-TOO_LARGE: Final = 4.0
-"""Initial scale over 1 / sqrt(fan-in) above which it is no usual initialisation any more: the largest that
-`torch.nn.init` gives is 2.4 (He with the gain of tanh)."""
-FAR_TOO_LARGE: Final = 8.0
-"""The same for a single weight among sound ones."""
-TOO_SMALL: Final = 0.02
-"""The same below: a residual branch scaled down for a dozen layers (GPT-2) has 0.03; weights of exactly 0 are meant."""
-MOST: Final = 0.5
-"""Share of the weights that must be off."""
-FEWEST: Final = 32
-"""Elements from which on a scale is one: that of fewer is chance."""
-NAMED: Final = 8
-
+MAX_INITIAL_SCALE: Final = 4.0
+"""Initial scale over 1 / sqrt(fan-in) above which an initialisation is unusual; engineering choice. The largest of
+`torch.nn.init` is 2.4 (He with the gain of tanh)."""
+MAX_SINGLE_SCALE: Final = 8.0
+"""The same for a single weight among normal ones; engineering choice."""
+MIN_INITIAL_SCALE: Final = 0.02
+"""The lower limit; engineering choice. A residual branch scaled down for a dozen layers (GPT-2) has 0.03; weights of
+exactly 0 are intended."""
+MIN_UNUSUAL_SHARE: Final = 0.5
+"""Share of the weights that must be outside these limits; engineering choice."""
+MIN_ELEMENTS: Final = 32
+"""Weights with fewer elements have no reliable scale; engineering choice."""
 SCALES: Final = "initial_scale"
 
 
 class WeightMonitor(SpikeCallback):
     """Records sizes of weights and of updates every few batches.
 
-    `weight_norm` (L2 norm of all parameters) and, for every parameter, the vectors `weight_norm` and `weight_max`
-    (largest absolute value), in one pass each; `update_norm` (L2 norm of the last change of all parameters) and the
-    vector of the same for every parameter, -1 for one that the update did not concern: before the optimizer's step a
-    copy is taken of up to 16,384 elements of each parameter, so the norm of a larger one is an estimate. Parameters
-    that are sharded over ranks are passed over.
+    - `weight_norm`: L2 norm of all parameters; the vectors `weight_norm` and `weight_max` (largest absolute value) have
+      an entry per parameter;
+    - `update_norm`: L2 norm of the last change of all parameters; the vector has an entry per parameter, -1 for one
+      that was not updated. The norm of a parameter with more than 16,384 elements is estimated from so many.
+    - `initial_scale`, a vector, at the start of a run that is not resumed: root mean square of each weight of torch's
+      layers, over 1 / sqrt(fan-in).
 
-    At the start of a run that is not resumed the vector `initial_scale`: the root mean square of each weight of a layer
-    of torch, over 1 / sqrt(fan-in). Where that is extreme, a finding: detector `"weights"`, kind `"initial_scale"`,
-    with `names` (the first eight), `count`, `of`, `scale` (the most extreme), `direction` (`"large"` or `"small"`) and
-    `text`.
+    Parameters that are sharded over ranks are skipped.
+
+    Finding: detector `"weights"`, kind `"initial_scale"`, if that scale is extreme; `names` (the first eight), `count`,
+    `of`, `scale` (the most extreme), `direction` (`"large"` or `"small"`), `text`.
 
     Args:
-        every: Batches between two looks at the weights, and updates between two looks at an update; 1 for each.
+        every: Measure weights every N batches and updates every N updates; 1 for each.
 
     Raises:
         ConfigurationError: `every` is not a whole number of at least 1.
@@ -60,7 +60,7 @@ class WeightMonitor(SpikeCallback):
         self._weights: list[Tensor] = []
         self._initial: list[tuple[str, Tensor, float]] = []
         self._sums: npt.NDArray[np.bool_] = np.zeros(0, dtype=bool)
-        """Which of the weights with an initial scale sum over inputs; embeddings may be as small as they like."""
+        """Which weights with an initial scale sum over inputs; embeddings do not and have no lower limit."""
 
     @override
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
@@ -68,7 +68,7 @@ class WeightMonitor(SpikeCallback):
 
     @override
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
-        named = [(n.replace("_orig_mod.", ""), p) for n, p in module.named_parameters() if is_readable(p)]
+        named = [(plain_name(n), p) for n, p in module.named_parameters() if is_readable(p)]
         store = self.flight.store
         self._weights = [p for _, p in named]
         store.layer_names["weight_norm"] = store.layer_names["weight_max"] = tuple(n for n, _ in named)
@@ -78,7 +78,7 @@ class WeightMonitor(SpikeCallback):
         self._sums = np.array([scale < 1.0 for _, _, scale in self._initial])
         if len(named) < sum(1 for _ in module.parameters()):
             store.note(
-                "WeightMonitor passes over parameters that have no plain values on this rank (sharded, quantised or empty ones)."
+                "WeightMonitor skips parameters that have no plain values on this rank (sharded, quantised or empty)."
             )
 
     @override
@@ -112,31 +112,29 @@ class WeightMonitor(SpikeCallback):
 
 
 def _scaled(module: LightningModule) -> Iterator[tuple[str, Tensor, float]]:
-    """Name, weight and the scale that its fan-in asks for, of the trainable weights of torch's own layers."""
+    """Name, weight and fan-in scale of each trainable weight of torch's own layers."""
     seen: set[int] = set()
     for path, part in module.named_modules():
         for name, weight in part.named_parameters(recurse=False):
             scale = fan_scale(part, name, weight) if is_readable(weight) else None
-            if scale is not None and weight.requires_grad and weight.numel() >= FEWEST and id(weight) not in seen:
+            if scale is not None and weight.requires_grad and weight.numel() >= MIN_ELEMENTS and id(weight) not in seen:
                 seen.add(id(weight))
-                yield f"{path}.{name}".replace("_orig_mod.", "").lstrip("."), weight, scale
+                yield plain_name(f"{path}.{name}").lstrip("."), weight, scale
 
 
 def _judged(
     scales: npt.NDArray[np.float32], sums: npt.NDArray[np.bool_], names: tuple[str, ...]
 ) -> dict[str, Any] | None:
-    """What is wrong with the initial scales, `None` where nothing is."""
-    for direction, off in (("large", scales > TOO_LARGE), ("small", sums & (scales > 0) & (scales < TOO_SMALL))):
-        if off.mean() >= MOST or (direction == "large" and scales.max() > FAR_TOO_LARGE):
+    """The finding's detail if the initial scales are too large or too small, else `None`."""
+    too_small = sums & (scales > 0) & (scales < MIN_INITIAL_SCALE)
+    for direction, off in (("large", scales > MAX_INITIAL_SCALE), ("small", too_small)):
+        if off.mean() >= MIN_UNUSUAL_SHARE or (direction == "large" and scales.max() > MAX_SINGLE_SCALE):
             worst = int(scales.argmax()) if direction == "large" else int(np.where(off, scales, np.inf).argmin())
             scale = float(scales[worst])
-            said = f"{scale:.3g} times 1 / sqrt(fan-in)"
-            return {
-                "names": [names[k] for k in np.flatnonzero(off)[:NAMED]],
-                "count": int(off.sum()),
-                "of": len(names),
-                "scale": scale if np.isfinite(scale) else None,
-                "direction": direction,
-                "text": f"{int(off.sum())} of {len(names)} weights are too {direction} from the start, the most {names[worst]}: {said}; usual are 0.1 to 2.4.",
-            }
+            text = (
+                f"{int(off.sum())} of {len(names)} weights are too {direction} from the start, the most "
+                f"{names[worst]}: {scale:.3g} times 1 / sqrt(fan-in); usual are 0.1 to 2.4."
+            )
+            detail = counted([names[k] for k in np.flatnonzero(off)], len(names), text)
+            return detail | {"scale": scale if np.isfinite(scale) else None, "direction": direction}
     return None

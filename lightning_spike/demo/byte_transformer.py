@@ -53,7 +53,7 @@ class ByteTransformer(LightningModule):
 
     @override
     def forward(self, window: Tensor) -> Tensor:
-        """Return the logits of the next byte, ``(B, T, 256)``, for bytes of shape ``(B, T)``, int64, T up to `context`."""
+        """Return the logits of the next byte, ``(B, T, 256)``, for int64 bytes ``(B, T)``, T up to `context`."""
         length = window.shape[1]
         hidden = self.embed(window) + self.position[:length]
         for layer in self.layers:

@@ -1,4 +1,4 @@
-"""The demos: three trainings that go wrong in a known way, each a YAML in `configs/` and the cause that its report must name first."""
+"""The demos: three trainings with a known fault, each a YAML in `configs/` with its expected cause."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ class Demo:
     name: str
     """Its name on the command line and of its folder; the YAML is `demo_<name>.yaml`."""
     title: str
-    """What is trained, and what is wrong with it, in one line."""
+    """The training and its fault, in one line."""
     expected: str
     """The cause that the report must put first."""
 

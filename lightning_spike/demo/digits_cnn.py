@@ -1,4 +1,4 @@
-"""A small convolutional network for 8 x 8 images, with SGD or AdamW and an optional cosine schedule with warm restarts."""
+"""A small convolutional network for 8 x 8 images, with SGD or AdamW and optional cosine warm restarts."""
 
 from typing import Literal
 

@@ -26,13 +26,13 @@ _NOT_HERE: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What came of one demo."""
+    """The result of one demo."""
 
     demo: Demo
     first: str | None
     """The cause that came first in the report; None where it has none."""
     folder: Path
-    """Where its report is."""
+    """The folder of its report."""
     seconds: float
     """Wall time of the whole demo."""
 

@@ -1,31 +1,31 @@
-"""The episode detector: every kind of trouble that a loss can show, at its true onset, and quiet on a healthy run."""
+"""Episode detector: finds abnormal stretches of the losses of a run, dated to their onset."""
 
 import math
 from typing import Any, Final
 
+from lightning_spike.codec import from_plain, to_plain
 from lightning_spike.detectors.draft import Draft
 from lightning_spike.detectors.overfit import OverfitDetector
 from lightning_spike.detectors.periodicity import period_of
-from lightning_spike.detectors.series import MOST_SEVERE, SeriesTracker
+from lightning_spike.detectors.series import MAX_SEVERITY, SeriesTracker
 from lightning_spike.records import Episode, EpisodeKind, Finding, Recovery, StepRow, ValidationPoint
 
-MOST_EPISODES: Final = 200
-"""Episodes that are kept; of more, the least severe are let go and counted."""
-MOST_SERIES: Final = 8
-"""Loss series that are judged; further ones are not."""
-SAME_TROUBLE: Final = 24
-"""Batches between the onsets in two series within which it is one trouble."""
-FAMILY: Final = 64
-"""Spikes among which a family is looked for."""
+MAX_EPISODES: Final = 200
+"""Episodes that are kept; beyond, the least severe are dropped and counted; engineering choice."""
+MAX_SERIES: Final = 8
+"""Loss series that are judged; engineering choice."""
+SAME_TROUBLE_BATCHES: Final = 24
+"""Largest distance between onsets in two series that are one episode; engineering choice."""
+MAX_FAMILY: Final = 64
+"""Spikes among which a periodic family is searched; engineering choice."""
 
 
 class EpisodeDetector:
     """Judges every loss of a run as it arrives.
 
-    Pure: plain numbers in, records out; some fifteen microseconds per batch; memory does not grow with the run. Judged
-        is `"loss"`,
-    and every `"loss/<name>"` beside it; a trouble seen in several series is one episode, of the series that showed it
-    first (`"loss"` if at the same batch). A batch without a loss is passed over.
+    Plain numbers in, records out. Takes some fifteen microseconds per batch; memory does not grow with the run. Judges
+    `"loss"` and every `"loss/<name>"`. Trouble in several series is one episode, of the series that showed it first
+    (`"loss"` at the same batch).
     """
 
     def __init__(self) -> None:
@@ -33,25 +33,20 @@ class EpisodeDetector:
         self._series: dict[str, SeriesTracker] = {}
         self._drafts: list[Draft] = []
         self._next_id = 1
-        self._dropped = 0
+        self.dropped = 0
+        """Number of episodes dropped beyond 200."""
         self._overfit: dict[str, OverfitDetector] = {}
         self._findings: list[Finding] = []
 
     @property
     def episodes(self) -> tuple[Episode, ...]:
-        """What is known so far, newest versions, in order of onset; of more than 200 the most severe."""
-        return tuple(
-            draft.record() for draft in sorted(self._drafts, key=lambda draft: (draft.onset.ordinal, draft.id))
-        )
-
-    @property
-    def dropped(self) -> int:
-        """Episodes that were let go because there were more than 200."""
-        return self._dropped
+        """Newest versions of the episodes so far, in order of onset; of more than 200 the most severe."""
+        drafts = sorted(self._drafts, key=lambda draft: (draft.onset.ordinal, draft.id))
+        return tuple(draft.record() for draft in drafts)
 
     @property
     def healthy(self) -> bool:
-        """Nothing is open in any series (a stall does not count) and the last losses were accepted."""
+        """Whether nothing but a stall is open in any series and the last losses were accepted."""
         return all(series.healthy for series in self._series.values())
 
     def observe(self, row: StepRow) -> list[Episode]:
@@ -67,37 +62,30 @@ class EpisodeDetector:
         for signal, value in row.values.items():
             if signal != "loss" and not signal.startswith("loss/"):
                 continue
-            series = self._series.get(signal) or (self._tracker(signal) if self._room(signal) else None)
-            if series is not None:
+            if (series := self._tracker(signal)) is not None:
                 changed += series.observe(row.at, float(value), noise, row.batch_size)
         return self._report(changed) if changed else []
 
-    def _room(self, signal: str) -> bool:
-        return signal in self._series or len(self._series) < MOST_SERIES
-
-    def _tracker(self, signal: str) -> SeriesTracker:
-        if signal not in self._series:
+    def _tracker(self, signal: str) -> SeriesTracker | None:
+        """The tracker of a series; `None` where there are too many."""
+        if signal not in self._series and len(self._series) < MAX_SERIES:
             self._series[signal] = SeriesTracker(signal)
-        return self._series[signal]
+        return self._series.get(signal)
 
     def observe_validation(self, point: ValidationPoint) -> list[Episode]:
-        """Judge one validation result.
-
-        Overfitting, and, where the run has no training loss, everything else as well.
-        """
+        """Judge one validation result for overfitting and, in a run without training loss, for everything else."""
         changed: list[Draft] = []
-        if not any(name == "loss" or name.startswith("loss/") for name in self._series) and self._room(point.metric):
-            changed += self._tracker(point.metric).observe(point.at, point.value, 1.0)
-        if point.metric not in self._overfit and len(self._overfit) < MOST_SERIES:
-            self._overfit[point.metric] = OverfitDetector()
-        detector = self._overfit.get(point.metric)
-        if detector is not None:
+        has_training_loss = any(name == "loss" or name.startswith("loss/") for name in self._series)
+        if not has_training_loss and (series := self._tracker(point.metric)) is not None:
+            changed += series.observe(point.at, point.value, 1.0)
+        if point.metric in self._overfit or len(self._overfit) < MAX_SERIES:
+            detector = self._overfit.setdefault(point.metric, OverfitDetector())
             self._findings += detector.observe(point)
             changed += self._note_overfit(detector, point)
         return self._report(changed)
 
     def new_findings(self) -> list[Finding]:
-        """What the validations since the last call have shown besides episodes; see `OverfitDetector`."""
+        """Findings of the validations since the last call; see `OverfitDetector`."""
         new, self._findings = self._findings, []
         return new
 
@@ -118,16 +106,16 @@ class EpisodeDetector:
                 noticed=point.at,
                 peak=point.at,
                 last_bad=point.at,
-                before=detector.best_value,
-                peak_value=point.value,
+                loss_before=detector.best_value,
+                loss_peak=point.value,
                 signal=point.metric,
                 severity=0.0,
             )
-        draft.worsen(point.at, point.value, min(detector.rise, MOST_SEVERE))
+        draft.worsen(point.at, point.value, min(detector.rise, MAX_SEVERITY))
         return [draft]
 
     def finish(self) -> list[Episode]:
-        """The run has ended: settle what is open; returns what changed."""
+        """Close what is open at the end of the run; returns what changed."""
         return self._report([draft for series in self._series.values() for draft in series.finish()])
 
     def _report(self, changed: list[Draft]) -> list[Episode]:
@@ -142,9 +130,9 @@ class EpisodeDetector:
         return [draft.record() for draft in reported.values()]
 
     def _known(self, draft: Draft) -> bool:
-        """Another series has shown this trouble already."""
+        """Whether another series has shown this trouble already; marks the draft then."""
         for other in self._drafts:
-            near = abs(other.onset.ordinal - draft.onset.ordinal) <= SAME_TROUBLE
+            near = abs(other.onset.ordinal - draft.onset.ordinal) <= SAME_TROUBLE_BATCHES
             same = not {draft.kind, other.kind} & {EpisodeKind.STALL, EpisodeKind.OVERFIT}
             if other.signal != draft.signal and same and (near or self._is_open(other)):
                 draft.id = -1
@@ -158,10 +146,10 @@ class EpisodeDetector:
         draft.id = self._next_id
         self._next_id += 1
         self._drafts.append(draft)
-        if len(self._drafts) > MOST_EPISODES:
+        if len(self._drafts) > MAX_EPISODES:
             closed = [kept for kept in self._drafts if not self._is_open(kept) and kept is not draft]
             self._drafts.remove(min(closed, key=lambda kept: kept.severity))
-            self._dropped += 1
+            self.dropped += 1
 
     def _in_step(self, draft: Draft) -> list[Draft]:
         """Members of the family of like spikes that this draft completes."""
@@ -173,7 +161,9 @@ class EpisodeDetector:
             return []
         if draft.period is not None or draft.bad > 1:
             return []
-        like = [other for other in self._drafts if other.kind is draft.kind and other.signal == draft.signal][-FAMILY:]
+        like = [other for other in self._drafts if other.kind is draft.kind and other.signal == draft.signal][
+            -MAX_FAMILY:
+        ]
         for count in range(len(like), 2, -1):
             period = period_of([member.onset.ordinal for member in like[-count:]])
             if period is not None:
@@ -186,27 +176,22 @@ class EpisodeDetector:
         """JSON-able state: dicts, lists, strings, numbers, booleans and `None` only."""
         return {
             "series": {name: series.state_dict() for name, series in self._series.items()},
-            "drafts": [draft.state_dict() for draft in self._drafts],
+            "drafts": to_plain(self._drafts),
             "next_id": self._next_id,
-            "dropped": self._dropped,
+            "dropped": self.dropped,
             "overfit": {name: detector.state_dict() for name, detector in self._overfit.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` left off."""
-        self._drafts = [Draft.restored(draft) for draft in state["drafts"]]
-        self._next_id = state["next_id"]
-        self._dropped = state["dropped"]
-        self._series = {}
+        self._drafts = [from_plain(Draft, draft) for draft in state["drafts"]]
+        self._next_id, self.dropped = state["next_id"], state["dropped"]
+        self._series = {name: SeriesTracker(name) for name in state["series"]}
+        self._overfit = {name: OverfitDetector() for name in state["overfit"]}
         kept = {draft.id: draft for draft in self._drafts}
-        for name, series in state["series"].items():
-            tracker = self._tracker(name)
-            tracker.load_state_dict(series)
-            if tracker.draft is not None and tracker.draft.id > 0:
-                tracker.draft = kept[tracker.draft.id]
-            if tracker.standing is not None and tracker.standing.id > 0:
-                tracker.standing = kept.get(tracker.standing.id, tracker.standing)
-        self._overfit = {}
-        for name, detector in state["overfit"].items():
-            self._overfit[name] = OverfitDetector()
-            self._overfit[name].load_state_dict(detector)
+        for name, series in self._series.items():
+            series.load_state_dict(state["series"][name])
+            series.draft = series.draft and kept.get(series.draft.id, series.draft)
+            series.stall_draft = series.stall_draft and kept.get(series.stall_draft.id, series.stall_draft)
+        for name, detector in self._overfit.items():
+            detector.load_state_dict(state["overfit"][name])

@@ -1,34 +1,32 @@
-"""The loss scale of mixed precision.
-
-Moves that no scaler makes by itself, updates skipped too often, a scale that is too low to be of use.
-"""
+"""Loss scale of mixed precision: jumps that no scaler makes, too many skipped updates, a useless scale."""
 
 from collections import deque
 from typing import Final
 
 from lightning_spike.records import Finding, StepRow
 
-LEAP: Final = 16.0
-"""Factor between the scales of two updates from which the scaler did not make it: it grows by 2 and backs off by 0.5
-(torch.amp.GradScaler)."""
-SETTLES: Final = 32
-"""Updates at the start in which the scaler looks for its scale: from 65,536 down to 1 it is 16 skips."""
+MAX_FACTOR: Final = 16.0
+"""Factor between the scales of two updates that the scaler cannot cause: it grows by 2 and backs off by 0.5
+(torch.amp.GradScaler, science.md 2.2)."""
+SETTLING_UPDATES: Final = 32
+"""First updates, in which the scaler searches its scale: from 65,536 to 1 takes 16 skips; engineering choice."""
 WINDOW: Final = 100
-SKIPS: Final = 3
-"""Skipped updates among the last `WINDOW` that are too many: one in 2,000 is usual (science.md 2.4)."""
-LEAST: Final = 1.0
-"""A scale below is none: it makes gradients smaller (the same)."""
-CONFIRMED: Final = 3
-"""Updates in a row below it before it is said."""
+"""Updates among which skipped ones are counted (science.md 2.2)."""
+MAX_SKIPS: Final = 3
+"""Skipped updates among the last `WINDOW` that are too many; one in 2,000 is usual (science.md 2.2)."""
+MIN_SCALE: Final = 1.0
+"""Scale below which gradients shrink (science.md 2.2)."""
+CONFIRMATIONS: Final = 3
+"""Updates in a row below `MIN_SCALE` before it is reported; engineering choice."""
 
 
 class LossScaleDetector:
-    """Looks at `loss_scale` and `skipped_step`; findings of the detector `"precision"`.
+    """Checks `loss_scale` and `skipped_step`; findings of the detector `"precision"`, each with `text`.
 
-    `"scale_leapt"` (`before`, `after`): the scale is another by a factor of 16 or more than at the update before.
-    `"often_skipped"` (`skips`, `of`, `scale`): 3 of the last 100 updates were skipped because a gradient was not
-    finite; said again only after 100 updates. `"scale_too_low"` (`scale`): it is below 1 for three updates in a row;
-    said once. Each with `text`.
+    - `"scale_leapt"` (`before`, `after`): the scale changed by a factor of 16 or more between two updates.
+    - `"often_skipped"` (`skips`, `of`, `scale`): 3 of the last 100 updates were skipped for a non-finite gradient.
+      Repeated after 100 updates at the earliest.
+    - `"scale_too_low"` (`scale`): it is below 1 for three updates in a row. Reported once.
     """
 
     def __init__(self) -> None:
@@ -39,7 +37,7 @@ class LossScaleDetector:
         self._low = 0
 
     def observe(self, row: StepRow) -> list[Finding]:
-        """Take in a batch; nothing where it had no update or the run has no scaler."""
+        """Judge a batch; returns nothing without an update or a scaler."""
         scale = row.values.get("loss_scale")
         if scale is None:
             return []
@@ -50,30 +48,33 @@ class LossScaleDetector:
 
     def _leapt(self, row: StepRow, scale: float) -> list[Finding]:
         before = self._scale
-        if before is None or not before > 0.0 or 1.0 / LEAP < scale / before < LEAP:
+        if before is None or not before > 0.0 or 1.0 / MAX_FACTOR < scale / before < MAX_FACTOR:
             return []
-        text = f"The loss scale went from {before:.4g} to {scale:.4g} from one update to the next; a scaler moves by factors of 2."
+        text = (
+            f"The loss scale changed from {before:.4g} to {scale:.4g} in one update; a scaler moves it by factors of 2."
+        )
         return [_finding(row, "scale_leapt", text, before=before, after=scale)]
 
     def _often(self, row: StepRow, scale: float) -> list[Finding]:
         now = row.values.get("skipped_step") == 1.0
-        if self._updates > SETTLES:
+        if self._updates > SETTLING_UPDATES:
             self._skipped.append(now)
         self._quiet = max(self._quiet - 1, 0)
         skips = sum(self._skipped)
-        if not now or skips < SKIPS or self._quiet:
+        if not now or skips < MAX_SKIPS or self._quiet:
             return []
         self._quiet = WINDOW
-        text = f"{skips} of the last {len(self._skipped)} updates were skipped, for a gradient was not finite under a loss scale of {scale:.4g}."
+        text = (
+            f"{skips} of the last {len(self._skipped)} updates were skipped: "
+            f"a gradient was not finite at a loss scale of {scale:.4g}."
+        )
         return [_finding(row, "often_skipped", text, skips=skips, of=len(self._skipped), scale=scale)]
 
     def _too_low(self, row: StepRow, scale: float) -> list[Finding]:
-        self._low = self._low + 1 if scale < LEAST else 0
-        if self._low != CONFIRMED:
+        self._low = self._low + 1 if scale < MIN_SCALE else 0
+        if self._low != CONFIRMATIONS:
             return []
-        text = (
-            f"The loss scale is {scale:.3g}: below 1 it makes gradients smaller, and they are lost in half precision."
-        )
+        text = f"The loss scale is {scale:.3g}: below 1 it shrinks gradients, which half precision then loses."
         return [_finding(row, "scale_too_low", text, scale=scale)]
 
 

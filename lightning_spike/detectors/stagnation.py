@@ -1,7 +1,4 @@
-"""Whether a loss has stopped falling.
-
-No detector of episodes, but a question that is asked of a run in which nothing else has happened.
-"""
+"""Test whether a loss has stopped falling, for runs without an episode."""
 
 from typing import Final
 
@@ -11,25 +8,23 @@ import numpy.typing as npt
 from lightning_spike.rolling import median, median_error
 
 PARTS: Final = 8
-"""Parts of a run so far whose levels are compared."""
-LEAST_PART: Final = 16
-"""Losses that a level needs."""
-CLEARLY: Final = 2.0
-"""Standard errors by which the loss must have come down to be falling."""
+"""Parts of the run whose levels are compared; engineering choice."""
+MIN_LOSSES: Final = 16
+"""Losses in a part; engineering choice."""
+FALL_ERRORS: Final = 2.0
+"""Standard errors by which a falling loss must have come down; engineering choice."""
 
 
 def stagnates(losses: npt.NDArray[np.float64]) -> bool:
-    """Whether the loss has stopped falling.
-
-    Its newest level is not below the lowest of the first half of the run; false for a run too young to tell. Pure.
+    """Whether the newest level is not below the lowest of the first half of the run; false for a short run.
 
     Args:
-        losses: All so far, oldest first, shape `(n,)`; what is not finite is left out.
+        losses: All so far, oldest first, shape `(n,)`; non-finite ones are ignored.
     """
     finite = losses[np.isfinite(losses)]
-    if finite.size < PARTS * LEAST_PART:
+    if finite.size < PARTS * MIN_LOSSES:
         return False
     parts = [part.tolist() for part in np.array_split(finite, PARTS)]
     lowest = min(parts[: PARTS // 2], key=median)
     error = max(median_error(lowest), median_error(parts[-1]))
-    return median(parts[-1]) > median(lowest) - CLEARLY * error
+    return median(parts[-1]) > median(lowest) - FALL_ERRORS * error

@@ -1,40 +1,44 @@
-"""A loss that was falling and stops from one moment to the next, or that never moved at all.
+"""Stalls: a falling loss that suddenly stops, or one that never moves.
 
-Every training slows down, so "it no longer falls" is no finding. What healthy curves do not do is to break off: their
-decrements shrink smoothly. So five decrements in a row are continued geometrically, and if the loss then stays flat
-where a good part of that was due, it has stalled. The same is looked for at four time scales.
+Every training slows down, but the decrements of healthy curves shrink smoothly. So five decrements in a row are
+continued geometrically. If the loss then stays flat where a good part of that is expected, it has stalled. The test
+runs at four time scales.
 """
 
 import itertools
 import math
-from typing import Any, Final
+from typing import Final
 
-from lightning_spike.rolling import MAD_TO_SIGMA, median
+from lightning_spike.detectors.noise import bend_noise
+from lightning_spike.detectors.resumable import Resumable
 
 BLOCK: Final = 16
+"""Losses per block, as in `series.BLOCK`."""
 SCALES: Final = (1, 2, 4, 8)
 """Blocks per group."""
 GROUPS: Final = 10
-"""Groups that are looked at: five decrements that fall, one in which the break may lie, three that are flat."""
+"""Groups that are examined: five falling decrements, one that can hold the break, three flat ones;
+engineering choice."""
 FALLING: Final = 5
+"""Falling decrements before a break; engineering choice."""
 CONSTANT_AFTER: Final = 128
-"""Equal losses from the very first one on after which the training is said to stand still."""
-FLAT: Final = 0.15
-"""Share of the decrement that was due below which the loss stands."""
-SURE: Final = 7.0
-"""Standard errors that the missing decrement must have."""
-LEAST_MISSING: Final = 0.02
-"""Share of the level that must be missing to matter."""
-MOST_MISSING: Final = 0.6
-"""Share of a positive level that can be missing: a loss that falls towards zero has to break off before it is there."""
-FLAT_ALL: Final = 0.25
-"""Share of all that was due that may have come."""
-SMOOTH: Final = 0.3
-"""Share by which a decrement may differ from the geometric course, besides its noise."""
-TINY: Final = 1e-100
-"""Decrements below this are none: their products must not vanish."""
-NEAR_ZERO: Final = 0.1
-"""Share of the first level below which a flat loss has simply arrived."""
+"""Equal losses from the first one on that are a stall; engineering choice."""
+MAX_FLAT_SHARE: Final = 0.15
+"""Largest share of the expected decrement of a flat group; engineering choice."""
+MISSING_ERRORS: Final = 7.0
+"""Standard errors that the missing decrement must have; engineering choice."""
+MIN_MISSING: Final = 0.02
+"""Smallest missing decrement as a share of the level; engineering choice."""
+MAX_MISSING: Final = 0.6
+"""Largest missing share of a positive level: a loss near zero must slow down; engineering choice."""
+MAX_TOTAL_SHARE: Final = 0.25
+"""Largest share of all expected decrements that came; engineering choice."""
+SMOOTHNESS: Final = 0.3
+"""Share by which a decrement can differ from the geometric course, besides its noise; engineering choice."""
+MIN_DECREMENT: Final = 1e-100
+"""Smallest decrement, so that products do not underflow; engineering choice."""
+ARRIVED_SHARE: Final = 0.1
+"""Share of the first level below which a flat loss has converged; engineering choice."""
 
 
 def _groups(blocks: list[float], scale: int) -> list[float]:
@@ -42,20 +46,11 @@ def _groups(blocks: list[float], scale: int) -> list[float]:
     return [sum(tail[start : start + scale]) / scale for start in range(0, len(tail), scale)]
 
 
-def _noise(blocks: list[float]) -> float:
-    """Standard deviation of a block, from second differences: they leave out trend."""
-    bends = [abs(a - 2.0 * b + c) for a, b, c in zip(blocks, blocks[1:], blocks[2:], strict=False)]
-    return median(bends) * MAD_TO_SIGMA / math.sqrt(6.0)
-
-
 def _broke_off(groups: list[float], noise: float) -> float | None:
-    """Where the first five decrements, all of them falls, run on a smooth course and the last three, due on it, are missing.
+    """The break of a smooth fall, in groups from the first one; `None` where there is none.
 
-    Returns:
-        The break, in groups from the first one on; `None` where there is none. Between the last falling and the first
-        flat group the
-        decrement is the larger the later the break: all of it is there for a break at the far end of the two, half for
-        the middle.
+    The first five decrements must follow a smooth course, and the last three must be missing. The decrement in between
+    tells where the break lies: it is whole for a break at its far end.
     """
     drops = [earlier - later for earlier, later in itertools.pairwise(groups)]
     noise *= math.sqrt(2.0)
@@ -68,21 +63,25 @@ def _broke_off(groups: list[float], noise: float) -> float | None:
         return None
     middle: float = (first * last) ** 0.5
     course = [middle * ratio ** (place - (FALLING - 1) / 2) for place in range(FALLING)]
-    if any(abs(drop - due) > SMOOTH * due + noise for drop, due in zip(falling, course, strict=True)):
+    if any(abs(drop - due) > SMOOTHNESS * due + noise for drop, due in zip(falling, course, strict=True)):
         return None
     missing = [course[-1] * ratio ** (place + 1) for place in range(1, len(drops) - FALLING)]
-    flat = all(abs(drop) < FLAT * due + noise for drop, due in zip(drops[FALLING + 1 :], missing, strict=True))
-    flat = flat and sum(drops[FALLING + 1 :]) < FLAT_ALL * sum(missing)
-    if not flat or sum(missing) <= max(SURE * noise, LEAST_MISSING * abs(groups[-1])):
+    flat = all(
+        abs(drop) < MAX_FLAT_SHARE * due + noise for drop, due in zip(drops[FALLING + 1 :], missing, strict=True)
+    )
+    flat = flat and sum(drops[FALLING + 1 :]) < MAX_TOTAL_SHARE * sum(missing)
+    if not flat or sum(missing) <= max(MISSING_ERRORS * noise, MIN_MISSING * abs(groups[-1])):
         return None
-    if min(groups) > 0.0 and sum(missing) > MOST_MISSING * groups[-1]:
+    if min(groups) > 0.0 and sum(missing) > MAX_MISSING * groups[-1]:
         return None
     share: float = drops[FALLING] / (course[-1] * ratio)
     return FALLING + 2.0 * max(0.0, min(1.0, share))
 
 
-class StallDetector:
-    """Looks for a break in the fall of block medians; `raised` while the loss stands."""
+class StallDetector(Resumable):
+    """Looks for a break in the fall of block medians; `raised` while the loss stands still."""
+
+    STATE = ("_blocks", "_first", "_equal", "_seen", "_start", "_level", "_unit", "raised")
 
     def __init__(self) -> None:
         """Start empty."""
@@ -116,10 +115,10 @@ class StallDetector:
         return self._look()
 
     def _constant(self, block: list[float]) -> bool:
-        """Whether the loss has just stood still for as long as it takes, from the first one on."""
+        """Whether the loss has now been constant for long enough, from the first one on."""
         first = self._first = block[0] if self._first is None else self._first
         same = max(abs(value - first) for value in block) <= 1e-7 * abs(first)
-        self._equal = self._equal + BLOCK if same else -1
+        self._equal = self._equal + len(block) if same else -1
         return self._equal == CONSTANT_AFTER and first != 0.0 and not self.raised
 
     def _look(self) -> int | None:
@@ -127,11 +126,11 @@ class StallDetector:
             if len(self._blocks) < GROUPS * scale or self._seen % scale:
                 return None
             groups = _groups(self._blocks, scale)
-            if not all(earlier - later > TINY for earlier, later in itertools.pairwise(groups[: FALLING + 1])):
+            if not all(earlier - later > MIN_DECREMENT for earlier, later in itertools.pairwise(groups[: FALLING + 1])):
                 continue
-            one = _noise(self._blocks)
+            one = bend_noise(self._blocks)
             place = _broke_off(groups, one / math.sqrt(scale))
-            if place is not None and abs(groups[-1]) > NEAR_ZERO * abs(self._start or 0.0):
+            if place is not None and abs(groups[-1]) > ARRIVED_SHARE * abs(self._start or 0.0):
                 self._raise(groups[-1], max(0.25 * (groups[FALLING - 1] - groups[FALLING]), 3.0 * one))
                 return round((GROUPS - place) * scale * BLOCK)
         return None
@@ -144,27 +143,3 @@ class StallDetector:
         if abs(block - self._level) > 2.0 * self._unit:
             self.raised = False
             self._blocks.clear()
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON-able state."""
-        return {
-            "blocks": list(self._blocks),
-            "first": self._first,
-            "equal": self._equal,
-            "seen": self._seen,
-            "start": self._start,
-            "level": self._level,
-            "unit": self._unit,
-            "raised": self.raised,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` left off."""
-        self._blocks = list(state["blocks"])
-        self._first = state["first"]
-        self._equal = state["equal"]
-        self._seen = state["seen"]
-        self._start = state["start"]
-        self._level = state["level"]
-        self._unit = state["unit"]
-        self.raised = state["raised"]

@@ -1,5 +1,5 @@
-"""Store in, ranked causes out: pure, no torch, no Lightning.
+"""Ranks the causes of every episode from the store alone; pure, without torch and Lightning.
 
-`case` is one episode beside all that is known of the run, `observations/` what can be asked about it, `causes/` has one
-file for every cause, `catalogue` finds them, `rank` weighs them up.
+`view` is one episode in its run, `observations/` holds the questions that causes share, `causes/` one file per cause.
+`catalogue` finds the causes, `examine` and `weigh` make probabilities of their evidence, `rank` the diagnosis.
 """

@@ -1,4 +1,4 @@
-"""Finds the causes: every file of `causes/`, and what other packages offer under an entry point."""
+"""Finds the causes: every file of `causes/`, and those of other packages under an entry point."""
 
 import importlib
 import pkgutil
@@ -16,12 +16,10 @@ ENTRY_POINTS: Final = "lightning_spike.causes"
 
 
 def catalogue() -> tuple[Cause, ...]:
-    """Every cause that is known, ours first, each by name.
+    """Every known cause, by id, those of this package first; imports modules.
 
-    A cause of another package with one of our ids takes its place.
-
-    An entry point that cannot be loaded is passed over with a warning: another package must not cost the user the
-    report. Imports modules; otherwise does not block.
+    A cause of another package replaces ours with the same id. An entry point that cannot be loaded gives a warning and
+    is left out, so that the user still gets the report.
     """
     found = {cause.id: cause for cause in (*_own(), *_offered())}
     return tuple(found.values())
@@ -37,15 +35,16 @@ def _offered() -> Iterator[Cause]:
         try:
             yield from _usable(entry)
         except Exception as error:  # noqa: BLE001 - whatever another package does at import, the report comes out
-            message = f"lightning_spike: the cause {entry.name!r} ({entry.value}) cannot be used: {type(error).__name__}: {error}"
+            source = f"the cause {entry.name!r} ({entry.value})"
+            message = f"lightning_spike: {source} cannot be used: {type(error).__name__}: {error}"
             warnings.warn(message, stacklevel=2)
 
 
 def _usable(entry: EntryPoint) -> list[Cause]:
-    """The causes that an entry point offers.
+    """The causes of an entry point.
 
     Raises:
-        TypeError: There are none.
+        TypeError: It holds none.
     """
     loaded = entry.load()
     found = _records(loaded) if isinstance(loaded, types.ModuleType) else [loaded]

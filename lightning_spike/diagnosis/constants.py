@@ -1,23 +1,21 @@
 """Distances and ranges that several observers share.
 
-What a level weighs stands in `weights.json`; what an experiment means, in `judgement`.
+The weights of levels stand in `weights.json`; thresholds of experiments in `judgement`.
 """
 
 from typing import Final
 
 REACH: Final = 16
-"""Batches before the onset in which an event of the learning rate may have begun the trouble: its damage grows over
+"""Batches before the onset in which an event of the learning rate can have caused the episode: its damage grows over
 some updates; engineering choice."""
 NEAR: Final = 4
-"""Batches before the onset in which such an event nearly certainly has; engineering choice."""
+"""Batches before the onset in which such an event nearly certainly caused it; engineering choice."""
 GUARD: Final = 8
 """Batches before the onset that are not taken as healthy: gradients and update sizes lead the loss by 1 to 8 batches
 (Wortsman et al. 2023)."""
 REFERENCE: Final = 128
-"""Healthy values that one of an episode is compared with; engineering choice."""
+"""Healthy values that a value of an episode is compared with; engineering choice."""
 MIN_ODD_RATIO: Final = 1.25
-"""A value that differs from its expectation by a smaller factor is not called odd, however steady its series was;
-engineering choice."""
+"""Factor from its usual value from which a value can be unusual, however steady its series is; engineering choice."""
 AFTERSHOCK: Final = 24
-"""An episode that begins within so many batches of the end of another may be the rest of the same trouble; engineering
-choice."""
+"""Batches after the end of an episode within which the next one may have the same cause; engineering choice."""

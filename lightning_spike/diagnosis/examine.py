@@ -1,7 +1,4 @@
-"""What is observed about one episode for one cause.
-
-Its observers run, their levels weighed, and whether experiments confirm it.
-"""
+"""Runs the observers of a cause on one episode, weighs their levels, and says whether experiments confirm the cause."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -17,13 +14,13 @@ from lightning_spike.records import Evidence
 
 
 def examine_all(view: EpisodeView, causes: Iterable[Cause], weights: Weights, remarks: list[str]) -> list[Examined]:
-    """Every cause that applies to this kind of episode; one that breaks is left out and named in `remarks`."""
+    """Examine every cause that applies to this kind of episode; `remarks` names those that raised."""
     fitting = [cause for cause in causes if view.kind in cause.applies_to]
     return [found for cause in fitting if (found := examine(cause, view, weights, remarks)) is not None]
 
 
 def examine(cause: Cause, view: EpisodeView, weights: Weights, remarks: list[str]) -> Examined | None:
-    """One cause; `None` where it breaks, which `remarks` then names, or where its evidence is not finite."""
+    """Examine one cause; `None` where it raised, which `remarks` then says, or where its evidence is not finite."""
     try:
         found = _observed(cause, view, weights)
     except Exception as error:  # noqa: BLE001 - a cause may come from any package; its failure is reported, not hidden
@@ -35,7 +32,7 @@ def examine(cause: Cause, view: EpisodeView, weights: Weights, remarks: list[str
 def _observed(cause: Cause, view: EpisodeView, weights: Weights) -> Examined:
     missing = _weighed(cause, cause.requires, view, weights)
     seen = missing[:1] or _weighed(cause, cause.observations, view, weights)
-    # A share of the jump proves what something speaks for; alone it names a group and no cause of it.
+    # A share of the jump confirms a cause that other evidence supports; alone it names only a group.
     supported = any(item.weight > 0.0 for item, _ in seen)
     shares = _weighed(cause, [share_of_jump(cause.tested_by)], view, weights)
     seen += [(item, share) for item, share in shares if supported or item.weight < 0.0]
@@ -48,7 +45,7 @@ def _observed(cause: Cause, view: EpisodeView, weights: Weights) -> Examined:
 def _weighed(
     cause: Cause, observers: Sequence[Observer], view: EpisodeView, weights: Weights
 ) -> list[tuple[Evidence, Observation]]:
-    """What the observers saw, with what it weighs; a level without a weight for this cause is no evidence about it."""
+    """The observations with their weights; a level without a weight for this cause is no evidence about it."""
     pairs = ((one, found) for one in observers if (found := one(view)) is not None)
     weighed = ((one, o, weights.of(cause.id, one.name, o.level, cause.weights)) for one, o in pairs)
     return [(_evidence(one, o, weight), o) for one, o, weight in weighed if weight is not None]
@@ -56,17 +53,11 @@ def _weighed(
 
 def _evidence(observer: Observer, seen: Observation, weight: float) -> Evidence:
     return Evidence(
-        signal=seen.signal,
-        step=seen.step,
-        observed=seen.observed,
-        expected=seen.expected,
-        text=seen.text,
-        weight=weight,
-        observation=observer.name,
-        level=seen.level,
-    )
+        signal=seen.signal, step=seen.step, observed=seen.observed, expected=seen.expected, text=seen.text,
+        weight=weight, observation=observer.name, level=seen.level,
+    )  # fmt: skip
 
 
 def by_weight(evidence: Iterable[Evidence]) -> tuple[Evidence, ...]:
-    """The evidence as it is told: what speaks for the cause most comes first."""
+    """The evidence in the order of the report: the strongest for the cause first."""
     return tuple(sorted(evidence, key=lambda item: -item.weight))

@@ -1,7 +1,7 @@
-"""Store in, ranked causes out.
+"""Ranks the causes of every episode, and over the run.
 
-Every cause examines every episode, the answers are weighed up (`weigh`), and the episodes are put together over the
-run.
+Every cause is examined for every episode (`examine`), the evidence becomes probabilities (`weigh`), and these are
+averaged over the episodes.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ from lightning_spike.records import Episode, EpisodeKind, Family, Moment, Recove
 from lightning_spike.store import TrainerStateStore
 
 MAX_EPISODES_WITH_FIXES: Final = 4
-"""Episodes whose data are named in the verdict over the run; engineering choice."""
+"""Episodes whose first fixes are listed in the verdict over the run; engineering choice."""
 MIN_PROBABILITY: Final = 0.02
-"""Verdicts below are left out; engineering choice."""
+"""Probability below which a verdict is left out; engineering choice."""
 QUIET: Final = 0
-"""Id of the stretch in which a cause shows itself and the loss shows nothing; it is no episode of the report."""
+"""Id that stands for a run whose loss shows nothing; episodes of the report begin at 1, by definition."""
 QUIET_SEVERITY: Final = 5.0
-"""Its severity: that of a spike at the limit of what is noticed."""
+"""Severity of such a run: that of a spike at the detection limit; engineering choice."""
 MAX_SEVERITY: Final = 99.0
 """Cap of an episode's severity, as in `Episode.severity`."""
 
@@ -42,10 +42,9 @@ class Diagnosis:
     """By episode id, most probable first; their sum is at most 1, the rest is "unexplained". Every episode has an
     entry, which may be empty."""
     overall: tuple[Verdict, ...] = ()
-    """Over the run: the mean over the episodes, each weighing as much as it is severe. Empty on a healthy run."""
+    """Over the run: the mean over the episodes, weighted by severity. Empty for a healthy run."""
     remarks: tuple[str, ...] = ()
-    """What could not be examined, and why: episodes that were not run again, and broken causes (one of another package
-    costs that cause and not the report)."""
+    """What could not be examined, and why: episodes without replay, and causes that raised."""
 
 
 def diagnose(
@@ -53,12 +52,12 @@ def diagnose(
 ) -> Diagnosis:
     """Rank the causes of every episode, and over the run.
 
-    Pure: the store is only read, and the same store gives the same answer. Takes some milliseconds an episode.
+    Pure: the store is only read. Takes some milliseconds an episode.
 
     Args:
         store: The run, finished or not.
-        causes: The causes to choose from; all of the catalogue by default.
-        weights: What each level weighs; those of the package by default.
+        causes: The causes to choose from; those of the catalogue by default.
+        weights: The fitted model; that of the package by default.
     """
     known = tuple(catalogue() if causes is None else causes)
     numbers = fitted() if weights is None else weights
@@ -76,12 +75,10 @@ def diagnose(
 def _without_episode(
     store: TrainerStateStore, causes: Sequence[Cause], remarks: list[str], weights: Weights
 ) -> tuple[tuple[Episode, ...], tuple[Verdict, ...]]:
-    """What is wrong in a run before its loss shows anything, by the findings that are sufficient for a cause.
+    """The diagnosis of a run whose loss shows nothing: an episode made up for it, and its verdicts.
 
-    As an episode of its own, and its verdicts.
-
-    Ignored if a severe episode exists, or from 12 batches before the first onset on: what comes later may be the trace
-    of that episode.
+    Based on findings that are sufficient for a cause. Empty if a severe episode exists. Findings from 12 batches before
+    the first onset on are ignored: they may be effects of that episode.
     """
     if any(not e.severity < QUIET_SEVERITY for e in store.episodes):
         return (), ()
@@ -104,10 +101,11 @@ def _quiet(at: Moment) -> Episode:
 
 
 def _risen(rise: Rise) -> Episode:
-    """A rise that is no episode, for it was too small or too slow, as if it were one."""
-    return Episode(
-        id=QUIET, kind=EpisodeKind.DIVERGENCE, onset=rise.begun, noticed=rise.peak_at, peak=rise.peak_at, severity=QUIET_SEVERITY,
-        loss_before=rise.before, loss_peak=rise.peak, end=rise.end, recovery=Recovery.NEVER if rise.end is None else Recovery.WHOLE,
+    """A rise that is too small or too slow for an episode, as one."""
+    quiet, recovery = _quiet(rise.begun), Recovery.NEVER if rise.end is None else Recovery.WHOLE
+    return dataclasses.replace(
+        quiet, kind=EpisodeKind.DIVERGENCE, noticed=rise.peak_at, peak=rise.peak_at, end=rise.end,
+        loss_before=rise.before, loss_peak=rise.peak, recovery=recovery,
     )  # fmt: skip
 
 
@@ -126,7 +124,7 @@ def _first_finding(cause: Cause, store: TrainerStateStore) -> Shown | None:
 
 
 def _not_replayed_remarks(store: TrainerStateStore) -> list[str]:
-    """The lab's reasons, each with the episodes that it held for."""
+    """One remark per reason of the lab, with its episodes."""
     reasons: dict[str, list[int]] = {}
     for episode, why in not_replayed(store).items():
         reasons.setdefault(why, []).append(episode)
@@ -152,36 +150,29 @@ def _verdicts(
 
 
 def _inherited(view: EpisodeView, earlier: Mapping[int, tuple[Verdict, ...]]) -> Mapping[str, float]:
-    """The verdict on the episode of which this one may be the rest: half of the prior."""
+    """Probabilities in the earlier episode that may go on in this one."""
     if view.previous is None:
         return {}
     return {v.cause: v.probability for v in earlier.get(view.previous.id, ())}
 
 
 def _verdict(found: Examined, probability: float, view: EpisodeView, remarks: list[str]) -> Verdict | None:
-    """The verdict on one cause; `None` where its summary or fixes break, which `remarks` then names."""
+    """The verdict on one cause; `None` where its summary or fixes raised, which `remarks` then says."""
     try:
         summary, fixes = found.cause.summary(view), found.cause.fixes(view)
     except Exception as error:  # noqa: BLE001 - as in `examine`
         remarks.append(f"The cause {found.cause.id} could not be put into words: {type(error).__name__}: {error}")
         return None
     return Verdict(
-        cause=found.cause.id,
-        family=found.cause.family,
-        probability=probability,
-        episodes=(view.episode.id,),
-        summary=summary,
-        evidence=by_weight(found.evidence),
-        fixes=tuple(fix.text for fix in fixes),
-        change=fixes[0].change if fixes else None,
-        confirmed=found.confirmed,
-    )
+        cause=found.cause.id, family=found.cause.family, probability=probability, episodes=(view.episode.id,),
+        summary=summary, evidence=by_weight(found.evidence), fixes=tuple(fix.text for fix in fixes),
+        change=fixes[0].change if fixes else None, confirmed=found.confirmed,
+    )  # fmt: skip
 
 
 def _over_run(episodes: Sequence[Episode], per_episode: Mapping[int, tuple[Verdict, ...]]) -> tuple[Verdict, ...]:
-    weights = {
-        e.id: min(max(e.severity, 1.0), MAX_SEVERITY) if math.isfinite(e.severity) else MAX_SEVERITY for e in episodes
-    }
+    severities = {e.id: e.severity if math.isfinite(e.severity) else MAX_SEVERITY for e in episodes}
+    weights = {episode: min(max(severity, 1.0), MAX_SEVERITY) for episode, severity in severities.items()}
     whole = sum(weights.values())
     by_cause = sorted(itertools.chain.from_iterable(per_episode.values()), key=lambda v: v.cause)
     joined = [_joined(list(group), weights, whole) for _, group in itertools.groupby(by_cause, key=lambda v: v.cause)]
@@ -190,29 +181,21 @@ def _over_run(episodes: Sequence[Episode], per_episode: Mapping[int, tuple[Verdi
 
 
 def _fixes(verdicts: Sequence[Verdict], clearest: Verdict) -> tuple[str, ...]:
-    """Each episode has data of its own to mend, so the first fix of every one is told.
-
-    The rest is that of the clearest.
-    """
+    """The first fix of every episode, as each has its own data to correct, then the other fixes of the clearest."""
     ordered = sorted((v for v in verdicts if v.fixes), key=lambda v: v.episodes[0])
     own = tuple(dict.fromkeys(v.fixes[0] for v in ordered))
-    more = (
-        (f"The same for {len(own) - MAX_EPISODES_WITH_FIXES} more episodes.",)
-        if len(own) > MAX_EPISODES_WITH_FIXES
-        else ()
-    )
-    return (*own[:MAX_EPISODES_WITH_FIXES], *more, *clearest.fixes[1:])
+    more = len(own) - MAX_EPISODES_WITH_FIXES
+    episodes = "one more episode" if more == 1 else f"{more} more episodes"
+    others = (f"The same for {episodes}.",) if more > 0 else ()
+    return (*own[:MAX_EPISODES_WITH_FIXES], *others, *clearest.fixes[1:])
 
 
 def _joined(verdicts: Sequence[Verdict], weights: Mapping[int, float], whole: float) -> Verdict:
-    """One cause over the run: told by the episode in which it has most to say."""
+    """The verdict on one cause over the run, in the words of its clearest episode."""
     clearest = max(verdicts, key=lambda v: v.probability * weights[v.episodes[0]])
     fixes = _fixes(verdicts, clearest) if clearest.family is Family.DATA else clearest.fixes
     answers = {v.confirmed for v in verdicts} - {None}
-    return dataclasses.replace(
-        clearest,
-        probability=sum(v.probability * weights[v.episodes[0]] for v in verdicts) / whole,
-        episodes=tuple(sorted(v.episodes[0] for v in verdicts if v.episodes[0] != QUIET)),
-        fixes=fixes,
-        confirmed=True if True in answers else next(iter(answers), None),
-    )
+    probability = sum(v.probability * weights[v.episodes[0]] for v in verdicts) / whole
+    episodes = tuple(sorted(v.episodes[0] for v in verdicts if v.episodes[0] != QUIET))
+    confirmed = True if True in answers else next(iter(answers), None)
+    return dataclasses.replace(clearest, probability=probability, episodes=episodes, fixes=fixes, confirmed=confirmed)

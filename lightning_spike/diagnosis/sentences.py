@@ -1,14 +1,12 @@
 """Every sentence about an experiment: pure functions from a record of `lightning_spike.experiments` to plain words.
 
-What a number means is decided in `judgement`; here it is only said. "Control batches" are ordinary batches from before
-the onset.
+`judgement` decides what a number means. "Control batches" are ordinary batches from before the onset.
 """
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
-from typing import Final
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Final, TypeVar
 
 from lightning_spike.diagnosis import judgement
 from lightning_spike.diagnosis.judgement import Direction, Group, SplitVerdict
@@ -39,10 +37,13 @@ from lightning_spike.experiments import (
     UpdateMeasurement,
 )
 
+T = TypeVar("T")
+OfRank = TypeVar("OfRank", FirstNonFinite, ModuleMeasurement, SampleMeasurement)
+
 MAX_NAMES: Final = 3
-"""Names of modules or tensors in one sentence; also causes in one sentence."""
+"""Names of modules, tensors or causes in one sentence; engineering choice."""
 MAX_POSITIONS: Final = 8
-"""Positions of samples in one sentence."""
+"""Positions of samples in one sentence; engineering choice."""
 MENTIONED_ZEROS: Final = 0.9
 """Share of zeros from which a ReLU's outputs are mentioned; engineering choice."""
 MENTIONED_SATURATION: Final = 0.5
@@ -51,84 +52,62 @@ USUAL_ROUNDING: Final = 0.05
 """Relative difference that low precision makes by rounding alone: bfloat16 has 8 bits, and a loss is a mean of many;
 engineering choice."""
 HEALTHY_RHO: Final = "0.8 to 1"
-"""Measured over promised change in healthy runs (science.md 2.3), as a reference beside the measured one."""
+"""Measured over promised change in healthy runs (science.md 2.3)."""
 
-FACTORS: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "batch": "batch",
-        "samples": "outlier samples",
-        "learning_rate": "learning rate",
-        "clipping": "clipping",
-        "optimizer_state": "optimizer state",
-        "momentum": "momentum",
-        "second_moments": "second moments",
-        "epsilon": "epsilon",
-        "precision": "low precision",
-    }
-)
-AT_BASELINE: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "batch": "With an ordinary batch",
-        "samples": "With ordinary samples in place of the outliers",
-        "learning_rate": "With the previous learning rate",
-        "clipping": "With the previous clipping",
-        "optimizer_state": "With the previous optimizer state",
-        "momentum": "With the previous momentum",
-        "second_moments": "With up-to-date second moments",
-        "epsilon": "With the default epsilon",
-        "precision": "In float32",
-    }
-)
-GROUPS: Final[Mapping[Group, str]] = MappingProxyType(
-    {
-        Group.DATA: "the batch",
-        Group.LEARNING_RATE: "the learning rate",
-        Group.OPTIMIZER: "the optimizer state",
-        Group.CLIPPING: "the gradient clipping",
-        Group.NUMERICS: "low precision",
-        Group.GRADIENT: "a gradient pointing uphill",
-        Group.INTRINSIC: "steps too long for the loss surface",
-        Group.OUTSIDE: "a change outside the training step",
-        Group.COMPUTATION: "a changed computation",
-    }
-)
-VERDICTS: Final[Mapping[SplitVerdict, str]] = MappingProxyType(
-    {
-        SplitVerdict.DATA: "the batch itself causes the jump, not the weights",
-        SplitVerdict.WEIGHTS: "the weights cause the jump, whatever the batch",
-        SplitVerdict.BOTH: "batch and weights cause the jump together",
-        SplitVerdict.NOISE: "the jump is within the noise between batches",
-        SplitVerdict.NOT_REPRODUCED: "the jump is not reproduced",
-        SplitVerdict.COMPUTATION: "the same batches and weights now give a higher loss than before",
-    }
-)
-CHANGES: Final[Mapping[ChangeKind | None, str]] = MappingProxyType(
-    {
-        "weights": "Something outside the training step changed the weights",
-        "optimizer": "Something outside the training step changed the optimizer state",
-        "gradient": "Something outside the training step changed a gradient",
-        "momentum_or_gradient": "Something outside the training step changed the optimizer state or a gradient",
-        "result": "The forward pass gave another result for the same weights, batch and random state",
-        None: "Something that the replay does not repeat made the loss jump",
-    }
-)
-DIRECTIONS: Final[Mapping[Direction, str]] = MappingProxyType(
-    {
-        "ordinary": "The update at step {step} changed its own batch's loss about as its gradient promised.",
-        "too_long": "The update at step {step} was too long: it followed its gradient, but its own batch's loss rose.",
-        "wrong_direction": "The update at step {step} had a wrong direction: it went uphill for the batches before.",
-        "turned": (
-            "The gradient at step {step} points uphill: even a tiny step down it raises its own batch's loss. "
-            "Earlier in the replay this was not so."
-        ),
-        "turned_throughout": (
-            "All gradients of the replay up to step {step} point uphill: even a tiny step down one raises its own "
-            "batch's loss."
-        ),
-        "unclear": "The update at step {step} was neither clearly too long nor clearly in a wrong direction.",
-    }
-)
-EPISODES: Final[Mapping[str, str]] = MappingProxyType({"nonfinite": "a non-finite loss", "overfit": "overfitting"})
+FACTORS: Final[Mapping[str, tuple[str, str]]] = {
+    "batch": ("batch", "With an ordinary batch"),
+    "samples": ("outlier samples", "With ordinary samples in place of the outliers"),
+    "learning_rate": ("learning rate", "With the previous learning rate"),
+    "clipping": ("clipping", "With the previous clipping"),
+    "optimizer_state": ("optimizer state", "With the previous optimizer state"),
+    "momentum": ("momentum", "With the previous momentum"),
+    "second_moments": ("second moments", "With up-to-date second moments"),
+    "epsilon": ("epsilon", "With the default epsilon"),
+    "precision": ("low precision", "In float32"),
+}
+"""Names of the factors of an update, and the words for a replay with the factor at its baseline."""
+GROUPS: Final[Mapping[Group, str]] = {
+    Group.DATA: "the batch",
+    Group.LEARNING_RATE: "the learning rate",
+    Group.OPTIMIZER: "the optimizer state",
+    Group.CLIPPING: "the gradient clipping",
+    Group.NUMERICS: "low precision",
+    Group.GRADIENT: "a gradient pointing uphill",
+    Group.INTRINSIC: "steps too long for the loss surface",
+    Group.OUTSIDE: "a change outside the training step",
+    Group.COMPUTATION: "a changed computation",
+}
+VERDICTS: Final[Mapping[SplitVerdict, str]] = {
+    SplitVerdict.DATA: "the batch itself causes the jump, not the weights",
+    SplitVerdict.WEIGHTS: "the weights cause the jump, whatever the batch",
+    SplitVerdict.BOTH: "batch and weights cause the jump together",
+    SplitVerdict.NOISE: "the jump is within the noise between batches",
+    SplitVerdict.NOT_REPRODUCED: "the jump is not reproduced",
+    SplitVerdict.COMPUTATION: "the same batches and weights now give a higher loss than before",
+}
+CHANGES: Final[Mapping[ChangeKind | None, str]] = {
+    "weights": "Something outside the training step changed the weights",
+    "optimizer": "Something outside the training step changed the optimizer state",
+    "gradient": "Something outside the training step changed a gradient",
+    "momentum_or_gradient": "Something outside the training step changed the optimizer state or a gradient",
+    "result": "The forward pass gave another result for the same weights, batch and random state",
+    None: "Something that the replay does not repeat made the loss jump",
+}
+DIRECTIONS: Final[Mapping[Direction, str]] = {
+    "ordinary": "The update at step {step} changed its own batch's loss about as its gradient promised.",
+    "too_long": "The update at step {step} was too long: it followed its gradient, but its own batch's loss rose.",
+    "wrong_direction": "The update at step {step} had a wrong direction: it went uphill for the batches before.",
+    "turned": (
+        "The gradient at step {step} points uphill: even a tiny step down it raises its own batch's loss. "
+        "Earlier in the replay this was not so."
+    ),
+    "turned_throughout": (
+        "All gradients of the replay up to step {step} point uphill: even a tiny step down one raises its own "
+        "batch's loss."
+    ),
+    "unclear": "The update at step {step} was neither clearly too long nor clearly in a wrong direction.",
+}
+EPISODES: Final[Mapping[str, str]] = {"nonfinite": "a non-finite loss", "overfit": "overfitting"}
 
 
 # -- numbers and lists ------------------------------------------------------------------------------------------------
@@ -181,11 +160,12 @@ def _with_error(share: float, error: float) -> str:
 
 
 def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}{'es' if noun.endswith('ch') else 's'}"
+    plural = "es" if noun.endswith("ch") else "s"
+    return f"{n:,} {noun}{plural if n != 1 else ''}"
 
 
 def _names(names: Sequence[str], most: int = MAX_NAMES) -> str:
-    """The first names in quotes, and how many others there are."""
+    """The first names in quotes, and the number of the others."""
     return _first([f"'{name}'" for name in names], most)
 
 
@@ -303,15 +283,12 @@ def _changed_modes(change: OutsideChange) -> str:
     names = change.eval_modules
     if names is None:
         return f"{begin} modules are in another mode (train or eval) than before."
-    if "" in names:
-        return f"{begin} the whole module is in eval mode."
-    if not names:
-        return f"{begin} all modules are in train mode."
-    return f"{begin} {_are_in_eval_mode(names)}."
+    return f"{begin} {_in_eval_mode(names) if names else 'all modules are in train mode'}."
 
 
-def _are_in_eval_mode(names: Sequence[str]) -> str:
-    return f"{_names(names)} {'is' if len(names) == 1 else 'are'} in eval mode"
+def _in_eval_mode(names: Sequence[str]) -> str:
+    which = "the whole module" if "" in names else _names(names)
+    return f"{which} {'is' if len(names) == 1 or '' in names else 'are'} in eval mode"
 
 
 def _written(writes: Sequence[OutsideWrite]) -> str:
@@ -443,7 +420,7 @@ def _effective(shares: Sequence[FactorShare]) -> list[FactorShare]:
 
 
 def _at_baseline(part: FactorShare) -> str:
-    return AT_BASELINE.get(part.factor, f"With the usual {_factor(part.factor)}")
+    return FACTORS[part.factor][1] if part.factor in FACTORS else f"With the usual {_factor(part.factor)}"
 
 
 def _due_to(shares: Sequence[FactorShare]) -> str:
@@ -455,7 +432,7 @@ def _share(part: FactorShare) -> str:
 
 
 def _factor(name: str) -> str:
-    return FACTORS.get(name, name.replace("_", " "))
+    return FACTORS[name][0] if name in FACTORS else name.replace("_", " ")
 
 
 def _no_effect(found: Attribution) -> str:
@@ -680,7 +657,8 @@ def _nonfinite_in(low: bool, full: bool) -> str:
 
 def modes(measured: ModeMeasurement) -> str:
     """Whether train and eval mode have drifted apart, and which modules are in eval mode during training."""
-    return _joined([*_mode_losses(measured), _frozen(measured.frozen)])
+    frozen = f"{_in_eval_mode(measured.frozen)} during training." if measured.frozen else ""
+    return _joined([*_mode_losses(measured), frozen[:1].upper() + frozen[1:]])
 
 
 def _mode_losses(measured: ModeMeasurement) -> Iterator[str]:
@@ -697,12 +675,6 @@ def _mode_losses(measured: ModeMeasurement) -> Iterator[str]:
         yield "Train mode became worse than eval mode: only train mode uses dropout and batch statistics."
     before = f"{number(measured.usual_train)} and {number(measured.usual_eval)}"
     yield f"A control batch has loss {train} in train mode and {in_eval} in eval mode (before: {before})."
-
-
-def _frozen(names: Sequence[str]) -> str:
-    if "" in names:
-        return "The whole module is in eval mode during training."
-    return f"{_are_in_eval_mode(names)} during training." if names else ""
 
 
 def loss_scale(measured: LossScaleMeasurement) -> str:
@@ -739,20 +711,31 @@ def cost(cost: Cost) -> str:
 
 
 def jump(experiments: Experiments) -> str:
-    """What the replay says about the jump: the deciding experiment, then the shares; empty where none decides."""
+    """The deciding experiment about the jump, then the shares; empty where none decides."""
     return _joined([_deciding(experiments), _conclusion(experiments)])
 
 
+def split_or_change(experiments: Experiments) -> str:
+    """The outside change, or else the split; empty without either."""
+    return _say(outside_change, experiments.outside_change) or _split(experiments)
+
+
 def _deciding(experiments: Experiments) -> str:
-    if experiments.outside_change is not None:
-        return outside_change(experiments.outside_change)
-    if experiments.step_size is not None and _only_steps(experiments):
-        return step_size(experiments.step_size)
-    if experiments.attribution is not None:
-        return attribution(experiments.attribution, in_logs=_in_logs(experiments))
-    if experiments.cooldown is not None:
-        return cooldown(experiments.cooldown)
-    return _split(experiments)
+    if experiments.outside_change is None and _only_steps(experiments):
+        return _say(step_size, experiments.step_size)
+    change = _say(outside_change, experiments.outside_change)
+    return change or _attribution(experiments) or _say(cooldown, experiments.cooldown) or _split(experiments)
+
+
+def _say(sentence: Callable[[T], str], found: T | None) -> str:
+    """A sentence about a measurement; empty where it was not made."""
+    return "" if found is None else sentence(found)
+
+
+def _say_of_rank(sentence: Callable[[OfRank], str], found: OfRank | None) -> str:
+    """A sentence about a measurement of one rank, with the rank where there are several."""
+    text = _say(sentence, found)
+    return text if found is None or found.rank is None else f"Rank {found.rank}: {text}"
 
 
 def _split(experiments: Experiments) -> str:
@@ -760,8 +743,16 @@ def _split(experiments: Experiments) -> str:
     return "" if experiments.split is None or verdict is None else split(experiments.split, verdict)
 
 
+def _attribution(experiments: Experiments) -> str:
+    """The attribution; losses were compared as logarithms if all of them are positive."""
+    compared = experiments.split
+    losses = () if compared is None else (*compared.batch_loss, *compared.control_loss)
+    in_logs = all(loss > 0 or math.isnan(loss) for loss in losses)
+    return _say(lambda found: attribution(found, in_logs=in_logs), experiments.attribution)
+
+
 def _conclusion(experiments: Experiments) -> str:
-    """The shares of the jump; empty where an outside change, whose own sentence says all, or nothing is known."""
+    """The shares of the jump; empty where they are not known, or where the sentence on an outside change has them."""
     found = judgement.jump_shares(experiments)
     if not found or experiments.outside_change is not None:
         return ""
@@ -769,73 +760,41 @@ def _conclusion(experiments: Experiments) -> str:
 
 
 def _only_steps(experiments: Experiments) -> bool:
-    """Whether the episode is due to long steps although no jump was replayed or it is within the noise."""
+    """Whether too long steps explain the episode although no jump was replayed, or the jump is within the noise."""
     if experiments.step_size is None or not judgement.jump_shares(experiments):
         return False
-    replayed = experiments.replay is not None and experiments.replay.exact
-    return not replayed or judgement.split_verdict(experiments) is SplitVerdict.NOISE
-
-
-def _in_logs(experiments: Experiments) -> bool:
-    """Whether losses were compared as logarithms: all of them are positive."""
-    found = experiments.split
-    return found is None or all(loss > 0 or math.isnan(loss) for loss in (*found.batch_loss, *found.control_loss))
+    is_replayed = experiments.replay is not None and experiments.replay.exact
+    return not is_replayed or judgement.split_verdict(experiments) is SplitVerdict.NOISE
 
 
 def about(experiments: Experiments) -> tuple[str, ...]:
-    """All sentences about an examination, in reading order; the reason alone where there was none."""
-    if experiments.not_run is not None:
-        return (f"Not examined: {_reason(experiments.not_run)}.",)
-    return tuple(text for text in (*_about_jump(experiments), *_about_details(experiments)) if text)
-
-
-def _about_jump(experiments: Experiments) -> Iterator[str]:
-    if experiments.failure is not None:
-        yield f"The onset could not be replayed: {_reason(experiments.failure)}."
-    if experiments.replay is not None:
-        yield replay(experiments.replay)
-    if experiments.first_nonfinite is not None:
-        yield _ranked(experiments.first_nonfinite.rank, first_nonfinite(experiments.first_nonfinite))
-    if experiments.outside_change is not None:
-        yield outside_change(experiments.outside_change)
-    yield _joined([_split(experiments), _means(experiments)])
-    if experiments.attribution is not None:
-        yield attribution(experiments.attribution, in_logs=_in_logs(experiments))
-    if experiments.cooldown is not None:
-        yield cooldown(experiments.cooldown)
-    if experiments.step_size is not None:
-        yield step_size(experiments.step_size)
-    yield _conclusion(experiments)
-
-
-def _about_details(experiments: Experiments) -> Iterator[str]:
-    yield remedies(experiments.remedies)
-    if experiments.sample_exchange is not None:
-        yield sample_exchange(experiments.sample_exchange)
-    if experiments.sample_order is not None:
-        yield sample_order(experiments.sample_order)
-    if experiments.update is not None:
-        yield update(experiments.update)
-    yield from _about_measurements(experiments)
-    yield from (failed(one) for one in experiments.failed)
-    yield "" if experiments.cost is None else cost(experiments.cost)
-
-
-def _about_measurements(experiments: Experiments) -> Iterator[str]:
-    if experiments.modules is not None:
-        yield _ranked(experiments.modules.rank, modules(experiments.modules))
-    if experiments.samples is not None:
-        yield _ranked(experiments.samples.rank, samples(experiments.samples))
-    if experiments.precision is not None:
-        yield precision(experiments.precision)
-    if experiments.modes is not None:
-        yield modes(experiments.modes)
-    if experiments.loss_scale is not None:
-        yield loss_scale(experiments.loss_scale)
-
-
-def _ranked(rank: int | None, text: str) -> str:
-    return text if rank is None else f"Rank {rank}: {text}"
+    """All sentences about an examination, in reading order; only the reason where there was none."""
+    found = experiments
+    if found.not_run is not None:
+        return (f"Not examined: {_reason(found.not_run)}.",)
+    texts = (
+        _say(lambda why: f"The onset could not be replayed: {_reason(why)}.", found.failure),
+        _say(replay, found.replay),
+        _say_of_rank(first_nonfinite, found.first_nonfinite),
+        _say(outside_change, found.outside_change),
+        _joined([_split(found), _means(found)]),
+        _attribution(found),
+        _say(cooldown, found.cooldown),
+        _say(step_size, found.step_size),
+        _conclusion(found),
+        remedies(found.remedies),
+        _say(sample_exchange, found.sample_exchange),
+        _say(sample_order, found.sample_order),
+        _say(update, found.update),
+        _say_of_rank(modules, found.modules),
+        _say_of_rank(samples, found.samples),
+        _say(precision, found.precision),
+        _say(modes, found.modes),
+        _say(loss_scale, found.loss_scale),
+        *map(failed, found.failed),
+        _say(cost, found.cost),
+    )
+    return tuple(filter(None, texts))
 
 
 def _means(experiments: Experiments) -> str:
@@ -850,8 +809,8 @@ def remark_of_other_rank(experiments: Experiments, kind: str, step: int) -> str:
 
     Args:
         experiments: Those of the rank that saw it.
-        kind: Of the episode, a value of `EpisodeKind`.
-        step: Of its onset.
+        kind: Kind of the episode, a value of `EpisodeKind`.
+        step: `global_step` at its onset.
     """
     rank = "Another rank" if experiments.rank is None else f"Rank {experiments.rank}"
     what = EPISODES.get(kind, f"{'an' if kind[:1] in 'aeiou' else 'a'} {kind.replace('_', ' ')}")

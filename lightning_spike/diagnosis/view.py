@@ -1,10 +1,10 @@
-"""One episode beside all that is known about the run: the questions that causes ask, each answered in one place."""
+"""One episode in its run: every question about it that several causes ask is answered here."""
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,56 +18,65 @@ from lightning_spike.records import Action, Episode, EpisodeKind, Finding, Recov
 from lightning_spike.rolling import median
 from lightning_spike.store import TrainerStateStore
 
-MIN_HEALTHY_VALUES = 4
-"""Healthy values without which no expectation is stated."""
-ASSUMED_SPREAD = 0.5
-"""Spread on the log scale that is assumed while a baseline has too few values to know its own."""
-ASSUMED_LIMIT = 4.3
-"""… with the limit of normal noise; together a factor of 8.6 is needed in the first batches of a run."""
-MAX_LIMIT = 12.0
-"""Cap of the limit: a short history makes a baseline allow for tails of any weight, which is right for raising an alarm
-but here one has been raised."""
-MAX_TRANSIENT_BATCHES = 2
-"""Batches that an episode may last to be called lone, however it ended."""
-SLOW = frozenset({EpisodeKind.DIVERGENCE, EpisodeKind.OSCILLATION})
+MIN_HEALTHY_VALUES: Final = 4
+"""Healthy values without which nothing is expected of a series; engineering choice."""
+ASSUMED_SPREAD: Final = 0.5
+"""Assumed spread on the log scale while a baseline has too few values; engineering choice."""
+ASSUMED_LIMIT: Final = 4.3
+"""Limit in these spreads (4.3 sigma); together a factor of 8.6 is needed in the first batches of a run."""
+MAX_LIMIT: Final = 12.0
+"""Cap of the limit. A short history makes a baseline allow for any tail, which is right for raising an alarm, but here
+one was raised; engineering choice."""
+MAX_TRANSIENT_BATCHES: Final = 2
+"""Batches that a transient episode may last, however it ended; engineering choice."""
+SLOW: Final = frozenset({EpisodeKind.DIVERGENCE, EpisodeKind.OSCILLATION})
 """Kinds of episode whose onset may be dated some batches too early."""
-BACK_IN_ONE_BATCH_SHARE = 0.5
-"""Share of the whole rise (log scale) that the last abnormal batch must still be up by, and lose with the next, for the
-loss to have come back at one blow."""
-
+BACK_IN_ONE_BATCH_SHARE: Final = 0.5
+"""Share of the whole rise (log scale) that the last abnormal batch must have and the next must lose for a recovery in
+one batch; engineering choice."""
+SUDDEN_SHARE: Final = 0.5
+"""Share of the whole rise (log scale) from which the first abnormal batch made a sudden rise; engineering choice."""
+NO_MATCH_FACTOR: Final = 1e9
+"""Factor between two values of which one is 0, or which differ in sign; engineering choice."""
+CLEARLY_LOWER: Final = 0.7
+"""Share of a rate below which another is clearly lower; engineering choice."""
+SIMILAR_LEVEL: Final = 1.5
+"""Factor over the loss before the episode up to which the loss was at about that level; engineering choice."""
+SMOOTHED_LOSSES: Final = 15
+"""Losses whose running median is that level; engineering choice."""
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Excess:
-    """How one value stands to the recent healthy ones of its series."""
+    """One value of a series against the recent healthy values."""
 
     ordinal: int
     observed: float
     expected: float
     z: float
-    """Robust standard deviations above (+) or below (-) what was expected, on the log scale; ±Inf for a value that is
-    not finite."""
+    """Robust standard deviations above (+) or below (-) the expected value, on the log scale; infinite for a value that
+    is not finite."""
     limit: float
-    """The |z| beyond which a value does not belong to the noise of this series."""
+    """The |z| above which a value is not noise."""
     ratio: float
-    """observed / expected, as a factor of at least 1 in either direction; infinite where the value is not finite."""
+    """Factor between observed and expected, at least 1; infinite where the value is not finite."""
 
     @property
     def above(self) -> bool:
-        """Too high to be noise."""
+        """Whether the value is too high to be noise."""
         return self.z > self.limit and self.ratio >= MIN_ODD_RATIO
 
     @property
     def odd(self) -> bool:
-        """Too high or too low to be noise."""
+        """Whether the value is too high or too low to be noise."""
         return abs(self.z) > self.limit and self.ratio >= MIN_ODD_RATIO
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Oddity:
-    """A statistic of a batch that is not like those of the batches before."""
+    """A statistic of a batch outside the range of the batches before."""
 
     leaf: str
     statistic: str
@@ -75,16 +84,16 @@ class Oddity:
 
     @property
     def signal(self) -> str:
-        """The series it was seen in."""
+        """The name of its series."""
         return f"batch/{self.leaf}/{self.statistic}"
 
 
 class EpisodeView:
-    """One episode of a run, and everything in the store that bears on it.
+    """One episode of a run, with everything in the store that concerns it.
 
-    About time: the loss of batch t is computed before update t. So a bad batch shows in its own loss, at the onset or
-    one before; a bad update (learning rate, gradient, optimizer) at t shows in the losses from t + 1 on, so the updates
-    before the onset are the suspects.
+    The loss of batch t is computed before update t. So a bad batch shows in its own loss, at the onset or one before. A
+    bad update (learning rate, gradient, optimizer) at t shows in the losses from t + 1 on, so the suspects are the
+    updates before the onset.
 
     Args:
         store: The run; it is only read.
@@ -98,7 +107,7 @@ class EpisodeView:
         self._once: dict[object, Any] = {}
 
     def once(self, look: "Callable[[EpisodeView], T]") -> T:
-        """What a function makes of this view, worked out at the first call only."""
+        """The result of a function of this view, computed at the first call only."""
         if look not in self._once:
             self._once[look] = look(self)
         found: T = self._once[look]
@@ -123,7 +132,7 @@ class EpisodeView:
 
     @property
     def last(self) -> int:
-        """Ordinal of the last abnormal batch, of the newest one while the loss has not come back."""
+        """Ordinal of the last abnormal batch; of the newest batch while the loss has not recovered."""
         if self.episode.end is not None:
             return self.episode.end.ordinal
         ordinals = self.store.history.ordinals
@@ -132,40 +141,31 @@ class EpisodeView:
 
     @property
     def suspect_batches(self) -> tuple[int, ...]:
-        """Batches that may be the one that went wrong.
+        """Ordinals of the batches that may be the bad one: the onset, and the peak where it is the very next batch.
 
-        The onset, and the peak where it is the very next, for a high but ordinary loss just before it may have been
-        dated the onset.
+        A high but ordinary loss just before the peak may have been taken for the onset.
         """
         peak = self.episode.peak.ordinal
         return (self.onset, peak) if peak == self.onset + 1 else (self.onset,)
 
     @property
     def dated_early(self) -> int:
-        """Batches by which the onset may be dated too early.
-
-        What creeps up is dated back to where it may have begun, which is before anything is out of its range.
-        """
+        """Batches by which the onset may be dated too early: a slow rise is dated back to where it may have begun."""
         return GUARD if self.kind in SLOW else 0
 
     def step_of(self, ordinal: int) -> int:
-        """`global_step` at a batch; that of the onset where the batch is not held any more."""
+        """`global_step` at a batch; that of the onset where the history no longer holds the batch."""
         moment = self.store.history.moment(ordinal)
         return self.step if moment is None else moment.step
 
     @property
-    def window(self) -> tuple[int, int]:
-        """First and last ordinal of what is looked at closely: some batches before the onset up to the peak."""
-        return max(self.onset - GUARD, 0), max(self.onset, self.episode.peak.ordinal)
-
-    @property
     def kind(self) -> EpisodeKind:
-        """The shape of the trouble."""
+        """The kind of the episode."""
         return self.episode.kind
 
     @property
     def jump(self) -> float | None:
-        """Highest loss over the loss before, `None` where either is missing, not finite or not positive."""
+        """Highest loss over the loss before; `None` where either is missing, not finite or not positive."""
         before, peak = self.episode.loss_before, self.episode.loss_peak
         if before is None or peak is None or not math.isfinite(peak) or not before > 0.0 or not math.isfinite(before):
             return None
@@ -173,7 +173,7 @@ class EpisodeView:
 
     @property
     def loss_text(self) -> str:
-        """What the loss did, in words: `"the loss went from 0.31 to 4.2"`."""
+        """What the loss did: `"the loss went from 0.31 to 4.2"`."""
         before, peak = self.episode.loss_before, self.episode.loss_peak
         if peak is None and self.kind is EpisodeKind.STALL:
             return "the loss shows no more than that"
@@ -183,12 +183,15 @@ class EpisodeView:
         return f"the loss went to {peak:.3g}" if before is None else f"the loss went from {before:.3g} to {peak:.3g}"
 
     @property
+    def consequence(self) -> str:
+        """`", and the loss went from 0.31 to 4.2"`; empty in a run without an episode."""
+        return f", and {self.loss_text}" if self.store.episodes else ""
+
+    @property
     def transient(self) -> bool:
-        """The loss was out and then wholly back at once, after one or two batches or at one blow after several.
+        """Whether the loss fully recovered at once: after one or two batches, or in one batch after several.
 
-        The weights bore no lasting damage.
-
-        Weights that a step has damaged are trained back, so their loss falls over several batches; a stretch of bad
+        Then the weights were not damaged. Damaged weights are trained back over several batches; a stretch of bad
         batches ends with the last of them.
         """
         if self.episode.end is None or self.episode.recovery is not Recovery.WHOLE:
@@ -207,34 +210,27 @@ class EpisodeView:
         level = median(after.tolist())
         if not (min(before, last, level) > 0.0 and math.isfinite(peak) and math.isfinite(last) and peak > before):
             return False
-        start, end = (
-            math.log(before),
-            math.log(last),
-        )  # logs apart: the ratio of two losses of any size may be 0 or infinite
+        # Logarithms of each: the ratio of two losses of any size may be 0 or infinite.
+        start, end = math.log(before), math.log(last)
         least = BACK_IN_ONE_BATCH_SHARE * (math.log(peak) - start)
         return end - start >= least and end - math.log(level) >= least
 
     @property
     def sudden(self) -> bool | None:
-        """Whether the first abnormal batch made at least half of the whole rise, on the log scale; `None` where it cannot be told."""
+        """Whether the first abnormal batch made at least half of the rise, on the log scale; `None` if not known."""
         before, peak, first = self.episode.loss_before, self.episode.loss_peak, self.at_onset(self.episode.signal)
         if before is None or first is None or peak is None or not before > 0.0:
             return None
         if not math.isfinite(first):
             return True
-        if not math.isfinite(peak):
-            return False
-        if not (first > 0.0 and peak > 0.0):
+        if not math.isfinite(peak) or not (first > 0.0 and peak > 0.0):
             return False
         start = math.log(before)
-        return math.log(first) - start >= 0.5 * (math.log(max(peak, first)) - start)
+        return math.log(first) - start >= SUDDEN_SHARE * (math.log(max(peak, first)) - start)
 
     @functools.cached_property
     def previous(self) -> Episode | None:
-        """The episode of which this one may be the rest.
-
-        The last that ended shortly before its onset, or was still open.
-        """
+        """The earlier episode that may still go on in this one: the last that ended shortly before its onset."""
         earlier = [e for e in self.store.episodes if e.id != self.episode.id and e.onset.ordinal < self.onset]
         near = [e for e in earlier if e.end is None or self.onset - e.end.ordinal <= AFTERSHOCK]
         return near[-1] if near else None
@@ -250,7 +246,7 @@ class EpisodeView:
         return self.at(signal, self.onset)
 
     def latest(self, signal: str, ordinal: int) -> tuple[int, float] | None:
-        """The newest value at or before a batch, with its ordinal; under accumulation most batches have no update."""
+        """Ordinal and value of the newest value up to a batch; under accumulation most batches have no update."""
         history = self.store.history
         held = np.flatnonzero(history.present(signal) & (history.ordinals <= ordinal))
         if held.size == 0:
@@ -259,7 +255,7 @@ class EpisodeView:
 
     @functools.cached_property
     def healthy(self) -> npt.NDArray[np.bool_]:
-        """Which rows of the history lie outside every episode of a training loss; shape `(len(history),)`."""
+        """Mask of the rows of the history outside every episode of the training loss; shape `(len(history),)`."""
         ordinals = self.store.history.ordinals
         fine = np.ones(ordinals.size, dtype=bool)
         for episode in self.store.episodes:
@@ -272,7 +268,7 @@ class EpisodeView:
     def before(self, signal: str, count: int) -> npt.NDArray[np.float64]:
         """The last `count` finite healthy values before the onset, oldest first.
 
-        The few batches just before it are left out if others are there.
+        The batches just before the onset are left out where there are enough others.
         """
         history = self.store.history
         values = history.series(signal)
@@ -283,7 +279,7 @@ class EpisodeView:
         return early[-count:]
 
     def excess(self, signal: str, ordinal: int) -> Excess | None:
-        """How the value of one batch stands to the healthy ones before the episode; `None` where either is missing."""
+        """The value of one batch against healthy ones before the episode; `None` where either is missing."""
         observed = self.at(signal, ordinal)
         if observed is None:
             return None
@@ -298,10 +294,7 @@ class EpisodeView:
         return Excess(ordinal=ordinal, observed=observed, expected=expected, z=z, limit=limit, ratio=ratio)
 
     def worst(self, signal: str, first: int, last: int) -> Excess | None:
-        """The value with the highest excess among the batches `first` to `last`.
-
-        The first of them where several are not finite.
-        """
+        """The value with the highest excess among the batches `first` to `last`; `None` without one."""
         found = [e for ordinal in range(max(first, 0), last + 1) if (e := self.excess(signal, ordinal)) is not None]
         return max(found, key=lambda e: e.z, default=None)
 
@@ -321,7 +314,7 @@ class EpisodeView:
         return baseline if baseline.ready else None
 
     def _noise(self, ordinal: int) -> float:
-        """How much noisier a short batch is than a usual one."""
+        """Factor of the noise of a smaller batch over that of a usual one."""
         size = self.at("batch_size", ordinal)
         sizes = self.before("batch_size", REFERENCE)
         if size is None or not size > 0.0 or sizes.size == 0:
@@ -342,7 +335,7 @@ class EpisodeView:
         return any(self.at_onset(f"batch/{leaf}/std") is not None for leaf in self.leaves("std"))
 
     def oddities(self, ordinal: int) -> tuple[Oddity, ...]:
-        """What is not as usual about a batch's values, the oddest first: maximum, spread, mean."""
+        """The unusual value statistics of a batch (maximum, spread, mean), the most unusual first."""
         found = [o for leaf in self.leaves("std") for o in self._oddities(leaf, ordinal) if o.excess.odd]
         return tuple(sorted(found, key=lambda o: o.excess.ratio, reverse=True))
 
@@ -359,10 +352,7 @@ class EpisodeView:
         return out
 
     def _in_spreads(self, leaf: str, excess: Excess) -> Excess | None:
-        """A mean may be near zero, so its ratio says nothing.
-
-        Its shift is told in spreads of the values instead, 1 + shift / std.
-        """
+        """The excess of a mean with its shift in standard deviations as ratio: a mean near 0 has no useful ratio."""
         spreads = self.before(f"batch/{leaf}/std", REFERENCE)
         spread = median(spreads.tolist()) if spreads.size else 0.0
         if not spread > 0.0:
@@ -373,7 +363,7 @@ class EpisodeView:
 
     @property
     def rate_signals(self) -> tuple[str, ...]:
-        """The learning-rate series, one for every optimizer and parameter group."""
+        """The learning-rate series, one per optimizer and parameter group."""
         return tuple(s for s in self.store.history.signals if s.startswith("lr-"))
 
     def setting(self, name: str) -> float | None:
@@ -384,99 +374,83 @@ class EpisodeView:
     @property
     def beta2(self) -> float | None:
         """The decay of Adam's second moment; `None` for optimizers without one."""
-        for optimizer in self.facts.optimizers:
-            for group in optimizer.groups:
-                betas = group.get("betas")
-                if isinstance(betas, tuple | list) and len(betas) == 2 and number(betas[1]) is not None:  # noqa: PLR2004 - Adam's two
-                    return float(betas[1])
-        return None
+        betas = (group.get("betas") for optimizer in self.facts.optimizers for group in optimizer.groups)
+        second = (number(b[1]) for b in betas if isinstance(b, tuple | list) and len(b) == 2)  # noqa: PLR2004 - a pair
+        return next((beta for beta in second if beta is not None), None)
 
     def rate(self, signal: str) -> float | None:
-        """The learning rate of the last update before the onset."""
+        """The learning rate of the last update before the onset; `None` where it is unknown or not finite."""
         held = self.latest(signal, self.onset - 1)
         return held[1] if held is not None and math.isfinite(held[1]) else None
 
-    def bearable(self, signal: str, culprit: float) -> float | None:
-        """The highest rate clearly below `culprit` at which the loss stayed in its range, at about the level it had before the episode.
+    def tolerated_rate(self, signal: str, culprit: float) -> float | None:
+        """A rate clearly below `culprit` that this run tolerated; `None` where it never used one.
 
-        First from the batches before: those whose loss, smoothed over 15, was at most 1.5 times the one before the
-        episode. Else the rate at which the loss came back. `None` where the run never used such a rate.
+        The highest rate used before the episode at about the same loss, else the rate at which the loss recovered.
         """
         before = self.highest_healthy(signal)
-        if before is not None and before < 0.7 * culprit:
+        if before is not None and before < CLEARLY_LOWER * culprit:
             return before
         back = self.latest(signal, self.last) if self.episode.end is not None else None
-        return back[1] if back is not None and 0.0 < back[1] < 0.7 * culprit else None
+        return back[1] if back is not None and 0.0 < back[1] < CLEARLY_LOWER * culprit else None
 
     def highest_healthy(self, signal: str) -> float | None:
-        """The highest rate used before the episode while the loss was at about the level it had just before it; `None` if there is none."""
+        """The highest rate used before the episode at about the loss just before it; `None` where there is none."""
         history, level = self.store.history, self.episode.loss_before
         rates, losses = history.series(signal), history.series(self.episode.signal)
         fine = self.healthy & np.isfinite(rates) & np.isfinite(losses) & (history.ordinals < self.onset - 1)
         if level is None or not level > 0.0 or fine.sum() < 2 * GUARD:
             return None
-        smooth = np.lib.stride_tricks.sliding_window_view(np.pad(losses[fine], 7, mode="edge"), 15)
-        inside = rates[fine][np.median(smooth, axis=1) <= 1.5 * level]  # type: ignore[no-untyped-call, unused-ignore]
-        inside = inside[inside > 0.0]
-        return float(inside.max()) if inside.size else None
+        padded = np.pad(losses[fine], SMOOTHED_LOSSES // 2, mode="edge")
+        windows = np.lib.stride_tricks.sliding_window_view(padded, SMOOTHED_LOSSES)
+        levels = np.median(windows, axis=1)  # type: ignore[no-untyped-call, unused-ignore]
+        inside = rates[fine][levels <= SIMILAR_LEVEL * level]
+        return float(inside.max()) if (inside > 0.0).any() else None
 
-    # -- what others found -------------------------------------------------------------------------------------------
+    # -- findings and experiments --------------------------------------------------------------------------------------
 
     def findings(self, detector: str, *kinds: str, first: int, last: int) -> tuple[Finding, ...]:
-        """What a detector saw among the batches `first` to `last`, oldest first."""
-        return tuple(
-            f
-            for f in self.store.findings
-            if f.detector == detector and f.kind in kinds and first <= f.at.ordinal <= last
-        )
+        """The findings of a detector among the batches `first` to `last`, oldest first."""
+        found = (f for f in self.store.findings if f.detector == detector and f.kind in kinds)
+        return tuple(f for f in found if first <= f.at.ordinal <= last)
 
     @functools.cached_property
-    def experiments(self) -> Experiments | None:
-        """What the lab measured about this episode; `None` where it was not examined."""
+    def experiments(self) -> Experiments:
+        """The lab's measurements of this episode; empty where it was not examined."""
         found = self.store.experiments.get(self.episode.id)
-        return None if found is None or found.not_run is not None else found
+        return Experiments(episode=self.episode.id) if found is None or found.not_run is not None else found
 
     @functools.cached_property
     def shares(self) -> Mapping[Group, float]:
-        """Shares of the jump by group, as the experiments have them; empty where they do not tell."""
+        """Shares of the jump by group, from the experiments; empty where they give none."""
         return judgement.jump_shares(self.experiments)
 
     @functools.cached_property
     def split(self) -> SplitVerdict | None:
-        """What the split gives the jump to.
+        """The verdict of the split into batch and weights.
 
-        That the onset is within the ordinary scatter is no answer where the jump may have come with the batch after it:
-        `None` then.
+        `None` also where the onset is within the noise but the next batch may be the bad one.
         """
         verdict = judgement.split_verdict(self.experiments)
         return None if verdict is SplitVerdict.NOISE and len(self.suspect_batches) > 1 else verdict
 
     @functools.cached_property
     def suspects(self) -> Finding | None:
-        """The finding `suspect_samples` of this episode: the samples that stand out in the batch of the onset."""
+        """The finding `suspect_samples` of this episode: the outlier samples in the batch of the onset."""
         return self._newest("suspect_samples")
 
     @functools.cached_property
     def bad_run(self) -> Finding | None:
-        """The finding `suspect_batches` of this episode.
-
-        The batches that are bad from the onset on, with their samples.
-        """
+        """The finding `suspect_batches` of this episode: the bad batches from the onset on, with their samples."""
         return self._newest("suspect_batches")
 
     def _newest(self, kind: str) -> Finding | None:
-        found = self.store.findings
-        mine = [
-            f for f in found if f.detector == "batch" and f.kind == kind and f.detail.get("episode") == self.episode.id
-        ]
-        return mine[-1] if mine else None
+        found = (f for f in reversed(self.store.findings) if f.detector == "batch" and f.kind == kind)
+        return next((f for f in found if f.detail.get("episode") == self.episode.id), None)
 
     @functools.cached_property
     def suspect_indices(self) -> tuple[int, ...]:
-        """Dataset indices of the samples that stand out, in all batches of a bad run.
-
-        Of the whole batch where no sample does.
-        """
+        """Dataset indices of the outlier samples, in all bad batches; of the whole batch where there are none."""
         lists = [found.whole_numbers("dataset_indices") for found in (self.bad_run, self.suspects) if found is not None]
         dumps = (a for a in self.store.actions if a.action == "dump" and a.detail.get("episode") == self.episode.id)
         for dump in dumps:
@@ -492,10 +466,8 @@ def _indices_of_suspects(dump: Action) -> tuple[int, ...]:
 
 
 def _factor(observed: float, expected: float) -> float:
-    """By what factor two values differ, at least 1; a billion where one of them is zero or they differ in sign."""
+    """The factor between two values, at least 1 and at most `NO_MATCH_FACTOR`."""
     if observed == expected:
         return 1.0
-    if observed * expected <= 0.0:
-        return 1e9
-    ratio = observed / expected
-    return min(max(ratio, 1.0 / ratio) if ratio > 0.0 else 1e9, 1e9)
+    ratio = observed / expected if observed * expected > 0.0 else 0.0
+    return min(max(ratio, 1.0 / ratio), NO_MATCH_FACTOR) if ratio > 0.0 else NO_MATCH_FACTOR

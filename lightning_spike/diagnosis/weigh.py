@@ -1,15 +1,13 @@
-"""Evidence to probabilities: what the causes say of one episode, weighed against each other and against "unexplained".
+"""Turns the evidence about all causes of one episode into probabilities, with "unexplained" as one of the answers.
 
-The model is tempered log-linear naive Bayes (science.md 3): the logit of a cause is the log of its prior plus a temper
-times the sum of its weights; a softmax over the
-causes and "unexplained" makes probabilities. Before that, symptoms give way to the causes that bring them about. The
-numbers are fitted: see `weights`.
+The model is tempered log-linear naive Bayes (science.md 3). The logit of a cause is the log of its prior plus a temper
+times the sum of its weights; a softmax over the causes and "unexplained" gives probabilities. Before that, the evidence
+of a cause is subtracted from that of its symptoms (explaining away). The numbers are fitted: see `weights`.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Final
 
 from lightning_spike.diagnosis.cause import Cause
@@ -17,23 +15,21 @@ from lightning_spike.diagnosis.weights import Weights
 from lightning_spike.records import Evidence, Family
 
 UPSTREAM_EVIDENCE: Final = 3.0
-"""Evidence for a cause from which none of its symptoms may rank above it: twenty to one, the lower end of what a replay
-is worth (science.md 3.3)."""
-SYMPTOMS_OF: Mapping[Family, frozenset[str]] = MappingProxyType(
-    {
-        Family.DATA: frozenset({"gradient_explosion"}),
-        Family.LEARNING_RATE: frozenset({"gradient_explosion", "numerical_instability"}),
-        Family.OPTIMIZER: frozenset({"gradient_explosion", "lr_too_high"}),
-        Family.ENVIRONMENT: frozenset({"gradient_explosion", "numerical_instability", "lr_too_high"}),
-        Family.NUMERICS: frozenset({"gradient_explosion"}),
-    }
-)
-"""What every cause of a family brings about; `Cause.explains` has what one brings about beside that."""
+"""Evidence for a cause from which no symptom may rank above it: twenty to one, as the weakest replay (science.md
+3.3)."""
+SYMPTOMS_OF: Final[Mapping[Family, frozenset[str]]] = {
+    Family.DATA: frozenset({"gradient_explosion"}),
+    Family.LEARNING_RATE: frozenset({"gradient_explosion", "numerical_instability"}),
+    Family.OPTIMIZER: frozenset({"gradient_explosion", "lr_too_high"}),
+    Family.ENVIRONMENT: frozenset({"gradient_explosion", "numerical_instability", "lr_too_high"}),
+    Family.NUMERICS: frozenset({"gradient_explosion"}),
+}
+"""Symptoms of every cause of a family; `Cause.explains` adds those of a single cause."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Examined:
-    """A cause, and what was observed about it in an episode."""
+    """A cause with the evidence about it in one episode."""
 
     cause: Cause
     evidence: tuple[Evidence, ...]
@@ -46,16 +42,16 @@ class Examined:
 
     @property
     def supported(self) -> bool:
-        """Whether anything at all speaks for the cause; one without is not listed."""
+        """Whether any evidence is for the cause; others are not listed."""
         return any(item.weight > 0.0 for item in self.evidence)
 
 
 def probabilities(examined: Sequence[Examined], inherited: Mapping[str, float], weights: Weights) -> dict[str, float]:
-    """Probability by cause; what they leave up to 1 is "unexplained".
+    """Probability by cause; the rest up to 1 is "unexplained".
 
     Args:
         examined: All causes that apply.
-        inherited: By cause its probability in the episode of which this one may be the rest: half of the prior.
+        inherited: Probability by cause in the episode that may go on in this one; it makes half of the prior.
         weights: The fitted numbers.
     """
     sums = totals(examined)
@@ -78,14 +74,14 @@ def _softmax(logits: Mapping[str, float], rest: float) -> dict[str, float]:
 
 
 def totals(examined: Sequence[Examined]) -> dict[str, float]:
-    """Sums of the weights, less the evidence for the strongest cause upstream (explaining away)."""
+    """Sums of the weights, minus the evidence for the strongest cause upstream (explaining away)."""
     raw = {e.cause.id: e.total for e in examined}
     above = upstream([e.cause for e in examined])
     return {name: total - max((max(raw[up], 0.0) for up in above[name]), default=0.0) for name, total in raw.items()}
 
 
 def _under_upstream(examined: Sequence[Examined], logits: Mapping[str, float], margin: float) -> dict[str, float]:
-    """No symptom above a cause of it that has strong evidence."""
+    """Cap the logit of every symptom below that of its causes with strong evidence."""
     raw = {e.cause.id: e.total for e in examined}
     capped = dict(logits)
     for name, above in upstream([e.cause for e in examined]).items():
@@ -94,15 +90,12 @@ def _under_upstream(examined: Sequence[Examined], logits: Mapping[str, float], m
 
 
 def symptoms(cause: Cause) -> frozenset[str]:
-    """Ids of the causes that this one brings about: those of its family and its own."""
+    """Ids of the causes that are symptoms of this one: those of its family and its own."""
     return (SYMPTOMS_OF.get(cause.family, frozenset()) | cause.explains) - {cause.id}
 
 
 def upstream(causes: Sequence[Cause]) -> dict[str, set[str]]:
-    """For every cause those that bring it about, directly or through others.
-
-    Two that claim each other are left alone.
-    """
+    """For every cause the causes upstream of it, directly or through others; two that claim each other do not count."""
     explains = {cause.id: symptoms(cause) for cause in causes}
     reach = {name: _reached(name, explains) for name in explains}
     return {

@@ -1,12 +1,10 @@
-"""What each level of an observation weighs for each cause, and the numbers between weights and probabilities.
+"""The fitted model: the weight of each level of an observation for each cause, and the numbers beside the weights.
 
-Read from `weights.json` beside this module.
-
-`weights.json` is written by `python benchmarks/diagnosis.py --fit FILE`: every weight twice, as set by hand and as
-fitted (shrunk towards the hand-set value), then the temper, the share of "unexplained" and an offset for each cause.
-Hand-set weights are natural logs of likelihood ratios: 0.7 twice as common under the cause as without it, 1.6 five
-times, 3.0 twenty times (the lower end of what a replay is worth, science.md 3.3), 3.9 fifty times (the upper end), 4.6
-a hundred times: the cause itself was seen.
+`weights.json` beside this module is written by `python benchmarks/diagnosis.py --fit FILE`. It holds every weight
+twice, as set by hand and as fitted (shrunk towards the hand-set value), the temper, the share of "unexplained" and an
+offset for each cause. Hand-set weights are natural logs of likelihood ratios: 0.7 for twice as common under the cause,
+1.6 for five times, 3.0 to 3.9 for the twenty to fifty times of a replay (science.md 3.3), 4.6 for a hundred times,
+where the cause itself was seen.
 """
 
 import dataclasses
@@ -28,19 +26,21 @@ Table = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """The fitted model: the logit of a cause is `log(prior share) + offset + temper * (sum of its weights)`, that of "unexplained" `log(unexplained)`.
+    """The fitted model.
+
+    The logit of a cause is `log(prior share) + offset + temper * (sum of its weights)`; that of "unexplained" is
+    `log(unexplained)`.
 
     Raises:
         ValueError: A number is not finite, or out of its range.
     """
 
     temper: float
-    """Factor on the sums: observations of one moment depend on one another, so they count less than if each stood alone
-    (science.md 3.2)."""
+    """Factor on the sums, below 1 because observations of one episode depend on each other (science.md 3.2)."""
     unexplained: float
-    """Share of episodes, before anything is known of them, that no cause of the catalogue explains."""
+    """Prior share of episodes that no cause of the catalogue explains."""
     offsets: Mapping[str, float] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
-    """By cause, in logits; 0 for one that is not listed."""
+    """By cause, in logits; 0 for causes that are not listed."""
     table: Table = dataclasses.field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
@@ -49,18 +49,19 @@ class Weights:
         if not all(math.isfinite(number) for number in numbers) or not self.temper > 0 or not 0 < self.unexplained < 1:
             msg = (
                 "Weights: expected finite numbers, a temper above 0 and unexplained between 0 and 1, "
-                f"got temper={self.temper}, unexplained={self.unexplained}. Make {FILE} anew: its docstring names the command."
+                f"got temper={self.temper}, unexplained={self.unexplained}. "
+                f"Fit {FILE} again: python benchmarks/diagnosis.py --fit {FILE}."
             )
             raise ValueError(msg)
 
     def of(self, cause: str, observer: str, level: str, own: Mapping[str, Mapping[str, float]]) -> float | None:
-        """The weight of one level for a cause; `None` where it is no evidence for or against it.
+        """The weight of one level for a cause; `None` where it is no evidence.
 
         Args:
             cause: Its id.
             observer: The observer's name.
-            level: What it gave.
-            own: The weights that the cause brings itself, used where the table does not list the cause.
+            level: The observed level.
+            own: The cause's own weights, used where the table does not list the cause.
         """
         levels = self.table.get(cause, own).get(observer)
         if levels is None:
@@ -69,7 +70,7 @@ class Weights:
 
 
 def parse(content: Mapping[str, Any], *, by_hand: bool = False) -> Weights:
-    """The model from the content of a data file; `by_hand` takes the hand-set weights in place of the fitted ones."""
+    """The model in the content of a data file, with the fitted weights or (`by_hand`) those set by hand."""
     place = 0 if by_hand else 1
     table = {
         cause: {observer: {level: pair[place] for level, pair in levels.items()} for observer, levels in of.items()}
@@ -84,7 +85,7 @@ def parse(content: Mapping[str, Any], *, by_hand: bool = False) -> Weights:
 
 
 def content() -> dict[str, Any]:
-    """The data file that came with the package. Reads a file."""
+    """The content of the package's data file; reads a file."""
     text = importlib.resources.files(__package__).joinpath(FILE).read_text("utf-8")
     whole: dict[str, Any] = json.loads(text)
     return whole
@@ -92,5 +93,5 @@ def content() -> dict[str, Any]:
 
 @functools.cache
 def fitted() -> Weights:
-    """The fitted model that came with the package; reads the file at the first call."""
+    """The package's fitted model; reads the file at the first call."""
     return parse(content())

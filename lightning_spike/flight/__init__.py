@@ -1,4 +1,1 @@
-"""The shared flight of one fit: the loop that runs the phases of a training step for all who take part.
-
-`loop` runs them, `facts` reads the run's settings; the phases themselves are in `record.participant`.
-"""
+"""The shared flight of one fit: `loop` runs the phases of a training step, `facts` reads the run's settings."""

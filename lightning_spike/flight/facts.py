@@ -1,6 +1,4 @@
-"""The settings of a run, read off the trainer once when training starts."""
-
-import datetime as dt
+"""Settings of a run, from the trainer at the start of training."""
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -8,22 +6,18 @@ from lightning_spike.records import RunFacts
 from lightning_spike.signals.learning_rate import optimizer_facts, scheduler_facts
 
 
-def first_facts() -> RunFacts:
-    """What is known before anything is set up: the time."""
-    return RunFacts(started=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"))
-
-
 def run_facts(trainer: Trainer, module: LightningModule, *, started: str) -> RunFacts:
-    """Everything in `RunFacts`, as it stands in `on_train_start`; no collective, no device read."""
+    """The `RunFacts` in `on_train_start`; no collective, no device read."""
     clip = trainer.gradient_clip_val
     batches = trainer.num_training_batches
+    algorithm = trainer.gradient_clip_algorithm or "norm"  # Lightning's default
     return RunFacts(
         started=started,
         world_size=trainer.world_size,
         precision=str(trainer.precision),
         accumulate_grad_batches=trainer.accumulate_grad_batches,
         gradient_clip_val=float(clip) if clip else None,
-        gradient_clip_algorithm=_algorithm(trainer) if clip else None,
+        gradient_clip_algorithm=str(getattr(algorithm, "value", algorithm)) if clip else None,
         clips_by_hand=clips_by_hand(module),
         automatic_optimization=module.automatic_optimization,
         optimizers=optimizer_facts(trainer.optimizers),
@@ -37,12 +31,6 @@ def run_facts(trainer: Trainer, module: LightningModule, *, started: str) -> Run
 
 
 def clips_by_hand(module: LightningModule) -> bool:
-    """Whether the module may clip in a way that Lightning's settings do not tell."""
+    """Whether the module can clip beside Lightning's settings."""
     overridden = type(module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping
     return overridden or not module.automatic_optimization
-
-
-def _algorithm(trainer: Trainer) -> str:
-    """Lightning keeps the algorithm as an enum or, where it was left out, as `None`, which means the norm."""
-    algorithm = trainer.gradient_clip_algorithm
-    return "norm" if algorithm is None else str(getattr(algorithm, "value", algorithm))

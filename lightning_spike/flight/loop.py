@@ -1,5 +1,6 @@
-"""The loop that all callbacks of a run drive together: sense, judge, act, explain."""
+"""The shared loop of all callbacks of a run: sense, judge, act, explain."""
 
+import datetime as dt
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,11 +11,11 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from lightning_spike.detectors.episodes import EpisodeDetector
-from lightning_spike.flight.facts import first_facts, run_facts
+from lightning_spike.flight.facts import run_facts
 from lightning_spike.flight.warn import warn
 from lightning_spike.record.participant import Participant, TrainingBatch
 from lightning_spike.record.recorder import Arrival, Recorder
-from lightning_spike.records import Disabled, Episode, Moment, RunStatus
+from lightning_spike.records import Disabled, Episode, Moment, RunFacts, RunStatus
 from lightning_spike.signals.loss import batch_losses
 from lightning_spike.store import ATTRIBUTE, TrainerStateStore
 
@@ -22,33 +23,30 @@ P = TypeVar("P", bound=Participant)
 
 
 class Flight:
-    """One fit, as the suite sees it: the store, the recorder, the episode detector and all participants.
+    """One fit: the store, the recorder, the episode detector and all participants.
 
-    The first callback of the suite in the trainer's list drives it (see `base`); the others only take part. It is made
-    in `setup` and closed when the fit ends, so that a second `fit` begins a new one.
+    The first callback of the suite in the trainer's list drives it (see `base`). It lasts from `setup` to the end of
+    the fit.
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        self.store = TrainerStateStore(first_facts())
+        self.store = TrainerStateStore(RunFacts(started=dt.datetime.now(dt.UTC).isoformat(timespec="seconds")))
         self.recorder = Recorder()
         self.episodes = EpisodeDetector()
         self.closed = False
         self.broken = False
-        """The loop itself has failed: nothing is sensed or judged any more."""
+        """Whether the loop itself failed, which ends all phases."""
         self.default_dirpath = Path(trainer.log_dir or trainer.default_root_dir) / "spike"
-        """Where files go that no callback was given a place for. `trainer.log_dir` is a collective, so it is asked for
-        here, on every rank."""
+        """Default folder for files; `trainer.log_dir` is a collective, so every rank reads it here."""
         self._participants: list[Participant] = []
         self._batch: TrainingBatch | None = None
         self._next_ordinal = 0
         self._usual_batch_size: int | None = None
         self._backward_losses: list[Tensor] = []
 
-    # -- who takes part ----------------------------------------------------------------------------------------------
-
     @classmethod
     def of(cls, trainer: Trainer) -> "Flight":
-        """The open flight of this trainer; a new one where there is none or the last one is closed."""
+        """The open flight of this trainer, or a new one."""
         flight = vars(trainer).get(ATTRIBUTE)
         if flight is None or flight.closed:
             flight = cls(trainer)
@@ -56,35 +54,28 @@ class Flight:
         return flight
 
     def join(self, participant: P, trainer: Trainer, module: LightningModule) -> P:
-        """Let a participant take part from now on.
-
-        Its `attach` may raise, for a bad configuration must stop the fit before it begins.
-        """
+        """Add a participant; its `attach` can raise, so that a bad configuration stops the fit early."""
         participant.flight = self
         participant.attach(trainer, module)
         self._participants.append(participant)
         return participant
 
     def share(self, kind: type[P], make: Callable[[], P], trainer: Trainer, module: LightningModule) -> P:
-        """The one participant of this kind that all callbacks share; made by the first that asks."""
-        for participant in self._participants:
-            if type(participant) is kind:
-                return participant
-        return self.join(make(), trainer, module)
+        """The shared participant of this kind, made at the first call."""
+        shared = next((p for p in self._participants if type(p) is kind), None)
+        return self.join(make(), trainer, module) if shared is None else shared
 
     def taking_part(self, kind: type[P]) -> P | None:
-        """The participant of this kind, `None` where there is none or it has been switched off."""
+        """The participant of this kind; `None` without one or after its failure."""
         return next((p for p in self._participants if isinstance(p, kind)), None)
 
-    # -- one training step -------------------------------------------------------------------------------------------
-
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
-        """`on_train_start`: read the settings, let everybody get ready."""
+        """`on_train_start`: read the settings and prepare all participants."""
         self.store.facts = run_facts(trainer, module, started=self.store.facts.started)
         self._each(lambda p: p.begin(trainer, module))
 
     def batch_start(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
-        """`on_train_batch_start`: a new row is opened."""
+        """`on_train_batch_start`: open a new row."""
         at = Moment(
             ordinal=self._next_ordinal, step=trainer.global_step, epoch=trainer.current_epoch, batch_idx=batch_idx
         )
@@ -97,10 +88,7 @@ class Flight:
         self._each(lambda p: p.sense_batch(current))
 
     def backward(self, loss: Tensor) -> None:
-        """`on_before_backward`.
-
-        Under manual optimisation this is where a loss that `training_step` does not return is seen.
-        """
+        """`on_before_backward`: record the loss under manual optimisation, which `training_step` need not return."""
         if (current := self._batch) is None:
             return
         if not self.store.facts.automatic_optimization and loss.numel() == 1:
@@ -113,7 +101,7 @@ class Flight:
             self._each(lambda p: p.sense_gradients(current, optimizer))
 
     def batch_end(self, outputs: object) -> None:
-        """`on_train_batch_end`: close the row, judge what has arrived, act."""
+        """`on_train_batch_end`: close the row, judge rows on the host, act."""
         if (current := self._batch) is None:  # a loader that yielded None: Lightning skips the start hook
             return
         self._put_losses(outputs)
@@ -129,13 +117,8 @@ class Flight:
         at = self.last_moment(trainer)
         self._each(lambda p: p.sense_validation(trainer, module, at))
 
-    # -- the end -----------------------------------------------------------------------------------------------------
-
     def conclude(self, trainer: Trainer, status: RunStatus, error: BaseException | None = None) -> None:
-        """`on_fit_end` or `on_exception`.
-
-        Settle what is open, let everybody explain, and close; only the first call counts.
-        """
+        """`on_fit_end` or `on_exception`: settle, explain and close, once."""
         if self.closed:
             return
         self.closed = True
@@ -145,29 +128,24 @@ class Flight:
         self.release()
 
     def _settle(self) -> None:
-        """Take in what is still under way.
-
-        Where that fails (after an error of the device nothing can be read from it) the report says so and goes without.
-        """
+        """Judge the remaining rows; a failure, such as after a device error, goes into the report."""
         for part, step in (
             ("recorder", lambda: self._judge(self.recorder.flush())),
             ("episodes", lambda: self.update_episodes(self.episodes.finish())),
         ):
             try:
                 step()
-            except Exception as error:  # noqa: BLE001 - what has arrived before is worth a report
+            except Exception as error:  # noqa: BLE001 - the report has the rows before
                 self.store.note(Disabled(part=part, reason=f"{type(error).__name__}: {error}"))
 
     def release(self) -> None:
-        """Undo what participants installed, and let go of the training's objects."""
+        """Undo what participants installed, and drop references to the training."""
         self._each(lambda p: p.release())
         self._batch = None
         self._backward_losses = []
 
-    # -- state -------------------------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
-        """For the user's checkpoint: plain numbers, strings, lists and dicts only, bounded in size."""
+        """Plain data of bounded size for the user's checkpoint."""
         return {
             "next_ordinal": self._next_ordinal,
             "usual_batch_size": self._usual_batch_size,
@@ -175,14 +153,14 @@ class Flight:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the run that wrote the checkpoint was."""
+        """Continue from a checkpoint."""
         self._next_ordinal = state["next_ordinal"]
         self._usual_batch_size = state["usual_batch_size"]
         self.episodes.load_state_dict(state["episodes"])
         self.update_episodes(self.episodes.episodes)
 
     def last_moment(self, trainer: Trainer) -> Moment:
-        """The batch that was begun last, or the present position where none was."""
+        """The last batch, or the present position without one."""
         ordinal = max(self._next_ordinal - 1, 0)
         return Moment(
             ordinal=ordinal,
@@ -191,10 +169,8 @@ class Flight:
             batch_idx=max(trainer.fit_loop.batch_idx, 0),
         )
 
-    # -- inside ------------------------------------------------------------------------------------------------------
-
     def update_episodes(self, changed: Iterable[Episode]) -> None:
-        """Take in episodes that a participant's own detector opened or changed."""
+        """Store new or changed episodes."""
         for episode in changed:
             self.store.replace_episode(episode)
 
@@ -205,7 +181,7 @@ class Flight:
             self.recorder.put(name, loss)
 
     def _judge(self, arrivals: Sequence[Arrival]) -> list[Episode]:
-        """Store and judge what has arrived; the episodes that are new or changed, each once, in its newest version."""
+        """Store and judge rows; returns the newest versions of new or changed episodes."""
         changed: dict[int, Episode] = {}
         for arrival in arrivals:
             changed |= {episode.id: episode for episode in self._take_in(arrival)}
@@ -219,14 +195,11 @@ class Flight:
         return changed
 
     def _each(self, phase: Callable[[Participant], object]) -> None:
-        """Run one phase for all.
-
-        Who raises is switched off, for an observer that breaks must never break the training.
-        """
+        """Run one phase for all participants; one that raises is switched off."""
         for participant in tuple(self._participants):
             try:
                 phase(participant)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the training goes on
+            except Exception as error:  # noqa: BLE001 - the training continues
                 self._switch_off(participant, error)
 
     def _switch_off(self, participant: Participant, error: Exception) -> None:
@@ -234,13 +207,10 @@ class Flight:
         name = type(participant).__name__
         where = self._batch.at.step if self._batch else None
         self.store.note(Disabled(part=name, reason=f"{type(error).__name__}: {error}", step=where))
-        warn(f"{name} broke and is switched off; the training goes on. {type(error).__name__}: {error}")
+        warn(f"{name} broke and is switched off; the training continues. {type(error).__name__}: {error}")
 
 
 def batch_size(batch: object) -> int | None:
-    """The number of samples.
-
-    The length of the first dimension that most tensors of the batch share, `None` where there is none.
-    """
+    """The number of samples: the most common first dimension of the batch's tensors; `None` without any."""
     lengths = [leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0]
     return max(lengths, key=lengths.count, default=None)

@@ -1,4 +1,4 @@
-"""Warnings of ours, which must never stop a training: not even where Python has been told to make errors of them."""
+"""Warnings that never stop a training, even under ``-W error``."""
 
 import contextlib
 
@@ -6,9 +6,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 
 def warn(message: str) -> None:
-    """Warn once, on rank 0, under our name.
-
-    Under ``-W error`` the warning is lost: the report names everything that is warned of here too.
-    """
+    """Warn on rank 0; under ``-W error`` only the report has the warning."""
     with contextlib.suppress(Warning):
         rank_zero_warn(f"lightning_spike: {message}", stacklevel=6)

@@ -30,26 +30,28 @@ from lightning_spike.actions.batch_dump import SAFETENSORS_DTYPES
 from lightning_spike.errors import CannotReplay
 from lightning_spike.signals.random_state import RandomState
 
-MANY: Final = 32
-"""Whole numbers in a row from which a list or tuple of them is kept as an array: the states of random generators have
-625."""
-WASTE: Final = 2
-"""Times its elements that a tensor's stretch of memory is written whole for, so that its strides come back; one with
-more gaps is made contiguous."""
-MOST_LEVELS: Final = 64
-"""Of nesting; much deeper structures would overrun Python's stack."""
-INT64: Final = 1 << 63
+MIN_ARRAY_LENGTH: Final = 32
+"""Length from which a list or tuple of whole numbers is stored as an array; random states have 625. An
+engineering choice."""
+MAX_STORAGE_RATIO: Final = 2
+"""Storage size over elements up to which a tensor's whole storage is written, so that its strides are restored;
+engineering choice. With more gaps it is made contiguous."""
+MAX_NESTING: Final = 64
+"""Maximum nesting, below Python's recursion limit; engineering choice."""
+INT64_LIMIT: Final = 1 << 63
+"""First whole number above int64, by definition."""
 
 CALLED: Final = (
     set, frozenset, bytearray, slice, range,
     collections.OrderedDict, collections.defaultdict, collections.Counter, collections.deque,
-    dt.date, dt.datetime, dt.timedelta, pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, pathlib.PureWindowsPath,
+    dt.date, dt.datetime, dt.timedelta,
+    pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, pathlib.PureWindowsPath,
     random.Random, torch.Size, torch.device,
 )  # fmt: skip
 """Classes that are made by calling them with what their `__reduce_ex__` gives; known to do nothing else."""
 
 Node = Any
-"""What JSON holds: a plain value stands for itself, anything else is an object with a `kind`."""
+"""A JSON value: a plain value as itself, anything else as an object with a `kind`."""
 
 
 class TooLarge(CannotReplay):
@@ -67,7 +69,7 @@ class Encoder:
         self.tensors: dict[str, Tensor] = {}
         """On the host, by where they were met first; none shares memory with another."""
         self.nbytes = 0
-        """Of all tensors."""
+        """Total bytes of all tensors."""
         self._limit = limit
         self._keys: dict[tuple[str, bytes], str] = {}
         self._met: dict[int, Node] = {}
@@ -104,7 +106,7 @@ class Encoder:
 
     def _new(self, value: object, path: str) -> Node:
         self._level += 1
-        if self._level > MOST_LEVELS:
+        if self._level > MAX_NESTING:
             raise _refused(path, value, "is nested too deeply")
         node: dict[str, Any] = {}
         self._met[id(value)] = node
@@ -130,7 +132,9 @@ class Encoder:
 
     def _sequence(self, value: list[Any] | tuple[Any, ...], path: str) -> dict[str, Any]:
         name = type(value).__name__
-        if len(value) >= MANY and all(type(item) is int and -INT64 <= item < INT64 for item in value):
+        if len(value) >= MIN_ARRAY_LENGTH and all(
+            type(item) is int and -INT64_LIMIT <= item < INT64_LIMIT for item in value
+        ):
             return {"kind": "integers", "of": name, "key": self._keep(torch.tensor(value, dtype=torch.int64), path)}
         return {"kind": name, "items": [self.encode(item, f"{path}.{k}") for k, item in enumerate(value)]}
 
@@ -144,7 +148,7 @@ class Encoder:
         return {"kind": "record", "class": class_name(type(value), path), "fields": fields}
 
     def _object(self, value: object, path: str) -> dict[str, Any]:
-        """As pickle takes an object apart, of which only the plain way is accepted."""
+        """Encodes an object by its `__reduce_ex__`, in the plain form only."""
         make, arguments, state, items, pairs = _reduced(value, path)
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]  # typeshed leaves it out
             kind, *arguments = arguments
@@ -168,7 +172,7 @@ class Encoder:
         if value.layout is not torch.strided or value.is_nested or value.is_quantized or value.device.type == "meta":
             raise _refused(path, value, "is sparse, nested, quantized or empty of data")
         plain = value.detach().resolve_conj().resolve_neg()
-        if _span(plain) > WASTE * plain.numel():
+        if _span(plain) > MAX_STORAGE_RATIO * plain.numel():
             plain = plain.contiguous()
         flat = plain.as_strided((_span(plain),), (1,), plain.storage_offset()).cpu()
         node: dict[str, Any] = {
@@ -339,8 +343,7 @@ class Decoder:
         return flat
 
 
-# -- classes by name
-# -----------------------------------------------------------------------------------------------------
+# -- classes by name ---------------------------------------------------------------------------------------------------
 
 
 def class_name(kind: type, path: str) -> str:
@@ -378,7 +381,8 @@ def find_class(name: str) -> type[Any]:
         for part in qualname.split("."):
             found = getattr(found, part)
     except Exception as error:
-        msg = f"{name} cannot be imported here ({type(error).__name__}: {error}); run this from where the training was started"
+        why = f"{type(error).__name__}: {error}"
+        msg = f"{name} cannot be imported here ({why}); run this from where the training was started"
         raise CannotReplay(msg) from error
     if not isinstance(found, type):
         msg = f"{name} is not a class any more"
@@ -387,7 +391,7 @@ def find_class(name: str) -> type[Any]:
 
 
 def script_folder() -> str | None:
-    """The folder of the script that is being run, in which its own modules are found; `None` for `python -m` and interactive sessions."""
+    """The folder of the running script, for its own modules; `None` for `python -m` and interactive sessions."""
     main = sys.modules["__main__"]
     file = getattr(main, "__file__", None)
     return None if file is None or getattr(main, "__spec__", None) is not None else str(Path(file).resolve().parent)
@@ -409,8 +413,7 @@ def _subclass(name: str, of: type[Any]) -> Any:
     return kind
 
 
-# -- inside
-# --------------------------------------------------------------------------------------------------------------
+# -- inside ------------------------------------------------------------------------------------------------------------
 
 
 def _constant(value: object, path: str) -> dict[str, Any] | None:
@@ -456,7 +459,7 @@ def _set_state(made: Any, state: Any) -> None:
 
 
 def _defaults(kind: Any) -> dict[str, Any]:
-    """Of the fields that have one: a record may have gained some since it was written."""
+    """Default values by field: a newer record may have more fields than the written one."""
     fields = dataclasses.fields(kind)
     plain = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
     return plain | {f.name: f.default_factory() for f in fields if f.default_factory is not dataclasses.MISSING}

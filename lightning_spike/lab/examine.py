@@ -1,9 +1,10 @@
-"""The examination of one episode: replay it, then one experiment after the other, in the order of their worth.
+"""Examines one episode: the replay, then the experiments in the order of their value.
 
 It measures; what the numbers mean is said in `diagnosis.judgement`, which is also asked where the next experiment
 depends on the last one's result.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lightning_spike.diagnosis.judgement import (
     DOUBTFUL_PROBABILITY,
-    LOOKED_INTO_WEIGHTS_SHARE,
+    EXAMINED_WEIGHTS_SHARE,
     ORDER_LEFT,
     SUPPORTING_SHARE,
     SplitVerdict,
@@ -33,24 +34,26 @@ from lightning_spike.experiments import (
     FirstNonFinite,
     Remedy,
     Replay,
+    SampleExchange,
+    SampleOrder,
     Split,
     StepSize,
     joined,
 )
 from lightning_spike.lab.experiments.attribution import attribute, recent_baselines
-from lightning_spike.lab.experiments.control_sample_size import control_sample_size
 from lightning_spike.lab.experiments.cooldown_test import MAX_CONTROLS, cooldown_test
 from lightning_spike.lab.experiments.damage_location import damage_on_the_way
-from lightning_spike.lab.experiments.data_attribution import exchange_of_samples, order_of_samples
 from lightning_spike.lab.experiments.first_nonfinite import first_nonfinite
-from lightning_spike.lab.experiments.mode_change import mode_change
-from lightning_spike.lab.experiments.outside import came_from_outside, outside_change
+from lightning_spike.lab.experiments.outside import came_from_outside, mode_change, outside_change
 from lightning_spike.lab.experiments.remedies import try_remedies
+from lightning_spike.lab.experiments.sample_exchange import exchange_samples, name_samples, passes_to_name
+from lightning_spike.lab.experiments.sample_order import is_streak, reorder
 from lightning_spike.lab.experiments.split import batch_noise, split
 from lightning_spike.lab.experiments.step_size import step_size
 from lightning_spike.lab.measure.measure import measure, measure_single_samples
-from lightning_spike.lab.replay.evaluate import log_scale, losses_under
+from lightning_spike.lab.replay.evaluate import control_sample_size, log_scale, losses_under
 from lightning_spike.lab.replay.reproduce import Reproduction, go_on, reproduce
+from lightning_spike.lab.replay.updates_since import updates_since
 from lightning_spike.lab.scene import Scene
 from lightning_spike.record.batch_ring import RingEntry
 from lightning_spike.record.state_copy import load_module
@@ -60,25 +63,24 @@ from lightning_spike.sandbox.isolation import Sandbox, isolated
 from lightning_spike.sandbox.state import TrainState
 
 MIN_DATA_SHARE: Final = 0.5
-"""Share of the jump that the batch makes alone below which its neighbours are examined before the updates; engineering
-choice."""
+"""Share of the jump due to the batch below which its neighbours are examined before the updates; engineering choice."""
 UNCHANGED_COMPUTATION_SHARE: Final = 0.5
-"""Share of the controls' rise that the snapshot's own batch must show for the computation to have changed; engineering
-choice."""
-RATE_JUMP: Final = 2.0
-"""Times the rate of the update before from which updates are examined before the order of a streak (as in
-`detectors.learning_rate`)."""
+"""Share of the control batches' rise that the snapshot's own batch must show for a changed computation;
+engineering choice."""
+MIN_RATE_JUMP: Final = 2.0
+"""Ratio to the previous rate from which updates are examined before the sample order,
+as in `detectors.learning_rate`."""
 TRIAGE_CONTROLS: Final = 2
 """Control batches in a triage: five forward passes in all; engineering choice."""
 WHICH_UPDATE: Final = "which update did the damage, and what about it"
 ONE_UPDATE: Final = {"updates": 3, "passes": 24}
-"""What it takes at least to find the update, and to repeat it without either of two factors, and without both."""
+"""Minimum cost of locating the update and repeating it without each of two factors and without both."""
 
 Ask = Callable[[], tuple[Remedy, ...]]
 
 
 def examine(scene: Scene) -> Experiments:
-    """Examine one episode in full; leaves no trace in the training. Blocks.
+    """Examines one episode in full, without a trace in the training. Blocks.
 
     First come the replay, batch against weights and the attribution of the damage; then step sizes, measurements,
     samples, their order, and at last the remedies. What no longer fits into 40 training steps' worth of time
@@ -102,7 +104,7 @@ def examine(scene: Scene) -> Experiments:
 
 
 def triage(scene: Scene) -> Experiments:
-    """The split alone, with few batches and without a replay: is the batch high for healthy weights too?
+    """Splits the jump with few batches and no replay: is the batch's loss high under healthy weights too?
 
     Costs some three training steps (`python benchmarks/lab.py`, the column triage).
 
@@ -137,7 +139,7 @@ def _examined(scene: Scene, sandbox: Sandbox, replay: Reproduction | None, failu
 
 
 def _further(scene: Scene, sandbox: Sandbox, replay: Reproduction, found: Experiments) -> Experiments:
-    """What goes beyond the split."""
+    """The experiments after the split."""
     empty = Experiments(episode=found.episode)
     if found.split is None:
         return empty
@@ -162,12 +164,11 @@ def _replay_record(scene: Scene, replay: Reproduction | None, failure: str | Non
     )
 
 
-# -- replay
-# --------------------------------------------------------------------------------------------------------------
+# -- replay ------------------------------------------------------------------------------------------------------------
 
 
 def _reproduced(scene: Scene, sandbox: Sandbox, known: Reproduction | None) -> tuple[Reproduction | None, str | None]:
-    """The run from the snapshot to the onset, as far as it is not known already; `None` and the reason where that cannot be had."""
+    """The replay from the snapshot to the onset, continued from a known one; `None` and a reason if impossible."""
     sandbox.rewind()
     stretch = scene.stretch, scene.settings, scene.losses
     try:
@@ -178,8 +179,7 @@ def _reproduced(scene: Scene, sandbox: Sandbox, known: Reproduction | None) -> t
         return None, str(reason)
 
 
-# -- first non-finite value
-# ----------------------------------------------------------------------------------------------
+# -- first non-finite value --------------------------------------------------------------------------------------------
 
 
 def _first_nonfinite(scene: Scene, sandbox: Sandbox, replay: Reproduction | None) -> FirstNonFinite | None:
@@ -199,8 +199,7 @@ def _first_nonfinite_under(sandbox: Sandbox, weights: Mapping[str, Tensor], entr
     return first_nonfinite(sandbox, entry.batch, entry.at.batch_idx, random=entry.rng, at=entry.at)
 
 
-# -- batch against weights
-# -----------------------------------------------------------------------------------------------
+# -- batch against weights ---------------------------------------------------------------------------------------------
 
 
 def _split(scene: Scene, sandbox: Sandbox, replay: Reproduction | None) -> Split:
@@ -223,7 +222,7 @@ def _parts(scene: Scene, sandbox: Sandbox, replay: Reproduction | None, losses: 
 
 
 def _computes_as_before(scene: Scene, sandbox: Sandbox, parts: Split) -> bool:
-    """Whether the snapshot's own batch has its recorded loss.
+    """Whether the snapshot's own batch still has its recorded loss.
 
     Other batches met other weights, and steps that throw weights about make their losses differ.
     """
@@ -236,16 +235,15 @@ def _computes_as_before(scene: Scene, sandbox: Sandbox, parts: Split) -> bool:
     return bool(now - before < UNCHANGED_COMPUTATION_SHARE * parts.computation * parts.jump)
 
 
-# -- what the parts are made of
-# ------------------------------------------------------------------------------------------
+# -- what the parts are made of ----------------------------------------------------------------------------------------
 
 
 def _attributed(scene: Scene, sandbox: Sandbox, replay: Reproduction, parts: Split) -> Experiments:
-    """What the batch's part, and the weights', are made of; as far as each is worth it."""
+    """Attributes the batch's and the weights' shares of the jump, if each is large enough."""
     # A streak of batches none of which is bad alone: their order explains more than the updates do.
     order_first = parts.data < MIN_DATA_SHARE and not _rate_jumped(scene, replay)
-    order = order_of_samples(scene, sandbox, replay, parts) if order_first else None
-    asks_damage = parts.weights_part >= LOOKED_INTO_WEIGHTS_SHARE and (order is None or order.left > ORDER_LEFT)
+    order = _order_of_samples(scene, sandbox, replay, parts) if order_first else None
+    asks_damage = parts.weights_part >= EXAMINED_WEIGHTS_SHARE and (order is None or order.left > ORDER_LEFT)
     if asks_damage and order is not None:
         asks_damage = sandbox.affords(WHICH_UPDATE, **ONE_UPDATE)
     damage, ask_remedies = _damage(scene, sandbox, replay) if asks_damage else (None, None)
@@ -260,8 +258,8 @@ def _attributed(scene: Scene, sandbox: Sandbox, replay: Reproduction, parts: Spl
         attribution=damage,
     )
     found = joined(found, _measured(scene, sandbox, replay, parts, located))
-    exchange = exchange_of_samples(scene, sandbox, replay, parts)
-    order = order if order_first else order_of_samples(scene, sandbox, replay, parts)
+    exchange = _exchange_of_samples(scene, sandbox, replay, parts)
+    order = order if order_first else _order_of_samples(scene, sandbox, replay, parts)
     found = dataclasses.replace(found, sample_exchange=exchange, sample_order=order)
     if parts.batch_part >= SUPPORTING_SHARE:
         found = joined(found, measure_single_samples(scene, sandbox))
@@ -309,11 +307,11 @@ def _rate_jumped(scene: Scene, replay: Reproduction) -> bool:
     first = [
         (k, float(steps[0][0].get("lr", 0.0))) for k, steps in sorted(scene.settings.items()) if steps and steps[0]
     ]
-    return any(k in kept and rate > RATE_JUMP * before > 0.0 for (_, before), (k, rate) in pairwise(first))
+    return any(k in kept and rate > MIN_RATE_JUMP * before > 0.0 for (_, before), (k, rate) in pairwise(first))
 
 
 def _damage(scene: Scene, sandbox: Sandbox, replay: Reproduction) -> tuple[Attribution | None, Ask | None]:
-    """The attribution of the damaging update, and how to try remedies; nothing where no update did any damage."""
+    """The attribution of the damaging update and a function that tries remedies; `None` without damage."""
     controls = _controls(scene, sandbox, replay)
     found = damage_on_the_way(sandbox, replay, controls, like=scene.spike)
     if found is None or found.log_rise <= 0:
@@ -327,10 +325,37 @@ def _damage(scene: Scene, sandbox: Sandbox, replay: Reproduction) -> tuple[Attri
 
 
 def _controls(scene: Scene, sandbox: Sandbox, replay: Reproduction) -> Sequence[RingEntry]:
-    """The control batches that damage is measured on; what they are chosen by was evaluated for the split."""
+    """The control batches that damage is measured on, chosen by their losses in the split."""
     controls = scene.ordinary()
     old, new = (
         losses_under(sandbox, w, controls, like=scene.spike, held=True) for w in (scene.snapshot.model, replay.weights)
     )
     scale = log_scale(old, new)
     return control_sample_size(controls, scale(new) - scale(old))
+
+
+def _exchange_of_samples(scene: Scene, sandbox: Sandbox, replay: Reproduction, parts: Split) -> SampleExchange | None:
+    """The batch with its outlier samples exchanged, if it has a share of the jump; not with several ranks."""
+    # The user's step may fail on mixed batches; the other experiments remain.
+    with contextlib.suppress(Exception):
+        needed, ordinary = passes_to_name(scene.spike), scene.ordinary()
+        question = "the batch without the samples that stand out"
+        if not _batch_has_share(sandbox, parts) or needed > 1 + len(ordinary):
+            return None
+        if not sandbox.affords(question, passes=1, gradients=needed):
+            return None
+        named = name_samples(sandbox, scene.snapshot.model, scene.spike, ordinary)
+        return exchange_samples(sandbox, replay.weights, scene.spike, ordinary, positions=named, excess=parts.excess)
+    return None
+
+
+def _order_of_samples(scene: Scene, sandbox: Sandbox, replay: Reproduction, parts: Split) -> SampleOrder | None:
+    """A streak with its samples in another order, if the batch has a share of the jump; not with several ranks."""
+    with contextlib.suppress(Exception):
+        if _batch_has_share(sandbox, parts) and is_streak(scene):
+            return reorder(scene, sandbox, replay.updates_replayed, updates_since(scene, sandbox))
+    return None
+
+
+def _batch_has_share(sandbox: Sandbox, parts: Split) -> bool:
+    return parts.batch_part >= SUPPORTING_SHARE and sandbox.trainer.world_size == 1

@@ -9,8 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_spike.errors import CannotReplay, OnsetGone
 from lightning_spike.experiments import OutsideWrite
 from lightning_spike.flight.loop import Flight
-from lightning_spike.lab.scene import WINDOW, Scene
-from lightning_spike.ranks.rank_coordination import ALONE, Ranks, mean_of
+from lightning_spike.lab.scene import NOISE_WINDOW, Scene
+from lightning_spike.ranks.rank_coordination import SINGLE_RANK, Ranks, mean_of
 from lightning_spike.record.batch_ring import BatchRing
 from lightning_spike.record.outside_writes import OutsideWrites
 from lightning_spike.record.participant import TrainingBatch
@@ -23,14 +23,14 @@ from lightning_spike.store import History
 EXAMINED: Final = frozenset({EpisodeKind.SPIKE, EpisodeKind.DIVERGENCE, EpisodeKind.NONFINITE})
 """Kinds of episodes that have a moment to go back to."""
 
-REACH: Final = 72
-"""Batches kept for the re-run: the cadence of the snapshots (16 to 50), what proves one of them healthy (8), and
-controls from before it."""
+RECORDED_BATCHES: Final = 72
+"""Batches recorded for a replay: the interval of the snapshots (16 to 50), those that prove one healthy (8), and
+control batches before it; engineering choice."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Witnesses:
-    """What remembers enough of the run for an episode to be run again; shared by all callbacks of a flight."""
+    """The recorders that a replay needs, shared by all callbacks of a flight."""
 
     ring: BatchRing
     snapshots: Snapshots
@@ -40,11 +40,11 @@ class Witnesses:
 
     @classmethod
     def of(cls, flight: Flight, trainer: Trainer, module: LightningModule) -> Self:
-        """Those of a flight; they take part in it from now on, if they did not already."""
+        """Returns the recorders of a flight, and adds them to it if missing."""
         ring = flight.share(BatchRing, BatchRing, trainer, module)
-        ring.want(depth=REACH)
+        ring.want(depth=RECORDED_BATCHES)
         snapshots = flight.share(Snapshots, Snapshots, trainer, module)
-        snapshots.want_near(REACH)
+        snapshots.want_near(RECORDED_BATCHES)
         return cls(
             ring=ring,
             snapshots=snapshots,
@@ -56,12 +56,12 @@ class Witnesses:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Held:
-    """What one rank has, in plain values: enough for all to agree on what they can use."""
+    """One rank's recorded batches in plain values, for an agreement of all ranks."""
 
     snapshots: frozenset[int]
-    """Ordinals of those from before the onset that have proven healthy."""
+    """Ordinals of the healthy snapshots from before the onset."""
     places: Mapping[int, Moment]
-    """Of the batches that are held, by ordinal."""
+    """Moments of the recorded batches, by ordinal."""
     mutated: frozenset[int]
     losses: Mapping[int, float]
     writes: tuple[OutsideWrite, ...]
@@ -69,9 +69,9 @@ class _Held:
 
 
 def live_scene(
-    batch: TrainingBatch, episode: Episode, witnesses: Witnesses, *, controls: int, ranks: Ranks = ALONE
+    batch: TrainingBatch, episode: Episode, witnesses: Witnesses, *, controls: int, ranks: Ranks = SINGLE_RANK
 ) -> Scene:
-    """What an episode needs to be run again; references to what is held, nothing is copied.
+    """Returns the scene of an episode, with references to the recorded data and no copies.
 
     Does not block, but for waiting for the other ranks.
 
@@ -126,7 +126,7 @@ def live_scene(
 
 
 def _held(batch: TrainingBatch, onset: int, witnesses: Witnesses) -> _Held:
-    reach = range(max(onset - 2 * WINDOW, 0), batch.at.ordinal + 1)
+    reach = range(max(onset - 2 * NOISE_WINDOW, 0), batch.at.ordinal + 1)
     entries = witnesses.ring.entries()
     return _Held(
         snapshots=frozenset(snapshot.at.ordinal for snapshot in witnesses.snapshots.verified(before=onset)),

@@ -11,18 +11,18 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_spike.errors import OnsetGone
 from lightning_spike.experiments import OutsideWrite
 from lightning_spike.lab.replay.evaluate import log_scale
-from lightning_spike.ranks.rank_coordination import ALONE, Ranks
+from lightning_spike.ranks.rank_coordination import SINGLE_RANK, Ranks
 from lightning_spike.record.batch_ring import RingEntry
 from lightning_spike.record.snapshot import Snapshot
 from lightning_spike.record.update_settings import Settings
 from lightning_spike.records import Episode
 
-WINDOW = 64
-"""Losses before the onset that the scatter of ordinary batches is taken from."""
+NOISE_WINDOW = 64
+"""Losses before the onset that give the noise of normal batches; engineering choice."""
 
 
-TWICE = 2.0
-"""How many times the rise at the onset that of the next batch must be for it to be the one to explain."""
+MIN_RISE_RATIO = 2.0
+"""Rise of the next batch over the onset's from which the next one is explained; engineering choice."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -42,20 +42,19 @@ class Scene:
     """Every batch that is held, oldest first: some from before the snapshot (to compare with), all from the snapshot to
     the present, none left out."""
     settings: Mapping[int, Sequence[Settings]]
-    """Of the optimizer steps, one for each, by the ordinal of the batch they were made in."""
+    """Settings of the optimizer steps, by the ordinal of their batch."""
     losses: Mapping[int, float]
-    """The training losses as recorded, by ordinal; from `2 * WINDOW` batches before the onset on. With several ranks
-    the means over them."""
+    """The recorded training losses by ordinal, from `2 * NOISE_WINDOW` batches before the onset; means over ranks."""
     controls: int
     """Ordinary batches to compare with, at most."""
     writes: tuple[OutsideWrite, ...] = ()
-    """What others than the training step have written into weights and optimizer states, oldest first."""
+    """Writes to weights and optimizer states outside the training step, oldest first."""
     modes: Mapping[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """By the ordinal of the batch from which on, the names of the modules that were in eval mode; an entry for each
     change."""
     looks_at: int | None = None
     """Ordinal of the batch whose loss is to be explained; `None` for the one that the losses themselves point to."""
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE_RANK
     """Those that examine it together; each has a scene that differs from the others' in its own batches only."""
 
     @property
@@ -79,10 +78,10 @@ class Scene:
             return self.onset
         values = np.array([float(np.median(before)), self.losses[self.onset], following])
         usual, first, second = log_scale(values)(values)
-        return self.onset + 1 if second - usual > TWICE * max(first - usual, 0.0) else self.onset
+        return self.onset + 1 if second - usual > MIN_RISE_RATIO * max(first - usual, 0.0) else self.onset
 
     def elsewhere(self) -> "Scene | None":
-        """The same episode, with the highest of the later losses to be explained; `None` where there is no later one."""
+        """The same episode, explained at the highest later loss; `None` if there is no later one."""
         target_ordinal = self.target_ordinal
         later = [e.at.ordinal for e in self.entries if e.at.ordinal > target_ordinal and e.at.ordinal in self.losses]
         if not later:
@@ -91,7 +90,7 @@ class Scene:
 
     @property
     def spike(self) -> RingEntry:
-        """That batch."""
+        """The target batch."""
         target_ordinal = self.target_ordinal
         return next(entry for entry in self.entries if entry.at.ordinal == target_ordinal)
 
@@ -113,15 +112,15 @@ class Scene:
         return tuple(e for e in self.entries if e.at.ordinal >= target_ordinal)
 
     def losses_before(self) -> npt.NDArray[np.float64]:
-        """The last `WINDOW` losses before the onset, oldest first, as far as they are known; float64."""
-        known = (self.losses.get(k) for k in range(self.onset - WINDOW, self.onset))
+        """The last `NOISE_WINDOW` losses before the onset, oldest first, as far as they are known; float64."""
+        known = (self.losses.get(k) for k in range(self.onset - NOISE_WINDOW, self.onset))
         return np.array([loss for loss in known if loss is not None], dtype=np.float64)
 
     def ordinary(self) -> list[RingEntry]:
-        """The newest batches trained on before the snapshot (both weights have seen them), made up with later ones from before the onset.
+        """The control batches: the newest from before the snapshot, then those between snapshot and onset.
 
         Raises:
-            OnsetGone: There is none.
+            OnsetGone: No normal batch is recorded.
         """
         start = self.snapshot.at.ordinal
         held = [e for e in self.entries if e.at.ordinal < self.onset and self._is_usable(e)]

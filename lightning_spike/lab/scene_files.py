@@ -27,7 +27,7 @@ from lightning_spike.errors import CannotReplay, ConfigurationError
 from lightning_spike.files import whole_folder
 from lightning_spike.lab.encoding import Decoder, Encoder, class_name, script_folder
 from lightning_spike.lab.scene import Scene
-from lightning_spike.record.attribute_state import OwnState, Untouched, copy_own, load_own
+from lightning_spike.record.attribute_state import AttributeState, Untouched, copy_attributes, load_attributes
 from lightning_spike.record.batch_ring import RingEntry
 from lightning_spike.record.sample_ids import LoaderIds, SampleIds
 from lightning_spike.record.snapshot import Snapshot
@@ -36,12 +36,16 @@ from lightning_spike.records import RunFacts
 
 FORMAT: Final = "lightning_spike.scene"
 FORMAT_VERSION: Final = 1
+"""Version of the format, by definition."""
 MANIFEST: Final = "manifest.json"
 STRUCTURE: Final = "structure.json"
 TENSORS: Final = "tensors.safetensors"
 LIVE: Final = frozenset({"trainer", "module"})
 """Fields of a scene that the reader brings along."""
-CONFIG: Final = "Give the config that the run was started with (config.yaml in its log_dir), without overrides that change the module."
+CONFIG: Final = (
+    "Give the config that the run was started with (config.yaml in its log_dir), without overrides that change the "
+    "module."
+)
 
 
 def write_scene(folder: Path, scene: Scene, run: RunFacts, *, limit: float = math.inf) -> int:
@@ -84,7 +88,7 @@ def find_scenes(folder: Path) -> list[Path]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a scene says about itself.
+    """Returns the manifest of a scene.
 
     Raises:
         ConfigurationError: There is no scene, it is broken, or of a version that this package does not read.
@@ -140,8 +144,7 @@ def read_scene(folder: Path, trainer: Trainer, module: LightningModule) -> Scene
     return Scene(trainer=trainer, module=module, **{name: value for name, value in fields.items() if name in known})
 
 
-# -- writing
-# -------------------------------------------------------------------------------------------------------------
+# -- writing -----------------------------------------------------------------------------------------------------------
 
 
 def _fields() -> list[dataclasses.Field[Any]]:
@@ -149,7 +152,7 @@ def _fields() -> list[dataclasses.Field[Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """Entries without the dataset that their ids are of, the snapshot without what cannot be written, mappings as plain dicts."""
+    """A field for writing: entries without their dataset, the snapshot's writable part, mappings as plain dicts."""
     if isinstance(value, tuple):
         return tuple(dataclasses.replace(e, ids=_indices(e.ids)) if isinstance(e, RingEntry) else e for e in value)
     if isinstance(value, Snapshot):
@@ -158,7 +161,7 @@ def _plain(value: Any) -> Any:
 
 
 def _indices(ids: SampleIds | None) -> SampleIds | None:
-    """By their index in the underlying dataset, as far as these are plain numbers or names."""
+    """Dataset indices of the samples, if they are plain numbers or names."""
     if ids is None:
         return None
     loaders = [LoaderIds(loader=loader.loader, drawn=loader.indices, dataset=None) for loader in ids.loaders]
@@ -172,12 +175,12 @@ def _present(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         "weights": {name: tensor.detach() for name, tensor in _named_tensors(module).items()},
         "optimizers": [copy_optimizer(optimizer, to_host=True) for optimizer in trainer.optimizers],
         "scaler": copy_scaler(trainer),
-        "own": _writable(copy_own(module)),
+        "own": _writable(copy_attributes(module)),
     }
 
 
-def _writable(own: OwnState) -> OwnState:
-    """Without attributes that cannot be written: objects of classes that no other process can import."""
+def _writable(own: AttributeState) -> AttributeState:
+    """A copy without attributes that cannot be written: objects of classes that no other process can import."""
     attributes, left_out = {}, list(own.left_out)
     for part, values in own.attributes.items():
         unwritable = [name for name, value in values.items() if not _can_be_written(value)]
@@ -224,8 +227,7 @@ def _optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     }
 
 
-# -- reading
-# -------------------------------------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def _check_module(manifest: Mapping[str, Any], module: LightningModule) -> None:
@@ -261,7 +263,7 @@ def _put_into(trainer: Trainer, module: LightningModule, present: Mapping[str, A
     if present["scaler"] is not None and scaler is not None and scaler._scale is None:
         scaler._lazy_init_scale_growth_tracker(trainer.strategy.root_device)
     load_scaler(trainer, present["scaler"])
-    load_own(module, present["own"])
+    load_attributes(module, present["own"])
 
 
 def _in_words(name: str, shape: tuple[int, ...] | None) -> str:

@@ -1,1 +1,1 @@
-"""Several ranks: how they talk, agree on what is examined, and make one answer of what each has found."""
+"""Coordination of several ranks: communication, agreement on examinations, merging of their results."""

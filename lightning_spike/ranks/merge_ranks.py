@@ -8,28 +8,28 @@ from lightning_spike.experiments import Experiments
 from lightning_spike.records import Action, Episode
 
 SAME_TROUBLE_BATCHES: Final = 8
-"""Batches between the onsets of two ranks' episodes up to which it is one trouble: each dates it back by its own noise,
-and one rank's batch hurts the others through the weights, in the batch after; engineering choice."""
+"""Largest distance between the onsets of two ranks' episodes that are one trouble: each rank dates by its own noise,
+and a bad batch hurts the other ranks in the batch after; engineering choice."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SharedExamination:
-    """An episode that was examined by all ranks, or that they agreed not to examine."""
+    """An episode that all ranks examined, or agreed not to examine."""
 
     rank: int
-    """Whose loss showed it."""
+    """The rank whose loss showed it."""
     episode: Episode
-    """As that rank has it."""
+    """The episode on that rank."""
     found: Experiments | None
-    """`None` where nothing is to be noted."""
+    """`None` for no result."""
     action: Action | None = None
 
     def is_about(self, own: Episode) -> bool:
-        """Whether another rank's episode is the same trouble."""
+        """Whether this rank's episode is the same trouble."""
         return abs(own.onset.ordinal - self.episode.onset.ordinal) <= SAME_TROUBLE_BATCHES
 
     def notes_about(self, own: Episode) -> list[Experiments | Action]:
-        """What was found, about another rank's episode."""
+        """The results as notes on this rank's episode."""
         notes: list[Experiments | Action] = []
         if self.found is not None:
             notes.append(dataclasses.replace(self.found, episode=own.id))
@@ -38,25 +38,25 @@ class SharedExamination:
         return notes
 
 
-def merged(everybody: Sequence[Experiments], *, by: int) -> Experiments:
-    """The experiments of the rank whose loss showed the episode, with what is about a single rank marked as such; pure.
+def merge_experiments(by_rank: Sequence[Experiments], *, by: int) -> Experiments:
+    """Merge the experiments of all ranks: those of the rank `by`, with results of single ranks marked as such.
 
-    Decisions were alike, so what is about the global batch is the same on all. Where the first non-finite value appears
-    is taken from the first other rank that knows, if that one does not.
+    Results about the global batch are the same on all ranks. The first non-finite value comes from the first rank that
+    found it, beginning with `by`.
 
     Args:
-        everybody: The experiments of each rank, by rank.
-        by: The rank whose loss showed it.
+        by_rank: The experiments.
+        by: The rank whose loss showed the episode.
     """
-    if len(everybody) == 1:
-        return everybody[0]
-    found = everybody[by]
-    births = [(by, found), *((rank, other) for rank, other in enumerate(everybody) if rank != by)]
+    if len(by_rank) == 1:
+        return by_rank[0]
+    found = by_rank[by]
+    births = [(by, found), *((rank, other) for rank, other in enumerate(by_rank) if rank != by)]
     born = next(((rank, e.first_nonfinite) for rank, e in births if e.first_nonfinite is not None), None)
     return dataclasses.replace(
         found,
         rank=by,
-        world_size=len(everybody),
+        world_size=len(by_rank),
         first_nonfinite=None if born is None else dataclasses.replace(born[1], rank=born[0]),
         modules=None if found.modules is None else dataclasses.replace(found.modules, rank=by),
         samples=None if found.samples is None else dataclasses.replace(found.samples, rank=by),

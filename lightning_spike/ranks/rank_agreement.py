@@ -1,7 +1,4 @@
-"""Which episode the ranks examine next.
-
-Each says what it has seen, and the strongest wish wins on all of them at the same batch.
-"""
+"""Agreement on the episode that the ranks examine next: the most severe one of all ranks."""
 
 import dataclasses
 from typing import Final
@@ -10,24 +7,23 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_spike.ranks.control_group import ControlGroup, Exchange
-from lightning_spike.ranks.rank_coordination import OutOfReach
+from lightning_spike.ranks.rank_coordination import RankUnreachable
 from lightning_spike.records import Episode
 
-EVERY: Final = 4
-"""Batches from one exchange to the next: a wish is heard four to eight batches after it came up, of the 72 that are
-held."""
+EXCHANGE_EVERY: Final = 4
+"""Batches between two exchanges; a request arrives within eight batches, of the 72 that are held;
+engineering choice."""
 PATIENCE: Final = 300.0
-"""Seconds that a rank waits for the others' wishes before it gives them up: longer than the writing of a checkpoint,
-which may be one rank's work, and short enough for a part of ours that broke on one rank to cost no more than that,
-once."""
+"""Seconds to wait for the requests of other ranks: longer than one rank needs to write a checkpoint;
+engineering choice."""
 
-NONE: Final = -1.0
-"""Stands for the severity where a rank wants nothing."""
+NO_REQUEST: Final = -1.0
+"""Severity without a request."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ExaminationRequest:
-    """What one rank would like to be examined."""
+    """The request of one rank."""
 
     rank: int
     severity: float
@@ -36,13 +32,10 @@ class ExaminationRequest:
 
 
 class ExaminationRequests:
-    """Two numbers from every rank to all, sent after every fourth batch and read after the next fourth.
-
-    By then they are there: nobody waits for anybody but for a rank that is four batches behind, which under DDP none
-    can be but on a GPU's queue.
+    """Exchanges two numbers per rank, sent after every fourth batch and read four batches later, without waiting.
 
     Args:
-        group: Of the ranks; what else goes over it must be sent between `strongest` and the next `send`.
+        group: The ranks; other messages over it must be sent between `strongest` and the next `send`.
     """
 
     def __init__(self, group: ControlGroup) -> None:
@@ -50,40 +43,40 @@ class ExaminationRequests:
         self._under_way: Exchange | None = None
 
     def send(self, episode: Episode | None) -> None:
-        """Say what this rank would like to be examined; does not wait. On every rank after the same batch.
+        """Send this rank's request, on every rank after the same batch; does not wait.
 
         Args:
-            episode: `None` for nothing.
+            episode: `None` for no request.
         """
-        row = [NONE, 0.0] if episode is None else [episode.severity, episode.onset.ordinal]
+        row = [NO_REQUEST, 0.0] if episode is None else [episode.severity, episode.onset.ordinal]
         self._under_way = self._group.send(np.array(row))
 
     def strongest(self) -> ExaminationRequest | None:
-        """The strongest of the wishes that were last sent, the same on every rank; `None` where there is none.
+        """The strongest of the last requests, the same on every rank; `None` without one.
 
         Raises:
-            OutOfReach: A rank did not send its own.
+            RankUnreachable: A rank did not send its request.
         """
         if self._under_way is None:
             return None
         try:
             table = self._under_way.table(PATIENCE)
         except RuntimeError as error:  # all that torch.distributed raises
-            msg = "another rank does not say any more what it has seen"
-            raise OutOfReach(msg) from error
+            msg = "another rank no longer sends its requests"
+            raise RankUnreachable(msg) from error
         self._under_way = None
         return strongest(table)
 
 
 def strongest(table: npt.NDArray[np.float64]) -> ExaminationRequest | None:
-    """The most severe, of several the one with the earliest onset, of several the lowest rank's; pure.
+    """The most severe request, then the one with the earliest onset, then that of the lowest rank.
 
     Args:
-        table: Severity (-1 for no wish) and onset by rank; shape `(world_size, 2)`.
+        table: Severity (-1 for no request) and onset by rank, shape `(world_size, 2)`.
     """
-    wishes = [
+    requests = [
         ExaminationRequest(rank=k, severity=float(row[0]), onset=int(row[1]))
         for k, row in enumerate(table)
         if row[0] >= 0.0
     ]
-    return max(wishes, key=lambda wish: (wish.severity, -wish.onset, -wish.rank), default=None)
+    return max(requests, key=lambda request: (request.severity, -request.onset, -request.rank), default=None)

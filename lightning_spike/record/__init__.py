@@ -1,4 +1,1 @@
-"""Everything that takes down each training step.
-
-A signal's way to the host, the batches, snapshots and settings that are kept.
-"""
+"""The flight recorder: signals on their way to the host, and the batches, snapshots and settings that are kept."""

@@ -1,10 +1,8 @@
-"""What a module keeps in attributes of its own.
+"""Copy and restore the attributes of a module: counters, running values, lists, generators.
 
-Counters, running values, lists, generators that its loss may depend on.
-
-Parameters and buffers are not in it (`state_copy` has them). The copy is plain: tensors, arrays, numbers, strings and
-containers of them, so that it can be written to a file; the way back writes into the containers and objects that are
-there, as others may hold them too.
+Parameters and buffers are left to `state_copy`. The copy consists of tensors, arrays, numbers, strings and containers
+of them, so that it can be written to a file. Loading writes into the present containers and objects, as others can
+hold them too.
 """
 
 import dataclasses
@@ -14,6 +12,7 @@ import types
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from enum import Enum
+from functools import cache
 from pathlib import PurePath
 from typing import Any, Final
 
@@ -24,47 +23,33 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-MOST_ITEMS: Final = 1000
-"""Entries of a container up to which it is copied: each tensor in it is an operation on the device, and who collects
-more of them computes no loss from them."""
-MOST_BYTES: Final = 64 << 20
-"""Bytes of tensors and arrays in attributes up to which they are copied: some milliseconds of the host's time."""
+MAX_ITEMS: Final = 1000
+"""Entries of a container that is copied: each tensor in it is an operation on the device; engineering choice."""
+MAX_BYTES: Final = 64 << 20
+"""Bytes of tensors and arrays that are copied, some milliseconds of host time; engineering choice."""
 
 PLAIN: Final = (
-    types.NoneType,
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    range,
-    slice,
-    Enum,
-    PurePath,
-    np.generic,
-    torch.dtype,
-    torch.device,
-    torch.Size,
+    *(types.NoneType, bool, int, float, complex, str, bytes, range, slice, Enum, PurePath),
+    *(np.generic, torch.dtype, torch.device, torch.Size),
 )
-"""Immutable: held by reference."""
+"""Immutable types, kept by reference."""
 FAST: Final = frozenset({type(None), bool, int, float, str})
-"""Nearly all attributes are of these types; a look-up is cheaper than an `isinstance`."""
+"""Types of nearly all attributes; a look-up is cheaper than an `isinstance`."""
 MACHINERY: Final = (frozenset(vars(nn.Module())) | frozenset(vars(LightningModule()))) - {"training"}
-"""What the classes themselves keep in every module."""
-NOT_THEIRS: Final = sys.stdlib_module_names | {"torch", "torchmetrics", "lightning", "pytorch_lightning", "numpy"}
-"""Packages whose objects are no record of the user's."""
+"""Attributes that the base classes keep in every module."""
+LIBRARIES: Final = sys.stdlib_module_names | {"torch", "torchmetrics", "lightning", "pytorch_lightning", "numpy"}
+"""Packages whose objects are not the user's own."""
 
 
 class Untouched(Enum):
-    """Stands for what is no state (a function, a registered weight) or cannot be copied: it is left as it is."""
+    """Marks a value that is no state (a function, a registered weight) or cannot be copied; it stays as it is."""
 
     UNTOUCHED = "untouched"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GeneratorState:
-    """The state of a random generator that hangs on a module."""
+    """The state of a random generator that a module holds."""
 
     state: Any
 
@@ -77,23 +62,21 @@ class Attributes:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class OwnState:
+class AttributeState:
     """A copy of the attributes of a module and all its submodules."""
 
     attributes: dict[str, dict[str, Any]]
-    """By the submodule's name (`""` for the module itself), then by the attribute's; the mode (`training`) is one of
-    them."""
+    """By the submodule's name (`""` for the module itself), then by the attribute's, `training` included."""
     frozen: frozenset[str]
-    """Names of the parameters that take no gradient."""
+    """Names of the parameters that require no gradient."""
     left_out: tuple[str, ...]
-    """Attributes that are too large or of a kind that cannot be copied; a loss that depends on them cannot be had
-    again."""
+    """Attributes that are too large or cannot be copied; a loss that depends on them cannot be reproduced."""
 
 
-def copy_own(module: nn.Module) -> OwnState:
-    """Copy the attributes of a module tree; numbers and strings by reference, tensors cloned on their device.
+def copy_attributes(module: nn.Module) -> AttributeState:
+    """Copy the attributes of a module tree, with tensors cloned on their device.
 
-    Never blocks, and draws no random number. Containers beyond `MOST_ITEMS`, and tensors and arrays beyond `MOST_BYTES`
+    Never blocks and draws no random number. Containers beyond `MAX_ITEMS`, and tensors and arrays beyond `MAX_BYTES`
     in all, are left out.
     """
     copier = _Copier(module)
@@ -106,15 +89,13 @@ def copy_own(module: nn.Module) -> OwnState:
         for name, part in module.named_modules()
     }
     frozen = frozenset(name for name, p in module.named_parameters() if not p.requires_grad)
-    return OwnState(attributes=attributes, frozen=frozen, left_out=tuple(copier.left_out))
+    return AttributeState(attributes=attributes, frozen=frozen, left_out=tuple(copier.left_out))
 
 
-def load_own(module: nn.Module, saved: OwnState) -> None:
-    """Put the attributes back; the copy can be put back again.
+def load_attributes(module: nn.Module, saved: AttributeState) -> None:
+    """Restore the attributes, any number of times.
 
-    An attribute that has come to be since is removed, if it is state.
-
-    Containers and objects are filled in place, tensors replaced by clones.
+    Fills containers and objects in place, replaces tensors by clones and removes state that was added since.
     """
     put = _Putter()
     for name, part in module.named_modules():
@@ -156,7 +137,7 @@ class _Copier:
         return self._object(path, thing)
 
     def _object(self, path: str, thing: object) -> GeneratorState | Attributes | Untouched:
-        if (state := _generator_state(thing)) is not None:
+        if (state := generator_state(thing)) is not None:
             return GeneratorState(state)
         if isinstance(thing, (Optimizer, nn.Module)):
             if isinstance(thing, Optimizer) or thing not in set(self._module.modules()):
@@ -178,7 +159,7 @@ class _Copier:
         return tensor.detach().clone().requires_grad_(tensor.requires_grad and tensor.is_leaf)
 
     def _container(self, path: str, thing: Any) -> Any:
-        if len(thing) > MOST_ITEMS:
+        if len(thing) > MAX_ITEMS:
             self.left_out.append(path)
             return Untouched.UNTOUCHED
         if isinstance(thing, dict):
@@ -186,15 +167,10 @@ class _Copier:
             return kind({key: self.copy(f"{path}.{key}", value) for key, value in dict.items(thing)})
         if isinstance(thing, (set, frozenset)):
             return type(thing)(thing) if all(isinstance(item, PLAIN) for item in thing) else Untouched.UNTOUCHED
-        items = [self.copy(f"{path}[{index}]", item) for index, item in enumerate(thing)]
-        if isinstance(thing, deque):
-            return deque(items, maxlen=thing.maxlen)
-        if isinstance(thing, tuple):
-            return type(thing)(*items) if hasattr(thing, "_fields") else tuple(items)
-        return items
+        return _like(thing, [self.copy(f"{path}[{index}]", item) for index, item in enumerate(thing)])
 
     def _fits(self, path: str, nbytes: int) -> bool:
-        fits = self._bytes + nbytes <= MOST_BYTES
+        fits = self._bytes + nbytes <= MAX_BYTES
         if fits:
             self._bytes += nbytes
         else:
@@ -202,7 +178,7 @@ class _Copier:
         return fits
 
     def _weights(self) -> frozenset[int]:
-        """Where the registered tensors lie: a view of one of them is no state of its own."""
+        """Memory of the registered tensors; a view of one of them is no separate state."""
         if self._registered is None:
             tensors = (t for t in (*self._module.parameters(), *self._module.buffers()) if not is_lazy(t))
             self._registered = frozenset(
@@ -214,7 +190,7 @@ class _Copier:
 
 
 class _Putter:
-    """Puts copies back; what was one object in several places is one again."""
+    """Restores copies; one object in several places stays one object."""
 
     def __init__(self) -> None:
         self._clones: dict[int, Tensor] = {}
@@ -241,28 +217,16 @@ class _Putter:
 
     def _object(self, live: object, saved: Untouched | GeneratorState | Attributes) -> None:
         if isinstance(saved, GeneratorState):
-            _set_generator(live, saved.state)
+            set_generator_state(live, saved.state)
         elif isinstance(saved, Attributes) and _is_record(live):
             for key, value in saved.values.items():
                 object.__setattr__(live, key, self.value(getattr(live, key, Untouched.UNTOUCHED), value))
 
     def _container(self, live: Any, saved: Any) -> Any:
         new: Any = self._mapping(live, saved) if isinstance(saved, dict) else self._sequence(live, saved)
-        if isinstance(saved, tuple) or not isinstance(live, _base(saved)):
+        if isinstance(saved, tuple) or not isinstance(live, dict if isinstance(saved, dict) else _base(saved)):
             return new
-        # The methods of the base: a subclass may do more in its own.
-        if isinstance(live, list):
-            live[:] = new
-        elif isinstance(live, dict):
-            base = OrderedDict if isinstance(live, OrderedDict) else dict
-            base.clear(live)
-            base.update(live, new)
-        elif isinstance(live, deque):
-            live.clear()
-            live.extend(new)
-        elif isinstance(live, set):
-            live.clear()
-            live.update(new)
+        refill(live, new)
         return live
 
     def _mapping(self, live: Any, saved: dict[Any, Any]) -> dict[Any, Any]:
@@ -276,16 +240,31 @@ class _Putter:
         there = list(live) if isinstance(live, (list, tuple, deque)) else []
         there += [Untouched.UNTOUCHED] * (len(saved) - len(there))
         items = [self.value(now, then) for now, then in zip(there, saved, strict=False)]
-        items = [item for item in items if not isinstance(item, Untouched)]
-        if isinstance(saved, deque):
-            return deque(items, maxlen=saved.maxlen)
-        if isinstance(saved, tuple):
-            return type(saved)(*items) if hasattr(saved, "_fields") else tuple(items)
-        return items
+        return _like(saved, [item for item in items if not isinstance(item, Untouched)])
 
 
-def _base(saved: object) -> type:
-    return next(kind for kind in (dict, list, deque, set) if isinstance(saved, kind))
+def _like(sequence: Any, items: list[Any]) -> Any:
+    """A list, tuple, named tuple or deque of these items, as the sequence is one."""
+    if isinstance(sequence, deque):
+        return deque(items, maxlen=sequence.maxlen)
+    if isinstance(sequence, tuple):
+        return type(sequence)(*items) if hasattr(sequence, "_fields") else tuple(items)
+    return items
+
+
+def _base(thing: object) -> Any:
+    return next(kind for kind in (OrderedDict, dict, list, deque, set) if isinstance(thing, kind))
+
+
+def refill(container: Any, content: Any) -> None:
+    """Replace the content of a mapping, list, deque or set in place.
+
+    Calls the methods of the base: a subclass can do more in its own, and dict's break the order of an OrderedDict.
+    """
+    base = _base(container)
+    base.clear(container)
+    add = getattr(base, "update", None) or base.extend
+    add(container, content)
 
 
 def _filled_array(live: Any, saved: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -296,40 +275,54 @@ def _filled_array(live: Any, saved: np.ndarray[Any, Any]) -> np.ndarray[Any, Any
     return live  # type: ignore[no-any-return]
 
 
-def _generator_state(thing: object) -> Any | None:
-    if isinstance(thing, torch.Generator):
-        return thing.get_state()
+def generator_state(thing: object) -> Any | None:
+    """The state of a random generator; `None` for any other object."""
     if isinstance(thing, np.random.Generator):
-        return thing.bit_generator.state
-    if isinstance(thing, np.random.RandomState):
+        thing = thing.bit_generator
+    if isinstance(thing, np.random.BitGenerator):
+        return thing.state
+    if isinstance(thing, (torch.Generator, np.random.RandomState)):
         return thing.get_state()
     return thing.getstate() if isinstance(thing, random.Random) else None
 
 
-def _set_generator(live: object, state: Any) -> None:
-    if isinstance(live, (torch.Generator, np.random.RandomState)):
+def set_generator_state(live: object, state: Any) -> None:
+    """Restore what `generator_state` returned; does nothing to any other object."""
+    if isinstance(live, np.random.Generator):
+        live = live.bit_generator
+    if isinstance(live, np.random.BitGenerator):
+        live.state = state
+    elif isinstance(live, (torch.Generator, np.random.RandomState)):
         live.set_state(state)
-    elif isinstance(live, np.random.Generator):
-        live.bit_generator.state = state
     elif isinstance(live, random.Random):
         live.setstate(state)
 
 
 def _is_record(thing: object) -> bool:
-    """An object of a class of the user's own."""
+    """Whether an object is of a class of the user's own."""
     kind = type(thing)
     if isinstance(thing, (type, types.FunctionType, types.MethodType, types.ModuleType, Untouched, *PLAIN)):
         return False
-    return kind.__module__.partition(".")[0] not in NOT_THEIRS and not isinstance(thing, Iterator)
+    return kind.__module__.partition(".")[0] not in LIBRARIES and not isinstance(thing, Iterator)
 
 
 def _attributes(thing: object) -> Iterator[tuple[str, Any]]:
     yield from (getattr(thing, "__dict__", None) or {}).items()
-    for base in type(thing).__mro__:
+    kind: Any = type(thing)  # mypy takes object for something without a hash
+    yield from ((name, getattr(thing, name)) for name in slots_of(kind) if hasattr(thing, name))
+
+
+@cache
+def slots_of(kind: Any) -> tuple[str, ...]:
+    """The names of a class's slots, mangled as Python mangles them."""
+    found: list[str] = []
+    for base in kind.__mro__:
         names = base.__dict__.get("__slots__", ())
         for name in (names,) if isinstance(names, str) else tuple(names):
-            if hasattr(thing, name) and name not in ("__dict__", "__weakref__"):
-                yield name, getattr(thing, name)
+            if name not in ("__dict__", "__weakref__"):
+                mangled = f"_{base.__name__.lstrip('_')}{name}"
+                found.append(mangled if name.startswith("__") and not name.endswith("__") else name)
+    return tuple(found)
 
 
 def _is_state(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""The most recent batches, by reference: what the dump writes and the lab trains on again, if it comes to that."""
+"""Ring of the most recent batches, by reference, for dumps and replays."""
 
 import copy
 import dataclasses
@@ -18,15 +18,14 @@ from lightning_spike.records import Moment
 from lightning_spike.signals.random_state import RandomState
 
 DEPTH: Final = 8
-"""Batches kept beyond those of one optimizer step and those whose numbers are still under way: how far an onset may be
-dated back."""
+"""Batches beyond those of one optimizer step and those still on their way to the host; bounds how far an onset can be
+dated back; engineering choice."""
 
 MAX_BYTES: Final = 1 << 30
-"""Bytes of tensors kept at most; beyond, older batches are let go early, down to those that must stay for the onset to
-be in reach at all."""
-SHARE_OF_DEVICE: Final = 1 / 64
-"""Of the memory of a device that batches lie on, the most that is kept: what a training leaves free is often no more
-than some per cent, and to run out of memory for an observer's sake would be the worst harm. 256 MB of 16 GB."""
+"""Bytes of tensors in all; beyond, older batches are dropped, except those that the onset needs; engineering choice."""
+MAX_DEVICE_SHARE: Final = 1 / 64
+"""Largest share of a device's memory, 256 MB of 16 GB: a training often leaves a few per cent free;
+engineering choice."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,45 +34,57 @@ class RingEntry:
 
     at: Moment
     batch: Any
-    """The batch in its own structure, containers copied, tensors by reference: on the device where the training has
-    them."""
+    """The batch in its structure: containers copied, tensors by reference, on the training's device."""
     ids: SampleIds | None
     rng: RandomState
     """Taken before the forward pass."""
     mutated: bool = False
-    """`training_step` (or what it called) has changed a tensor of the batch in place: the values are not what the
-    forward pass first saw."""
+    """Whether a tensor of the batch was changed in place since its forward pass began."""
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class _Held:
+    """A batch with what shows that it was changed in place."""
+
+    entry: RingEntry
+    nbytes: int
+    versions: list[tuple[Tensor, int]]
+    addresses: frozenset[int]
+    """Where its tensors on the host lie."""
+
+    def marked(self) -> RingEntry:
+        """The entry, marked if a tensor was changed in place."""
+        if any(tensor._version != version for tensor, version in self.versions):  # as said
+            self.mark()
+        return self.entry
+
+    def mark(self) -> None:
+        """Mark the entry as changed in place."""
+        self.entry = dataclasses.replace(self.entry, mutated=True)
+        self.versions = []
 
 
 class BatchRing(Participant):
-    """Keeps the last batches with their sample ids and random states, until newer ones take their place.
+    """Keeps the last batches with their sample ids and random states.
 
-    Nothing is copied but the containers (so that a step which pops its labels out of a dictionary does not empty the
-    entry) and the random states, some kilobytes. A batch changed in place, by the step or by a loader that writes the
-    next one into the same tensors, is noticed by their version counters and marked. Memory on the host that comes a
-    second time while the first batch on it is still held (a loader's own buffer, whose writes do not count) is cloned
-    from then on.
+    Copies only containers (a step can pop its labels out of a dictionary) and random states, some kilobytes. Version
+    counters show a batch that was changed in place, by the step or by a loader that reuses its tensors; it is marked.
+    Host memory that returns while an earlier batch on it is held is a loader's buffer, and is cloned from then on.
 
     Args:
-        depth: Batches kept beyond those of one optimizer step and those still on their way through the recorder.
-        max_bytes: Bytes of tensors kept in all, at most; on a device no more than `SHARE_OF_DEVICE` of its memory.
+        depth: Batches beyond those of one optimizer step and those still on their way through the recorder.
+        max_bytes: Largest number of bytes of tensors; on a device at most `MAX_DEVICE_SHARE` of its memory.
     """
 
     def __init__(self, depth: int = DEPTH, max_bytes: int = MAX_BYTES) -> None:
         self._depth = depth
         self._max_bytes = max_bytes
-        self._entries: dict[int, RingEntry] = {}
-        self._bytes: dict[int, int] = {}
-        self._versions: dict[int, list[tuple[Tensor, int]]] = {}
-        self._places: dict[int, frozenset[int]] = {}
+        self._held: dict[int, _Held] = {}
         self._is_reused = False
         self._ids: SampleIdWatch | None = None
 
     def want(self, depth: int) -> None:
-        """What one of those who share it needs: the greatest depth asked for counts, whoever came first.
-
-        The bound on bytes stays.
-        """
+        """Ask for a depth; the greatest one counts. The bound on bytes stays."""
         self._depth = max(self._depth, depth)
 
     @override
@@ -81,88 +92,67 @@ class BatchRing(Participant):
         self._ids = self.flight.share(SampleIdWatch, SampleIdWatch, trainer, module)
 
     def entry(self, ordinal: int) -> RingEntry | None:
-        """The batch with this ordinal, `None` where it is gone or has not come."""
-        self._mark(ordinal)
-        return self._entries.get(ordinal)
+        """The batch with this ordinal; `None` where it is not held."""
+        held = self._held.get(ordinal)
+        return None if held is None else held.marked()
 
     def entries(self) -> list[RingEntry]:
-        """All that are held, oldest first."""
-        for ordinal in self._entries:
-            self._mark(ordinal)
-        return list(self._entries.values())
+        """All batches that are held, oldest first."""
+        return [held.marked() for held in self._held.values()]
 
     @override
     def sense_batch(self, batch: TrainingBatch) -> None:
         ids = self._ids.current if self._ids is not None else None
-        ordinal = batch.at.ordinal
         leaves, structure = pytree.tree_flatten(batch.batch)
-        places = frozenset(leaf.data_ptr() for leaf in leaves if _lies_on_host(leaf))
+        addresses = frozenset(leaf.data_ptr() for leaf in leaves if _is_on_host(leaf))
         if not self._is_reused:
-            self._note_reuse(places)
-        leaves = [leaf.clone() if self._is_reused and _lies_on_host(leaf) else leaf for leaf in leaves]
+            for held in self._held.values():
+                if held.addresses & addresses:
+                    self._is_reused = True
+                    held.mark()
+        leaves = [leaf.clone() if self._is_reused and _is_on_host(leaf) else leaf for leaf in leaves]
         kept = pytree.tree_unflatten([_own(leaf) for leaf in leaves], structure)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
-        # the only witness of a change in place
-        self._versions[ordinal] = [(tensor, tensor._version) for tensor in tensors]
-        self._places[ordinal] = places
-        self._entries[ordinal] = RingEntry(at=batch.at, batch=kept, ids=ids, rng=RandomState.take())
-        self._bytes[ordinal] = sum(leaf.nbytes for leaf in leaves if _has_bytes(leaf))
+        self._held[batch.at.ordinal] = _Held(
+            entry=RingEntry(at=batch.at, batch=kept, ids=ids, rng=RandomState.take()),
+            nbytes=sum(leaf.nbytes for leaf in leaves if _has_bytes(leaf)),
+            versions=[(tensor, tensor._version) for tensor in tensors],  # the only witness of a change in place
+            addresses=addresses,
+        )
         if batch.module.device.type == "cuda":
-            self._max_bytes = min(self._max_bytes, _share_of(batch.module.device))
-        self._let_go(batch.trainer.accumulate_grad_batches)
+            self._max_bytes = min(self._max_bytes, _max_bytes_on(batch.module.device))
+        self._drop_oldest(batch.trainer.accumulate_grad_batches)
 
     @override
     def sense_outcome(self, batch: TrainingBatch, outputs: object) -> None:
-        self._mark(batch.at.ordinal)
+        self.entry(batch.at.ordinal)
 
     @override
     def release(self) -> None:
-        self._entries.clear()
-        self._bytes.clear()
-        self._versions.clear()
-        self._places.clear()
+        self._held.clear()
         self._is_reused = False
 
-    def _mark(self, ordinal: int) -> None:
-        if any(tensor._version != version for tensor, version in self._versions.get(ordinal, ())):  # as above
-            self._mark_mutated(ordinal)
-
-    def _mark_mutated(self, ordinal: int) -> None:
-        self._entries[ordinal] = dataclasses.replace(self._entries[ordinal], mutated=True)
-        self._versions[ordinal] = []
-
-    def _note_reuse(self, places: frozenset[int]) -> None:
-        for ordinal, held in self._places.items():
-            if held & places:
-                self._is_reused = True
-                self._mark_mutated(ordinal)
-
-    def _let_go(self, per_step: int) -> None:
-        """Drop the oldest: beyond the depth always, beyond the bytes only what is not needed for the step under judgement and one before."""
+    def _drop_oldest(self, per_step: int) -> None:
+        """Drop batches beyond the depth; beyond the bytes, only those that the judged step and the one before allow."""
         needed = per_step + self.flight.recorder.lag + 2
-        total = sum(self._bytes.values())
-        while len(self._entries) > needed and (len(self._entries) > needed + self._depth or total > self._max_bytes):
-            oldest = next(iter(self._entries))
-            total -= self._bytes.pop(oldest)
-            del self._entries[oldest], self._versions[oldest], self._places[oldest]
+        total = sum(held.nbytes for held in self._held.values())
+        while len(self._held) > needed and (len(self._held) > needed + self._depth or total > self._max_bytes):
+            total -= self._held.pop(next(iter(self._held))).nbytes
 
 
 def _own(leaf: object) -> object:
-    """A mapping of the user's own class (a tokenizer's output, say) is copied one level deep.
-
-    Anything else is kept as it is.
-    """
+    """A shallow copy of a mapping of the user's own class (such as a tokenizer's output); else the leaf itself."""
     return copy.copy(leaf) if isinstance(leaf, Mapping) else leaf
 
 
-def _lies_on_host(leaf: object) -> TypeGuard[Tensor]:
+def _is_on_host(leaf: object) -> TypeGuard[Tensor]:
     return _has_bytes(leaf) and leaf.device.type == "cpu" and leaf.layout is torch.strided and leaf.data_ptr() != 0
 
 
 @cache
-def _share_of(device: torch.device) -> int:
-    """Bytes; read off the device's properties, which does not wait for it."""
-    return int(torch.cuda.get_device_properties(device).total_memory * SHARE_OF_DEVICE)
+def _max_bytes_on(device: torch.device) -> int:
+    """Bytes by the device's properties, without waiting for it."""
+    return int(torch.cuda.get_device_properties(device).total_memory * MAX_DEVICE_SHARE)
 
 
 def _has_bytes(leaf: object) -> TypeGuard[Tensor]:

@@ -1,4 +1,6 @@
-"""The statistics of every batch, measured once for all who want them."""
+"""Statistics of every batch, measured once for all callbacks."""
+
+import dataclasses
 
 from typing_extensions import override
 
@@ -7,21 +9,15 @@ from lightning_spike.signals.batch import DISTINCT_BINS, BatchRoles, batch_signa
 
 
 class BatchStatistics(Participant):
-    """Puts `batch_signals` of every batch into the recorder."""
+    """Records `batch_signals` of every batch."""
 
     def __init__(self) -> None:
         self.roles = BatchRoles()
 
     def take_roles(self, roles: BatchRoles) -> None:
-        """Take over which part of a batch is what.
-
-        Of what one callback leaves to the convention, another may say it.
-        """
-        self.roles = BatchRoles(
-            target=self.roles.target if roles.target is None else roles.target,
-            weight=self.roles.weight if roles.weight is None else roles.weight,
-            input=self.roles.input if roles.input is None else roles.input,
-        )
+        """Add roles; those that are `None` keep their present value."""
+        given = {name: path for name, path in dataclasses.asdict(roles).items() if path is not None}
+        self.roles = dataclasses.replace(self.roles, **given)
 
     @override
     def sense_batch(self, batch: TrainingBatch) -> None:

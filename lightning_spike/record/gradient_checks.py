@@ -1,10 +1,7 @@
-"""What must hold in every sound training step.
-
-Each trainable parameter is in an optimizer, gets a gradient, and loses it again before the next backward pass.
-"""
+"""Checks of every training step: each trainable parameter has an optimizer and a gradient, which is zeroed again."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -21,28 +18,27 @@ from lightning_spike.signals.gradients import tensor_norms
 from lightning_spike.signals.subset import is_readable
 
 LEFTOVER: Final = "grad_norm/leftover"
-"""L2 norm of what an update left of its gradients when the next backward pass begins; recorded only where gradients are
-still there at all."""
+"""L2 norm of the gradients that an update left, when the next backward pass begins; recorded where there are any."""
 PATIENCE: Final = 20
-"""Updates in a row without a gradient after which a parameter is said to get none: a layer that is dropped at random
-has one before."""
-LOOK_EVERY: Final = 10
-"""Batches between two looks at gradients that are zeroed rather than removed (`set_to_none=False`)."""
-NAMED: Final = 8
-"""Parameters named in a finding."""
+"""Updates in a row without a gradient before it is reported; a randomly dropped layer has one earlier;
+engineering choice."""
+CHECK_EVERY: Final = 10
+"""Batches between two checks of gradients that are zeroed, not removed (`set_to_none=False`); engineering choice."""
+MAX_NAMES: Final = 8
+"""Parameters named in a finding; engineering choice."""
 
 
 class GradientChecks(Participant):
-    """Finds parameters that no optimizer has, that get no gradient, and gradients that are not zeroed. No device read.
+    """Finds parameters without optimizer or gradient, and gradients that are not zeroed. No device read.
 
-    Findings, all with `names` (the first eight), `count` and `text`:
+    Findings of the detector `"optimizer"`, all with `names` (the first eight), `count` and `text`:
 
-    - detector `"optimizer"`, kind `"not_optimized"`: trainable parameters that get gradients and are in no optimizer;
-      `from_start` tells whether they ever were in one: if not, it may be meant.
-    - kind `"no_gradient"`: trainable parameters of an optimizer that had no gradient in 20 of its updates in a row;
+    - `"not_optimized"`: trainable parameters with gradients that are in no optimizer; `from_start` says whether they
+      never were, which can be intended.
+    - `"no_gradient"`: trainable parameters of an optimizer without a gradient in 20 of its updates in a row;
       `from_start` as above.
-    - kind `"not_zeroed"`: an update's gradients are still there, and not 0, when the next backward pass begins; `norm`.
-      Under automatic optimisation only: by hand it may be meant.
+    - `"not_zeroed"`: gradients of an update are still there, and not 0, when the next backward pass begins; `norm`.
+      Under automatic optimisation only.
     """
 
     def __init__(self) -> None:
@@ -52,11 +48,11 @@ class GradientChecks(Participant):
     def _reset(self) -> None:
         self._named: list[tuple[str, Tensor]] = []
         self._never: set[int] = set()
-        """Parameters that never had a gradient."""
+        """Ids of the parameters that never had a gradient."""
         self._optimized: set[int] = set()
         self._counts: list[int] = []
         self._waits: dict[int, int] = {}
-        self._looked_at_rest = False
+        self._checked_rest = False
         self._in_batch = False
         self._stepped = False
         self._had_leftovers = False
@@ -81,9 +77,7 @@ class GradientChecks(Participant):
         lost = [n for n, p in self._named if p.requires_grad and id(p) in self._optimized and id(p) not in optimized]
         self._optimized = optimized
         if lost:
-            self._find(
-                batch.at, "not_optimized", lost, "left the optimizer and get no update any more", from_start=False
-            )
+            self._report(batch.at, "not_optimized", lost, "left the optimizer and are not updated", from_start=False)
 
     @override
     def sense_backward(self, batch: TrainingBatch, loss: Tensor) -> None:
@@ -94,7 +88,7 @@ class GradientChecks(Participant):
         left = [p.grad for o in batch.trainer.optimizers for p in _parameters(o) if p.grad is not None]
         readable = [gradient for gradient in left if is_readable(gradient)]
         had_some, self._had_leftovers = self._had_leftovers, bool(readable)
-        if readable and (not had_some or batch.at.ordinal % LOOK_EVERY == 0):
+        if readable and (not had_some or batch.at.ordinal % CHECK_EVERY == 0):
             total = torch.linalg.vector_norm(torch.stack(tensor_norms([g.detach() for g in readable])))
             self.flight.recorder.put(LEFTOVER, total)
         if not readable:
@@ -109,17 +103,15 @@ class GradientChecks(Participant):
         self._never -= there
         lacking = {id(p) for p in parameters if p.requires_grad} - there
         waits = {key: self._waits.get(key, 0) + 1 for key in lacking}
-        for key in there:
-            self._waits.pop(key, None)
-        self._waits |= waits
+        self._waits = {key: wait for key, wait in self._waits.items() if key not in there} | waits
         due = {key for key, wait in waits.items() if wait == PATIENCE}
         for from_start in (False, True):
             names = [n for n, p in self._named if id(p) in due and (id(p) in self._never) is from_start]
             if names:
                 since = "since the start" if from_start else f"in the last {PATIENCE} updates"
-                self._find(batch.at, "no_gradient", names, f"had no gradient {since}", from_start=from_start)
-        if not self._looked_at_rest:
-            self._look_at_rest(batch.at)
+                self._report(batch.at, "no_gradient", names, f"had no gradient {since}", from_start=from_start)
+        if not self._checked_rest:
+            self._check_rest(batch.at)
 
     @override
     def sense_outcome(self, batch: TrainingBatch, outputs: object) -> None:
@@ -132,7 +124,10 @@ class GradientChecks(Participant):
             return
         self._not_zeroed = True
         size = f"{norm:.3g}" if math.isfinite(norm) else "not finite"
-        text = f"Gradients of the last update were still there (norm {size}) when the next backward pass began: they were not zeroed, so that batches pile up."
+        text = (
+            f"The gradients of the last update (norm {size}) were not zeroed before the next backward pass: "
+            "gradients of several updates add up."
+        )
         detail = {"norm": norm if math.isfinite(norm) else None, "text": text}
         self.flight.store.note(Finding(detector="optimizer", kind="not_zeroed", at=arrival.row.at, detail=detail))
 
@@ -144,24 +139,21 @@ class GradientChecks(Participant):
         self._reset()
 
     def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Called by torch when an optimizer has stepped; the lab's steps, outside of a batch, do not count."""
+        """Note an optimizer step; the lab's steps, outside of a batch, do not count."""
         del optimizer, args, kwargs
         self._stepped = self._stepped or self._in_batch
 
-    def _look_at_rest(self, at: Moment) -> None:
-        """Once, when the first gradients are there: parameters that get one and that nobody updates.
-
-        One without is a teacher's or a metric's.
-        """
-        self._looked_at_rest = True
+    def _check_rest(self, at: Moment) -> None:
+        """Report parameters with a gradient and no optimizer, once, at the first gradients."""
+        self._checked_rest = True
         rest = [n for n, p in self._named if p.requires_grad and p.grad is not None and id(p) not in self._optimized]
         if rest:
-            self._find(at, "not_optimized", rest, "get gradients and are in no optimizer", from_start=True)
+            self._report(at, "not_optimized", rest, "have gradients but no optimizer", from_start=True)
 
-    def _find(self, at: Moment, kind: str, names: Sequence[str], what: str, *, from_start: bool) -> None:
-        some = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
+    def _report(self, at: Moment, kind: str, names: Sequence[str], what: str, *, from_start: bool) -> None:
+        some = ", ".join(names[:MAX_NAMES]) + (", …" if len(names) > MAX_NAMES else "")
         detail = {
-            "names": list(names[:NAMED]),
+            "names": list(names[:MAX_NAMES]),
             "count": len(names),
             "of": len(self._named),
             "from_start": from_start,
@@ -171,5 +163,4 @@ class GradientChecks(Participant):
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    groups: Iterable[Any] = optimizer.param_groups
-    return [p for group in groups for p in group["params"]]
+    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,4 +1,4 @@
-"""What Lightning's precision plugin is set to: the low precision, and the scaler that is on the gradients."""
+"""The low precision and the gradient scaler of Lightning's precision plugin."""
 
 from typing import Final
 
@@ -13,7 +13,7 @@ DTYPES: Final = {"16": torch.float16, "bf16": torch.bfloat16}
 
 
 def scaler_of(trainer: Trainer) -> GradScaler | None:
-    """The gradient scaler, `None` where the run has none."""
+    """The gradient scaler; `None` without one."""
     plugin = trainer.precision_plugin
     return plugin.scaler if isinstance(plugin, MixedPrecision) else None
 
@@ -23,12 +23,11 @@ def low_precision(trainer: Trainer) -> torch.dtype | None:
     return DTYPES.get(str(trainer.precision_plugin.precision).split("-", maxsplit=1)[0])
 
 
-def left_scale(trainer: Trainer, optimizer: Optimizer) -> Tensor | float:
-    """The loss scale that is still on the gradients.
+def remaining_scale(trainer: Trainer, optimizer: Optimizer) -> Tensor | float:
+    """The loss scale that the gradients still have.
 
-    Lightning does not unscale for a fused optimizer under fp16 (it does so itself).
-
-    Read as a device tensor from the scaler, since its public `get_scale()` waits for the device.
+    A fused optimizer under fp16 unscales them itself. Returns a device tensor, as the public `get_scale()` waits for
+    the device.
     """
     scaler = scaler_of(trainer)
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):

@@ -1,7 +1,4 @@
-"""What may take part in the shared loop.
-
-The phases of one training step, each a method that does nothing until overridden.
-"""
+"""Participants of the shared loop: one method per phase of a training step, which does nothing unless overridden."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -20,62 +17,62 @@ P = TypeVar("P", bound="Participant")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingBatch:
-    """The batch that the loop is at, as the hooks hand it on."""
+    """The present batch of the loop."""
 
     trainer: Trainer
     module: LightningModule
     at: Moment
     batch: Any
-    """The batch itself, on its device; `training_step` may have changed it in place by the time it ended."""
+    """The batch on its device; `training_step` can have changed it in place."""
 
 
-class _Course(Protocol):
-    """How the run goes, by the loss."""
+class _Health(Protocol):
+    """Health of the run by its loss."""
 
     @property
     def healthy(self) -> bool:
-        """No trouble is open."""
+        """Whether no episode is open."""
 
 
 class SharedFlight(Protocol):
-    """What participants use of the flight that they take part in."""
+    """The part of the flight that participants use."""
 
     @property
     def store(self) -> TrainerStateStore:
-        """What is known of the run."""
+        """Record of the run."""
 
     @property
     def recorder(self) -> Recorder:
-        """Takes the signals of the open row."""
+        """Collects the signals of the open row."""
 
     @property
-    def episodes(self) -> _Course:
-        """Judges the rows that have arrived."""
+    def episodes(self) -> _Health:
+        """Judges the rows that arrived."""
 
     def share(self, kind: type[P], make: Callable[[], P], trainer: Trainer, module: LightningModule) -> P:
-        """The one participant of this kind that all share; made by the first that asks."""
+        """The shared participant of this kind, made at the first call."""
 
 
 class Participant:
-    """One part of the suite: a callback, or something that several callbacks share (the batch ring, the snapshots).
+    """A callback, or something that several callbacks share (the batch ring, the snapshots).
 
-    The phases come in this order, and each runs for *all* participants before the next begins; so the order of the
-    callbacks in the Trainer's list makes no difference. An exception in any of them switches this participant off for
-    the rest of the run, with one warning.
+    Each phase runs for all participants before the next begins, so the order of the callbacks makes no difference. An
+    exception switches the participant off for the rest of the run, with one warning.
 
     ```
-    attach            setup                     find what is shared, install what must be in place before the first
-    batch begin             on_train_start            optimizers and loaders exist now sense_batch
-    on_train_batch_start      ┐ sense_backward    on_before_backward        │ put signals into the recorder; no blocking
-    read sense_gradients   on_before_optimizer_step  │ sense_outcome     on_train_batch_end        ┘ judge
-    on_train_batch_end        once for every batch whose numbers have arrived on the host
-    act               on_train_batch_end        every batch, on every rank: dump, replay, whatever leaves the run as it
-    is
-    heal              on_train_batch_end        when all have acted: the one phase that may change the run
+    attach            setup                     find shared parts, install what must precede the first batch
+    begin             on_train_start            optimizers and loaders exist now
+    sense_batch       on_train_batch_start      ┐
+    sense_backward    on_before_backward        │ put signals into the recorder; no blocking read
+    sense_gradients   on_before_optimizer_step  │
+    sense_outcome     on_train_batch_end        ┘
+    judge             on_train_batch_end        once per batch whose numbers are on the host
+    act               on_train_batch_end        every batch, on every rank: dump, replay; leaves the run unchanged
+    heal              on_train_batch_end        after `act` of all: the only phase that can change the run
     sense_validation  on_validation_end
     conclude          on_fit_end, on_exception  once, however the run ended
-    explain           on_fit_end, on_exception  once, when all have concluded: rank, render, write
-    release           teardown, on_exception    undo what `attach` installed
+    explain           on_fit_end, on_exception  once, after `conclude` of all: rank, render, write
+    release           teardown, on_exception    undo `attach`
     ```
     """
 
@@ -83,52 +80,40 @@ class Participant:
     """Set before `attach`."""
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
-        """Find what is shared, install what must be in place before the first batch is drawn."""
+        """Find shared parts and install what must precede the first batch."""
 
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
-        """Training is about to start: optimizers, schedulers and loaders exist, weights are on their device."""
+        """Prepare for training: optimizers, schedulers and loaders exist, weights are on their device."""
 
     def sense_batch(self, batch: TrainingBatch) -> None:
-        """Before the batch's forward pass. Must not block and not draw random numbers, as all that follow but `act`."""
+        """Measure before the forward pass; like all phases but `act`, must not block or draw random numbers."""
 
     def sense_backward(self, batch: TrainingBatch, loss: Tensor) -> None:
-        """Before each backward pass; under automatic optimisation `loss` is divided by the accumulation and scaled."""
+        """Measure before each backward pass; automatic optimisation divides and scales `loss`."""
 
     def sense_gradients(self, batch: TrainingBatch, optimizer: Optimizer) -> None:
-        """Gradients are complete, synchronised, unscaled and not yet clipped; once for each optimizer that steps."""
+        """Measure complete gradients, synchronised, unscaled and unclipped; once per optimizer step."""
 
     def sense_outcome(self, batch: TrainingBatch, outputs: object) -> None:
-        """After the batch, its update included; `outputs` as Lightning hands it to `on_train_batch_end`."""
+        """Measure after the batch and its update; `outputs` as in `on_train_batch_end`."""
 
     def judge(self, arrival: Arrival) -> None:
-        """A batch's numbers have arrived (on a GPU some batches late) and are in the store."""
+        """Judge a batch whose numbers are in the store now (on a GPU some batches late)."""
 
     def act(self, batch: TrainingBatch, changed: Sequence[Episode]) -> None:
-        """Do something about it.
-
-        Called at the end of every batch on every rank, with the episodes that are new or have changed.
-        """
+        """Act on new or changed episodes, at the end of every batch on every rank."""
 
     def heal(self, batch: TrainingBatch, changed: Sequence[Episode]) -> None:
-        """Change the run, back to healthy weights say.
-
-        After `act` of all, so that the lab still finds the weights as the trouble left them.
-        """
+        """Change the run, such as back to healthy weights, after the lab has seen the damaged ones."""
 
     def sense_validation(self, trainer: Trainer, module: LightningModule, at: Moment) -> None:
-        """A validation (not the sanity check) has ended after the training batch `at`.
-
-        Reading metrics may block here.
-        """
+        """Measure after a validation (not the sanity check) that followed the batch `at`; can block."""
 
     def conclude(self, trainer: Trainer, status: RunStatus, error: BaseException | None) -> None:
-        """The run is over, all rows have arrived. No collective: other ranks may be gone."""
+        """Settle at the end of the run. No collective, as other ranks can be gone."""
 
     def explain(self, trainer: Trainer, status: RunStatus, error: BaseException | None) -> None:
-        """All have concluded and the store is as it will stay; only the report takes part in this one.
-
-        No collective either.
-        """
+        """Report, after `conclude` of all. No collective."""
 
     def release(self) -> None:
-        """Undo what `attach` installed; may be called twice."""
+        """Undo `attach`; can be called twice."""

@@ -1,11 +1,7 @@
-"""The one place where device values become numbers.
+"""Recorder: copies device values to the host without waiting for them.
 
-A batch's signals travel to the host without anyone waiting for them.
-
-Signals of the open row are gathered on their device; when the row is closed they are joined into one vector, whose copy
-into pinned host
-memory is started but not waited for. Rows come out in order, once their copy has passed: on a CUDA device some steps
-later, on the CPU at once. Everything downstream therefore works with a lag, never with a stall.
+Signals of the open row stay on their device. Closing the row joins them into one vector and starts its copy into pinned
+host memory. Rows come out in order once their copy is complete: on a CUDA device some steps later, on the CPU at once.
 """
 
 import dataclasses
@@ -21,7 +17,7 @@ from torch import Tensor
 from lightning_spike.records import LayerRow, Moment, StepRow
 
 ROWS_PER_READ: Final = 32
-"""On an accelerator without CUDA's events, rows are read this many at a time: one blocking read in 32 steps."""
+"""Rows per blocking read on an accelerator without CUDA events; engineering choice."""
 
 Key = tuple[torch.device, torch.dtype]
 
@@ -45,7 +41,7 @@ class _Transfer:
         return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
 
     def numbers(self) -> npt.NDArray[np.float64]:
-        """Blocks only where the copy has not passed yet."""
+        """The vector; blocks only while the copy is incomplete."""
         if self.event is not None:
             self.event.synchronize()
         host = self.host.float() if self.host.dtype == torch.bfloat16 else self.host
@@ -64,7 +60,7 @@ class _OpenRow:
 
 @dataclasses.dataclass(slots=True)
 class _Closed:
-    """A row whose device values are under way: per device and dtype the names, sizes and the vector."""
+    """A row whose device values are being copied, by device and dtype."""
 
     row: _OpenRow
     transfers: list[tuple[list["_Part"], _Transfer]]
@@ -72,7 +68,7 @@ class _Closed:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Part:
-    """What a stretch of a transferred vector is."""
+    """Meaning of a range of a transferred vector."""
 
     signal: str
     size: int
@@ -80,7 +76,7 @@ class _Part:
 
 
 class Recorder:
-    """Collects the signals of one batch after the other and hands them out as rows once they are on the host."""
+    """Collects the signals of each batch and returns them as rows once they are on the host."""
 
     def __init__(self) -> None:
         self._open: _OpenRow | None = None
@@ -88,19 +84,19 @@ class Recorder:
 
     @property
     def lag(self) -> int:
-        """Rows closed but not handed out yet."""
+        """Number of rows that are closed but not returned."""
         return len(self._under_way)
 
     def begin(self, at: Moment, *, batch_size: int | None = None, usual_batch_size: int | None = None) -> None:
-        """Open the row of a batch; one that was left open (its batch never ended) is dropped."""
+        """Open the row of a batch; drops one that is still open."""
         self._open = _OpenRow(at, batch_size, usual_batch_size)
 
     def put(self, signal: str, value: Tensor | float) -> None:
-        """Add a scalar to the open row; without one (a hook outside a batch) it is ignored.
+        """Add a scalar to the open row; ignored without one (in a hook outside a batch).
 
         Args:
             signal: The series' name.
-            value: A number, or a tensor with one element, any dtype, on any device. It is not read here: never blocks.
+            value: A number, or a tensor with one element of any dtype and device, which is not read here.
         """
         if self._open is None:
             return
@@ -110,28 +106,25 @@ class Recorder:
             self._open.numbers[signal] = float(value)
 
     def put_vector(self, signal: str, value: Tensor) -> None:
-        """Add a vector of shape `(n,)` to the open row, under the names the store keeps for this signal.
-
-        Never blocks.
-        """
+        """Add a vector of shape `(n,)` to the open row, whose names the store keeps. Never blocks."""
         if self._open is not None:
             self._open.vectors[signal] = value.detach()
 
     def end(self) -> None:
-        """Close the open row and start its way to the host; never blocks."""
+        """Close the open row and start its copy; never blocks."""
         if self._open is not None:
             self._under_way.append(_Closed(self._open, list(_start(self._open))))
             self._open = None
 
     def arrived(self) -> list[Arrival]:
-        """The rows that have reached the host since the last call, in order; never blocks (but see `ROWS_PER_READ`)."""
+        """Rows that reached the host since the last call, in order; never blocks (but see `ROWS_PER_READ`)."""
         out = []
         while self._under_way and self._is_ready(self._under_way[0]):
             out.append(_arrival(self._under_way.popleft()))
         return out
 
     def flush(self) -> list[Arrival]:
-        """All rows that are still under way. Blocks until the device has finished them: for the end of a run only."""
+        """All remaining rows; blocks until the device has finished, so only for the end of a run."""
         out = [_arrival(closed) for closed in self._under_way]
         self._under_way.clear()
         return out
@@ -143,7 +136,7 @@ class Recorder:
 
 
 def _start(row: _OpenRow) -> Iterator[tuple[list[_Part], _Transfer]]:
-    """Join the row's tensors, one vector for each device and dtype (nearly always one in all), and send them off."""
+    """Join the row's tensors per device and dtype, and start their copies."""
     groups: dict[Key, list[tuple[_Part, Tensor]]] = {}
     for is_vector, signals in ((False, row.scalars), (True, row.vectors)):
         for name, tensor in signals.items():
@@ -154,7 +147,7 @@ def _start(row: _OpenRow) -> Iterator[tuple[list[_Part], _Transfer]]:
 
 
 def _send(vector: Tensor) -> _Transfer:
-    """Start the copy to the host. On the CPU nothing is to be copied: `torch.cat` has made a new tensor already."""
+    """Start the copy to the host; on the CPU `torch.cat` has made a new tensor already."""
     if vector.device.type != "cuda":
         return _Transfer(vector, None)
     host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)

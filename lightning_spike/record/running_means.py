@@ -1,7 +1,7 @@
-"""What one poisoned batch leaves in the running statistics of an epoch, and how it is taken out again.
+"""Remove non-finite values from the running statistics of an epoch.
 
-`self.log(on_epoch=True)` adds up a mean over the epoch, and a torchmetrics object its states: one NaN in them makes the
-epoch's value NaN, on which `EarlyStopping(check_finite)` would stop a run that has just been healed.
+`self.log(on_epoch=True)` accumulates a mean over the epoch, and a torchmetrics object its states. One NaN makes the
+epoch's value NaN, on which `EarlyStopping(check_finite)` would stop a run that was just healed.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from torchmetrics import Metric, MetricCollection
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class RunningMean:
-    """One logged value's reduction over the epoch so far; clones."""
+    """A clone of one logged value's reduction over the epoch so far."""
 
     value: Tensor
     weight: Tensor | None
@@ -23,24 +23,19 @@ class RunningMean:
 
 
 def take_running_means(trainer: Trainer) -> dict[str, RunningMean]:
-    """Clone the running reductions of the training epoch, by Lightning's key (`training_step.train_loss`).
-
-    Never blocks.
-    """
+    """Clone the reductions of the training epoch by Lightning's key (`training_step.train_loss`). Never blocks."""
     return {key: RunningMean(m.value.detach().clone(), _weight(m)) for key, m in _logged(trainer)}
 
 
 def clean_running_means(trainer: Trainer, saved: dict[str, RunningMean] | None) -> list[str]:
-    """Put every reduction that is no longer finite back to what it was, or reset it where nothing was kept.
-
-    Blocks: it reads the values.
+    """Restore every non-finite reduction, or reset it where there is no copy. Blocks.
 
     Args:
         trainer: The trainer, inside a training epoch.
-        saved: What `take_running_means` gave in this very epoch; `None` for another epoch's, which does not count.
+        saved: From `take_running_means` in this epoch; `None` if from another.
 
     Returns:
-        The names that had to be cleaned.
+        Their names.
     """
     cleaned = []
     for key, metric in _logged(trainer):
@@ -55,7 +50,7 @@ def clean_running_means(trainer: Trainer, saved: dict[str, RunningMean] | None) 
 
 
 def reset_poisoned_metrics(module: LightningModule) -> list[str]:
-    """Reset every torchmetrics object inside the module that holds a value that is not finite. Blocks.
+    """Reset every torchmetrics object of the module with a non-finite state. Blocks.
 
     Returns:
         Their names in the module.
@@ -72,7 +67,7 @@ def reset_poisoned_metrics(module: LightningModule) -> list[str]:
 
 def _logged(trainer: Trainer) -> list[tuple[str, _ResultMetric]]:
     """Lightning's accumulators of the training epoch that hold a tensor and a reduction over the epoch."""
-    results = trainer.fit_loop.epoch_loop._results  # there is no public way to them
+    results = trainer.fit_loop.epoch_loop._results  # not public
     return [(k, m) for k, m in results.items() if m.is_tensor and m.meta.on_epoch and not m.has_reset]
 
 

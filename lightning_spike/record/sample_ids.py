@@ -1,10 +1,7 @@
-"""Which samples of the dataset are in a batch.
+"""Dataset indices of the samples in a batch, from the loader's sampler.
 
-The index lists that the loader's own sampler drew, kept until their batch comes.
-
-With workers the sampler runs several batches ahead of the training, so the lists are numbered as they are drawn, and
-looked up by the position of the batch in
-its epoch. The samplers are wrapped, not replaced: they draw what, and when, they would have drawn.
+With workers, the sampler runs several batches ahead of the training, so its index lists are numbered and looked up by
+the position of the batch in its epoch. Samplers are wrapped, not replaced: they draw the same indices at the same time.
 """
 
 import dataclasses
@@ -22,22 +19,17 @@ NO_IDS: Final = "Samples cannot be named by their dataset index"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LoaderIds:
-    """The samples that one loader gave to a batch."""
+    """The samples of one loader in a batch."""
 
     loader: str
-    """Position of the loader in a `CombinedLoader`, `"0"` for the only one."""
+    """Index of the loader in a `CombinedLoader`; `"0"` for a single one."""
     drawn: tuple[Any, ...]
-    """What the sampler drew, in the order of the batch: with the usual samplers positions in the loader's dataset."""
+    """The draws of the sampler in the order of the batch, usually positions in the loader's dataset."""
     dataset: Any = dataclasses.field(repr=False)
 
     @property
     def indices(self) -> tuple[Any, ...]:
-        """The same as indices of the underlying dataset.
-
-        Positions in a `Subset` (`random_split`) are looked up, however nested.
-
-        Whole numbers become `int`; anything else that a sampler of the user's own drew stays as it is.
-        """
+        """Indices in the underlying dataset, through nested `Subset`s (`random_split`); integers become `int`."""
         return tuple(_underlying(self.dataset, _plain(index)) for index in self.drawn)
 
 
@@ -46,26 +38,25 @@ class SampleIds:
     """The samples in one batch."""
 
     loaders: tuple[LoaderIds, ...]
-    """One entry for each loader whose samples are known; a `CombinedLoader` has several."""
+    """One entry per loader with known samples."""
 
     @property
     def indices(self) -> tuple[Any, ...]:
-        """Dataset indices by position in the batch; empty where several loaders make up the batch."""
+        """Dataset indices by position in the batch; empty for several loaders."""
         return self.loaders[0].indices if len(self.loaders) == 1 else ()
 
 
 class SampleIdWatch(Participant):
-    """Wraps the samplers of the training loaders as Lightning prepares them, and tells the ids of the batch that is being trained on.
+    """Wraps the samplers of the training loaders to find the ids of the present batch.
 
-    Loaders are caught in `Strategy.process_dataloader`, after Lightning has put in its `DistributedSampler` and before
-    the first iterator is made. What cannot be named (an `IterableDataset`, an iterable that is no `DataLoader`, workers
-    with `in_order=False`, a resume into the middle of an epoch of a stateful loader) is said once, in the store's
-    remarks. `release` takes all wrapping off again.
+    Wraps in `Strategy.process_dataloader`, after Lightning's `DistributedSampler` and before the first iterator.
+    Unknown samples (an `IterableDataset`, an iterable that is no `DataLoader`, workers with `in_order=False`, a
+    stateful loader resumed inside an epoch) give one remark in the store. `release` removes all wrappers.
     """
 
     def __init__(self) -> None:
         self.current: SampleIds | None = None
-        """The ids of the batch that the training is at, `None` where they are not known."""
+        """Ids of the present batch; `None` where unknown."""
         self._taps: list[_Tap] = []
         self._undo: Callable[[], None] | None = None
         self._first_position: int | None = None
@@ -92,7 +83,7 @@ class SampleIdWatch(Participant):
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
         loaders = _loaders(trainer)
         if len(loaders) > 1 and len(self._taps) < len(loaders) and trainer.num_training_batches == float("inf"):
-            self._give_up("one of several loaders has no length, so that Lightning reads ahead in all of them")
+            self._disable("one of several loaders has no length, so Lightning prefetches from all of them")
 
     @override
     def sense_batch(self, batch: TrainingBatch) -> None:
@@ -110,16 +101,13 @@ class SampleIdWatch(Participant):
         self._taps = []
 
     def _position(self, batch: TrainingBatch) -> int:
-        """How many batches of this epoch's iterators came before.
-
-        A run resumed inside an epoch counts on, but begins with new iterators.
-        """
+        """Number of earlier batches of this epoch's iterators, which are new after a resume inside an epoch."""
         if self._first_position is None or batch.at.epoch != self._first_epoch:
             resumed = self._first_position is None and batch.trainer.ckpt_path is not None
             self._first_position = batch.at.batch_idx if resumed else 0
             self._first_epoch = batch.at.epoch
             if self._first_position and any(hasattr(tap.loader, "load_state_dict") for tap in self._taps):
-                self._give_up("a loader with a state of its own was resumed inside an epoch")
+                self._disable("a stateful loader was resumed inside an epoch")
         return batch.at.batch_idx - self._first_position
 
     def _watch(self, dataloader: object, is_training: Callable[[], bool]) -> None:
@@ -132,17 +120,14 @@ class SampleIdWatch(Participant):
         elif all(tap.loader is not dataloader for tap in self._taps):
             self._taps.append(_Tap(dataloader, is_training))
 
-    def _give_up(self, why: str) -> None:
+    def _disable(self, why: str) -> None:
         self.flight.store.note(f"{NO_IDS}: {why}.")
         for tap in self._taps:
             tap.remove()
         self._taps = []
 
     def _known(self, trainer: Trainer, position: int) -> Iterator[LoaderIds]:
-        """Ids by loader, in the order of the loaders.
-
-        A loader that is replaced between epochs keeps its tap but is asked no more.
-        """
+        """Ids of the present loaders, in their order."""
         # see `_loaders`
         iterators = getattr(getattr(trainer.fit_loop._combined_loader, "_iterator", None), "iterators", [])
         for index, loader in enumerate(_loaders(trainer)):
@@ -154,14 +139,14 @@ class SampleIdWatch(Participant):
 
 
 def _loaders(trainer: Trainer) -> list[Any]:
-    """The training loaders as they are iterated."""
+    """The training loaders in the order of iteration."""
     # `trainer.train_dataloader` is the user's collection, not the loaders in order
     combined = trainer.fit_loop._combined_loader
     return [] if combined is None else list(combined.flattened)
 
 
 class _Tap:
-    """The wrapping of one loader's sampler, and the iterator that the training draws from."""
+    """The wrapper of one loader's sampler, and the iterator of the training."""
 
     def __init__(self, loader: "DataLoader[Any]", is_training: Callable[[], bool]) -> None:
         self.loader = loader
@@ -173,10 +158,7 @@ class _Tap:
         self._put(self._sampler, self._watched)
 
     def iterate(self) -> "Iterator[Any]":
-        """An iterator over the sampler.
-
-        One that begins outside the training (the same loader used for validation) is none of ours.
-        """
+        """An iterator over the sampler, watched only in training (not if the loader is used for validation)."""
         iterator: Iterator[Any] = iter(self._sampler)
         if not self._is_training():
             return iterator
@@ -187,10 +169,9 @@ class _Tap:
         """The samples of the batch at this position of the epoch.
 
         Args:
-            position: Batches of this epoch before.
-            name: What the loader is called in the answer.
-            loader_iterator: The iterator that Lightning draws batches from, where it can be told: user code may have
-                begun another one since.
+            position: Number of earlier batches of this epoch.
+            name: Name of the loader in the result.
+            loader_iterator: Lightning's iterator where known, as user code can begin another one.
         """
         in_use = getattr(loader_iterator, "_sampler_iter", None)
         iterator = in_use if isinstance(in_use, _WatchedIterator) else self._current
@@ -201,17 +182,14 @@ class _Tap:
         return LoaderIds(loader=name, drawn=tuple(drawn) if is_list else (drawn,), dataset=self.loader.dataset)
 
     def remove(self) -> None:
-        """Put the loader's own sampler back, also in an iterator that lives on with its workers."""
+        """Restore the loader's sampler, also in an iterator of persistent workers."""
         self._put(self._watched, self._sampler)
         if self._current is not None:
             self._current.stop()
             self._current = None
 
     def _in_earlier_rounds(self, position: int) -> int:
-        """Batches of this epoch that came from earlier iterators.
-
-        In a `CombinedLoader` the shorter loader begins again while the epoch goes on.
-        """
+        """Batches of this epoch from earlier iterators: a `CombinedLoader` restarts its shorter loaders."""
         try:
             length = len(self._watched)
         except TypeError:
@@ -219,19 +197,16 @@ class _Tap:
         return position // length * length if length else 0
 
     def _put(self, present: object, new: object) -> None:
-        """DataLoader forbids the assignment after construction.
-
-        The iterator of persistent workers has a reference of its own.
-        """
+        """Set the sampler, despite DataLoader's check, and that in the iterator of persistent workers."""
         if getattr(self.loader, self._attribute) is present:
             object.__setattr__(self.loader, self._attribute, new)
         iterator = getattr(self.loader, "_iterator", None)
         if iterator is not None and getattr(iterator, "_index_sampler", None) is present:
-            iterator._index_sampler = new  # there is no public way
+            iterator._index_sampler = new  # not public
 
 
 class _WatchedSampler:
-    """A sampler with an ear at it: everything but `__iter__` goes to the sampler itself, setting attributes too."""
+    """A wrapper that forwards everything but `__iter__` to the sampler."""
 
     def __init__(self, sampler: Any, tap: _Tap) -> None:
         object.__setattr__(self, "_watched", (sampler, tap))
@@ -252,10 +227,7 @@ class _WatchedSampler:
 
 
 class _WatchedIterator:
-    """Hands on what the sampler draws, and numbers it.
-
-    Attributes are the iterator's own, for loaders that save and load its state.
-    """
+    """Forwards and numbers the draws of the sampler; other attributes are the iterator's, for stateful loaders."""
 
     def __init__(self, iterator: Iterator[Any]) -> None:
         self._iterator = iterator
@@ -278,7 +250,7 @@ class _WatchedIterator:
         return getattr(self._iterator, name)
 
     def take(self, position: int) -> Any:
-        """What was drawn at this position, `None` where it is unknown; it and all before are let go."""
+        """The draw at this position, `None` where unknown; forgets it and all before."""
         pending = self._pending or {}
         drawn = pending.get(position)
         for old in [p for p in pending if p <= position]:
@@ -286,12 +258,12 @@ class _WatchedIterator:
         return drawn
 
     def stop(self) -> None:
-        """Remember nothing from now on."""
+        """Stop recording."""
         self._pending = None
 
 
 def _plain(index: object) -> object:
-    """An `int` where it stands for one, as numpy's and torch's whole numbers do."""
+    """An `int` for numpy's and torch's integers, else the index itself."""
     to_int = getattr(index, "__index__", None)
     if to_int is None or isinstance(index, bool):
         return index

@@ -1,4 +1,4 @@
-"""Snapshots of the training state, taken now and then, and believed only once they are proven healthy."""
+"""Snapshots of the training state, which must be verified as healthy."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_spike.record import state_copy
-from lightning_spike.record.attribute_state import OwnState, copy_own
+from lightning_spike.record.attribute_state import AttributeState, copy_attributes
 from lightning_spike.record.participant import Participant, TrainingBatch
 from lightning_spike.record.recorder import Arrival
 from lightning_spike.record.running_means import RunningMean, take_running_means
@@ -19,79 +19,66 @@ from lightning_spike.records import Episode, EpisodeKind, Moment
 from lightning_spike.signals.random_state import RandomState
 
 FLAG: Final = "snapshot/finite"
-"""Signal that says whether everything in the snapshot taken at this batch is finite: 1 or 0; one a device,
-`snapshot/finite/<device>` for further ones."""
-CONFIRM: Final = 8
-"""Batches after a snapshot whose losses must be accepted before it is believed: what poisons weights shows in the next
-loss, or the one after that; a rise that is slower is dated back by the detector, and then takes the snapshot with
-it."""
+"""Signal that is 1 if all of the snapshot at this batch is finite, else 0; `snapshot/finite/<device>` for further
+devices."""
+CONFIRMING_BATCHES: Final = 8
+"""Batches after a snapshot whose losses must be accepted: bad weights show in the next loss or two, and the detector
+dates slower rises back; engineering choice."""
 SLOTS: Final = 4
-"""Snapshots held at most, where memory allows: one that waits for its proof, and three to go back to."""
+"""Snapshots that are held: one that is unverified and three to return to; engineering choice."""
 NEAR_SLOTS: Final = 8
-"""The same where near ones are wanted: five a cadence of 16 apart reach back 72 batches (`lab.live_scene.REACH`), one
-waits, one is far, one is let go."""
-NEAREST: Final = 16
-"""Batches between near snapshots, where memory allows: so that, with the proof, 8 to 24 batches lie between one and the
-onset of a trouble."""
-FARTHEST: Final = 50
-"""Batches between them at most, however large the model."""
+"""The same with near snapshots: five at a cadence of 16 reach back 72 batches (as
+`lab.live_scene.RECORDED_BATCHES`)."""
+MIN_NEAR_CADENCE: Final = 16
+"""Batches between near snapshots where memory allows: 8 to 24 batches before an onset, with the proof;
+engineering choice."""
+MAX_NEAR_CADENCE: Final = 50
+"""Largest number of batches between them, for a large model; engineering choice."""
 NEAR_MB: Final = 1024
-"""Memory for all near snapshots together; a model of more than 10 M parameters under Adam is held fewer times, and more
-rarely."""
-LEAST_SLOTS: Final = 2
-"""One to go back to while the next waits for its proof."""
-REACH: Final = 8
-"""The oldest snapshot is kept until it is this many cadences old: troubles that are noticed late are dated back past
-the recent ones."""
+"""Memory for all near snapshots; beyond 10 M parameters under Adam there are fewer; engineering choice."""
+MIN_SLOTS: Final = 2
+"""One to return to while the next is unverified."""
+MAX_AGE: Final = 8
+"""Cadences for which the oldest snapshot is kept: late episodes are dated back past recent ones; engineering choice."""
 ON_DEVICE_MB: Final = 256
-"""Up to this size in all, snapshots stay on the device; larger ones go to pinned host memory (12 bytes a parameter
-under Adam: 5 M parameters, 2.5 M near)."""
+"""Largest total size of snapshots on the device; larger ones go to pinned host memory; engineering choice."""
 MB: Final = 1 << 20
-LOSS_TROUBLES: Final = frozenset(
-    {EpisodeKind.SPIKE, EpisodeKind.DIVERGENCE, EpisodeKind.NONFINITE, EpisodeKind.OSCILLATION}
-)
-"""Kinds of episodes whose weights are not to be gone back to."""
+LOSS_TROUBLES: Final = frozenset(set(EpisodeKind) - {EpisodeKind.STALL, EpisodeKind.OVERFIT})
+"""Kinds of episodes whose weights are no place to return to."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Snapshot:
-    """The training state as it was before the forward pass of one batch.
-
-    Clones, on the device or in pinned host memory.
-    """
+    """Clone of the training state before the forward pass of one batch, on the device or in pinned host memory."""
 
     at: Moment
-    """The batch before which it was taken."""
+    """The next batch."""
     model: dict[str, Tensor]
     """Parameters and buffers by name, non-persistent buffers included."""
     optimizers: list[dict[str, Any]]
-    """One a `trainer.optimizers`, in the form of `Optimizer.state_dict()`."""
+    """One per entry of `trainer.optimizers`, in the form of `Optimizer.state_dict()`."""
     scaler: dict[str, Tensor | None] | None
     """`scale` and `growth_tracker` of the GradScaler, `None` without one."""
     rng: RandomState
     averages: dict[str, dict[str, Tensor]]
     """Averaged models that callbacks hold (EMA, SWA), by place."""
     means: dict[str, RunningMean]
-    """The running means of `self.log(on_epoch=True)` as they stood."""
-    own: OwnState | None = None
-    """What the module keeps in attributes: counters, metrics, hidden states. For re-runs only."""
+    """Running means of `self.log(on_epoch=True)`."""
+    own: AttributeState | None = None
+    """Attributes of the module: counters, metrics, hidden states. For replays only."""
     gradients: dict[str, Tensor] | None = None
-    """Under manual optimisation, where nobody else knows whether they are used up; by parameter name. For re-runs
-    only."""
+    """Gradients by parameter name, under manual optimisation. For replays only."""
 
     def load_into(self, trainer: Trainer, module: LightningModule, *, hyperparameters: bool = False) -> None:
-        """Put weights, buffers, optimizers, loss scale and averaged models back, in place.
+        """Restore weights, buffers, optimizers, loss scale and averaged models in place, any number of times.
 
-        Never aliases, so it can be done again.
-
-        Random states, gradients, schedulers, loops, logged means and attributes of the module are left alone, as the
-        run goes on from where it is. Does not wait for the device.
+        Leaves random states, gradients, schedulers, loops, logged means and module attributes alone. Does not wait for
+        the device.
 
         Args:
             trainer: The trainer whose optimizers and precision plugin are written to.
-            module: The module that the snapshot was taken of.
-            hyperparameters: Put back what schedulers write into parameter groups too (lr, betas, momentum, weight
-                decay).
+            module: The module of the snapshot.
+            hyperparameters: Also restore what schedulers write (lr, betas, momentum, weight decay).
         """
         state_copy.load_module(module, self.model)
         for optimizer, saved in zip(trainer.optimizers, self.optimizers, strict=True):
@@ -104,7 +91,7 @@ class Snapshot:
 class _Held:
     snapshot: Snapshot
     is_first: bool
-    """The state a run began with is what the user gave: one accepted loss is proof enough."""
+    """Whether it is the first state of the run, for which one accepted loss suffices."""
     is_finite: bool = False
     is_verified: bool = False
 
@@ -114,64 +101,58 @@ class _Held:
 
 
 class Snapshots(Participant):
-    """Takes snapshots and proves them; shared by all callbacks that need some.
+    """Takes and verifies snapshots, for all callbacks that need them.
 
-    A snapshot is taken before the forward pass of the first batch of an accumulation window, on a grid of every `every`
-    batches that is the same on all ranks, and not while the loss is in trouble. It is verified once a flag computed on
-    the device has arrived that says that parameters, buffers and optimizer states are all finite, and the losses of its
-    batch and of the `CONFIRM` batches after it were accepted. An episode
-    takes with it all snapshots from its onset on. Nothing blocks: clones are queued on the stream of the training. For
-    re-runs they are denser, as far as memory allows (`want_near`).
+    Takes a snapshot every `every` batches, the same on all ranks, before the first batch of an accumulation window and
+    outside of episodes. It is verified once parameters, buffers and optimizer states are known to be finite and the
+    losses of the next `CONFIRMING_BATCHES` batches were accepted. An episode removes all snapshots from its onset on.
+    Nothing blocks: clones are queued on the training's stream. For replays they are denser (`want_near`).
 
     Args:
-        every: Batches between two snapshots, unless somebody wants another cadence.
-        memory_mb: Memory for all snapshots together, unless somebody wants another limit; where two do not fit, none
-            are taken and the report says so.
+        every: Batches between two snapshots, unless another cadence is wanted.
+        memory_mb: Memory for all snapshots, unless another limit is wanted; where two do not fit, there are none.
     """
 
     def __init__(self, every: int = 50, memory_mb: int = 4096) -> None:
         self.unavailable: str | None = None
-        """Why there are no snapshots in this run, as a sentence; `None` where there are."""
+        """Why there are no snapshots, as a sentence; `None` where there are."""
         self._default = (every, memory_mb)
         self._wanted: list[tuple[int, int]] = []
         self._reach = 0
-        self._near = NEAREST
+        self._near = MIN_NEAR_CADENCE
         self._held: list[_Held] = []
         self._last = -1
         self._is_first = True
-        self._has_said = False
+        self._has_noted = False
 
     @property
     def every(self) -> int:
-        """Batches between two snapshots: the densest cadence that was wanted."""
+        """Batches between two snapshots, the densest wanted cadence."""
         return min([*self._cadences(), *([self._near] if self._reach else [])])
 
     @property
     def memory_mb(self) -> int:
-        """Memory for all snapshots together: the largest limit that was wanted."""
+        """Memory for all snapshots, the largest wanted limit."""
         return max((memory for _, memory in self._wanted), default=self._default[1])
 
     def want(self, *, every: int, memory_mb: int) -> None:
-        """What one of those who share it was asked for by the user; who came first makes no difference."""
+        """Ask for a cadence and a memory limit, in any order."""
         self._wanted.append((every, memory_mb))
 
     def want_near(self, reach: int) -> None:
-        """Somebody trains again from them.
-
-        Snapshots as dense as `NEAR_MB` of memory allows, that reach back this many batches.
-        """
+        """Ask for snapshots for replays that reach back this many batches, as dense as `NEAR_MB` allows."""
         self._reach = max(self._reach, reach)
 
     def latest_healthy(self, before: int | None = None) -> Snapshot | None:
-        """The newest verified snapshot whose `at.ordinal` is below `before`; `None` where there is none."""
+        """The newest verified snapshot with `at.ordinal` below `before`; `None` without one."""
         return next(reversed(self.verified(before)), None)
 
     def verified(self, before: int | None = None) -> list[Snapshot]:
-        """All verified snapshots whose `at.ordinal` is below `before`, oldest first."""
+        """All verified snapshots with `at.ordinal` below `before`, oldest first."""
         return [h.snapshot for h in self._held if h.is_verified and (before is None or h.ordinal < before)]
 
     def rewound(self, to: Snapshot) -> None:
-        """The run has gone back to this snapshot: later ones are of a course that was given up."""
+        """Drop snapshots after this one, to which the run was rolled back."""
         self._held = [h for h in self._held if h.ordinal <= to.at.ordinal]
 
     @override
@@ -210,12 +191,9 @@ class Snapshots(Participant):
         )
 
     def _make_room(self, batch: TrainingBatch) -> bool:
-        """Let go of one too many.
-
-        False where that would be one that waits for its proof, or the memory is too small for two.
-        """
+        """Drop verified snapshots for a new one; false where unverified ones or the memory leave no room."""
         slots = self._slots(max(_size(batch.trainer, batch.module), 1))
-        if slots < LEAST_SLOTS:
+        if slots < MIN_SLOTS:
             self._give_up(batch)
             return False
         while len(self._held) >= slots and (index := self._dispensable(batch.at.ordinal)) is not None:
@@ -223,7 +201,7 @@ class Snapshots(Participant):
         return len(self._held) < slots
 
     def _slots(self, size: int) -> int:
-        """How many are held of this size in bytes; sets the cadence of the near ones by it."""
+        """Number of snapshots of this size in bytes; also sets the near cadence."""
         slots = min(SLOTS, self.memory_mb * MB // size)
         if self._reach:
             near = min(NEAR_SLOTS, NEAR_MB * MB // size, self.memory_mb * MB // size)
@@ -236,22 +214,17 @@ class Snapshots(Participant):
         return asked or ([] if self._reach else [self._default[0]])
 
     def _dispensable(self, ordinal: int) -> int | None:
-        """Index of the snapshot to let go.
-
-        The second oldest while the oldest is not too old, so that both far and near ones are held.
-        """
+        """Index of the snapshot to drop: the second oldest, unless the oldest is too old."""
         verified = [i for i, h in enumerate(self._held) if h.is_verified]
-        if len(verified) < LEAST_SLOTS:
+        if len(verified) < MIN_SLOTS:
             return None
-        too_old = ordinal - self._held[verified[0]].ordinal > REACH * max([*self._cadences(), self.every])
-        return verified[0] if too_old or len(verified) == LEAST_SLOTS else verified[1]
+        too_old = ordinal - self._held[verified[0]].ordinal > MAX_AGE * max([*self._cadences(), self.every])
+        return verified[0] if too_old or len(verified) == MIN_SLOTS else verified[1]
 
     def _give_up(self, batch: TrainingBatch) -> None:
-        need = LEAST_SLOTS * _size(batch.trainer, batch.module) // MB + 1
+        need = MIN_SLOTS * _size(batch.trainer, batch.module) // MB + 1
         self._held = []
-        self.unavailable = (
-            f"two snapshots of this model and its optimizer take {need} MB, and memory_mb is {self.memory_mb}."
-        )
+        self.unavailable = f"two snapshots of model and optimizer take {need} MB, and memory_mb is {self.memory_mb}."
         self.flight.store.note(f"No snapshots: {self.unavailable}")
 
     def _take(self, batch: TrainingBatch) -> None:
@@ -265,56 +238,52 @@ class Snapshots(Participant):
             rng=RandomState.take(),
             averages=state_copy.copy_averages(trainer, module, to_host=to_host),
             means=take_running_means(trainer),
-            own=copy_own(module),
+            own=copy_attributes(module),
             gradients=None if module.automatic_optimization else state_copy.copy_gradients(module, to_host=to_host),
         )
         for name, flag in _finite_flags(trainer, module).items():
             self.flight.recorder.put(name, flag)
         self._held.append(_Held(snapshot, self._is_first))
         self._last, self._is_first = batch.at.ordinal, False
-        self._say_left_out(snapshot)
+        self._note_left_out(snapshot)
 
-    def _say_left_out(self, snapshot: Snapshot) -> None:
+    def _note_left_out(self, snapshot: Snapshot) -> None:
         left_out = snapshot.own.left_out if snapshot.own is not None else ()
-        if left_out and not self._has_said:
-            self._has_said = True
-            names = ", ".join(left_out[:3]) + (", …" if len(left_out) > 3 else "")  # noqa: PLR2004 - enough to see which
+        if left_out and not self._has_noted:
+            self._has_noted = True
+            names = ", ".join([*left_out[:3], "…"] if left_out[3:] else left_out)
             self.flight.store.note(
-                f"Snapshots leave out {names}, as too large or of a kind that cannot be copied: should the loss depend on it, a re-run comes out differently."
+                f"Snapshots leave out {names}: too large, or impossible to copy. "
+                "If the loss depends on it, a replay gives another loss."
             )
 
     def _stands(self, held: _Held, arrival: Arrival, *, healthy: bool) -> bool:
-        """Whether a waiting snapshot can still be believed after this batch; marks it once it is."""
+        """Whether an unverified snapshot stays valid after this batch; marks it once verified."""
         age = arrival.row.at.ordinal - held.ordinal
         if age < 0:
             return True
         if age == 0:
-            held.is_finite = _says_finite(arrival.row.values)
-        held.is_verified = healthy and held.is_finite and age >= (0 if held.is_first else CONFIRM)
+            held.is_finite = _is_finite(arrival.row.values)
+        held.is_verified = healthy and held.is_finite and age >= (0 if held.is_first else CONFIRMING_BATCHES)
         return healthy and held.is_finite
 
 
 def near_cadence(slots: int, reach: int) -> int:
-    """Batches between two near snapshots.
-
-    So many that those that are neither waiting nor about to be let go reach back far enough.
-    """
-    return min(max(-(-reach // max(slots - 2, 1)), NEAREST), FARTHEST)
+    """Batches between two near snapshots, so that all but an unverified and the oldest one reach back far enough."""
+    return min(max(-(-reach // max(slots - 2, 1)), MIN_NEAR_CADENCE), MAX_NEAR_CADENCE)
 
 
 def refuses_snapshots(trainer: Trainer) -> str | None:
-    """Why this strategy's state cannot be put back in memory, as a sentence; `None` where it can.
+    """Why this strategy's state cannot be restored in memory, as a sentence; `None` where it can.
 
-    Sharded strategies (FSDP, FSDP2 as ModelParallel, DeepSpeed, XLA FSDP) load model and optimizer from disk only:
-    their in-memory loading does nothing, silently.
+    Sharded strategies (FSDP, FSDP2 as ModelParallel, DeepSpeed, XLA FSDP) load from disk only: their in-memory loading
+    silently does nothing.
     """
     lineage = [kind.__name__ for kind in type(trainer.strategy).__mro__]
     sharded = next((name for name in lineage if any(s in name for s in ("FSDP", "DeepSpeed", "ModelParallel"))), None)
     if sharded is None:
         return None
-    return (
-        f"{sharded} shards weights and optimizer over the ranks and can put them back from a checkpoint on disk only."
-    )
+    return f"{sharded} shards weights and optimizer over the ranks and can restore them from a checkpoint on disk only."
 
 
 def _inside(ordinal: int, episode: Episode) -> bool:
@@ -327,15 +296,14 @@ def _live_tensors(trainer: Trainer, module: LightningModule) -> list[Tensor]:
 
 
 def _size(trainer: Trainer, module: LightningModule) -> int:
-    """Bytes that a snapshot takes, read off the shapes."""
+    """Bytes of a snapshot, by the shapes."""
     return sum(t.numel() * t.element_size() for t in _live_tensors(trainer, module))
 
 
 def _finite_flags(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
-    """A flag a device, float32 of shape `()`, 1 where nothing is poisoned; not read here.
+    """One flag per device, float32 of shape `()`, 1 without NaN and without Inf outside of buffers; not read here.
 
-    Poisoned is a NaN anywhere and an Inf in parameters and optimizer states. A buffer may hold Inf by design: an
-    attention mask does.
+    A buffer can hold Inf by design, such as an attention mask.
     """
     by_design = {id(buffer) for buffer in module.buffers()}
     groups: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
@@ -345,18 +313,18 @@ def _finite_flags(trainer: Trainer, module: LightningModule) -> dict[str, Tensor
             groups.setdefault((live.device, live.dtype, id(tensor) in by_design), []).append(live)
     sound: dict[torch.device, list[Tensor]] = {}
     for (device, _, may_be_inf), members in groups.items():
-        told = _telling(device, members)
-        sound.setdefault(device, []).append((~told.isnan() if may_be_inf else told.isfinite()).all())
+        markers = _finite_markers(device, members)
+        sound.setdefault(device, []).append((~markers.isnan() if may_be_inf else markers.isfinite()).all())
     flags = {device: torch.stack(all_).all().float() for device, all_ in sound.items()}
     home = module.device if module.device in flags else next(iter(flags), None)
     return {FLAG if device == home else f"{FLAG}/{device}": flag for device, flag in flags.items()}
 
 
-def _telling(device: torch.device, members: list[Tensor]) -> Tensor:
-    """A number for each tensor that is finite exactly if all of it is, shape `(len(members),)`.
+def _finite_markers(device: torch.device, members: list[Tensor]) -> Tensor:
+    """One number per tensor that is finite exactly if all of it is, shape `(len(members),)`.
 
-    On the GPU the largest magnitudes, one kernel for all. On the CPU that takes twenty times as long as a sum; a sum of
-    float32 overflows only where the weights are past all use.
+    On the GPU the largest magnitudes, in one kernel. On the CPU they take twenty times as long as a sum, which
+    overflows only for useless weights.
     """
     if device.type == "cuda":
         return torch.stack(torch._foreach_norm(members, math.inf))  # as torch's own clipping does
@@ -364,6 +332,5 @@ def _telling(device: torch.device, members: list[Tensor]) -> Tensor:
     return torch.stack([member.sum(dtype=wide) for member in members])
 
 
-def _says_finite(values: Mapping[str, float]) -> bool:
-    flags = [value for name, value in values.items() if name == FLAG or name.startswith(f"{FLAG}/")]
-    return all(flag == 1.0 for flag in flags)
+def _is_finite(values: Mapping[str, float]) -> bool:
+    return all(value == 1.0 for name, value in values.items() if name == FLAG or name.startswith(f"{FLAG}/"))

@@ -1,8 +1,7 @@
-"""Copies of what a training step changes, and the way back: always clones, always into the objects that are there.
+"""Copy and restore weights, gradients, optimizers, loss scaler and averaged models.
 
-DDP, compiled graphs and optimizers hold references to the live tensors, so loading writes into them and never swaps
-them; and a copy never shares memory with what is live, neither after taking nor after loading, so that it can be loaded
-any number of times.
+DDP, compiled graphs and optimizers hold references to the live tensors, so loading writes into them and never replaces
+them. A copy never shares memory with a live tensor, so it can be loaded any number of times.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,30 +14,22 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-SCHEDULED: Final = frozenset(
-    {
-        "lr",
-        "initial_lr",
-        "max_lr",
-        "min_lr",
-        "swa_lr",
-        "momentum",
-        "base_momentum",
-        "max_momentum",
-        "betas",
-        "weight_decay",
-    }
-)
+from lightning_spike.record.mixed_precision import scaler_of
+
+SCHEDULED: Final = frozenset({"lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "betas", "weight_decay"}) | {
+    "momentum",
+    "base_momentum",
+    "max_momentum",
+}
 """Entries of a parameter group that schedulers write (torch.optim.lr_scheduler and swa_utils; weight decay by users'
-own): kept as they are now, since the schedule itself is not wound back. Any other entry (Prodigy's `d`, a step count)
-is state and goes back."""
+own). They stay as they are, as the schedule is not rewound. Other entries (Prodigy's `d`, a step count) are state."""
 
 
 def copy_module(module: nn.Module, *, to_host: bool = False) -> dict[str, Tensor]:
-    """All parameters and buffers by name, those that `state_dict` leaves out included.
+    """Copy all parameters and buffers by name, non-persistent buffers included.
 
     Args:
-        module: Where to copy from.
+        module: The module to copy.
         to_host: Copy CUDA tensors into pinned host memory, without waiting for the copy.
     """
     live = dict(_named_tensors(module))
@@ -46,10 +37,7 @@ def copy_module(module: nn.Module, *, to_host: bool = False) -> dict[str, Tensor
 
 
 def load_module(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Write the copies into the live parameters and buffers.
-
-    A tensor that did not exist when they were taken is left alone.
-    """
+    """Write the copies into the live parameters and buffers; tensors without a copy keep their values."""
     with torch.no_grad():
         for name, tensor in _named_tensors(module):
             if name in saved:
@@ -57,22 +45,19 @@ def load_module(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
 
 
 def copy_gradients(module: nn.Module, *, to_host: bool = False) -> dict[str, Tensor]:
-    """The gradients that parameters hold, by the parameters' names.
-
-    Under manual optimisation they may be sums that are not yet used.
-    """
+    """Copy the gradients by parameter name; under manual optimisation they can be unfinished sums."""
     live = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     return dict(zip(live, _copy_all(list(live.values()), to_host=to_host), strict=True))
 
 
 def load_gradients(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Give parameters clones of these gradients, and none to those that had none."""
+    """Set the gradients to clones of these, and to `None` for parameters without one."""
     for name, parameter in module.named_parameters():
         parameter.grad = saved[name].to(parameter.device, copy=True) if name in saved else None
 
 
 def copy_optimizer(optimizer: Optimizer, *, to_host: bool = False) -> dict[str, Any]:
-    """State and parameter groups in the form of `optimizer.state_dict()`, without its hooks and collectives."""
+    """Copy state and parameter groups in the form of `optimizer.state_dict()`, without hooks and collectives."""
     index = {parameter: i for i, parameter in enumerate(_parameters(optimizer))}
     state = {index[p]: dict(entry) for p, entry in optimizer.state.items() if p in index}
     places = [(entry, key) for entry in state.values() for key, value in entry.items() if isinstance(value, Tensor)]
@@ -90,11 +75,10 @@ def copy_optimizer(optimizer: Optimizer, *, to_host: bool = False) -> dict[str, 
 
 
 def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], *, hyperparameters: bool = False) -> None:
-    """Put an optimizer back, in place.
+    """Restore an optimizer in place.
 
-    State that has come to be since is removed. What schedulers write into parameter groups (`SCHEDULED`) stays as it is
-    now, unless `hyperparameters` asks for it. A parameter group that was added since keeps its settings and loses its
-    state.
+    Removes state that was added since. `SCHEDULED` entries stay as they are, unless `hyperparameters` is true. A
+    parameter group that was added since keeps its settings and loses its state.
     """
     with torch.no_grad():
         for index, parameter in enumerate(_parameters(optimizer)):
@@ -109,12 +93,11 @@ def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], *, hyperparam
 
 
 def copy_scaler(trainer: Trainer) -> dict[str, Tensor | None] | None:
-    """The loss scale and its growth count, `None` without a GradScaler.
+    """Copy the loss scale and its growth count; `None` without a GradScaler.
 
-    Its own `state_dict` waits for the device; these are its device tensors, themselves `None` until it has scaled a
-    loss.
+    Its own `state_dict` waits for the device. These are device tensors, or `None` until it has scaled a loss.
     """
-    scaler = _scaler(trainer)
+    scaler = scaler_of(trainer)
     if scaler is None:
         return None
     held = {"scale": scaler._scale, "growth_tracker": scaler._growth_tracker}  # see above
@@ -122,8 +105,8 @@ def copy_scaler(trainer: Trainer) -> dict[str, Tensor | None] | None:
 
 
 def load_scaler(trainer: Trainer, saved: Mapping[str, Tensor | None] | None) -> None:
-    """Put the loss scale back; one that was copied before its first use goes back to its initial value."""
-    scaler = _scaler(trainer)
+    """Restore the loss scale; a copy from before its first use restores the initial value."""
+    scaler = scaler_of(trainer)
     if scaler is None or saved is None:
         return
     live_scale, live_tracker = scaler._scale, scaler._growth_tracker  # as in copy_scaler
@@ -139,15 +122,12 @@ def load_scaler(trainer: Trainer, saved: Mapping[str, Tensor | None] | None) -> 
 
 
 def copy_averages(trainer: Trainer, module: LightningModule, *, to_host: bool = False) -> dict[str, dict[str, Tensor]]:
-    """The averaged models (EMA, SWA) that the trainer's callbacks hold.
-
-    One poisoned update spoils an average for ever.
-    """
+    """Copy the averaged models (EMA, SWA) of the trainer's callbacks, which one bad update spoils for good."""
     return {name: copy_module(held, to_host=to_host) for name, held in _averages(trainer, module)}
 
 
 def load_averages(trainer: Trainer, module: LightningModule, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Put the averaged models back that there were."""
+    """Restore the averaged models."""
     for name, held in _averages(trainer, module):
         if name in saved:
             load_module(held, saved[name])
@@ -159,10 +139,7 @@ def tensors_in(*trees: object) -> list[Tensor]:
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What can be copied and written in place.
-
-    Not what has no shape yet, nor what is one number seen many times (`expand`).
-    """
+    """Parameters and buffers that can be written in place: not lazy ones, not expanded ones."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if not is_lazy(tensor) and not _overlaps(tensor):
             yield name, tensor
@@ -185,7 +162,7 @@ def _copy(tensor: Tensor, *, to_host: bool) -> Tensor:
 
 
 def _copy_all(tensors: Sequence[Tensor], *, to_host: bool) -> list[Tensor]:
-    """All of them, with one kernel for those of a device and dtype rather than one each."""
+    """Copy all tensors, with one kernel per device and dtype."""
     copies: list[Tensor | None] = [None] * len(tensors)
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for place, tensor in enumerate(tensors):
@@ -223,18 +200,13 @@ def _load_entry(live: dict[str, Any], saved: Mapping[str, Any], device: torch.de
 
 
 def _loaded(live: Any, saved: Any, device: torch.device) -> Any:
-    """The live object with the saved values in it where it can take them, else a copy on the device the saved one came from."""
+    """The live tensor with the saved values, where shape and dtype fit; else a copy on the given device."""
     if not isinstance(saved, Tensor):
         return pytree.tree_map(lambda leaf: _loaded(None, leaf, device) if isinstance(leaf, Tensor) else leaf, saved)
     if isinstance(live, Tensor) and live.shape == saved.shape and live.dtype == saved.dtype:
         return live.copy_(saved, non_blocking=True)
     pinned = saved.device.type == "cpu" and device.type == "cuda" and saved.is_pinned()
     return saved.to(device, non_blocking=True) if pinned else saved.clone()
-
-
-def _scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
-    """The `torch.amp.GradScaler` of fp16 training, `None` in any other precision."""
-    return getattr(trainer.precision_plugin, "scaler", None)
 
 
 def _averages(trainer: Trainer, module: LightningModule) -> Iterator[tuple[str, nn.Module]]:

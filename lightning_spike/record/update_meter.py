@@ -1,7 +1,4 @@
-"""How far an update moves the weights.
-
-Measured around the optimizer's step, every few updates, on a bounded number of elements.
-"""
+"""Length of updates, measured around the optimizer's step on a bounded number of elements."""
 
 import dataclasses
 import sys
@@ -21,29 +18,27 @@ from lightning_spike.signals.weights import Displacement, displacement
 
 UPDATE_NORM = "update_norm"
 NO_UPDATE = "update_norm/none"
-"""1 where a gradient was there and the learning rate was not 0, and yet nothing that is looked at has changed; 0
-else."""
+"""1 if no weight changed despite a gradient and a learning rate, else 0."""
 NOT_MEASURED = -1.0
-"""Stands in the vector of norms for a parameter that this update did not concern."""
+"""Norm of a parameter outside of this update."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Before:
-    """What an update is going to change."""
+    """State before an update."""
 
     parameters: list[Tensor]
     copies: list[Tensor]
     gradient: Tensor
-    """Norm of the gradients, of large ones on a subset: only whether it is 0 matters."""
+    """Norm of a subset of the gradients; only whether it is 0 matters."""
     has_rate: bool
 
 
 class UpdateMeter(Participant):
-    """Puts `update_norm` (L2 norm of the change of all weights), the same for every parameter, and `update_norm/none` into the recorder.
+    """Records `update_norm`, the L2 norm of the change of all weights and of each parameter, and `update_norm/none`.
 
-    Shared by those who ask for it; the shortest interval counts. Of a parameter with more than 16,384 elements a subset
-    is copied before the step and compared after it, so that the cost and the memory are bounded. An update that a
-    gradient scaler skips is not measured. Nothing is read on the host.
+    The shortest interval asked for counts. Of a parameter with more than 16,384 elements, a subset is copied before the
+    step and compared after it. Updates that a gradient scaler skips are not measured. No device read.
     """
 
     def __init__(self) -> None:
@@ -60,7 +55,7 @@ class UpdateMeter(Participant):
         self._error: Exception | None = None
 
     def measure_every(self, updates: int) -> None:
-        """Measure at least every so many updates of each optimizer, the first included."""
+        """Measure at least every `updates` updates of each optimizer, the first included."""
         self.every = min(self.every, updates)
 
     @override
@@ -117,10 +112,7 @@ class UpdateMeter(Participant):
         self._before, self._measured, self._places = {}, {}, {}
 
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Called by torch when the optimizer has stepped, by the lab's too.
-
-        Inside the user's step, so that nothing may be raised here.
-        """
+        """Measure an update; called by torch inside the user's step, so it must not raise."""
         del args, kwargs
         before = self._before.pop(id(optimizer), None)
         if before is None or torch.compiler.is_compiling():
@@ -131,10 +123,10 @@ class UpdateMeter(Participant):
             self._error = error
 
     def _has_rate(self, optimizer: Optimizer) -> bool:
-        """Whether some group's rate is more than the dust that a schedule ends with; unknown counts as no."""
+        """Whether a group's learning rate is above 0.1 % of the highest; false if unknown."""
         rate = max((g["lr"] for g in optimizer.param_groups if isinstance(g.get("lr"), float)), default=0.0)
         self._highest_rate = max(self._highest_rate, rate)
-        return rate > self._highest_rate * 1e-3  # below it an update may be lost in rounding, and rightly so
+        return rate > self._highest_rate * 1e-3  # a smaller update can be lost in rounding
 
     def _laid_out(self, device: torch.device) -> Tensor:
         norms = [torch.full((), NOT_MEASURED, device=device)] * len(self._places)

@@ -1,7 +1,4 @@
-"""What the optimizers were set to in the recent updates.
-
-Schedulers move it with every step, and nobody else remembers it.
-"""
+"""Optimizer settings of the recent updates, which schedulers change with every step."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -14,97 +11,71 @@ from typing_extensions import override
 from lightning_spike.record.participant import Participant, TrainingBatch
 
 Settings = Sequence[Mapping[str, Any]]
-"""Of one optimizer step, for every parameter group what schedulers write (lr, momentum, betas, weight decay), under
-`PLACE` whose step it is, and under `CLIP` how gradients were clipped."""
+"""Settings of one optimizer step: per parameter group the values that schedulers write (lr, momentum, betas, weight
+decay), the optimizer under `PLACE` and the clipping under `CLIP`."""
 
 PLACE: Final = "optimizer"
-"""The place of the optimizer in `trainer.optimizers`; not an entry of the parameter group."""
+"""Key of the optimizer's index in `trainer.optimizers`."""
 CLIP: Final = "clip"
-"""The value and the algorithm that the trainer clipped gradients by, where that was noted; no entry of the parameter
-group either."""
+"""Key of the value and algorithm of gradient clipping, where noted."""
 
 WRITTEN_BY_SCHEDULERS: Final = ("lr", "momentum", "betas", "weight_decay")
 
-HELD: Final = 144
-"""Batches with an update whose settings are kept: twice as many as batches are held for a re-run (`live_scene.REACH`),
-some numbers each."""
+MAX_BATCHES: Final = 144
+"""Batches whose settings are kept: twice those that a replay can reach, as `REACH` in `live_scene`."""
 
 
 class UpdateSettings(Participant):
-    """Remembers the settings of the recent updates.
-
-    Shared by all callbacks that run some again, or write down how to.
-    """
+    """Remembers the settings of the recent updates, for replays."""
 
     def __init__(self) -> None:
-        self._held: dict[int, list[Settings]] = {}
-        self._modes: dict[int, tuple[str, ...]] = {}
+        self.by_ordinal: dict[int, list[Settings]] = {}
+        """Settings of each optimizer step by batch ordinal, oldest first."""
+        self.modes: dict[int, tuple[str, ...]] = {}
+        """Names of the modules in eval mode, by the batch ordinal of each change."""
         self._training: list[bool] = []
-
-    @property
-    def by_ordinal(self) -> Mapping[int, Sequence[Settings]]:
-        """One entry for each optimizer step, by the ordinal of the batch they were made in.
-
-        The live record, oldest first.
-        """
-        return self._held
-
-    @property
-    def modes(self) -> Mapping[int, tuple[str, ...]]:
-        """The names of the modules in eval mode, by the ordinal of the batch from which on.
-
-        An entry for each change.
-        """
-        return self._modes
 
     @override
     def sense_batch(self, batch: TrainingBatch) -> None:
         training = [part.training for part in batch.module.modules()]
         if training != self._training:
             self._training = training
-            self._modes[batch.at.ordinal] = tuple(n for n, part in batch.module.named_modules() if not part.training)
-            if len(self._modes) > HELD:
-                del self._modes[next(iter(self._modes))]
+            self.modes[batch.at.ordinal] = tuple(n for n, part in batch.module.named_modules() if not part.training)
+            if len(self.modes) > MAX_BATCHES:
+                del self.modes[next(iter(self.modes))]
 
     @override
     def sense_gradients(self, batch: TrainingBatch, optimizer: Optimizer) -> None:
-        self._held.setdefault(batch.at.ordinal, []).append(
-            settings_of(optimizer, _place(batch, optimizer), trainer=batch.trainer)
-        )
-        if len(self._held) > HELD:
-            del self._held[next(iter(self._held))]
+        place = next((k for k, own in enumerate(batch.trainer.optimizers) if own is optimizer), 0)
+        self.by_ordinal.setdefault(batch.at.ordinal, []).append(settings_of(optimizer, place, trainer=batch.trainer))
+        if len(self.by_ordinal) > MAX_BATCHES:
+            del self.by_ordinal[next(iter(self.by_ordinal))]
 
     @override
     def release(self) -> None:
-        self._held.clear()
-        self._modes.clear()
+        self.by_ordinal.clear()
+        self.modes.clear()
         self._training = []
 
 
 def settings_of(optimizer: Optimizer, place: int = 0, *, trainer: Trainer | None = None) -> Settings:
-    """What schedulers write into an optimizer's groups, to be taken just before its step; copies, no device read.
+    """Copy the settings of an optimizer just before its step; no device read.
 
     Args:
-        optimizer: The one that is about to step.
-        place: Its place in `trainer.optimizers`.
-        trainer: Whose clipping is noted too.
+        optimizer: The optimizer.
+        place: Its index in `trainer.optimizers`.
+        trainer: Its clipping is noted too.
     """
-    noted = {PLACE: place} if trainer is None else {PLACE: place, CLIP: _clip_of(trainer)}
+    noted: dict[str, Any] = {PLACE: place}
+    if trainer is not None:
+        algorithm = trainer.gradient_clip_algorithm
+        noted[CLIP] = trainer.gradient_clip_val, None if algorithm is None else str(algorithm.value)
     return [
         noted | {key: copied(group[key]) for key in WRITTEN_BY_SCHEDULERS if key in group}
         for group in optimizer.param_groups
     ]
 
 
-def _place(batch: TrainingBatch, optimizer: Optimizer) -> int:
-    return next((k for k, own in enumerate(batch.trainer.optimizers) if own is optimizer), 0)
-
-
-def _clip_of(trainer: Trainer) -> tuple[float | None, str | None]:
-    algorithm = trainer.gradient_clip_algorithm
-    return trainer.gradient_clip_val, None if algorithm is None else str(algorithm.value)
-
-
 def copied(value: Any) -> Any:
-    """A setting as it is now, whoever writes into it later."""
+    """A copy of a setting."""
     return value.detach().clone() if isinstance(value, Tensor) else value

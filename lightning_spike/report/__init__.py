@@ -1,1 +1,1 @@
-"""What the diagnosis found, for people and programs: `model` decides what there is to say, the renderers only say it."""
+"""The report for people and programs: `model` has its content, the other modules render, write or read it."""

@@ -1,4 +1,4 @@
-"""A curve in a few rows of text: two by four Braille dots a character."""
+"""Draws a curve in a few rows of text, two by four Braille dots per character."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,9 +7,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-LOG_FROM: Final = 20.0
-"""A positive series that spans more than this factor is drawn on a log scale: on six rows, 24 dots high, a linear one
-would flatten its lower end to a dot."""
+MIN_LOG_RATIO: Final = 20.0
+"""Highest over lowest value from which a positive series has a log scale; engineering choice. On six rows, 24 dots
+high, a linear scale would flatten the lower end to a dot."""
 
 DOT_BITS: Final = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
 """Unicode's Braille patterns: bit of each dot of a character, four rows of two (Unicode Standard, chapter 21, "Braille
@@ -21,7 +21,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Drawing:
-    """A drawn curve: text without axes, and where things are in it."""
+    """A drawn curve without axes, and its scale."""
 
     rows: tuple[str, ...]
     """Top first, each `width` characters."""
@@ -40,13 +40,13 @@ class Drawing:
         return len(self.rows[0])
 
     def column(self, ordinal: int) -> int:
-        """The character column of a batch, inside the drawing for any ordinal."""
+        """The character column of a batch, clipped to the drawing."""
         at = (ordinal - self.first) * self.width // (self.last - self.first + 1)
         return min(max(at, 0), self.width - 1)
 
 
 def draw(ordinals: Ints, values: Floats, *, width: int, height: int) -> Drawing | None:
-    """Draw a series; every value shows, however narrow the space, since a column spans from its lowest to its highest.
+    """Draws a series; each column spans from its lowest to its highest value, so every value shows.
 
     Args:
         ordinals: Shape `(n,)`, ascending.
@@ -55,13 +55,13 @@ def draw(ordinals: Ints, values: Floats, *, width: int, height: int) -> Drawing 
         height: Rows.
 
     Returns:
-        The drawing, `None` where nothing is finite.
+        The drawing; `None` if no value is finite.
     """
     finite = np.isfinite(values)
     if not finite.any():
         return None
     low, high = float(values[finite].min()), float(values[finite].max())
-    log = low > 0 and high / low >= LOG_FROM
+    log = low > 0 and high / low >= MIN_LOG_RATIO
     first, last = int(ordinals[0]), int(ordinals[-1])
     columns = (ordinals - first) * (2 * width) // (last - first + 1)
     levels = _levels(values, low, high, log=log, dots=4 * height)
@@ -73,7 +73,7 @@ def draw(ordinals: Ints, values: Floats, *, width: int, height: int) -> Drawing 
 
 
 def _levels(values: Floats, low: float, high: float, *, log: bool, dots: int) -> Ints:
-    """The dot row of each value, 0 at the bottom; of those that are not finite 0."""
+    """The dot row of each value, 0 at the bottom and for non-finite values."""
     scale: Callable[[Floats | float], Floats] = np.log if log else np.asarray
     with np.errstate(all="ignore"):
         span = scale(high) - scale(low)
@@ -85,7 +85,7 @@ def _levels(values: Floats, low: float, high: float, *, log: bool, dots: int) ->
 def _dots(
     columns: Ints, levels: Ints, finite: npt.NDArray[np.bool_], *, shape: tuple[int, int]
 ) -> npt.NDArray[np.bool_]:
-    """Which dots are set; neighbours are joined, across a gap they are not."""
+    """Sets the dots of the curve; neighbours are joined except across a gap."""
     dots = np.zeros(shape, dtype=bool)
     for i in np.flatnonzero(finite):
         begin = i - 1 if i > 0 and finite[i - 1] else i

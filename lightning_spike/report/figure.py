@@ -1,12 +1,11 @@
-"""The curves of a run as one SVG, to be set into a page: needs matplotlib.
+"""Draws the curves of a run as one SVG for the page; needs matplotlib.
 
-Colours are left to the page's style sheet: matplotlib draws in colours that stand for `var(--…)` and are replaced in
-the text.
+The page's style sheet has the colours: matplotlib draws in placeholders, which are replaced by `var(--…)` in the text.
 """
 
 import io
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import matplotlib as mpl
@@ -17,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from lightning_spike.records import Episode
+from lightning_spike.report.braille import MIN_LOG_RATIO
 from lightning_spike.report.model import Curve, Report
 from lightning_spike.report.wording import number
 
@@ -29,38 +29,36 @@ VARIABLES: Final = {
     LINES[0]: "var(--line-1)", LINES[1]: "var(--line-2)", LINES[2]: "var(--line-3)", LINES[3]: "var(--line-4)",
 }  # fmt: skip
 
-MOST_POINTS: Final = 1600
+MAX_POINTS: Final = 1600
 """Points a curve is drawn with: two for each of the 800 or so pixels that it is wide."""
-LOG_FROM: Final = 20.0
-"""A positive series that spans more than this factor is drawn on a log scale, as in the terminal."""
 
 SETTINGS: Final[dict[Any, Any]] = {
     "svg.fonttype": "none", "text.parse_math": False, "text.usetex": False, "font.family": "sans-serif", "font.size": 9,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GRID, "axes.labelcolor": INK, "axes.titlecolor": INK,
-    "text.color": INK, "xtick.color": INK, "ytick.color": INK, "xtick.labelsize": 8, "ytick.labelsize": 8, "axes.formatter.use_mathtext": False,
-    "axes.facecolor": "none", "figure.facecolor": "none", "grid.color": GRID, "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.1,
-    "path.simplify": True, "axes.unicode_minus": True,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GRID, "axes.labelcolor": INK,
+    "axes.titlecolor": INK, "axes.formatter.use_mathtext": False, "axes.facecolor": "none", "axes.unicode_minus": True,
+    "text.color": INK, "xtick.color": INK, "ytick.color": INK, "xtick.labelsize": 8, "ytick.labelsize": 8,
+    "figure.facecolor": "none", "grid.color": GRID, "legend.frameon": False, "legend.fontsize": 8,
+    "lines.linewidth": 1.1, "path.simplify": True,
 }  # fmt: skip
 
 
 def draw_svg(report: Report, *, width: float, panel_height: float) -> str:
-    """Loss with its validations, learning rates and gradient norm under one another, the episodes shaded.
+    """Draws loss and validations, learning rates and gradient norm below one another, with the episodes shaded.
 
-    Neither the user's matplotlib settings nor their backend have a part in it, and neither is changed.
+    The user's matplotlib settings and backend are neither used nor changed.
 
     Args:
         report: What to draw.
-        width: Inches; at 72 pixels each the size at which the text is meant to be read.
+        width: Inches, at 72 pixels each.
         panel_height: Inches for each of the up to three panels.
 
     Returns:
-        An `<svg>` element, empty text where nothing was recorded.
+        An `<svg>` element; an empty string if nothing was recorded.
     """
     panels = [*_panels(report)]
     if not panels:
         return ""
-    # Values near the largest float, or a name in a script that the font lacks: the picture is still the best there is,
-    # and no warning would help its reader.
+    # Values near the largest float or names in a script that the font lacks raise warnings that help no reader.
     with mpl.rc_context(), np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         mpl.rcdefaults()
@@ -108,7 +106,7 @@ def _panel(ax: Axes, title: str, curves: Sequence[Curve], points: Sequence[Curve
         )
         values.append(y[np.isfinite(y)])
     finite = np.concatenate(values)
-    if finite.size and finite.min() > 0 and finite.max() / finite.min() >= LOG_FROM:
+    if finite.size and finite.min() > 0 and finite.max() / finite.min() >= MIN_LOG_RATIO:
         ax.set_yscale("log")
         ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: number(y)))
@@ -118,15 +116,12 @@ def _panel(ax: Axes, title: str, curves: Sequence[Curve], points: Sequence[Curve
 
 
 def _thinned(curve: Curve) -> tuple[Any, Any]:
-    """At most `MOST_POINTS` points.
-
-    Of each stretch the lowest and the highest value, and where one is not finite a gap.
-    """
+    """At most `MAX_POINTS` points: the lowest and highest value of each interval, and a gap for a non-finite one."""
     n = len(curve.values)
-    if n <= MOST_POINTS:
+    if n <= MAX_POINTS:
         return curve.ordinals, np.where(np.isfinite(curve.values), curve.values, np.nan)
     kept: list[int] = []
-    for stretch in np.array_split(np.arange(n), MOST_POINTS // 2):
+    for stretch in np.array_split(np.arange(n), MAX_POINTS // 2):
         values = curve.values[stretch]
         broken = np.flatnonzero(~np.isfinite(values))
         finite = np.flatnonzero(np.isfinite(values))
@@ -144,25 +139,20 @@ def _shade(ax: Axes, episodes: Sequence[Episode], curve: Curve) -> None:
 
 
 def _number(ax: Axes, episodes: Sequence[Episode]) -> None:
-    """Above the panel, where no curve runs through them."""
+    """Writes the episodes' numbers above the panel."""
+    above = {"xycoords": ("data", "axes fraction"), "xytext": (0, 3), "textcoords": "offset points"}
     for episode in episodes:
         place = (episode.onset.ordinal, 1)
-        ax.annotate(
-            str(episode.id),
-            place,
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="center",
-            color=BAD,
-            fontsize=8,
-        )
+        ax.annotate(str(episode.id), place, **above, ha="center", color=BAD, fontsize=8)  # type: ignore[arg-type]
 
 
 def _step_axis(ax: Axes, curves: Sequence[Curve]) -> None:
-    """Batches are drawn in order, and labelled with their step: under accumulation several share one."""
+    """Labels the batches with their step, which several share under accumulation."""
     ordinals, steps = curves[0].ordinals, curves[0].steps
-    name: Callable[[float, int], str] = lambda x, _: f"{round(float(np.interp(x, ordinals, steps))):,}"  # noqa: E731 - typed for FuncFormatter
+
+    def name(x: float, _: int) -> str:
+        return f"{round(float(np.interp(x, ordinals, steps))):,}"
+
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     ax.xaxis.set_major_formatter(FuncFormatter(name))
     ax.set_xlim(float(ordinals[0]), float(max(ordinals[-1], ordinals[0] + 1)))

@@ -1,4 +1,4 @@
-"""`report.html`: the report as one page that opens anywhere, offline. Needs the extra `html` (jinja2, matplotlib)."""
+"""Writes `report.html`, one offline page; needs the extra `html` (jinja2, matplotlib)."""
 
 import importlib
 import importlib.resources
@@ -15,12 +15,11 @@ from lightning_spike.report.model import Report
 
 TEMPLATE: Final = "page.html.jinja"
 WIDE, NARROW = (10.0, 1.9), (4.6, 1.5)
-"""Inches: width of the figure and height of a panel, on a screen and on a phone (figure text cannot flow, so there are
-two)."""
+"""Width of the figure and height of a panel in inches, for a screen and a phone: figure text cannot flow."""
 
 
 def write_page(report: Report, path: Path) -> Path:
-    """Write the page whole or not at all.
+    """Writes the page atomically.
 
     Raises:
         MissingExtraError: jinja2 or matplotlib is not installed.
@@ -30,9 +29,7 @@ def write_page(report: Report, path: Path) -> Path:
 
 
 def render_page(report: Report) -> str:
-    """The page as text: styles and figures inside, no script, nothing fetched from anywhere.
-
-    Strings of the user's are escaped.
+    """Returns the page as text, with styles and figures, without scripts or external files; the user's text is escaped.
 
     Raises:
         MissingExtraError: jinja2 or matplotlib is not installed.
@@ -42,13 +39,8 @@ def render_page(report: Report) -> str:
             raise MissingExtraError.of("report.html", extra="html", package=package)
     jinja2 = importlib.import_module("jinja2")
     draw_svg = importlib.import_module("lightning_spike.report.figure").draw_svg
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    blanks = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, **blanks)
     source = importlib.resources.files("lightning_spike.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
     figures = {
         name: draw_svg(report, width=w, panel_height=h) for name, (w, h) in {"wide": WIDE, "narrow": NARROW}.items()
@@ -87,11 +79,8 @@ def _optimizer(optimizer: OptimizerFacts) -> str:
 
 
 def _scheduler(scheduler: SchedulerFacts) -> str:
-    every = (
-        f"every {scheduler.frequency} {scheduler.interval}s"
-        if scheduler.frequency > 1
-        else f"every {scheduler.interval}"
-    )
+    many = scheduler.frequency > 1
+    every = f"every {scheduler.frequency} {scheduler.interval}s" if many else f"every {scheduler.interval}"
     return ", ".join(filter(None, [scheduler.class_name, every, _pairs(scheduler.settings)]))
 
 

@@ -1,7 +1,7 @@
-"""`report.json`: the report for programs, schema version 1.
+"""Writes and reads `report.json`, schema version 1.
 
-Beyond what every reader of version 1 may rely on (`run`, `episodes`, `causes`, `actions`), these keys were added; a
-reader must bear further ones:
+All reports of version 1 have `run`, `episodes`, `causes` and `actions`. These keys were added; a reader must ignore
+unknown ones:
 
 - `run.batches`, `run.first_step` (above 0 after a resume), `run.device`, `run.error` (type and message, null where
   nothing was raised);
@@ -44,13 +44,13 @@ SCHEMA_VERSION: Final = 1
 
 
 def write_report(report: Report, path: Path, *, files: Sequence[str] = (), notes: Sequence[str] = ()) -> Path:
-    """Write the report whole or not at all, and wait until it is on the disk.
+    """Writes the report atomically and waits until it is on the disk.
 
     Args:
         report: What to write.
         path: Where to.
-        files: Names of what the run writes beside it.
-        notes: What the run could not write, and why.
+        files: Names of the run's other files beside it.
+        notes: Errors of files that could not be written.
 
     Raises:
         OSError: It could not be written; a report already there is untouched.
@@ -60,20 +60,25 @@ def write_report(report: Report, path: Path, *, files: Sequence[str] = (), notes
 
 
 def read_report(path: str | Path) -> dict[str, Any]:
-    """A report.json as plain dicts and lists.
+    """Reads a report.json as plain dicts and lists.
 
     Raises:
-        UnreadableReportError: There is no such file, it is no report, or its schema is one that this version cannot
-            read.
+        UnreadableReportError: The file is missing, is no report, or has another schema version.
     """
     try:
         content = json.loads(Path(path).read_bytes())
     except (OSError, ValueError) as error:
-        msg = f"{path}: expected a report as JSON, found what cannot be read ({error}). Give a report.json that lightning_spike wrote."
+        msg = (
+            f"{path}: expected a report as JSON, found what cannot be read ({error}). "
+            "Give a report.json that lightning_spike wrote."
+        )
         raise UnreadableReportError(msg) from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:
-        msg = f"{path}: expected schema_version {SCHEMA_VERSION}, found {version!r}. Read it with the lightning_spike that wrote it."
+        msg = (
+            f"{path}: expected schema_version {SCHEMA_VERSION}, found {version!r}. "
+            "Read it with the lightning_spike that wrote it."
+        )
         raise UnreadableReportError(msg)
     missing = [key for key in ("run", "episodes", "causes", "actions") if key not in content]
     if missing:
@@ -83,12 +88,12 @@ def read_report(path: str | Path) -> dict[str, Any]:
 
 
 def with_nonfinite(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a read report in which every number that is not finite stands in its own place.
+    """Returns a copy of a read report with its non-finite numbers in their places.
 
     Raises:
-        LookupError: `nonfinite` points to a place that is not there.
-        TypeError: Or into a value that holds no others.
-        ValueError: Or names no number.
+        LookupError: `nonfinite` has a pointer to a missing place.
+        TypeError: `nonfinite` has a pointer into a plain value.
+        ValueError: `nonfinite` has a value that is no number.
     """
     whole: dict[str, Any] = copy.deepcopy(dict(content))
     for pointer, text in content.get("nonfinite", {}).items():
@@ -101,7 +106,7 @@ def with_nonfinite(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_json(report: Report, *, files: Sequence[str] = (), notes: Sequence[str] = ()) -> dict[str, Any]:
-    """The report as what `json.dumps(..., allow_nan=False)` takes; arguments as of `write_report`."""
+    """Returns the report as strict JSON content; arguments as in `write_report`."""
     return strict_json(
         {
             "schema_version": SCHEMA_VERSION,
@@ -120,10 +125,7 @@ def as_json(report: Report, *, files: Sequence[str] = (), notes: Sequence[str] =
 
 
 def strict_json(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What `json.dumps(..., allow_nan=False)` takes.
-
-    Null for numbers that are not finite, which stand in `nonfinite` by their JSON Pointers.
-    """
+    """Returns content for `json.dumps(..., allow_nan=False)`, with non-finite numbers under `nonfinite`."""
     nonfinite: dict[str, str] = {}
     strict: dict[str, Any] = _strict(_plain(content), "", nonfinite)
     return strict | {"nonfinite": nonfinite}
@@ -172,10 +174,7 @@ def _action(action: Action) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:  # noqa: PLR0911 - JSON is a union, one line for each of its kinds
-    """As JSON knows it, but for numbers that are not finite.
-
-    NumPy's numbers become Python's, and what JSON has no form for its text.
-    """
+    """Returns plain JSON types: NumPy's numbers become Python's, other objects their text."""
     match value:
         case None | bool():
             return value
@@ -197,16 +196,14 @@ def _plain(value: Any) -> Any:  # noqa: PLR0911 - JSON is a union, one line for 
 
 
 def _strict(value: Any, pointer: str, nonfinite: dict[str, str]) -> Any:
-    """With null for every number that is not finite, which goes to `nonfinite` by its JSON Pointer."""
+    """Returns the value with null for non-finite numbers, which are added to `nonfinite` by JSON Pointer."""
     match value:
         case float() if not math.isfinite(value):
-            nonfinite[pointer] = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+            nonfinite[pointer] = json.dumps(value)
             return None
         case dict():
-            return {
-                key: _strict(item, f"{pointer}/{key.replace('~', '~0').replace('/', '~1')}", nonfinite)
-                for key, item in value.items()
-            }
+            escaped = {key: key.replace("~", "~0").replace("/", "~1") for key in value}
+            return {key: _strict(item, f"{pointer}/{escaped[key]}", nonfinite) for key, item in value.items()}
         case list():
             return [_strict(item, f"{pointer}/{i}", nonfinite) for i, item in enumerate(value)]
         case _:
@@ -214,5 +211,5 @@ def _strict(value: Any, pointer: str, nonfinite: dict[str, str]) -> Any:
 
 
 def _key(holder: Any, key: str) -> Any:
-    """A step of a JSON Pointer, as the holder takes it."""
+    """A step of a JSON Pointer as an index or key."""
     return int(key) if isinstance(holder, list) else key

@@ -1,7 +1,4 @@
-"""The report as a record.
-
-Everything that a renderer needs, decided once, so that terminal, page and JSON say the same.
-"""
+"""`Report` holds the content of all renderers, so terminal, page and JSON agree; `build_report` makes it."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,19 +9,19 @@ import numpy.typing as npt
 
 from lightning_spike.diagnosis.rank import Diagnosis, diagnose, not_replayed
 from lightning_spike.experiments import Experiments, StepSizeTest
-from lightning_spike.records import Action, Disabled, Episode, Finding, Moment, RunFacts, RunStatus, Verdict
+from lightning_spike.records import Action, Disabled, Episode, Finding, RunFacts, RunStatus, Verdict
 from lightning_spike.store import TrainerStateStore
 
-ERROR_CHARACTERS: Final = 300
-"""An error's message is cut here: some carry a whole configuration, and the traceback has it anyway."""
+MAX_ERROR_CHARACTERS: Final = 300
+"""Length of an error's message; the traceback has all of it."""
 
-LEAST_PROBABILITY: Final = 0.02
-"""Below this a cause is one in fifty, and named only where there is room."""
+MIN_PROBABILITY: Final = 0.02
+"""Probability below which a cause is listed as a fainter one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Curve:
-    """One recorded series, as far as it is still held."""
+    """One recorded series."""
 
     name: str
     ordinals: npt.NDArray[np.int64]
@@ -37,37 +34,37 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Suspect:
-    """A sample of a batch that stands out among its neighbours."""
+    """An outlier sample of a batch."""
 
     episode: int | None
     step: int
     position: int
     """Index in the batch."""
     dataset_index: int | None
-    """Index in the dataset, `None` where it is not known."""
+    """Index in the dataset, `None` if unknown."""
     loss: float | None
     max_abs: float | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Recorded:
-    """What the ranking reads of a run beside its signals, episodes and actions, so that it can be done again later."""
+    """Further input of the ranking, beside signals, episodes and actions, for ranking again later."""
 
     facts: RunFacts
     findings: tuple[Finding, ...] = ()
     experiments: tuple[Experiments, ...] = ()
     step_size_tests: tuple[StepSizeTest, ...] = ()
     remarks: tuple[str, ...] = ()
-    """Those of the run; the ranking adds its own."""
+    """Remarks of the run, without those of the ranking."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Report:
-    """One run, explained."""
+    """The report of one run."""
 
     status: RunStatus
     error: str | None
-    """Type and message of the exception that ended the run, `None` for any other end and for Ctrl-C."""
+    """Type and message of the exception that ended the run; `None` without one and for Ctrl-C."""
     steps: int
     """`trainer.global_step` at the end: optimizer steps since the very first, before a resume too."""
     batches: int
@@ -85,30 +82,30 @@ class Report:
     causes_of: Mapping[int, tuple[Verdict, ...]]
     """The same, ranked for each episode by its id."""
     not_replayed: Mapping[int, str]
-    """Why an episode could not be run again, by its id; those that were are not in it."""
+    """Reason by the id of an episode that could not be replayed."""
     actions: tuple[Action, ...]
     suspects: tuple[Suspect, ...]
     disabled: tuple[Disabled, ...]
-    """Parts of the suite that broke and were switched off."""
+    """Parts of the suite that failed and were switched off."""
     remarks: tuple[str, ...]
-    """What could not be observed, and why."""
+    """Missing observations and their reasons."""
     loss: Curve | None
     rates: tuple[Curve, ...]
     """Learning rates, one curve for each optimizer and group."""
     grad_norm: Curve | None
     validation: tuple[Curve, ...]
     recorded: Recorded | None = None
-    """`None` for a report of a version that did not keep it."""
+    """`None` in a report of an older version."""
 
     @property
     def healthy(self) -> bool:
-        """Nothing to explain: no episode and no cause."""
+        """Whether there is neither an episode nor a cause."""
         return not self.episodes and not self.causes
 
     @property
     def likely(self) -> tuple[Verdict, ...]:
-        """The causes worth a reader's time: the first, and those of at least `LEAST_PROBABILITY`."""
-        return tuple(v for i, v in enumerate(self.causes) if i == 0 or v.probability >= LEAST_PROBABILITY)
+        """The first cause, and those of at least `MIN_PROBABILITY`."""
+        return tuple(v for i, v in enumerate(self.causes) if i == 0 or v.probability >= MIN_PROBABILITY)
 
     @property
     def faint(self) -> tuple[Verdict, ...]:
@@ -116,18 +113,14 @@ class Report:
         return self.causes[len(self.likely) :]
 
     def why_not_confirmed(self, verdict: Verdict) -> str | None:
-        """Why no replay has tested a cause.
-
-        That of its first episode which could not be run again; `None` where a replay had its say, or none was asked
-        for.
-        """
+        """The reason why no replay tested a cause, of its first such episode; `None` if one did or none was wanted."""
         if verdict.confirmed is not None:
             return None
         return next((self.not_replayed[id_] for id_ in verdict.episodes if id_ in self.not_replayed), None)
 
     @property
     def unexplained(self) -> float:
-        """What the causes leave open, in [0, 1]; 0 on a healthy run."""
+        """Probability of no cause of the catalogue, in [0, 1]; 0 on a healthy run."""
         return 0.0 if self.healthy else max(0.0, 1.0 - sum(v.probability for v in self.causes))
 
 
@@ -140,27 +133,29 @@ def build_report(
     device: str | None = None,
     error: BaseException | None = None,
 ) -> Report:
-    """Rank the causes and put together what there is to say about a run.
+    """Ranks the causes and returns the report of a run.
 
-    Pure but for reading the store; takes no device value and never blocks. If the ranking itself breaks, the report
-    comes out without causes and names the broken part in `disabled`.
+    It reads the store only, no device value, and never blocks. If the ranking fails, the report has no causes and names
+    the error in `disabled`.
 
     Args:
         store: The run.
-        status: How it ended.
-        seconds: How long the training took, on the wall clock.
-        steps: `trainer.global_step` at the end; by default worked out from the last recorded batch.
-        device: The device in words, for the reader.
-        error: What ended the run.
+        status: The run's status.
+        seconds: Wall-clock time of the training.
+        steps: `trainer.global_step` at the end; by default from the last recorded batch.
+        device: Name of the device.
+        error: The exception that ended the run.
     """
     diagnosis, broken = _diagnosed(store)
-    last = _last_moment(store)
+    ordinals = store.history.ordinals
+    last = store.history.moment(int(ordinals[-1])) if len(ordinals) else None
+    begun = (0, 0, 0) if last is None else (last.step + 1, last.ordinal + 1, last.epoch + 1)
     return Report(
         status=status,
         error=None if error is None or isinstance(error, KeyboardInterrupt) else _in_one_line(error),
-        steps=steps if steps is not None else (last.step + 1 if last else 0),
-        batches=last.ordinal + 1 if last else 0,
-        epochs=last.epoch + 1 if last else 0,
+        steps=begun[0] if steps is None else steps,
+        batches=begun[1],
+        epochs=begun[2],
         seconds=round(seconds, 3),
         device=device,
         facts=store.facts,
@@ -178,12 +173,17 @@ def build_report(
         validation=tuple(_validation_curves(store)),
         recorded=Recorded(
             facts=store.facts,
-            findings=tuple(store.findings),
+            findings=tuple(sorted(store.findings, key=_place_of)),
             experiments=tuple(store.experiments.values()),
             step_size_tests=tuple(store.step_size_tests),
             remarks=tuple(store.remarks),
         ),
     )
+
+
+def _place_of(finding: Finding) -> tuple[int, str, str]:
+    """By batch, then by detector: the order of the callbacks makes no difference."""
+    return finding.at.ordinal, finding.detector, finding.kind
 
 
 def _diagnosed(store: TrainerStateStore) -> tuple[Diagnosis, tuple[Disabled, ...]]:
@@ -193,15 +193,10 @@ def _diagnosed(store: TrainerStateStore) -> tuple[Diagnosis, tuple[Disabled, ...
         return Diagnosis(), (Disabled(part="diagnosis", reason=_in_one_line(error)),)
 
 
-def _last_moment(store: TrainerStateStore) -> Moment | None:
-    ordinals = store.history.ordinals
-    return store.history.moment(int(ordinals[-1])) if len(ordinals) else None
-
-
 def _in_one_line(error: BaseException) -> str:
     message = " ".join(str(error).split())
-    if len(message) > ERROR_CHARACTERS:
-        message = message[: ERROR_CHARACTERS - 1] + "…"
+    if len(message) > MAX_ERROR_CHARACTERS:
+        message = message[: MAX_ERROR_CHARACTERS - 1] + "…"
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
@@ -230,7 +225,7 @@ def _validation_curves(store: TrainerStateStore) -> Iterator[Curve]:
 
 
 def suspects_of(actions: Sequence[Action]) -> Iterator[Suspect]:
-    """From the dumps, which list the samples of a batch that stand out, the worst first."""
+    """The outlier samples listed in the dumps, the worst first."""
     for action in actions:
         if action.action != "dump":
             continue

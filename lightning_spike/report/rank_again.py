@@ -1,4 +1,4 @@
-"""Ranks the causes of a run that is over again, from its `report.json` and `signals/`, with this version's knowledge."""
+"""Ranks the causes of a finished run again, from its `report.json` and `signals/`."""
 
 import dataclasses
 
@@ -25,7 +25,10 @@ def rank_again(report: Report, signals: Signals | None) -> Report:
         UnreadableReportError: The report or the signals lack what the ranking reads.
     """
     if report.recorded is None:
-        msg = "rank again: expected `recorded` in the report.json, found none: an older version wrote it. Print it as it is."
+        msg = (
+            "rank again: expected `recorded` in the report.json, found none: an older version wrote it. "
+            "Print it as it is."
+        )
         raise UnreadableReportError(msg)
     if signals is None:
         msg = (

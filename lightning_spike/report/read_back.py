@@ -30,7 +30,7 @@ from lightning_spike.report.signals_file import Signals, read_signals
 from lightning_spike.report.terminal import TerminalReport
 
 PLACES: Final = ("report.json", "spike/report.json")
-"""Where a report is in its `dirpath`, and in the folder above the default one."""
+"""Paths of the report in its `dirpath` and in the folder above the default one."""
 
 
 def read_back(place: str | Path, *, again: bool = False) -> TerminalReport:
@@ -58,7 +58,10 @@ def read_back(place: str | Path, *, again: bool = False) -> TerminalReport:
     try:
         report = report_from(with_nonfinite(content), signals)
     except (LookupError, TypeError, ValueError, AttributeError) as error:  # what a part that is not as written leads to
-        msg = f"{path}: expected a whole report, found a part missing or wrong ({type(error).__name__}: {error}). Take it from the run's folder again."
+        msg = (
+            f"{path}: expected a whole report, found a part missing or wrong ({type(error).__name__}: {error}). "
+            "Take it from the run's folder again."
+        )
         raise UnreadableReportError(msg) from error
     if again:
         report = rank_again(report, signals)

@@ -1,4 +1,4 @@
-"""What the examination of scenes found after the run: for the terminal, and as `replay.json`.
+"""Renders the results of replays after the run for the terminal, and writes them as `replay.json`.
 
 `replay.json`, schema version 2, is strict JSON; numbers that are not finite are null and stand in `nonfinite`, as in
 report.json:
@@ -8,7 +8,7 @@ report.json:
 - `scenes`, one object each: `path` (beside this file), `started` (of the run, ISO 8601), `episode`, `kind`, `onset`
   (its moment), `seconds`, `examined` (false where it could not be replayed), `experiments` (a record of
   `lightning_spike.experiments`, written by `codec`) and `sentences`, the same in words;
-- `notes`, what a reader must know: another version of torch, say.
+- `notes`, warnings, such as another version of torch.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from lightning_spike.experiments import Experiments
 from lightning_spike.files import write_whole
 from lightning_spike.records import Episode
 from lightning_spike.report.json_file import strict_json
-from lightning_spike.report.terminal import WIDEST, hanging, print_lines, title_line
+from lightning_spike.report.terminal import MAX_WIDTH, hanging, print_lines, title_line
 from lightning_spike.report.wording import count, duration, loss_words
 
 SCHEMA_VERSION: Final = 2
@@ -41,12 +41,12 @@ CAUSED_BY: Final = {
     SplitVerdict.NOT_REPRODUCED: "something outside the training step",
     SplitVerdict.COMPUTATION: "a changed computation",
 }
-"""What a split gives the jump to, in words."""
+"""Words for the cause of a loss jump."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Replayed:
-    """One scene, examined."""
+    """The result of one scene."""
 
     place: Path
     started: str
@@ -57,24 +57,24 @@ class Replayed:
 
     @property
     def examined(self) -> bool:
-        """It could be replayed."""
+        """Whether the scene could be replayed."""
         return self.experiments.not_run is None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ReplayReport:
-    """All scenes that were examined; a rich renderable."""
+    """The results of all scenes; a rich renderable."""
 
     scenes: Sequence[Replayed]
     device: str
     configs: Sequence[Path]
     notes: Sequence[str] = ()
     file: Path | None = None
-    """Where it was written."""
+    """The file it was written to."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """As rich calls it."""
-        options = options.update(width=min(options.max_width, WIDEST))
+        options = options.update(width=min(options.max_width, MAX_WIDTH))
         yield from print_lines(Group(*self._parts(options.max_width)), console, options)
 
     def _parts(self, width: int) -> Iterator[RenderableType]:
@@ -106,12 +106,12 @@ def _scene(scene: Replayed, device: str) -> Iterator[RenderableType]:
         yield hanging("   ", Text(took, style="dim"))
     if verdict is not None:
         yield hanging("   ", Text.assemble("what made the loss jump: ", (CAUSED_BY[verdict], "bold green")))
-    rest = dataclasses.replace(found, replay=None)
-    yield from (hanging("   • ", Text(sentence)) for sentence in sentences.about(rest))
+    said = None if found.replay is None else sentences.replay(found.replay)
+    yield from (hanging("   • ", Text(sentence)) for sentence in sentences.about(found) if sentence != said)
 
 
 def write_replay(report: ReplayReport, path: Path) -> Path:
-    """Write `replay.json`, whole or not at all.
+    """Writes `replay.json` atomically.
 
     Raises:
         OSError: It could not be written; what was there before is untouched.

@@ -1,4 +1,4 @@
-"""`signals/`: the recorded series as columns, for NumPy or anything that reads its `.npz` format (a zip of arrays)."""
+"""Writes and reads `signals/`: the recorded series as columns in NumPy's `.npz` format (a zip of arrays)."""
 
 import dataclasses
 import zipfile
@@ -25,25 +25,20 @@ Four tables as .npz files, each array a column; read them with NumPy:
     series = np.load("series.npz")
     series["step"], series["loss"]
 
-- `series.npz`: one row for each training batch that is still held (of a long run the older ones are thinned evenly, the stretches around an episode
-  are whole). `ordinal` counts the batches of the run from 0; `step` is `trainer.global_step` as the batch began; `epoch`, `batch_idx`. The other columns are signals,
-  float64, NaN where a batch had none: {signals}.
-- `nan.npz`: for each signal that was itself NaN in some batches, their `ordinal`s; so these can be told from batches that had none.
-- `layers.npz`: vector-valued signals of the latest batches; for each signal `<signal>:names` (n), `<signal>:ordinal` (rows) and
-  `<signal>:values` (rows, n), float32: {layers}.
-- `validation.npz`: one row for each validation: `metric`, `value`, the mean training loss since the one before (`train_loss`), and `ordinal`, `step`, `epoch`,
-  `batch_idx` of the last training batch before it.
+- `series.npz`: one row for each recorded training batch. In a long run older rows are thinned evenly; those around an
+  episode are complete. `ordinal` counts the batches of the run from 0; `step` is `trainer.global_step` as the batch
+  began; `epoch`, `batch_idx`. The other columns are signals, float64, NaN where a batch had none: {signals}.
+- `nan.npz`: the `ordinal`s of the batches in which a signal was itself NaN, by signal.
+- `layers.npz`: vector-valued signals of the latest batches; for each signal `<signal>:names` (n), `<signal>:ordinal`
+  (rows) and `<signal>:values` (rows, n), float32: {layers}.
+- `validation.npz`: one row for each validation: `metric`, `value`, the mean training loss since the previous one
+  (`train_loss`), and `ordinal`, `step`, `epoch`, `batch_idx` of the last training batch before it.
 """
 
-NEEDED: Final = MappingProxyType(
-    {
-        "series": ("ordinal", "step"),
-        "nan": (),
-        "layers": (),
-        "validation": ("metric", "value", "ordinal", "step"),
-    }
+REQUIRED_COLUMNS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {"series": ("ordinal", "step"), "nan": (), "layers": (), "validation": ("metric", "value", "ordinal", "step")}
 )
-"""The tables, and the columns of each that no reader can do without."""
+"""The tables and their required columns."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -59,13 +54,12 @@ class LayerTable:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Signals:
-    """What `signals/` holds."""
+    """The content of `signals/`."""
 
     series: Mapping[str, Array]
     """Columns of equal length, one row a batch."""
     nan: Mapping[str, npt.NDArray[np.int64]]
-    """By signal, the ordinals of the batches in which it was itself NaN; a NaN elsewhere in its column says that a
-    batch had no value."""
+    """Ordinals of the batches in which a signal was itself NaN; any other NaN in its column is a missing value."""
     layers: Mapping[str, LayerTable]
     """By signal."""
     validation: Mapping[str, Array]
@@ -73,7 +67,7 @@ class Signals:
 
 
 def write_signals(store: TrainerStateStore, folder: Path) -> Path:
-    """Write all recorded series, whole or not at all; an older folder is replaced as a whole.
+    """Writes all recorded series atomically; an older folder is replaced.
 
     Returns:
         `folder`.
@@ -90,20 +84,19 @@ def write_signals(store: TrainerStateStore, folder: Path) -> Path:
     with whole_folder(folder) as hidden:
         for name, columns in tables.items():
             _write_table(hidden / f"{name}.npz", columns)
-        signals, layers = (
-            ", ".join(f"`{n}`" for n in names) or "none" for names in (store.history.signals, store.layers)
-        )
+        both = (store.history.signals, store.layers)
+        signals, layers = (", ".join(f"`{name}`" for name in names) or "none" for names in both)
         (hidden / "README.md").write_text(README.format(signals=signals, layers=layers), encoding="utf-8")
     return folder
 
 
 def read_signals(folder: str | Path) -> Signals:
-    """Read back what `write_signals` wrote.
+    """Reads the files of `write_signals`.
 
     Raises:
         OSError: The folder or one of its tables cannot be read.
     """
-    tables = {name: _read_table(Path(folder) / f"{name}.npz", needed) for name, needed in NEEDED.items()}
+    tables = {name: _read_table(Path(folder) / f"{name}.npz", needed) for name, needed in REQUIRED_COLUMNS.items()}
     columns = tables["layers"]
     signals = [name.removesuffix(":names") for name in columns if name.endswith(":names")]
     layers = {
@@ -151,7 +144,7 @@ def _validation(store: TrainerStateStore) -> dict[str, Array]:
 
 
 def _write_table(path: Path, columns: Mapping[str, Array]) -> None:
-    """As `numpy.savez_compressed`, whose keyword arguments cannot carry every name ("file" is taken)."""
+    """Writes a table as `numpy.savez_compressed` does, whose keywords cannot have every name (such as "file")."""
     with zipfile.ZipFile(path, "w", compression=zipfile.ZIP_DEFLATED) as archive:
         for name, column in columns.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as handle:

@@ -1,7 +1,4 @@
-"""The report in the terminal.
-
-One line for a healthy run, else what a tired reader needs, the likeliest cause first and in full.
-"""
+"""Renders the report in the terminal: one line for a healthy run, else the likeliest cause first and in full."""
 
 import dataclasses
 import itertools
@@ -17,7 +14,7 @@ from rich.text import Text
 
 from lightning_spike.records import Episode, RunStatus, Verdict
 from lightning_spike.report.braille import Drawing, draw
-from lightning_spike.report.model import LEAST_PROBABILITY, Curve, Report
+from lightning_spike.report.model import MIN_PROBABILITY, Curve, Report
 from lightning_spike.report.wording import (
     actions_words,
     confirmed_words,
@@ -37,23 +34,23 @@ from lightning_spike.report.wording import (
     suspects_words,
 )
 
-WIDEST: Final = 120
-"""Columns used at most: longer lines are hard to read, however wide the terminal."""
+MAX_WIDTH: Final = 120
+"""Maximum number of columns; longer lines are hard to read."""
 CURVE_ROWS: Final = 6
-LABEL: Final = 9
+LABEL_WIDTH: Final = 9
 """Columns left of a curve, for its axis."""
-BAR: Final = 20
-ROOMY: Final = 72
-"""Columns from which on the table of episodes says how far the loss came back."""
-MOST_EPISODES: Final = 6
-MOST_CAUSES: Final = 4
-MOST_EVIDENCE: Final = 5
-MOST_ACTIONS: Final = 6
-MOST_SUSPECTS: Final = 4
+BAR_WIDTH: Final = 20
+MIN_RECOVERY_WIDTH: Final = 72
+"""Columns from which the table of episodes has the recovery."""
+MAX_EPISODES: Final = 6
+MAX_CAUSES: Final = 4
+MAX_EVIDENCE: Final = 5
+MAX_ACTIONS: Final = 6
+MAX_SUSPECTS: Final = 4
 ASCII: Final = str.maketrans(
     {
-        "─": "-", "│": "|", "┤": "|", "└": "+", "█": "#", "░": ".", "▔": "~", "•": "*", "→": ">", "×": "x", "✓": "+", "✗": "x", "–": "-", "−": "-", "…": ".", "·": "-",
-        "’": "'",
+        "─": "-", "│": "|", "┤": "|", "└": "+", "█": "#", "░": ".", "▔": "~", "•": "*", "→": ">", "×": "x", "✓": "+",
+        "✗": "x", "–": "-", "−": "-", "…": ".", "·": "-", "’": "'",
     }
     | {chr(code): "*" for code in range(0x2801, 0x2900)}
 )  # fmt: skip
@@ -62,17 +59,17 @@ ASCII: Final = str.maketrans(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TerminalReport:
-    """A rich renderable; reads well from 60 columns on, with and without colour."""
+    """A rich renderable for 60 columns or more, with and without colour."""
 
     report: Report
     files: Sequence[Path] = ()
-    """What was written."""
+    """Files that were written."""
     notes: Sequence[str] = ()
-    """What was not written, and why."""
+    """Errors of files that were not written."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """As rich calls it."""
-        options = options.update(width=min(options.max_width, WIDEST))
+        options = options.update(width=min(options.max_width, MAX_WIDTH))
         parts = [self._one_line()] if self.report.healthy else [*_parts(self.report, options.max_width)]
         yield from print_lines(Group(*parts, *self._endings()), console, options)
 
@@ -89,7 +86,7 @@ class TerminalReport:
         return line
 
     def _endings(self) -> Iterator[RenderableType]:
-        """What broke, and where the files are; on a healthy run the one line has said the latter."""
+        """Failed parts, notes and, if not in the line of a healthy run, the files."""
         for part in self.report.disabled:
             at = "" if part.step is None else f" at step {part.step:,}"
             yield hanging("! ", Text(f"{part.part} broke{at} and was switched off: {part.reason}", style="yellow"))
@@ -102,7 +99,7 @@ class TerminalReport:
 
 def _parts(report: Report, width: int) -> Iterator[RenderableType]:
     yield Text()
-    yield _title(report, width)
+    yield title_line(headline(report), width)
     yield Text(" · ".join(filter(None, [ending(report), setting(report)])), style="dim")
     for verdict in report.likely[:1]:
         yield _cause_line(1, verdict, width)
@@ -119,24 +116,20 @@ def _parts(report: Report, width: int) -> Iterator[RenderableType]:
     for verdict in report.likely[:1]:
         yield Text()
         yield from _why(report, verdict)
-    for rank, verdict in enumerate(report.likely[1:MOST_CAUSES], start=2):
+    for rank, verdict in enumerate(report.likely[1:MAX_CAUSES], start=2):
         yield Text()
         yield _cause_line(rank, verdict, width)
         yield hanging("   ", Text(verdict.summary))
     yield from _rest(report)
     yield from _listed("Samples that stand out", *_suspects(report))
     done = actions_words(report.actions)
-    yield from _listed("What was done", done[:MOST_ACTIONS], len(done))
+    yield from _listed("What was done", done[:MAX_ACTIONS], len(done))
     yield from _listed("Could not be seen", report.remarks, len(report.remarks))
     yield Text()
 
 
-def _title(report: Report, width: int) -> Text:
-    return title_line(headline(report), width)
-
-
 def title_line(words: str, width: int) -> Text:
-    """The line that everything of ours begins with in the terminal."""
+    """The first line of our terminal output."""
     title = Text.assemble(
         ("lightning-spike", "bold"), " ── ", (words, "bold red"), " ", overflow="ellipsis", no_wrap=True
     )
@@ -144,15 +137,14 @@ def title_line(words: str, width: int) -> Text:
 
 
 def print_lines(whole: RenderableType, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
-    """Its lines without trailing blanks, in ASCII where the terminal cannot show more."""
+    """The lines without trailing blanks, in ASCII if the terminal needs it."""
     for line in console.render_lines(whole, options, pad=False):
         for segment in _without_trailing_space(line):
             yield _in_ascii(segment, options.encoding) if options.ascii_only else segment
         yield Segment.line()
 
 
-# -- the curve
-# -----------------------------------------------------------------------------------------------------------
+# -- the curve ---------------------------------------------------------------------------------------------------------
 
 
 def _curves(report: Report) -> Iterator[Curve]:
@@ -163,21 +155,21 @@ def _curves(report: Report) -> Iterator[Curve]:
 
 
 def _curve(curve: Curve, episodes: Sequence[Episode], width: int) -> Iterator[Text]:
-    drawing = draw(curve.ordinals, curve.values, width=width - LABEL - 2, height=CURVE_ROWS)
+    drawing = draw(curve.ordinals, curve.values, width=width - LABEL_WIDTH - 2, height=CURVE_ROWS)
     if drawing is None:
         yield Text(f"{curve.name}: no finite value", style="dim")
         return
     yield Text(f"{curve.name}{', log scale' if drawing.log else ''}", style="dim")
     spans = [_span(e, drawing) for e in episodes]
     for i, row in enumerate(drawing.rows):
-        label = number(drawing.high) if i == 0 else number(drawing.low) if i == CURVE_ROWS - 1 else ""
+        label = {0: number(drawing.high), CURVE_ROWS - 1: number(drawing.low)}.get(i, "")
         line = Text(row, style="cyan")
         for start, stop in spans:
             line.stylize("bold red", start, stop)
-        yield Text.assemble((f"{label:>{LABEL}} {'┤' if label else '│'}", "dim"), line)
-    yield Text.assemble(" " * (LABEL + 2), (_marks(episodes, spans, drawing.width), "bold red"))
+        yield Text.assemble((f"{label:>{LABEL_WIDTH}} {'┤' if label else '│'}", "dim"), line)
+    yield Text.assemble(" " * (LABEL_WIDTH + 2), (_marks(episodes, spans, drawing.width), "bold red"))
     left, right = f"step {curve.steps[0]:,}", f"{curve.steps[-1]:,}"
-    yield Text(f"{'':{LABEL + 2}}{left}{right:>{drawing.width - len(left)}}", style="dim")
+    yield Text(f"{'':{LABEL_WIDTH + 2}}{left}{right:>{drawing.width - len(left)}}", style="dim")
 
 
 def _span(episode: Episode, drawing: Drawing) -> tuple[int, int]:
@@ -186,7 +178,7 @@ def _span(episode: Episode, drawing: Drawing) -> tuple[int, int]:
 
 
 def _marks(episodes: Sequence[Episode], spans: Sequence[tuple[int, int]], width: int) -> str:
-    """The line under a curve: each episode's stretch, its number at the onset where there is room."""
+    """The line under a curve: each episode's range, with its number at the onset if there is room."""
     marks = [" "] * width
     for start, stop in spans:
         marks[start:stop] = "▔" * (stop - start)
@@ -198,42 +190,31 @@ def _marks(episodes: Sequence[Episode], spans: Sequence[tuple[int, int]], width:
     return "".join(marks)
 
 
-# -- the episodes
-# --------------------------------------------------------------------------------------------------------
+# -- the episodes ------------------------------------------------------------------------------------------------------
 
 
 def _episodes(report: Report, width: int) -> RenderableType:
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim")
     table.add_column("#", justify="right")
-    table.add_column("kind", no_wrap=True)
-    table.add_column("steps", no_wrap=True)
-    table.add_column("loss", no_wrap=True)
-    if width >= ROOMY:
-        table.add_column("came back", no_wrap=True)
+    for name in ("kind", "steps", "loss", *(["came back"] if width >= MIN_RECOVERY_WIDTH else [])):
+        table.add_column(name, no_wrap=True)
     table.add_column("likeliest cause", overflow="fold")
-    worst = sorted(report.episodes, key=lambda e: -e.severity)[:MOST_EPISODES]
+    worst = sorted(report.episodes, key=lambda e: -e.severity)[:MAX_EPISODES]
     for episode in sorted(worst, key=lambda e: (e.onset.ordinal, e.id)):
         causes = report.causes_of.get(episode.id, ())
         likeliest = f"{causes[0].cause} {percent(causes[0].probability)}" if causes else "unexplained"
-        cells = [
-            str(episode.id),
-            episode.kind.value,
-            steps_words(episode),
-            loss_words(episode),
-            *([recovery_words(episode)] if width >= ROOMY else []),
-            likeliest,
-        ]
-        table.add_row(*map(Text, cells))
+        cells = [str(episode.id), episode.kind.value, steps_words(episode), loss_words(episode)]
+        cells += [recovery_words(episode)] if width >= MIN_RECOVERY_WIDTH else []
+        table.add_row(*map(Text, [*cells, likeliest]))
     more = len(report.episodes) - len(worst)
     return Group(table, Text(f"and {count(more, 'milder episode')} in the files", style="dim")) if more else table
 
 
-# -- the causes
-# ----------------------------------------------------------------------------------------------------------
+# -- the causes --------------------------------------------------------------------------------------------------------
 
 
 def _cause_line(rank: int, verdict: Verdict, width: int) -> Text:
-    filled = round(BAR * min(max(verdict.probability, 0.0), 1.0))
+    filled = round(BAR_WIDTH * min(max(verdict.probability, 0.0), 1.0))
     mark = {True: "green", False: "red", None: "dim"}[verdict.confirmed]
     line = Text.assemble(
         (f"{rank}  {verdict.cause}", "bold"),
@@ -241,9 +222,9 @@ def _cause_line(rank: int, verdict: Verdict, width: int) -> Text:
         no_wrap=True,
         overflow="ellipsis",
     )
-    tail = Text.assemble(
-        ("█" * filled, "cyan"), ("░" * (BAR - filled), "dim"), f" {percent(verdict.probability):>5}  ", (confirmed_words(verdict)[0], mark)
-    )  # fmt: skip
+    share = f" {percent(verdict.probability):>5}  "
+    bar = ("█" * filled, "cyan"), ("░" * (BAR_WIDTH - filled), "dim")
+    tail = Text.assemble(*bar, share, (confirmed_words(verdict)[0], mark))
     line.truncate(max(width - tail.cell_len - 2, 1), overflow="ellipsis", pad=True)
     return Text.assemble(line, "  ", tail)
 
@@ -256,7 +237,7 @@ def _why(report: Report, verdict: Verdict) -> Iterator[RenderableType]:
     why_not = report.why_not_confirmed(verdict)
     if why_not is not None:
         yield hanging("   ", Text(f"– not confirmed by replay: {why_not}", style="dim"))
-    strongest = sorted(verdict.evidence, key=lambda e: -abs(e.weight))[:MOST_EVIDENCE]
+    strongest = sorted(verdict.evidence, key=lambda e: -abs(e.weight))[:MAX_EVIDENCE]
     for evidence in strongest:
         sign = "   − " if evidence.weight < 0 else "   + "
         yield hanging(sign, Text.assemble(evidence.text, (f"  [{evidence_words(evidence)}]", "dim")))
@@ -266,24 +247,23 @@ def _why(report: Report, verdict: Verdict) -> Iterator[RenderableType]:
 
 
 def _rest(report: Report) -> Iterator[RenderableType]:
-    """What the shown causes leave: the fainter ones, and what nothing explains."""
-    fainter = len(report.causes) - len(report.likely[:MOST_CAUSES])
+    """The number of fainter causes and the unexplained probability."""
+    fainter = len(report.causes) - len(report.likely[:MAX_CAUSES])
     said = [f"{count(fainter, 'fainter cause')} in the files"] if fainter else []
-    if report.unexplained >= LEAST_PROBABILITY:
+    if report.unexplained >= MIN_PROBABILITY:
         said.append(f"unexplained: {percent(report.unexplained)}")
     if said:
         yield Text()
         yield Text("   " + " · ".join(said), style="dim")
 
 
-# -- the rest
-# ------------------------------------------------------------------------------------------------------------
+# -- the rest ----------------------------------------------------------------------------------------------------------
 
 
 def _suspects(report: Report) -> tuple[list[str], int]:
-    """One line for each batch, the worst samples of each, and how many batches there are."""
+    """A line for each batch with its worst samples, and the number of batches."""
     batches = [list(group) for _, group in itertools.groupby(report.suspects, key=lambda s: s.step)]
-    return [suspects_words(batch[:MOST_SUSPECTS]) for batch in batches[:MOST_ACTIONS]], len(batches)
+    return [suspects_words(batch[:MAX_SUSPECTS]) for batch in batches[:MAX_ACTIONS]], len(batches)
 
 
 def _listed(heading: str, lines: Sequence[str], total: int) -> Iterator[RenderableType]:
@@ -297,7 +277,7 @@ def _listed(heading: str, lines: Sequence[str], total: int) -> Iterator[Renderab
 
 
 def hanging(lead: str, text: Text) -> RenderableType:
-    """A paragraph whose further lines start under its first word."""
+    """A paragraph with a hanging indent after `lead`."""
     if not lead.strip():
         return Padding(text, (0, 0, 0, len(lead)))
     grid = Table.grid(padding=0)
@@ -308,7 +288,7 @@ def hanging(lead: str, text: Text) -> RenderableType:
 
 
 def _common(files: Sequence[Path]) -> str:
-    """The folder of the files, relative to the working directory where it is inside."""
+    """The folder of the files, relative to the working directory if inside it."""
     folder = files[0].parent
     try:
         return f"{folder.resolve().relative_to(Path.cwd())}/"
@@ -317,7 +297,7 @@ def _common(files: Sequence[Path]) -> str:
 
 
 def _without_trailing_space(line: list[Segment]) -> list[Segment]:
-    """So that a report that is copied, or written to a log, carries no blanks that nobody sees."""
+    """A line without trailing blanks, for copying and logs."""
     while line and not line[-1].text.strip() and not line[-1].control:
         line = line[:-1]
     if line and not line[-1].control:

@@ -1,4 +1,4 @@
-"""How numbers and facts are put into words, the same in the terminal and on the page."""
+"""Words for numbers and facts, the same in the terminal and on the page."""
 
 import math
 from collections.abc import Sequence
@@ -15,20 +15,17 @@ ENDINGS = {
     RunStatus.INTERRUPTED: "interrupted after",
 }
 
-RECOVERIES = {
-    Recovery.WHOLE: "yes",
-    Recovery.PART: "in part",
-    Recovery.NEVER: "never",
-    Recovery.OPEN: "open",
-}
+RECOVERIES = {Recovery.WHOLE: "yes", Recovery.PART: "in part", Recovery.NEVER: "never", Recovery.OPEN: "open"}
+MIN_SHOWN_RATIO = 1.05
+"""Ratio of two losses from which it is shown; engineering choice."""
 
 
 def number(value: float | None) -> str:
-    """Three significant digits; `–` for none."""
+    """A number with three significant digits; `–` for `None`."""
     if value is None:
         return "–"
     if not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("Inf" if value > 0 else "-Inf")
+        return f"{value:f}".replace("inf", "Inf").replace("nan", "NaN")
     if value == int(value) and abs(value) < 1e6:  # noqa: PLR2004 - whole numbers up to here read best as they are
         return f"{int(value):,}"
     return f"{value:.3g}"
@@ -61,20 +58,20 @@ def duration(seconds: float) -> str:
 
 
 def ending(report: Report) -> str:
-    """How the run ended: `finished after 1,200 steps, 4 epochs, 12 s`."""
+    """The run's end: `finished after 1,200 steps, 4 epochs, 12 s`."""
     done = [count(report.steps, "step"), count(report.epochs, "epoch"), duration(report.seconds)]
     return f"{ENDINGS[report.status]} {', '.join(done)}"
 
 
 def setting(report: Report) -> str:
-    """Where it ran: `cpu, 32-true`."""
+    """Device, precision and ranks: `cpu, 32-true`."""
     ranks = [f"{report.facts.world_size} ranks"] if report.facts.world_size > 1 else []
     resumed = [f"resumed at step {report.facts.first_step:,}"] if report.facts.first_step else []
     return ", ".join([*filter(None, [report.device, report.facts.precision]), *ranks, *resumed])
 
 
 def headline(report: Report) -> str:
-    """What happened, in one line: the number of episodes, and the first cause."""
+    """The number of episodes and the first cause, in one line."""
     if report.healthy:
         return "no trouble"
     found = [count(len(report.episodes), "episode")] if report.episodes else []
@@ -85,7 +82,7 @@ def headline(report: Report) -> str:
 
 
 def steps_words(episode: Episode) -> str:
-    """`400–431`, `400` for a single step, `400–…` where the loss never came back."""
+    """`400–431`, `400` for a single step, `400–…` if the loss never recovered."""
     if episode.end is None:
         return f"{episode.onset.step:,}–…"
     if episode.end.step == episode.onset.step:
@@ -94,7 +91,7 @@ def steps_words(episode: Episode) -> str:
 
 
 def loss_words(episode: Episode) -> str:
-    """`0.31 → 4.2 (×14)`, with the name of the series in front where it is not the training loss."""
+    """`0.31 → 4.2 (×14)`, after the series' name if it is not the training loss."""
     before, peak = episode.loss_before, episode.loss_peak
     name = "" if episode.signal == "loss" else f"{episode.signal} "
     if before is None and peak is None:
@@ -103,14 +100,15 @@ def loss_words(episode: Episode) -> str:
 
 
 def _ratio(before: float | None, peak: float | None) -> str:
-    """` (×14)`, nothing where there is no ratio worth naming."""
-    if before is None or peak is None or not math.isfinite(peak) or before <= 0 or peak / before < 1.05:  # noqa: PLR2004
+    """` (×14)`, empty for a ratio below 1.05 or an undefined one."""
+    if before is None or peak is None or not math.isfinite(peak) or before <= 0:
         return ""
-    return f" (×{number(float(f'{peak / before:.2g}'))})"
+    ratio = peak / before
+    return f" (×{number(float(f'{ratio:.2g}'))})" if ratio >= MIN_SHOWN_RATIO else ""
 
 
 def recovery_words(episode: Episode) -> str:
-    """Whether the loss came back; `open` where the run ended too early to tell."""
+    """Whether the loss recovered; `open` if the run ended before."""
     return RECOVERIES[episode.recovery]
 
 
@@ -120,7 +118,7 @@ def family_words(family: Family) -> str:
 
 
 def confirmed_words(verdict: Verdict) -> str:
-    """What the replay said."""
+    """The result of the replay."""
     words = {True: "✓ confirmed by replay", False: "✗ not confirmed by replay", None: "– not tested by replay"}
     return words[verdict.confirmed]
 
@@ -137,7 +135,7 @@ def episodes_words(ids: tuple[int, ...]) -> str:
 
 
 def evidence_words(evidence: Evidence) -> str:
-    """Where the observation is from: `lr-AdamW at step 400: 0.1, expected 0.001`."""
+    """Source and values of an observation: `lr-AdamW at step 400: 0.1, expected 0.001`."""
     where = evidence.signal if evidence.step is None else f"{evidence.signal} at step {evidence.step:,}"
     if evidence.observed is None:
         return where
@@ -146,31 +144,30 @@ def evidence_words(evidence: Evidence) -> str:
 
 
 def actions_words(actions: Sequence[Action]) -> list[str]:
-    """What was done, in order; the batches that were dumped for one episode in one line."""
+    """One line per action, in order; the dumps of one episode share a line."""
     lines: list[str] = []
-    told: set[object] = set()
+    listed: set[object] = set()
     for action in actions:
         episode = action.detail.get("episode")
         if action.action != "dump" or episode is None:
             lines.append(_action(action))
-        elif episode not in told:
-            told.add(episode)
-            lines.append(
-                _dumps(episode, [a for a in actions if a.action == "dump" and a.detail.get("episode") == episode])
-            )
+        elif episode not in listed:
+            listed.add(episode)
+            dumps = [a for a in actions if a.action == "dump" and a.detail.get("episode") == episode]
+            lines.append(_dumps(episode, dumps))
     return lines
 
 
 def _dumps(episode: object, dumps: Sequence[Action]) -> str:
-    """The onset's batch by its path; the others are beside it."""
+    """The line of one episode's dumps, with the path of the onset's batch."""
     onset = next((d for d in dumps if d.detail.get("role", "onset") == "onset"), dumps[0])
     beside = f", with {len(dumps) - 1} of its neighbours" if len(dumps) > 1 else ""
     return f"episode {episode}: the batch of step {onset.at.step:,} is in {onset.detail.get('path', 'batches')}{beside}"
 
 
 def _action(action: Action) -> str:
-    """With the plain facts of its detail: `rollback at step 403: to_step 380, lr_scale 0.5`."""
-    facts = [f"{key} {_scalar(value)}" for key, value in action.detail.items() if _is_scalar(value)]
+    """An action with the numbers and strings of its detail: `rollback at step 403: to_step 380, lr_scale 0.5`."""
+    facts = [f"{key} {_scalar(value)}" for key, value in action.detail.items() if isinstance(value, str | int | float)]
     name = action.action.replace("_", " ")
     return f"{name} at step {action.at.step:,}" + (f": {', '.join(facts)}" if facts else "")
 
@@ -179,17 +176,10 @@ def suspects_words(suspects: Sequence[Suspect]) -> str:
     """Samples of one batch: `step 400: dataset index 17 (loss 9.5), position 2 in the batch`."""
     samples = []
     for suspect in suspects:
-        name = (
-            f"position {suspect.position} in the batch"
-            if suspect.dataset_index is None
-            else f"dataset index {suspect.dataset_index}"
-        )
+        index = suspect.dataset_index
+        name = f"position {suspect.position} in the batch" if index is None else f"dataset index {index}"
         samples.append(name if suspect.loss is None else f"{name} (loss {number(suspect.loss)})")
     return f"step {suspects[0].step:,}: {', '.join(samples)}"
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, str | int | float)
 
 
 def _scalar(value: Any) -> str:

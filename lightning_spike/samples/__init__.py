@@ -1,1 +1,1 @@
-"""Which samples of a batch stand out: by their values, and by their losses and gradients."""
+"""Outliers among the samples of a batch, by values, losses and gradients."""

@@ -1,7 +1,4 @@
-"""Which samples of a batch make its loss what it is.
-
-The loss of every sample by itself, and how hard each pulls at the weights.
-"""
+"""Loss and gradient norm bound of every sample of a batch."""
 
 import contextlib
 import dataclasses
@@ -12,34 +9,29 @@ from typing import Any, Final, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
-from lightning_spike.errors import CannotReplay
 from lightning_spike.record.batch_ring import RingEntry
 from lightning_spike.record.state_copy import load_module
 from lightning_spike.samples.batches import samples_in, take_samples
-from lightning_spike.sandbox.isolation import Sandbox, isolated, loss_of
+from lightning_spike.sandbox.isolation import Sandbox, loss_of
 from lightning_spike.signals.random_state import RandomState
 
 
 class GradientNormBounds:
-    """Watches the layers during one forward pass, and says afterwards what each sample's gradient can be at most.
+    """Upper bound of each sample's gradient norm from one forward and one backward pass.
 
-    Of every layer with weights of its own: the norm of a sample's input times the norm of the loss's gradient by its
-    output, squared and added up over the layers, and the root of it. For a linear layer with one position to a sample
-    this is the norm of the sample's own gradient (Goodfellow 2015, arXiv:1510.01799; without the bias), for layers with
-    shared weights (positions of a sequence, and up to the root of the kernel's size convolutions) an upper bound. It is
-    to be compared between samples of one module, and costs one
-    backward pass where the norms themselves cost one for each sample. No sample may see another: for eval mode.
+    Per layer with weights: the norm of a sample's input times the norm of the loss's gradient by its output. The bound
+    is the root of the sum of their squares. For a linear layer with one position per sample it is the norm of the
+    sample's gradient without the bias (Goodfellow 2015, arXiv:1510.01799). For shared weights (sequences, convolutions
+    up to the root of the kernel size) it is an upper bound. Compare it between samples of one module, in eval mode.
 
     Args:
-        size: Samples in the batch. What a layer takes or gives with no multiple of it in its first dimension is left
-            out.
+        size: Samples in the batch. Ignores inputs and outputs whose first dimension is no multiple of it.
     """
 
     def __init__(self, size: int) -> None:
@@ -48,7 +40,7 @@ class GradientNormBounds:
 
     @contextlib.contextmanager
     def following(self, module: nn.Module) -> Iterator[None]:
-        """Watch the forward passes in here."""
+        """Watch the forward passes inside."""
         layers = [part for part in module.modules() if next(part.parameters(recurse=False), None) is not None]
         handles = [layer.register_forward_hook(self._note) for layer in layers]
         try:
@@ -58,9 +50,9 @@ class GradientNormBounds:
                 handle.remove()
 
     def of(self, loss: Tensor) -> npt.NDArray[np.float64] | None:
-        """The pull of each sample at the sum of their losses, shape `(size,)`, taken for `size` times the loss, a mean; `None` where no layer was seen.
+        """The bound of each sample for `loss`, their mean loss, shape `(size,)`; `None` without a watched layer.
 
-        Takes gradients by the layers' outputs only: no `.grad` is touched. Blocks.
+        Takes gradients only by the layers' outputs, so no `.grad` changes. Blocks.
         """
         if not self._seen or not loss.requires_grad:
             return None
@@ -87,16 +79,15 @@ class GradientNormBounds:
         return flat
 
 
-MOST_SLICES: Final = 256
-"""Samples that are run one by one at most; a larger batch would take longer than any answer is worth."""
+MAX_SLICES: Final = 256
+"""Samples that are run one by one; engineering choice."""
 
 TOLERANCE: Final = 0.02
-"""How far, as a share, the mean (or sum) of the samples' losses may be from the batch's loss: low precision and masks
-that differ between the samples move it by about a percent; a loss that compares samples with each other misses by far
-more."""
+"""Relative difference between the batch's loss and the mean or sum of its samples' losses: low precision and masks
+cause about one per cent, a loss that compares samples far more; engineering choice."""
 
 TINY: Final = 1e-12
-"""Two losses this close are equal, whatever their share."""
+"""Absolute difference of equal losses; engineering choice."""
 
 Losses = npt.NDArray[np.float64]
 Answer = TypeVar("Answer")
@@ -109,50 +100,14 @@ class PerSampleLosses:
     losses: Losses
     """Shape `(B,)`, float64; NaN and Inf are kept."""
     how: Literal["tap", "slices"]
-    """`"tap"`: read off the loss function in one run of the whole batch, train mode and all. `"slices"`: every sample
-    was run by itself in eval mode."""
+    """`"tap"`: from the loss function in one run of the whole batch. `"slices"`: from a run per sample."""
     batch_loss: float
-    """The loss of the whole batch in the same run, for `"slices"` in the same mode."""
+    """The loss of the whole batch."""
     explains: bool
-    """Whether mean or sum of `losses` is the batch's loss, up to 2 %; where it is not, other terms are part of the loss
-    and the order of the samples is all there is.
-    Always false where the loss is not finite: nothing can be compared then."""
-    pulls: Losses | None = None
-    """How hard each sample pulls at the weights, shape `(B,)`, where that was asked for and could be had; see
-    `sample_pulls`."""
-
-
-def per_sample_losses(
-    trainer: Trainer, module: LightningModule, batch: object, batch_idx: int, *, random: RandomState | None = None
-) -> PerSampleLosses | None:
-    """Run a batch again and find the loss of each sample, with the weights as they are now.
-
-    Leaves no trace (see `isolated`).
-
-    First by a tap on the loss functions of `torch.nn.functional` during one run of the batch. Where the tap does not
-    see the loss (it was written by hand) or sees several whose sum it is not, by slices: the samples run one by one in
-    eval mode. Losses by token or pixel are averaged over the sample, those of ignored positions left out; a flat `(B *
-    T,)` loss is taken to be batch-first, as `.view(-1, V)` makes it.
-
-    Args:
-        trainer: The trainer, between two batches.
-        module: Its module.
-        batch: The batch, on its device.
-        batch_idx: As `training_step` takes it.
-        random: The random state before the batch's forward pass, for the same dropout; the present one where none is
-            given.
-
-    Returns:
-        The losses; `None` where neither way works: the module cannot be run again, or not on single samples (the loss
-        compares samples), or there are more than 256 of them.
-
-    Blocks: it copies the module's state and reads the losses. For use after an episode.
-    """
-    try:
-        with isolated(trainer, module) as sandbox:
-            return _by_any_way(_Case(sandbox=sandbox, batch=batch, batch_idx=batch_idx, random=random))
-    except CannotReplay:
-        return None
+    """Whether mean or sum of `losses` is the batch's loss up to 2 %; otherwise only their order counts. Always false
+    for a non-finite loss."""
+    gradient_bounds: Losses | None = None
+    """Upper bound of each sample's gradient norm, shape `(B,)`; see `GradientNormBounds`."""
 
 
 def samples_under(
@@ -165,107 +120,93 @@ def samples_under(
     trusting: bool = False,
     way: Literal["tap", "slices"] | None = None,
 ) -> PerSampleLosses | None:
-    """As `per_sample_losses`, but in eval mode, so that no sample sees another through BatchNorm, and with the samples' pulls at the weights.
+    """Run a batch again in eval mode, and find loss and gradient norm bound of each sample; `None` where impossible.
 
-    One forward and one backward pass where the tap works, else two forward passes and one for each sample.
+    Taps the loss functions of `torch.nn.functional` during one run of the batch. Where the tap does not explain the
+    loss (it is hand-written, or several are combined), runs the samples one by one, up to 256. Losses per token or
+    pixel are averaged over the sample, without ignored positions; a flat `(B * T,)` loss is batch-first, as
+    `.view(-1, V)` makes it. Takes a forward and a backward pass, or two forward passes and one per sample.
 
     Args:
         sandbox: Inside `isolated`; rewound first.
-        weights: Parameters and buffers, as `copy_module` gives them; `None` for as they stand.
+        weights: Parameters and buffers from `copy_module`; `None` for the present ones.
         batch: The batch, on its device.
         batch_idx: As `training_step` takes it.
         random: The random state before the batch's forward pass.
-        trusting: Take what the tap sees though the loss is not finite and proves nothing: another batch has shown that
-            the tap sees this module's loss.
-        way: The only way to take, so that the losses can be held against earlier ones; the better one where none is
-            given.
+        trusting: Accept the tap for a non-finite loss, as another batch has shown that it explains this module's loss.
+        way: The only method to use, for comparison with earlier losses; the better one if not given.
     """
-    case = _Case(sandbox=sandbox, batch=batch, batch_idx=batch_idx, random=random, weights=weights, in_eval=True)
-    return _by_any_way(case, trusting=trusting, way=way)
+    run = _Run(sandbox=sandbox, batch=batch, batch_idx=batch_idx, random=random, weights=weights)
+    size = samples_in(batch)
+    if size is None:
+        return None
+    if way is not None:
+        return _attempt(lambda: (_by_tap if way == "tap" else _by_slices)(run, size))
+    tapped = _attempt(lambda: _by_tap(run, size))
+    if tapped is not None and (tapped.explains or (trusting and not np.isfinite(tapped.batch_loss))):
+        return tapped
+    if not sandbox.has_room(passes=size):
+        return tapped
+    return _attempt(lambda: _by_slices(run, size)) or tapped
 
 
 def held_samples_under(
     sandbox: Sandbox, weights: Mapping[str, Tensor], entry: RingEntry, *, trusting: bool = False
 ) -> PerSampleLosses | None:
-    """As `samples_under`, for weights that are kept for as long as the sandbox is, unchanged.
-
-    What was asked for once is remembered.
-    """
+    """As `samples_under`, cached, for weights that stay unchanged as long as the sandbox."""
     key = (id(weights), id(entry), int(trusting))
-    if key not in sandbox.known:
+    if key not in sandbox.cache:
         found = samples_under(sandbox, weights, entry.batch, entry.at.batch_idx, random=entry.rng, trusting=trusting)
-        sandbox.known[key] = found, (weights, entry)
-    answer: PerSampleLosses | None = sandbox.known[key][0]
+        sandbox.cache[key] = found, (weights, entry)
+    answer: PerSampleLosses | None = sandbox.cache[key][0]
     return answer
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Case:
-    """What is run, and how."""
+class _Run:
+    """The batch to run, and its settings."""
 
     sandbox: Sandbox
     batch: object
     batch_idx: int
     random: RandomState | None
-    weights: Mapping[str, Tensor] | None = None
-    in_eval: bool = False
+    weights: Mapping[str, Tensor] | None
 
-    def set_out(self, *, in_eval: bool) -> None:
-        """Back to the beginning; takes hooks away too, so they come after it."""
+    def reset(self) -> None:
+        """Restore the initial state, without hooks, in eval mode."""
         self.sandbox.rewind()
         if self.weights is not None:
             load_module(self.sandbox.module, self.weights)
-        if in_eval:
-            self.sandbox.module.eval()
+        self.sandbox.module.eval()
 
     def loss(self, part: object) -> Tensor | None:
-        """Of the batch, or a part of it."""
+        """The loss of the batch, or a part of it."""
         return loss_of(self.sandbox.step(part, self.batch_idx, random=self.random))
 
 
-def _by_any_way(
-    case: _Case, *, trusting: bool = False, way: Literal["tap", "slices"] | None = None
-) -> PerSampleLosses | None:
-    size = samples_in(case.batch)
-    if size is None:
-        return None
-    if way is not None:
-        return _attempt(lambda: (_by_tap if way == "tap" else _by_slices)(case, size))
-    tapped = _attempt(lambda: _by_tap(case, size))
-    if tapped is not None and (tapped.explains or (trusting and not np.isfinite(tapped.batch_loss))):
-        return tapped
-    if not case.sandbox.has_room(passes=size):
-        return tapped
-    return _attempt(lambda: _by_slices(case, size)) or tapped
-
-
 def _attempt(way: Callable[[], Answer | None]) -> Answer | None:
-    """A step of the user's that fails when it is run again is an answer: this way does not work."""
+    """The result of a method; `None` if the user's step fails."""
     try:
         return way()
-    except Exception:  # noqa: BLE001 - whatever a user's step raises; the caller says that there is no answer
+    except Exception:  # noqa: BLE001 - a user's step can raise anything
         return None
-
-
-# -- the tap
-# -------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Values:
-    """What one loss function gave before it was reduced; both of shape `(B, values of a sample)`."""
+    """Unreduced values of one loss function, shape `(B, values of a sample)`."""
 
     values: Tensor
     counts: Tensor
-    """Which of them count: not the positions that the loss ignores."""
+    """Which of them count, without ignored positions."""
 
     def samples(self) -> Losses:
-        """The mean over each sample; 0 for one of which nothing counts."""
+        """The mean over each sample; 0 without a counted value."""
         means = self._counted().sum(dim=1) / self.counts.sum(dim=1).clamp(min=1)
         return np.asarray(means.cpu().numpy(), dtype=np.float64)
 
     def mean(self) -> float:
-        """The mean over all values that count."""
+        """The mean over all counted values."""
         return float(self._counted().sum() / self.counts.sum())
 
     def _counted(self) -> Tensor:
@@ -273,7 +214,7 @@ class _Values:
 
 
 class _Tap(TorchFunctionMode):
-    """Asks every loss function of `torch.nn.functional` for its values before they are reduced as well."""
+    """Records the unreduced values of every loss function of `torch.nn.functional`."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -297,24 +238,21 @@ def is_loss_function(function: object) -> bool:
         return False
     try:
         return "reduction" in inspect.signature(function).parameters
-    except ValueError:  # built in, without a signature: none of them is a loss
+    except ValueError:  # a built-in without a signature is no loss
         return False
 
 
 def _unreduced(
     function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int
 ) -> _Values | None:
-    """What the function gives with `reduction="none"`; `None` where the shape does not tell which value is whose."""
+    """Values with `reduction="none"`; `None` where the shape does not assign them to samples."""
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.arguments = {k: v for k, v in bound.arguments.items() if k not in ("reduce", "size_average")}
     bound.arguments["reduction"] = "none"
     values = function(*bound.args, **bound.kwargs).detach().double()
-    if (
-        values.dim() == 0
-        or not values.numel()
-        or values.shape[0] % size
-        or (values.shape[0] != size and values.dim() > 1)
-    ):
+    if not values.dim() or not values.numel() or values.shape[0] % size:
+        return None
+    if values.shape[0] != size and values.dim() > 1:
         return None
     counts, target = torch.ones_like(values, dtype=torch.bool), bound.arguments.get("target")
     if "ignore_index" in inspect.signature(function).parameters and target is not None and target.shape == values.shape:
@@ -322,11 +260,11 @@ def _unreduced(
     return _Values(values.reshape(size, -1), counts.reshape(size, -1))
 
 
-def _by_tap(case: _Case, size: int) -> PerSampleLosses | None:
-    tap, pulls = _Tap(size), GradientNormBounds(size)
-    case.set_out(in_eval=case.in_eval)
-    with tap, pulls.following(case.sandbox.module) if case.in_eval else contextlib.nullcontext():
-        loss = case.loss(case.batch)
+def _by_tap(run: _Run, size: int) -> PerSampleLosses | None:
+    tap, gradient_bounds = _Tap(size), GradientNormBounds(size)
+    run.reset()
+    with tap, gradient_bounds.following(run.sandbox.module):
+        loss = run.loss(run.batch)
     if loss is None or not tap.seen:
         return None
     batch_loss = float(loss.detach())
@@ -340,37 +278,33 @@ def _by_tap(case: _Case, size: int) -> PerSampleLosses | None:
         how="tap",
         batch_loss=batch_loss,
         explains=bool(fits),
-        pulls=_attempt(lambda: pulls.of(loss)) if case.in_eval else None,
+        gradient_bounds=_attempt(lambda: gradient_bounds.of(loss)),
     )
 
 
 def _explains(losses: Losses, mean: float, batch_loss: float) -> bool:
-    """Whether the batch's loss is the mean or the sum of its samples' losses, or the mean of their parts."""
+    """Whether the batch's loss is the mean or sum of its samples' losses, or the mean of all values."""
     if not np.isfinite(batch_loss) or not np.isfinite(losses).all():
         return False
     room = TOLERANCE * abs(batch_loss) + TINY
     return any(abs(candidate - batch_loss) <= room for candidate in (mean, losses.mean(), losses.sum()))
 
 
-# -- the slices
-# ----------------------------------------------------------------------------------------------------------
-
-
-def _by_slices(case: _Case, size: int) -> PerSampleLosses | None:
-    if size > MOST_SLICES:
+def _by_slices(run: _Run, size: int) -> PerSampleLosses | None:
+    if size > MAX_SLICES:
         return None
 
     def loss(part: object) -> float | None:
-        case.set_out(in_eval=True)
-        value = case.loss(part)
+        run.reset()
+        value = run.loss(part)
         return None if value is None else float(value.detach())
 
-    whole = loss(case.batch)
-    each = [loss(take_samples(case.batch, [index], size=size)) for index in range(size)]
+    whole = loss(run.batch)
+    each = [loss(take_samples(run.batch, [index], size=size)) for index in range(size)]
     if whole is None or None in each:
         return None
     losses = np.array(each, dtype=np.float64)
     explains = _explains(losses, float(losses.mean()), whole)
     if not explains and np.isfinite(whole):
-        return None  # the loss compares samples with each other: alone they mean nothing
+        return None  # the loss compares samples
     return PerSampleLosses(losses=losses, how="slices", batch_loss=whole, explains=explains)

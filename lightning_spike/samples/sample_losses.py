@@ -1,4 +1,4 @@
-"""The losses of single samples around the onset of an episode, under weights that were healthy where such are at hand."""
+"""Losses of single samples near the onset of an episode, under healthy weights where available."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,27 +15,27 @@ from lightning_spike.record.snapshot import Snapshot
 from lightning_spike.samples.per_sample import PerSampleLosses, samples_under
 from lightning_spike.sandbox.isolation import Sandbox, isolated
 
-CONTROLS: Final = 8
-"""Healthy batches whose samples the batch's are held against: 256 samples of batches of 32, for one pass each."""
+MAX_CONTROLS: Final = 8
+"""Healthy batches for comparison, with one pass each; engineering choice."""
 
 Losses = npt.NDArray[np.float64]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SampleLosses:
-    """Losses of a batch, one a sample, and of healthy ones to compare with."""
+    """Losses of the samples of a batch, and of healthy batches for comparison."""
 
     losses: tuple[float, ...]
     control: tuple[float, ...] | None
-    """Of the samples of batches from before the onset, under the same weights; `None` where there is none."""
-    pulls: tuple[float, ...] | None
-    """How hard each sample pulls at the weights (see `samples.per_sample`); `None` where that cannot be had."""
-    control_pulls: tuple[float, ...] | None
-    """Those of the control samples."""
+    """Losses of samples from before the onset, under the same weights; `None` without any."""
+    gradient_bounds: tuple[float, ...] | None
+    """Upper bounds of the samples' gradient norms; `None` where unknown."""
+    control_gradient_bounds: tuple[float, ...] | None
+    """Bounds of the control samples."""
     weights: str
-    """Under which weights, in words."""
+    """The weights of the losses, in words."""
     how: Literal["tap", "slices"]
-    """Read off the loss function, or from samples run one by one: only losses had in the same way can be compared."""
+    """As in `PerSampleLosses`; only losses of the same method can be compared."""
 
 
 def losses_of_samples(
@@ -48,30 +48,26 @@ def losses_of_samples(
     snapshot: Snapshot | None = None,
     way: Literal["tap", "slices"] | None = None,
 ) -> SampleLosses | None:
-    """Run the batch again, and healthy ones, in eval mode, and leave no trace.
+    """Run the batch and healthy ones again in eval mode, in a sandbox; `None` where it is impossible.
 
-    Under the snapshot's weights where there is one, else under the present ones, if these are finite: after an update
-    that blew the weights up, every sample looks bad. Blocks, and takes nine passes at most or, where the loss functions
-    cannot be listened to, two for each sample.
+    Uses the snapshot's weights, or the present ones if they are finite. Blocks for up to nine passes or, where the loss
+    functions cannot be tapped, two per sample.
 
     Args:
-        trainer: The trainer, between two batches. With several ranks nothing is run: what `training_step` gathers from
-            the others would wait for ever.
+        trainer: The trainer, between two batches. Runs nothing with several ranks, as `training_step` could wait for
+            them.
         module: Its module.
         entry: The batch.
-        size: Samples in it; losses of another number (a batch of several loaders has no one length) are no answer.
+        size: Its number of samples, which that of the losses must equal.
         controls: Healthy batches, oldest first; the newest eight are used.
         snapshot: Weights from before the onset.
-        way: The only way to take (`SampleLosses.how`), where the losses are held against earlier ones.
-
-    Returns:
-        The losses; `None` where they cannot be had.
+        way: The only method to use (`SampleLosses.how`), for comparison with earlier losses.
     """
     if trainer.world_size > 1 or (snapshot is None and not _is_finite(module)):
         return None
     try:
         with isolated(trainer, module) as sandbox:
-            usual = _of_controls(sandbox, controls[-CONTROLS:], snapshot)
+            usual = _of_controls(sandbox, controls[-MAX_CONTROLS:], snapshot)
             trusting = any(u.how == "tap" and u.explains for u in usual)
             found = _losses(sandbox, entry, snapshot, trusting=trusting, way=way)
     except CannotReplay:
@@ -79,19 +75,21 @@ def losses_of_samples(
     if found is None or len(found.losses) != size:
         return None
     usual = [u for u in usual if u.how == found.how]
-    pulls = [u.pulls for u in usual if u.pulls is not None] if found.pulls is not None else []
+    gradient_bounds = (
+        [u.gradient_bounds for u in usual if u.gradient_bounds is not None] if found.gradient_bounds is not None else []
+    )
     return SampleLosses(
         losses=tuple(found.losses.tolist()),
         control=_joined([u.losses for u in usual]),
-        pulls=None if found.pulls is None else tuple(found.pulls.tolist()),
-        control_pulls=_joined(pulls),
+        gradient_bounds=None if found.gradient_bounds is None else tuple(found.gradient_bounds.tolist()),
+        control_gradient_bounds=_joined(gradient_bounds),
         weights=_words(snapshot),
         how=found.how,
     )
 
 
 def _of_controls(sandbox: Sandbox, controls: Sequence[RingEntry], snapshot: Snapshot | None) -> list[PerSampleLosses]:
-    """From the newest on; one is enough where samples must be run one by one."""
+    """Losses of the controls from the newest on; only one where samples are run one by one."""
     usual: list[PerSampleLosses] = []
     for control in reversed(controls):
         found = _losses(sandbox, control, snapshot)
@@ -122,7 +120,7 @@ def _joined(parts: Sequence[Losses]) -> tuple[float, ...] | None:
 
 def _words(snapshot: Snapshot | None) -> str:
     if snapshot is None:
-        return "the weights when the episode was noticed"
+        return "the weights at the detection of the episode"
     return f"the snapshot from before step {snapshot.at.step}"
 
 

@@ -1,7 +1,4 @@
-"""Which samples of a batch stand out.
-
-By their losses, their pulls at the weights, their values, and values that are not finite.
-"""
+"""Outliers among the samples of a batch, by loss, gradient norm, values and non-finite values."""
 
 import dataclasses
 import math
@@ -13,54 +10,55 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lightning_spike.samples.outliers import LEAST_USUAL, discoveries, tail_probabilities
+from lightning_spike.samples.outliers import MIN_USUAL, discoveries, tail_probabilities
 from lightning_spike.signals.batch import BatchLeaf
+from lightning_spike.signals.subset import is_readable
 
-STANDS_OUT: Final = 3.5
-"""Modified z-score from which a value is an outlier. Iglewicz and Hoaglin, How to Detect and Handle Outliers (1993)."""
+OUTLIER_SCORE: Final = 3.5
+"""Modified z-score of an outlier. Iglewicz and Hoaglin, How to Detect and Handle Outliers (1993)."""
 
 NORMAL_MAD: Final = 0.6745
-"""Median absolute deviation of a normal variable in standard deviations; from the same."""
+"""Median absolute deviation of a normal variable in standard deviations, by definition: the normal 0.75 quantile."""
 
-LEAST_SPREAD: Final = 0.05
-"""Floor of the median absolute deviation on a log scale (5 %): values that are all alike would make any other one an
-outlier."""
+MIN_SPREAD: Final = 0.05
+"""Smallest median absolute deviation on a log scale, for values that are all alike; engineering choice."""
 
-CLEARLY_LARGER: Final = 2.0
-"""How many times the largest reference value a sample's must exceed; an engineering choice: augmentation moves values
-by less."""
+MIN_FACTOR: Final = 2.0
+"""Smallest factor over the largest reference value; augmentation changes values by less; engineering choice."""
 
-FEWEST: Final = 4
-"""Samples from which a median absolute deviation says anything."""
+MIN_SAMPLES: Final = 4
+"""Samples for a median absolute deviation; engineering choice."""
 
-FALSE_BY_LOSS: Final = 0.05
-"""False discovery rate for losses, and for pulls at the weights: of ten batches in which no sample is wrong one is
-given a name …"""
+LOSS_FDR: Final = 0.05
+"""False discovery rate of losses and of gradient norms; engineering choice."""
 
-FALSE_BY_VALUES: Final = 0.02
-"""… and for each of two statistics of the values. An engineering choice; together they name about one innocent in ten
-batches (`python benchmarks/samples.py`)."""
+VALUE_FDR: Final = 0.02
+"""False discovery rate of each of two statistics of the values; engineering choice; all together name about one
+innocent sample in ten batches (`python benchmarks/samples.py`)."""
 
-MOST: Final = 0.5
-"""Share of the batch from which a texture is the batch's own and not that of some samples: data that drift, not samples
-that are corrupt."""
+MAX_TEXTURE_SHARE: Final = 0.5
+"""Share of the batch from which a texture is a drift of the data, not a fault of samples; engineering choice."""
+
+MAX_CONSTANT_SHARE: Final = 0.01
+"""Share of constant samples from which a constant one is no outlier; engineering choice."""
 
 TINY: Final = 1e-12
+"""Smallest value before a logarithm or in a denominator; engineering choice."""
 
 Array = npt.NDArray[np.float64]
-Told = tuple[int, float, str]
+Reason = tuple[int, float, str]
 """Position, score, reason."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SampleValues:
-    """How large the values of every single sample are in one floating tensor; arrays of shape `(samples,)`."""
+    """Statistics of every sample in one floating tensor, arrays of shape `(samples,)`."""
 
     max_abs: Array
     """Over the finite elements."""
     std: Array
     jumps: Array
-    """Root mean square of the difference between neighbours along the last dimension; 0 where there are none."""
+    """Root mean square difference of neighbours along the last dimension; 0 without neighbours."""
     nonfinite: Array
     elements: int
     """Elements per sample."""
@@ -68,17 +66,17 @@ class SampleValues:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Suspect:
-    """One sample that stands out."""
+    """One outlier."""
 
     position: int
     """In the batch."""
     score: float
-    """How far it stands out, on the scale of a modified z-score; infinite where values are not finite."""
+    """Modified z-score; infinite for non-finite values."""
     loss: float | None
     max_abs: float | None
     """Largest finite value in any of the batch's floating tensors."""
     reasons: tuple[str, ...]
-    """In words, each for a person."""
+    """In words."""
 
 
 def sample_values(leaves: Sequence[BatchLeaf], size: int) -> dict[str, SampleValues]:
@@ -93,13 +91,7 @@ def sample_values(leaves: Sequence[BatchLeaf], size: int) -> dict[str, SampleVal
     return {
         leaf.name: _measure(leaf)
         for leaf in leaves
-        if leaf.value.layout is torch.strided
-        and not leaf.value.is_nested
-        and not leaf.value.is_quantized
-        and leaf.value.is_floating_point()
-        and leaf.value.dim() > 0
-        and leaf.value.shape[0] == size
-        and leaf.value.numel() > 0
+        if is_readable(leaf.value) and leaf.value.dim() > 0 and leaf.value.shape[0] == size
     }
 
 
@@ -109,52 +101,49 @@ def find_suspects(
     usual: Sequence[Mapping[str, SampleValues]] = (),
     losses: Sequence[float] | None = None,
     usual_losses: Sequence[float] | None = None,
-    pulls: Sequence[float] | None = None,
-    usual_pulls: Sequence[float] | None = None,
+    gradient_bounds: Sequence[float] | None = None,
+    usual_gradient_bounds: Sequence[float] | None = None,
 ) -> list[Suspect]:
-    """The samples that stand out, the worst first.
+    """Outliers of a batch, the worst first.
 
-    A sample stands out where its loss or its pull at the weights is too large for the tail of the healthy samples'
-    (`outlying`), at a false discovery rate of 5 %; or its values scatter more, or jump more from neighbour to neighbour
-    (2 % each). Where fewer than 24 healthy samples are given: where its loss has a modified z-score above 3.5 on a log
-    scale. So does one whose largest value has such a score and is twice the largest among healthy samples, one with
-    values that are not finite, and one with values that are all the same where others' are not.
+    - Loss or gradient norm beyond the tail of healthy samples, at a false discovery rate of 5 %. With fewer than 24
+      healthy samples: a loss with a modified z-score above 3.5 on a log scale.
+    - Standard deviation, or difference of neighbours, beyond that tail at 2 % each.
+    - A largest value with a modified z-score above 3.5 and twice the largest of healthy samples.
+    - Non-finite values, or constant values where others vary.
 
     Args:
         values: The batch's samples, by leaf.
         usual: Samples of healthy batches, by leaf.
-        losses: The batch's losses, one a sample.
+        losses: The losses, one per sample.
         usual_losses: Losses of samples of healthy batches under the same weights.
-        pulls: The samples' pulls at the weights.
-        usual_pulls: Those of samples of healthy batches.
+        gradient_bounds: Upper bounds of the samples' gradient norms.
+        usual_gradient_bounds: Bounds of samples of healthy batches.
     """
-    found: list[Told] = []
+    found: list[Reason] = []
     for leaf, measured in values.items():
         reference = [batch[leaf] for batch in usual if leaf in batch]
         found += _by_values(leaf, measured, reference)
         found += _by_texture(leaf, measured, reference)
     found += _by_losses(losses, usual_losses)
-    found += _by_pulls(pulls, usual_pulls)
+    found += _by_gradients(gradient_bounds, usual_gradient_bounds)
     scores: dict[int, list[tuple[float, str]]] = {}
     for position, score, reason in found:
         scores.setdefault(position, []).append((score, reason))
-    suspects = [_suspect(position, told, values, losses) for position, told in scores.items()]
+    suspects = [_suspect(position, reasons, values, losses) for position, reasons in scores.items()]
     return sorted(suspects, key=lambda s: (-s.score, s.position))
 
 
 def _suspect(
-    position: int,
-    told: list[tuple[float, str]],
-    values: Mapping[str, SampleValues],
-    losses: Sequence[float] | None,
+    position: int, reasons: list[tuple[float, str]], values: Mapping[str, SampleValues], losses: Sequence[float] | None
 ) -> Suspect:
     largest = [float(v.max_abs[position]) for v in values.values()]
     return Suspect(
         position=position,
-        score=max(score for score, _ in told),
+        score=max(score for score, _ in reasons),
         loss=None if losses is None else float(losses[position]),
         max_abs=max(largest, default=None),
-        reasons=tuple(reason for _, reason in sorted(told, key=lambda pair: -pair[0])),
+        reasons=tuple(reason for _, reason in sorted(reasons, key=lambda pair: -pair[0])),
     )
 
 
@@ -177,83 +166,75 @@ def _measure(leaf: BatchLeaf) -> SampleValues:
     )
 
 
-def _by_values(leaf: str, own: SampleValues, usual: Sequence[SampleValues]) -> list[Told]:
+def _by_values(leaf: str, own: SampleValues, usual: Sequence[SampleValues]) -> list[Reason]:
     found = [
         (int(k), math.inf, f"{int(own.nonfinite[k])} of {own.elements} values of {leaf} are not finite")
         for k in np.flatnonzero(own.nonfinite)
     ]
     reference = np.concatenate([u.max_abs for u in usual]) if usual else own.max_abs
-    ceiling = float(reference.max() if usual else np.quantile(reference, 0.75)) if reference.size else 0.0
+    rank = 1.0 if usual else 0.75
+    ceiling = float(np.quantile(reference, rank)) if reference.size else 0.0
     for k, z in enumerate(_modified_z(_log(own.max_abs), _log(reference))):
-        if z > STANDS_OUT and own.max_abs[k] > CLEARLY_LARGER * ceiling:
+        if z > OUTLIER_SCORE and own.max_abs[k] > MIN_FACTOR * ceiling:
             text = f"largest value of {leaf} {own.max_abs[k]:.4g}, usually up to {ceiling:.4g}"
             found.append((k, float(z), text))
     return found + _constant(leaf, own, usual)
 
 
-def _constant(leaf: str, own: SampleValues, usual: Sequence[SampleValues]) -> list[Told]:
-    """Samples without any variation, where nearly all others have some.
-
-    The score is the threshold itself, for there is no scale to it.
-    """
+def _constant(leaf: str, own: SampleValues, usual: Sequence[SampleValues]) -> list[Reason]:
+    """Constant samples where nearly all others vary; their score is the threshold."""
     spreads = np.concatenate([u.std for u in usual]) if usual else own.std
-    if own.elements < FEWEST or spreads.size < FEWEST or float(np.mean(spreads == 0.0)) > 0.01:  # noqa: PLR2004 - one in a hundred
+    if min(own.elements, spreads.size) < MIN_SAMPLES or np.mean(spreads == 0.0) > MAX_CONSTANT_SHARE:
         return []
     return [
-        (int(k), STANDS_OUT, f"all {own.elements} values of {leaf} are the same")
+        (int(k), OUTLIER_SCORE, f"all {own.elements} values of {leaf} are the same")
         for k in np.flatnonzero((own.std == 0.0) & (own.nonfinite == 0.0))
     ]
 
 
-def _by_texture(leaf: str, own: SampleValues, usual: Sequence[SampleValues]) -> list[Told]:
-    """Samples whose values scatter or jump more than healthy ones' do.
-
-    None where most do, for that is another kind of data.
-    """
-    found: list[Told] = []
+def _by_texture(leaf: str, own: SampleValues, usual: Sequence[SampleValues]) -> list[Reason]:
+    """Samples with larger standard deviation or difference of neighbours; none where most samples have one."""
+    found: list[Reason] = []
     for name, words in (("std", "standard deviation"), ("jumps", "difference between neighbours")):
         others = np.concatenate([getattr(u, name) for u in usual]) if usual else np.empty(0)
-        told = _by_tail(getattr(own, name), others, FALSE_BY_VALUES, f"{words} of {leaf}")
-        found += told if len(told) < MOST * own.std.size else []
+        reasons = _by_tail(getattr(own, name), others, VALUE_FDR, f"{words} of {leaf}")
+        found += reasons if len(reasons) < MAX_TEXTURE_SHARE * own.std.size else []
     return found
 
 
-def _by_losses(losses: Sequence[float] | None, usual: Sequence[float] | None) -> list[Told]:
+def _by_losses(losses: Sequence[float] | None, usual: Sequence[float] | None) -> list[Reason]:
     if losses is None:
         return []
     own = np.asarray(losses, dtype=np.float64)
     found = [(int(k), math.inf, f"loss is {own[k]}") for k in np.flatnonzero(~np.isfinite(own))]
     others = np.asarray(usual, dtype=np.float64) if usual is not None else own
     others = others[np.isfinite(others)]
-    if usual is not None and others.size >= LEAST_USUAL:
-        return found + _by_tail(own, others, FALSE_BY_LOSS, "loss")
-    if others.size < FEWEST:
+    if usual is not None and others.size >= MIN_USUAL:
+        return found + _by_tail(own, others, LOSS_FDR, "loss")
+    if others.size < MIN_SAMPLES:
         return found
     median = float(np.median(others))
     positive = bool((others > 0.0).all() and (own[np.isfinite(own)] > 0.0).all())
     scale: Any = _log if positive else np.asarray
-    floor = LEAST_SPREAD if positive else LEAST_SPREAD * abs(median)
+    floor = MIN_SPREAD if positive else MIN_SPREAD * abs(median)
     for k, z in enumerate(_modified_z(scale(own), scale(others), floor)):
-        if np.isfinite(own[k]) and z > STANDS_OUT:
+        if np.isfinite(own[k]) and z > OUTLIER_SCORE:
             found.append((k, float(z), f"loss {own[k]:.4g}, usually {median:.4g}"))
     return found
 
 
-def _by_pulls(pulls: Sequence[float] | None, usual: Sequence[float] | None) -> list[Told]:
-    """Also where the loss is not out of the ordinary.
-
-    What is far from the others pulls at weights that they leave alone.
-    """
-    if pulls is None or usual is None:
+def _by_gradients(gradient_bounds: Sequence[float] | None, usual: Sequence[float] | None) -> list[Reason]:
+    """Samples with a large gradient norm, also with a usual loss."""
+    if gradient_bounds is None or usual is None:
         return []
-    own, others = np.asarray(pulls, dtype=np.float64), np.asarray(usual, dtype=np.float64)
-    return _by_tail(own, others, FALSE_BY_LOSS, "pull at the weights (gradient)")
+    own, others = np.asarray(gradient_bounds, dtype=np.float64), np.asarray(usual, dtype=np.float64)
+    return _by_tail(own, others, LOSS_FDR, "gradient norm")
 
 
-def _by_tail(own: Array, usual: Array, rate: float, what: str) -> list[Told]:
-    """Those too large for the tail of the usual ones; what is not finite is told elsewhere."""
+def _by_tail(own: Array, usual: Array, rate: float, what: str) -> list[Reason]:
+    """Samples beyond the tail of the usual ones; ignores non-finite values."""
     usual = usual[np.isfinite(usual)]
-    if usual.size < LEAST_USUAL:
+    if usual.size < MIN_USUAL:
         return []
     chances = tail_probabilities(own, usual)
     median = float(np.median(usual))
@@ -264,7 +245,7 @@ def _by_tail(own: Array, usual: Array, rate: float, what: str) -> list[Told]:
 
 
 def _as_score(chance: float) -> float:
-    """The z-score of a normal variable that is exceeded as rarely; 38 for what a double cannot hold."""
+    """The normal quantile of this chance, at most 38."""
     return -statistics.NormalDist().inv_cdf(max(chance, 1e-300))
 
 
@@ -275,18 +256,16 @@ def _jumps(values: torch.Tensor) -> torch.Tensor:
     return values.diff(dim=-1).reshape(size, -1).square().mean(dim=1).sqrt()
 
 
-def _modified_z(values: Array, reference: Array, floor: float = LEAST_SPREAD) -> Array:
-    """Signed: above the reference's median is positive; all zero where the reference is too small to tell."""
-    if reference.size < FEWEST:
+def _modified_z(values: Array, reference: Array, floor: float = MIN_SPREAD) -> Array:
+    """Signed modified z-scores; all zero for a small reference."""
+    if reference.size < MIN_SAMPLES:
         return np.zeros(values.shape)
     median = np.median(reference)
     mad = max(float(np.median(np.abs(reference - median))), floor, TINY)
     with np.errstate(invalid="ignore"):
-        z: Array = NORMAL_MAD * (values - median) / mad
-    return z
+        return np.asarray(NORMAL_MAD * (values - median) / mad)
 
 
 def _log(values: Array) -> Array:
     with np.errstate(invalid="ignore"):
-        logs: Array = np.log(np.maximum(values, TINY))
-    return logs
+        return np.asarray(np.log(np.maximum(values, TINY)))

@@ -1,1 +1,1 @@
-"""Run `training_step` again and leave no trace."""
+"""Run `training_step` again and restore all state afterwards."""

@@ -1,4 +1,4 @@
-"""How much of a run's time examinations may take, and which episodes it goes to."""
+"""Limits on the cost of examinations, in time of the run and in training steps."""
 
 import math
 from typing import Final, Literal
@@ -6,103 +6,91 @@ from typing import Final, Literal
 Extent = Literal["full", "triage"]
 
 FULL_STEPS: Final = 40
-"""Training steps' worth of time that a full examination may take, the way from the snapshot included: what no longer
-fits is not asked, and named. Most take less (`python benchmarks/lab.py`, the columns cost and way)."""
-LEAST_STEPS: Final = 15
-"""… and what the questions that are always asked take beside the way, however long that is."""
+"""Training steps' worth of time of a full examination, its replay included; questions beyond are named and left out.
+Most take less (`python benchmarks/lab.py`, the columns cost and way)."""
+MIN_STEPS: Final = 15
+"""Training steps' worth of the questions that are always asked, besides the replay (`python benchmarks/lab.py`)."""
 TRIAGE_STEPS: Final = 3
-"""… and a triage."""
-OVERDRAFT: Final = 2.0
-"""By what factor the worst episode so far may exceed what is there for it."""
+"""Training steps' worth of a triage (`python benchmarks/lab.py`)."""
+MAX_OVERDRAFT: Final = 2.0
+"""Factor by which the worst episode so far can exceed the budget; engineering choice."""
 
 
 class Budget:
     """Seconds for examinations, which grow with the run.
 
-    The first episode always gets a full examination. One that is worse than all that were examined may overdraw, so
-    that the most severe ones are examined whenever they come; for any other that does not fit there is a triage, if
-    that fits.
+    The first episode gets a full examination. One that is worse than all examined ones can overdraw the budget. Others
+    get a triage where a full examination does not fit.
 
     Args:
-        share: Of the seconds of training so far.
-        free: Seconds on top of it: nobody minds a few, and a short run has no share to spend.
+        share: Share of the seconds of training so far.
+        free: Seconds on top, for short runs.
     """
 
     def __init__(self, *, share: float, free: float) -> None:
         self._share = share
         self._free = free
         self.spent = 0.0
-        """Seconds so far."""
+        """Seconds spent so far."""
         self.examined = 0
-        """Episodes examined in full."""
+        """Number of episodes with a full examination."""
         self._worst = -1.0
 
     def extent(self, *, severity: float, elapsed: float, full: float, triage: float) -> Extent | None:
-        """How far an episode may be examined; `None` for not at all.
+        """The examination that fits the budget; `None` for none.
 
         Args:
             severity: Of the episode.
             elapsed: Seconds of training so far.
-            full: Seconds that a full examination is expected to take.
-            triage: … and a triage.
+            full: Expected seconds of a full examination.
+            triage: Expected seconds of a triage.
         """
-        there = self._free + self._share * elapsed
-        left = OVERDRAFT * there - self.spent if severity > self._worst else there - self.spent
+        total = self._free + self._share * elapsed
+        left = (MAX_OVERDRAFT if severity > self._worst else 1.0) * total - self.spent
         if not self.examined or full <= left:
             return "full"
-        return "triage" if triage <= there - self.spent else None
+        return "triage" if self.has_room(triage, elapsed=elapsed) else None
 
-    def bears(self, seconds: float, *, elapsed: float) -> bool:
-        """Whether something that takes so long still fits, without an overdraft."""
+    def has_room(self, seconds: float, *, elapsed: float) -> bool:
+        """Whether this many seconds still fit, without an overdraft."""
         return self.spent + seconds <= self._free + self._share * elapsed
 
-    def took(self, seconds: float, *, extent: Extent, severity: float) -> None:
-        """Book an examination."""
+    def book(self, seconds: float, *, extent: Extent, severity: float) -> None:
+        """Subtract the seconds of an examination."""
         self.spent += seconds
         if extent == "full":
             self.examined += 1
             self._worst = max(self._worst, severity)
 
 
-UPDATE: Final = 0.85
-"""Training steps' worth of the processor's time of an update that is made again: no batch is loaded, and nobody watches
-(`python benchmarks/lab.py`, the columns cost and way) …"""
-PASS: Final = 1 / 3
-"""… of a forward pass: a backward pass takes twice as long …"""
-GRADIENTS: Final = 0.5
-"""… of one from which gradients are taken, that of a single sample included: on a small network it costs half as much
-as that of a batch …"""
-COPIES: Final = 1.0
-"""… and of the copies of the state that an examination begins and ends with."""
+UPDATE_COST: Final = 0.85
+"""Training steps' worth of time of a replayed update, without data loading (`python benchmarks/lab.py`)."""
+PASS_COST: Final = 1 / 3
+"""… of a forward pass; a backward pass takes twice as long."""
+GRADIENT_COST: Final = 0.5
+"""… of a pass from which gradients are taken, also of a single sample."""
+COPY_COST: Final = 1.0
+"""… of the copies of the state at both ends of an examination."""
 
 
-def steps_worth(*, updates: int = 0, passes: int = 0, gradients: int = 0) -> float:
-    """What so many of them cost, in training steps; pure."""
-    return UPDATE * updates + PASS * passes + GRADIENTS * gradients
+def step_cost(*, updates: int = 0, passes: int = 0, gradients: int = 0) -> float:
+    """Cost in training steps."""
+    return UPDATE_COST * updates + PASS_COST * passes + GRADIENT_COST * gradients
 
 
 class Allowance:
-    """Training steps' worth that an examination may cost.
-
-    Counted, not timed: so it ends at the same question every time, and on all ranks.
+    """Cost limit of an examination in training steps, counted and not timed, so that it is the same on all ranks.
 
     Args:
-        steps: In all; infinite where nobody minds.
+        steps: The limit; infinite for none.
     """
 
     def __init__(self, steps: float = math.inf) -> None:
         self.steps = steps
         self.left_out: list[str] = []
-        """What was not asked for want of it, in the order of worth, each once."""
+        """Questions beyond the limit, in order, each once."""
 
     def leave_out(self, question: str) -> None:
-        """Note what is not asked."""
+        """Note a question beyond the limit."""
         if question not in self.left_out:
             self.left_out.append(question)
-
-    @property
-    def text(self) -> str:
-        """What was not asked, for a person; empty where all was."""
-        if not self.left_out:
-            return ""
-        return f"Not tried, since an examination may cost no more than {self.steps:g} training steps: {', '.join(self.left_out)}."

@@ -1,4 +1,4 @@
-"""Run `training_step` again and leave no trace: afterwards everything is as before, to the bit."""
+"""Run `training_step` again and restore all state afterwards, to the bit."""
 
 import contextlib
 import inspect
@@ -15,14 +15,15 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 
 from lightning_spike.errors import CannotReplay
-from lightning_spike.ranks.rank_coordination import ALONE, Ranks
+from lightning_spike.ranks.rank_coordination import SINGLE_RANK, Ranks
+from lightning_spike.record.mixed_precision import scaler_of
 from lightning_spike.records import Moment
-from lightning_spike.sandbox.budget import COPIES, Allowance, steps_worth
+from lightning_spike.sandbox.budget import COPY_COST, Allowance, step_cost
 from lightning_spike.sandbox.object_snapshot import ObjectSnapshot
 from lightning_spike.sandbox.trainer_context import (
     Places,
-    Surroundings,
-    by_itself,
+    TrainerContext,
+    on_one_rank,
     open_window,
     patched,
     set_position,
@@ -32,48 +33,46 @@ from lightning_spike.sandbox.trainer_context import (
 from lightning_spike.signals.loss import batch_losses
 from lightning_spike.signals.random_state import RandomState
 
-SHARDED: Final = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
-"""Strategies under which a forward pass outside their own wrapper sees pieces of the weights only."""
+SHARDED_STRATEGIES: Final = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+"""Strategies whose module holds only parts of the weights outside of their own wrapper."""
 
-MUTED: Final = ("log", "log_dict", "print")
-"""What a `LightningModule` says to the outside in `training_step`."""
+MUTED_METHODS: Final = ("log", "log_dict", "print")
+"""Output methods of a `LightningModule` in `training_step`."""
 
 
 class Sandbox:
-    """What the lab works with inside `isolated`: steps that can be run, and a state to come back to.
-
-    Not made by hand; see `isolated`.
-    """
+    """Runs steps inside `isolated`, which makes it, and restores the state in between."""
 
     def __init__(self, trainer: Trainer, module: LightningModule, *, with_optimizers: bool, ranks: Ranks) -> None:
         self.trainer = trainer
         self.module = module
         self.ranks = ranks
-        """With whom steps are run."""
+        """The ranks that run the same steps."""
         self._takes_index = bool(
             is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         )  # Lightning's own rule
         self._random = RandomState.take()
-        self._state = ObjectSnapshot(_roots(trainer, module, with_optimizers), leave=_left(trainer, with_optimizers))
-        # Twice the size of the weights, and written by updates only: most rewinds need not copy it.
-        self._optimizers = ObjectSnapshot(_optimizers(trainer) if with_optimizers else [], leave=module.parameters())
+        # Only a stepping optimizer changes its state.
+        leave = list(trainer.optimizers) if with_optimizers else [o.state for o in trainer.optimizers]
+        self._state = ObjectSnapshot(_roots(trainer, module, with_optimizers), leave=leave)
+        # Twice the size of the weights and written only by updates, so most rewinds need no copy.
+        optimizers = [(f"optimizers[{k}]", vars(o)) for k, o in enumerate(trainer.optimizers) if with_optimizers]
+        self._optimizers = ObjectSnapshot(optimizers, leave=module.parameters())
         self._has_trained = False
-        self._surroundings = Surroundings(trainer)
+        self._context = TrainerContext(trainer)
         self._batches: dict[int, tuple[object, ObjectSnapshot]] = {}
-        self.known: dict[tuple[int, ...], tuple[Any, object]] = {}
-        """What was evaluated, by the identities of what it depends on; beside each is what has these identities, so
-        that none is used again."""
+        self.cache: dict[tuple[int, ...], tuple[Any, object]] = {}
+        """Results by the ids of the objects they depend on, with these objects, so that no id is reused."""
         self.allowance = Allowance()
-        """What may still be asked; without a limit at first."""
+        """Limit on the cost; none at first."""
         self.updates = 0
-        """How many of the steps were training steps, with their backward pass."""
+        """Number of training steps with their backward pass."""
         self.modes: Mapping[int, tuple[str, ...]] = {}
-        """By the ordinal of the batch from which on they hold, the names of the modules in eval mode; empty for as they
-        stand."""
+        """Names of the modules in eval mode, by the batch ordinal of each change; empty for the present modes."""
         self.steps = 0
-        """How often `training_step` was run: what an examination costs, whatever the machine …"""
+        """Number of runs of `training_step` …"""
         self.graphs = 0
-        """… and how often of that to look at it, and with what a backward pass needs."""
+        """… and those of them outside of training that record a graph."""
 
     def step(
         self,
@@ -85,42 +84,37 @@ class Sandbox:
         in_float32: bool = False,
         graph: bool = True,
     ) -> Any:
-        """Run `training_step` once to look at it.
+        """Run `training_step` once without an update.
 
-        Under the run's own precision, without `torch.compile`, on this rank alone (`by_itself`).
+        Uses the run's precision, no `torch.compile`, and this rank alone (`on_one_rank`). Buffers, counters and random
+        states change as in training, until `rewind`. Changes of the batch stay until its next step, `rewind` or the
+        end, as a backward pass can need them.
 
-        Buffers, counters and random states move on as they do in training; `rewind` takes them back. What the step
-        writes into the batch stays there until the next step on this batch, `rewind` or the end, for a backward pass
-        may need it.
-
-        Under manual optimisation the step runs without its backward passes and updates: `manual_backward` takes down
-        the loss, `step` runs its closure only, and `zero_grad`, toggling, clipping and schedulers do nothing. Not so
-        for a bare `loss.backward()`.
+        Under manual optimisation, `manual_backward` records the loss, `step` runs only its closure, and `zero_grad`,
+        toggling, clipping and schedulers do nothing. A bare `loss.backward()` still runs.
 
         Args:
             batch: The batch, on the module's device.
-            batch_idx: What is handed to `training_step` if it takes it.
-            random: The state of the random generators to begin with; as it stands where none is given.
-            at: Where in the run it was: what `global_step` and `current_epoch` tell the step; as they stand where it is
-                not given.
+            batch_idx: For `training_step` if it takes it.
+            random: Initial state of the random generators; the present one by default.
+            at: Position in the run for `global_step` and `current_epoch`; the present one by default.
             in_float32: Without autocast, in the precision of the weights.
-            graph: Record what a backward pass needs.
+            graph: Record the graph for a backward pass.
 
         Returns:
-            What `training_step` returned, with its graph if that was asked for; under manual optimisation, if that
-            holds no loss, a dict with the `"loss"` of the backward pass, or with their sum and each of them
-            (`"loss/backward0"`). Blocks as much as the step itself does.
+            The output of `training_step`. Under manual optimisation without a returned loss, a dict with the `"loss"`
+            of the backward pass, or with the sum and each of several (`"loss/backward0"`).
 
         Raises:
             CannotReplay: The batch holds something that cannot be put back.
         """
-        self._set_out(batch, random, at)
+        self._begin_step(batch, random, at)
         self.graphs += graph
         arguments = (batch, batch_idx) if self._takes_index else (batch,)
         with (
             torch.set_grad_enabled(graph),
             eagerly(),
-            by_itself(self.trainer, self.module),
+            on_one_rank(self.trainer, self.module),
             self._precision(in_float32),
             without_updates(self.module) as losses,
         ):
@@ -138,33 +132,30 @@ class Sandbox:
         listener: Callback,
         in_float32: bool = False,
     ) -> Any:
-        """Train on one batch as the run did.
+        """Train on one batch as the run did: Lightning's loop, strategy, compiled code, optimizers and one callback.
 
-        Lightning's own loop, its strategy, compiled code and the optimizers, and no callback but one.
-
-        The module's hooks from `on_train_batch_start` to `on_train_batch_end` are run; schedulers are not stepped.
-        Under DDP every rank must call it alike, and they set out together; a listener that must keep them together
-        further on asks the `ranks` itself.
+        Runs the module's hooks from `on_train_batch_start` to `on_train_batch_end`, but no schedulers. Under DDP, all
+        ranks must call it, and begin together.
 
         Args:
-            batch: As in `step`, as the next ones.
-            batch_idx: Also where in an accumulation window the batch is.
-            random: Taken before the batch.
-            at: Where in the run it was.
-            closes: The optimizer steps after this batch. Without a meaning under manual optimisation.
-            listener: Gets `on_before_backward`, `on_after_backward` and `on_before_optimizer_step`, as any callback.
+            batch: As in `step`, like the next ones.
+            batch_idx: Also gives the position in an accumulation window.
+            random: State before the batch.
+            at: Position in the run.
+            closes: Whether the optimizer steps after this batch; ignored under manual optimisation.
+            listener: The callback.
             in_float32: Without autocast.
 
         Returns:
-            What `on_train_batch_end` is given: under automatic optimisation the loss, detached and divided by the
+            The outputs for `on_train_batch_end`: under automatic optimisation the detached loss, divided by the
             accumulation.
 
         Raises:
             CannotReplay: The batch holds something that cannot be put back.
-            Exception: What the listener or the module's code raises; `rewind` is needed then.
+            Exception: From the listener or the module; call `rewind` then.
         """
-        self.ranks.meet("a training step", at.ordinal)
-        self._set_out(batch, random, at)
+        self.ranks.barrier("a training step", at.ordinal)
+        self._begin_step(batch, random, at)
         self._has_trained = True
         self.updates += 1
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
@@ -181,9 +172,9 @@ class Sandbox:
         return outputs
 
     def loss_as_trained(self, batch: object, batch_idx: int, *, random: RandomState, at: Moment) -> Any:
-        """Run `training_step` as `train` does, without backward pass and update; for automatic optimisation."""
-        self.ranks.meet("a last step", at.ordinal)
-        self._set_out(batch, random, at)
+        """Run `training_step` as `train` does, without backward pass and update, for automatic optimisation."""
+        self.ranks.barrier("a last step", at.ordinal)
+        self._begin_step(batch, random, at)
         arguments = (batch, batch_idx) if self._takes_index else (batch,)
         # Without a backward pass DDP's reducer would wait for one for ever.
         with self._as_trained(None, in_float32=False), _block_parallel_sync_behavior(self.trainer.strategy):
@@ -192,20 +183,18 @@ class Sandbox:
 
     @property
     def cost(self) -> float:
-        """What was run so far, in training steps' worth of time."""
+        """Cost so far in training steps."""
         passes = self.steps - self.updates - self.graphs
-        return COPIES + steps_worth(updates=self.updates, passes=passes, gradients=self.graphs)
+        return COPY_COST + step_cost(updates=self.updates, passes=passes, gradients=self.graphs)
 
     def affords(self, question: str, *, updates: int = 0, passes: int = 0, gradients: int = 0) -> bool:
-        """Whether a question that takes so much still fits into the allowance, on all ranks.
-
-        If not, it is noted as left out. Every rank must ask alike.
+        """Whether a question fits into the allowance on all ranks, which must all ask; notes it if not.
 
         Args:
-            question: In words, for the report.
-            updates: Updates made again.
+            question: For the report.
+            updates: Replayed updates.
             passes: Forward passes.
-            gradients: … and such as gradients are taken from.
+            gradients: Forward passes with gradients.
         """
         too_much = not self.has_room(updates=updates, passes=passes, gradients=gradients)
         if self.ranks.any("what an examination may cost", mine=too_much):
@@ -214,22 +203,22 @@ class Sandbox:
         return True
 
     def has_room(self, *, updates: int = 0, passes: int = 0, gradients: int = 0) -> bool:
-        """Whether so much still fits into the allowance, on this rank."""
-        worth = steps_worth(updates=updates, passes=passes, gradients=gradients)
+        """Whether this cost fits into the allowance on this rank."""
+        worth = step_cost(updates=updates, passes=passes, gradients=gradients)
         return self.cost + worth <= self.allowance.steps
 
     def rewind(self) -> None:
-        """Bring weights, buffers, gradients, modes, attributes and batches back to what they were when the isolation began."""
+        """Restore weights, buffers, gradients, modes, attributes and batches."""
         self._put_back(trusting=not self._has_trained)
         self._mute()
 
-    def done_with(self, batch: object) -> None:
-        """Put one batch back now, after the last backward pass that needs it, so that its copy can be let go."""
+    def release_batch(self, batch: object) -> None:
+        """Restore one batch after its last backward pass and drop its copy."""
         held = self._batches.pop(id(batch), None)
         if held is not None:
             held[1].put_back()
 
-    def _set_out(self, batch: object, random: RandomState | None, at: Moment | None) -> None:
+    def _begin_step(self, batch: object, random: RandomState | None, at: Moment | None) -> None:
         self._keep(batch)
         if random is not None:
             random.restore()
@@ -251,7 +240,7 @@ class Sandbox:
     @contextlib.contextmanager
     def _as_trained(self, listener: Callback | None, *, in_float32: bool) -> Iterator[None]:
         trainer = self.trainer
-        # The strategy enters the plugin's context by itself; float32 is had by giving it an empty one.
+        # The strategy enters the plugin's context itself; an empty one gives float32.
         precision = {"train_step_context": contextlib.nullcontext} if in_float32 else {}
         places: Places = [
             (vars(trainer), {"callbacks": [listener] if listener else []}),
@@ -274,14 +263,10 @@ class Sandbox:
         else:
             self._batches[id(batch)] = (batch, ObjectSnapshot([("batch", batch)]))
 
-    def _begin(self) -> None:
-        self._surroundings.mute()
-        self._mute()
-
     def _mute(self) -> None:
         for part in self.module.modules():
             if isinstance(part, LightningModule):
-                part.__dict__.update(dict.fromkeys(MUTED, _swallow))
+                part.__dict__.update(dict.fromkeys(MUTED_METHODS, _swallow))
         self.module.__dict__["_current_fx_name"] = "training_step"
 
     def _end(self) -> None:
@@ -290,83 +275,74 @@ class Sandbox:
             self._state.forget_writes()
             self._optimizers.forget_writes()
         finally:
-            self._surroundings.put_back()
+            self._context.put_back()
             self._random.restore()
 
 
 @contextlib.contextmanager
 def isolated(
-    trainer: Trainer, module: LightningModule, *, with_optimizers: bool = False, ranks: Ranks = ALONE
+    trainer: Trainer, module: LightningModule, *, with_optimizers: bool = False, ranks: Ranks = SINGLE_RANK
 ) -> Iterator[Sandbox]:
-    """Run `training_step` again, any number of times; on leaving, however that comes about, everything is as it was.
+    """Run `training_step` again any number of times, and restore all state on leaving, to the bit.
 
-    As it was, to the bit: weights, buffers (also those that are not persistent), gradients, `requires_grad`, the mode
-    of every submodule, hooks, all random generators (global ones, and those that hang on the module), torchmetrics and
-    every attribute of the module tree down through lists, dicts, arrays and objects of the user's own, the batch,
-    `trainer.should_stop`, the trainer's metrics, its progress, the optimizers' param groups, the schedulers and the
-    loss scaler. `self.log`, `self.log_dict`, `self.print`, the loggers, the profiler and the trainer's callbacks hear
-    nothing.
+    Restores weights, buffers, gradients, `requires_grad`, modes, hooks, random generators, torchmetrics, every
+    attribute of the module tree, the batch, `trainer.should_stop`, the trainer's metrics and progress, parameter
+    groups, schedulers and the loss scaler. `self.log`, `self.log_dict`, `self.print`, loggers, profiler and callbacks
+    are muted.
 
-    Not undone, since nobody can: what `training_step` writes to a file, a socket or a writer object of its own, prints
-    itself, keeps in a global or in the cell of a closure, and what forward hooks of other parties keep outside the
-    module.
+    Cannot restore what `training_step` writes to files, sockets and its own writers, prints, keeps in globals or cells
+    of closures, or what foreign forward hooks keep outside the module.
 
-    Takes a copy of all this state on its own device, and blocks; for use after an episode, between two batches.
+    Copies all this state on its own device, and blocks: for use after an episode, between two batches.
 
     Args:
         trainer: The trainer, in `on_train_batch_end` or another place between two batches.
         module: Its module.
-        with_optimizers: Keep the state of the optimizers too, for they will be stepped.
-        ranks: Those that do the same now, with their own batches. By itself a rank of several may look at steps
-            (`Sandbox.step`), but not train.
+        with_optimizers: Also restore the state of the optimizers, which will be stepped.
+        ranks: The ranks that do the same with their own batches. A single one of several can only `step`, not `train`.
 
     Yields:
         The sandbox to run steps on.
 
     Raises:
-        CannotReplay: The module is sharded, reads the data itself, or holds what cannot be put back. Nothing has been
-            touched then.
+        CannotReplay: The module is sharded, reads the data itself, or holds what cannot be restored. Nothing is changed
+            then.
     """
     _refuse(trainer, module)
     sandbox = Sandbox(trainer, module, with_optimizers=with_optimizers, ranks=ranks)
     try:
-        sandbox._begin()  # noqa: SLF001 - the two are one
+        sandbox._context.mute()  # noqa: SLF001 - the two are one
+        sandbox._mute()  # noqa: SLF001
         yield sandbox
     finally:
         sandbox._end()  # noqa: SLF001
 
 
 def loss_of(outputs: object) -> Tensor | None:
-    """The training loss in what `training_step` returned, with its graph; `None` where it returned none.
-
-    Never blocks.
-    """
+    """The training loss in the output of `training_step`, with its graph; `None` without one. Never blocks."""
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
     return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
 @contextlib.contextmanager
 def eagerly() -> Iterator[None]:
-    """Without `torch.compile`, so that hooks and modes see every operation.
-
-    Torch before 2.6 has no such switch, and none is set there.
-    """
+    """Disable `torch.compile`, so that hooks and modes see every operation; does nothing before torch 2.6."""
     set_stance = getattr(torch.compiler, "set_stance", None)
     with set_stance("force_eager") if set_stance else contextlib.nullcontext():
         yield
 
 
 def _refuse(trainer: Trainer, module: LightningModule) -> None:
-    if isinstance(trainer.strategy, SHARDED):
-        msg = f"under {type(trainer.strategy).__name__} the weights are in pieces; single processes cannot run a step by themselves"
+    if isinstance(trainer.strategy, SHARDED_STRATEGIES):
+        msg = f"{type(trainer.strategy).__name__} shards the weights, so a single process cannot run a step"
         raise CannotReplay(msg)
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
-        msg = "training_step takes dataloader_iter: it draws the data itself, and what it drew cannot be put back"
+        msg = "training_step takes dataloader_iter: the batches that it draws cannot be put back"
         raise CannotReplay(msg)
 
 
 def _roots(trainer: Trainer, module: LightningModule, with_optimizers: bool) -> list[tuple[str, object]]:
-    scaler: object = getattr(trainer.precision_plugin, "scaler", None)
+    scaler = scaler_of(trainer)
     return [
         ("module", module),
         ("trainer results", trainer._results),  # what `callback_metrics` is computed from, and cached in
@@ -377,21 +353,9 @@ def _roots(trainer: Trainer, module: LightningModule, with_optimizers: bool) -> 
     ]
 
 
-def _optimizers(trainer: Trainer) -> list[tuple[str, object]]:
-    return [(f"optimizers[{place}]", vars(optimizer)) for place, optimizer in enumerate(trainer.optimizers)]
-
-
-def _left(trainer: Trainer, with_optimizers: bool) -> list[object]:
-    """Nobody but a stepping optimizer changes its state, and a copy of it would be twice that of the weights."""
-    return list(trainer.optimizers) if with_optimizers else [o.state for o in trainer.optimizers]
-
-
 @contextlib.contextmanager
 def _accumulating(trainer: Trainer, *, accumulates: bool) -> Iterator[None]:
-    """What Lightning's loop asks to know whether to step.
-
-    By itself it would go by the batch that the training is at.
-    """
+    """Decide whether Lightning's loop steps, which otherwise depends on the training's present batch."""
     with patched([(trainer.fit_loop.epoch_loop.__dict__, {"_should_accumulate": lambda: accumulates})]):
         yield
 
@@ -405,4 +369,4 @@ def _with_loss(outputs: Any, losses: Sequence[Tensor]) -> Any:
 
 
 def _swallow(*_: object, **__: object) -> None:
-    """Stands in for `self.log` and its like."""
+    """Replaces `self.log` and the like."""

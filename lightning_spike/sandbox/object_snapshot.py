@@ -1,21 +1,18 @@
-"""Keep the state of living objects, and put it back in place: every reference that others hold stays good.
+"""Snapshot of live objects, restored in place so that all references to them stay valid.
 
-A deep copy would not do: the optimizer, a logger or a callback may hold the very list, tensor or buffer that is to be
-put back. So what is kept is, for every object that can be reached, what it held; putting back writes into the same
-object.
+A deep copy does not suffice: the optimizer, a logger or a callback can hold the same list, tensor or buffer. The
+snapshot keeps the content of every reachable object and writes it back into the same object.
 """
 
 import dataclasses
-import random
 import re
 import types
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from enum import Enum
 from functools import cache, partial
-from operator import is_
-from pathlib import Path, PurePath
+from operator import is_, setitem
+from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -25,76 +22,42 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_spike.errors import CannotReplay
+from lightning_spike.record.attribute_state import FAST, PLAIN, generator_state, refill, set_generator_state, slots_of
 
-MOST_OBJECTS: Final = 1_000_000
-"""Objects to look at before giving up: about two seconds; a module that holds more is taken to hold a data set."""
+MAX_OBJECTS: Final = 1_000_000
+"""Objects that are visited, about two seconds; a module with more is taken to hold a data set; engineering choice."""
 
-SHARE_OF_MEMORY: Final = 0.5
-"""Of the host memory that is free, the most that copies may take: an out-of-memory kill cannot be caught."""
+MAX_MEMORY_SHARE: Final = 0.5
+"""Largest share of the free host memory for copies: an out-of-memory kill cannot be caught; engineering choice."""
 
-NOTHING_TO_SPEAK_OF: Final = 1 << 26
-"""Bytes up to which nobody asks how much memory is free: that takes half a millisecond."""
+UNCHECKED_BYTES: Final = 1 << 26
+"""Bytes that are copied without reading the free memory, which takes half a millisecond; engineering choice."""
 
-PLAIN: Final = (
-    types.NoneType,
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    range,
-    slice,
-    type,
-    Enum,
-    PurePath,
-    np.generic,
-    np.dtype,
-    torch.dtype,
-    torch.device,
-    torch.Size,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    types.MethodType,
-    types.ModuleType,
-    types.CodeType,
-    weakref.ReferenceType,
+IMMUTABLE: Final = (
+    *(*PLAIN, type, np.dtype, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType),
+    *(types.CodeType, weakref.ReferenceType),
 )
-"""What cannot change, or whose change nobody could put back (the cells of a closure)."""
+"""Types that cannot change, or whose changes cannot be undone (the cells of a closure)."""
 
 NOT_ENTERED: Final = (
-    "lightning",
-    "pytorch_lightning",
-    "lightning_spike",
-    "torch.utils.data",
-    "torch._dynamo",
-    "torch._inductor",
-    "torch.distributed",
-    "logging",
-    "threading",
-    "_thread",
-    "multiprocessing",
-    "concurrent",
-    "asyncio",
-    "socket",
+    *("lightning", "pytorch_lightning", "lightning_spike", "torch.utils.data", "torch._dynamo", "torch._inductor"),
+    *("torch.distributed", "logging", "threading", "_thread", "multiprocessing", "concurrent", "asyncio", "socket"),
     "weakref",
 )
-"""Packages whose objects (other than modules) are machinery around the training: a training step does not keep state of
-its own there."""
+"""Packages whose objects (other than modules) surround the training: a training step keeps no state there."""
 
 ATTRIBUTES_NOT_ENTERED: Final = frozenset({"_trainer", "_fabric"})
-"""Where a `LightningModule` holds who drives it."""
+"""Attributes in which a `LightningModule` holds its trainer."""
 
 MACHINERY_OF_MODULES: Final = re.compile(r"\._(?:modules|parameters|buffers)(?=\.)")
 """Left out of the paths in messages."""
 
-FAST: Final = frozenset({type(None), bool, int, float, str, types.FunctionType, type})
-"""Nearly everything is of these types; a look-up is cheaper than an `isinstance`."""
+NOT_FOLLOWED: Final = FAST | {types.FunctionType, type}
+"""Types of nearly all objects; a look-up is cheaper than an `isinstance`."""
 
 Undo: TypeAlias = Callable[[], object]
 Path_: TypeAlias = tuple["Path_ | None", object, str]
-"""Where something was found: in what, under which key, and how that is written. Put into words only where there is
-something to say."""
+"""Where an object was found: the path of its holder, the key in it, and how that is written."""
 Found: TypeAlias = tuple[Path_, object]
 
 
@@ -109,12 +72,12 @@ class _Storage:
 
 
 class ObjectSnapshot:
-    """What can be reached from some objects, as it is now.
+    """State of everything that can be reached from some objects.
 
-    Followed are: modules (parameters, buffers that are persistent or not, gradients, modes, hooks, every attribute),
+    Follows modules (parameters, buffers that are persistent or not, gradients, modes, hooks, every attribute),
     lists, dicts, sets, deques, tensors, NumPy arrays, random generators, optimizers and any other object with
     attributes. Tensors are put back byte by byte, under all their views, without touching autograd's version counters.
-    Not followed, so not put back: the cells of closures, globals, files, sparse tensors, and Lightning's own machinery.
+    Not followed, so not restored: the cells of closures, globals, files, sparse tensors, and Lightning's own machinery.
 
     Takes one copy of every tensor, on its own device. Blocks.
 
@@ -123,8 +86,7 @@ class ObjectSnapshot:
         leave: Objects that are not followed.
 
     Raises:
-        CannotReplay: Something can be reached that cannot be put back (an iterator, an open file), or there is too much
-            of it.
+        CannotReplay: A reachable object cannot be restored (an iterator, an open file), or there are too many.
     """
 
     def __init__(self, roots: Iterable[tuple[str, object]], *, leave: Iterable[object] = ()) -> None:
@@ -146,12 +108,11 @@ class ObjectSnapshot:
         self._counters = [_unsafe_preserve_version_counter(tensor) for tensor in counted]
 
     def put_back(self, *, trusting: bool = False) -> None:
-        """Make everything as it was; may be called more than once. Blocks.
+        """Restore everything; can be called repeatedly. Blocks.
 
         Args:
-            trusting: Leave memory alone if autograd's version counters of the tensors on it have not moved since: for
-                what only a few known operations write into. A write through `.data` or by a foreign kernel does not
-                move them.
+            trusting: Skip the copy if autograd's version counters of the tensors have not changed: for tensors that
+                only known operations write. Writes through `.data` or by a foreign kernel do not count.
         """
         with torch.no_grad():
             self._put_back_containers()
@@ -164,10 +125,7 @@ class ObjectSnapshot:
                 self._versions = self._now()
 
     def forget_writes(self) -> None:
-        """Put autograd's version counters back too, at the end.
-
-        Whoever reads them must not take what happened here for a write into the state.
-        """
+        """Restore autograd's version counters at the end, so that nobody takes our writes for changes of the state."""
         for counter in self._counters:
             counter.__exit__()
 
@@ -178,29 +136,23 @@ class ObjectSnapshot:
     def _put_back_containers(self) -> None:
         for empty in self._empty:
             if empty:
-                _clear(empty)
+                refill(empty, ())
         for held, keys, values in self._dicts:
             there = len(held) == len(keys) and all(map(is_, dict.values(held), values))
             if not (there and all(map(is_, dict.keys(held), keys))):
-                _clear(held)
-                (OrderedDict if isinstance(held, OrderedDict) else dict).update(held, zip(keys, values, strict=True))
+                refill(held, zip(keys, values, strict=True))
         for sequence, items in self._sequences:
             if len(sequence) != len(items) or not all(map(is_, sequence, items)):
-                sequence.clear()
-                sequence.extend(items)
+                refill(sequence, items)
 
     def _walk(self, to_see: list[Found]) -> None:
         while to_see:
             path, thing = to_see.pop()
-            if (
-                (type(thing) in FAST and type(thing) is not tuple)
-                or id(thing) in self._seen
-                or isinstance(thing, PLAIN)
-            ):
+            if type(thing) in NOT_FOLLOWED or id(thing) in self._seen or isinstance(thing, IMMUTABLE):
                 continue
             self._seen[id(thing)] = thing
-            if len(self._seen) > MOST_OBJECTS:
-                msg = f"more than {MOST_OBJECTS} objects hang on the module, around {_words(path)}; to keep them all would take too long"
+            if len(self._seen) > MAX_OBJECTS:
+                msg = f"the module holds more than {MAX_OBJECTS:,} objects (around {_words(path)}), too many to copy"
                 raise CannotReplay(msg)
             to_see += self._look(path, thing)
 
@@ -209,14 +161,11 @@ class ObjectSnapshot:
             return self._look_at_tensor(path, thing)
         if isinstance(thing, (dict, list, deque, set, tuple, frozenset)):
             return [*self._look_at_container(path, thing), *self._attributes(path, thing)]
-        for kind, look in LOOKS:
-            if isinstance(thing, kind):
-                self._undo += look(thing)
-                return self._attributes(path, thing)
-        if isinstance(thing, nn.Module):
+        if (undo := _undo(thing)) is not None or isinstance(thing, nn.Module):
+            self._undo += [undo] if undo is not None else []
             return self._attributes(path, thing)
         if isinstance(thing, Iterator):
-            msg = f"{_words(path)} is a {type(thing).__name__}: what it has handed out cannot be put back"
+            msg = f"{_words(path)} is a {type(thing).__name__}: the items it has returned cannot be put back"
             raise CannotReplay(msg)
         return () if _is_machinery(type(thing).__module__) else self._attributes(path, thing)
 
@@ -228,11 +177,11 @@ class ObjectSnapshot:
         if isinstance(thing, dict):
             keys, values = tuple(dict.keys(thing)), tuple(dict.values(thing))
             self._dicts.append((thing, keys, values))
-            return [((path, k, ".{}"), v) for k, v in zip(keys, values, strict=True) if type(v) not in FAST]
+            return [((path, k, ".{}"), v) for k, v in zip(keys, values, strict=True) if type(v) not in NOT_FOLLOWED]
         if isinstance(thing, (list, deque)):
             self._sequences.append((thing, tuple(thing)))
         elif isinstance(thing, set):
-            self._undo.append(partial(_refill, thing, tuple(thing)))
+            self._undo.append(partial(refill, thing, tuple(thing)))
         return [((path, index, "[{}]"), item) for index, item in enumerate(thing)]
 
     def _look_at_tensor(self, path: Path_, tensor: Tensor) -> list[Found]:
@@ -257,7 +206,7 @@ class ObjectSnapshot:
         elif isinstance(held, dict):
             self._empty.append(held)
         kind: Any = type(thing)  # mypy takes object for something without a hash
-        for name in _slots(kind):
+        for name in slots_of(kind):
             value = getattr(thing, name, _MISSING)
             self._undo.append(partial(_set_slot, thing, name, value))
             inside.append(((path, name, ".{}"), value))
@@ -265,16 +214,16 @@ class ObjectSnapshot:
 
     def _check_memory(self) -> None:
         needed = sum(storage.nbytes() for storage, _ in self._live.values() if storage.device.type == "cpu")
-        free = _free_memory() if needed > NOTHING_TO_SPEAK_OF else None
-        if free is not None and needed > SHARE_OF_MEMORY * free:
+        free = _free_memory() if needed > UNCHECKED_BYTES else None
+        if free is not None and needed > MAX_MEMORY_SHARE * free:
             msg = (
-                f"a copy of the module's state takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free"
+                f"a copy of the module's state takes {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB of memory are free"
             )
             raise CannotReplay(msg)
 
 
 class _Place:
-    """Where a tensor's memory lies, and what hangs on a leaf of the graph."""
+    """Memory layout of a tensor, and gradient of a leaf."""
 
     __slots__ = ("_alias", "_grad", "_is_leaf", "_layout", "_requires_grad", "_tensor")
 
@@ -285,7 +234,7 @@ class _Place:
         self._requires_grad, self._grad = tensor.requires_grad, tensor.grad if tensor.is_leaf else None
 
     def put_back(self) -> None:
-        """Put the tensor back onto its own memory, should it have been given another (`p.data = ...`), and its gradient to it."""
+        """Restore the tensor's memory (after `p.data = ...`), `requires_grad` and gradient."""
         tensor = self._tensor
         if (tensor.data_ptr(), tensor.shape, tensor.stride()) != self._layout:
             tensor.data = self._alias
@@ -297,7 +246,7 @@ class _Place:
 
 
 def _words(path: Path_ | None) -> str:
-    """The path as a person would write it."""
+    """The path as Python code."""
     parts: list[str] = []
     while path is not None:
         path, key, form = path
@@ -320,80 +269,18 @@ def _copy_all(to: list[Tensor], source: list[Tensor]) -> None:
 
 
 def _wrapped(tensor: Any) -> list[str]:
-    """Names of the tensors inside a subclass that wraps others (a DTensor, a quantised weight)."""
+    """Attribute names of the tensors inside a wrapper subclass (a DTensor, a quantised weight)."""
     return list(tensor.__tensor_flatten__()[0]) if is_traceable_wrapper_subclass(tensor) else []
 
 
-def _clear(container: Any) -> None:
-    """With the methods of the base.
-
-    A subclass may do more in its own, and dict's own would break the order of an OrderedDict.
-    """
-    kinds = (OrderedDict, dict, list, deque, set)
-    next(kind for kind in kinds if isinstance(container, kind)).clear(container)
-
-
-def _refill(thing: set[Any], before: tuple[Any, ...]) -> None:
-    thing.clear()
-    thing.update(before)
-
-
-def _undo_array(thing: np.ndarray[Any, Any]) -> list[Undo]:
-    if not thing.flags.writeable:
-        return []
-    before = thing.copy()
-
-    def undo() -> None:
-        thing[...] = before
-
-    return [undo]
-
-
-def _undo_bytes(thing: bytearray) -> list[Undo]:
-    before = bytes(thing)
-
-    def undo() -> None:
-        thing[:] = before
-
-    return [undo]
-
-
-def _undo_random(thing: random.Random) -> list[Undo]:
-    return [partial(thing.setstate, thing.getstate())]
-
-
-def _undo_numpy_random(thing: np.random.Generator) -> list[Undo]:
-    return _undo_bit_generator(thing.bit_generator)
-
-
-def _undo_bit_generator(thing: np.random.BitGenerator) -> list[Undo]:
-    return [partial(setattr, thing, "state", thing.state)]
-
-
-def _undo_generator(thing: Any) -> list[Undo]:
-    return [partial(thing.set_state, thing.get_state())]
-
-
-LOOKS: Final[tuple[tuple[type | tuple[type, ...], Callable[[Any], list[Undo]]], ...]] = (
-    (np.ndarray, _undo_array),
-    (bytearray, _undo_bytes),
-    (random.Random, _undo_random),
-    (np.random.Generator, _undo_numpy_random),
-    (np.random.BitGenerator, _undo_bit_generator),
-    ((np.random.RandomState, torch.Generator), _undo_generator),
-)
-
-
-@cache
-def _slots(kind: Any) -> tuple[str, ...]:
-    found: list[str] = []
-    for base in kind.__mro__:
-        names = base.__dict__.get("__slots__", ())
-        for name in (names,) if isinstance(names, str) else tuple(names):
-            if name not in ("__dict__", "__weakref__"):
-                mangled = f"_{base.__name__.lstrip('_')}{name}"
-                found.append(mangled if name.startswith("__") and not name.endswith("__") else name)
-    return tuple(found)
+def _undo(thing: Any) -> Undo | None:
+    """What restores an array, byte array or random generator; `None` for any other object."""
+    if isinstance(thing, np.ndarray):
+        return partial(np.copyto, thing, thing.copy()) if thing.flags.writeable else None
+    if isinstance(thing, bytearray):
+        return partial(setitem, thing, slice(None), bytes(thing))
+    state = generator_state(thing)
+    return None if state is None else partial(set_generator_state, thing, state)
 
 
 def _set_slot(thing: object, name: str, value: object) -> None:
@@ -414,7 +301,7 @@ def _is_machinery(name: str) -> bool:
 
 
 def _free_memory() -> int | None:
-    """Bytes of host memory that can be had without swapping; `None` where the system does not tell (it does on Linux)."""
+    """Bytes of host memory available without swapping; `None` where unknown (other than Linux)."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -1,11 +1,11 @@
-"""What a training step changes, held beside the training: to go back to, to begin from, to compare with."""
+"""The state that a training step changes, to restore and to compare."""
 
 import dataclasses
 from typing import Any, Self
 
 from torch import Tensor
 
-from lightning_spike.record.attribute_state import OwnState, copy_own, load_own
+from lightning_spike.record.attribute_state import AttributeState, copy_attributes, load_attributes
 from lightning_spike.record.snapshot import Snapshot
 from lightning_spike.record.state_copy import (
     copy_gradients,
@@ -24,59 +24,46 @@ from lightning_spike.sandbox.isolation import Sandbox
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainState:
-    """Weights, buffers, optimizers and the module's own attributes as they are before one batch.
-
-    Clones, never aliases of what is live.
-    """
+    """Clones of weights, buffers, optimizers and module attributes before one batch."""
 
     at: Moment
-    """The batch before which it is."""
+    """The next batch."""
     weights: dict[str, Tensor]
     """Parameters and buffers by name, as `copy_module` gives them."""
     optimizers: list[dict[str, Any]]
     """One for each of `trainer.optimizers`, in the form of `Optimizer.state_dict()`."""
-    own: OwnState | None = None
-    """What the module keeps in attributes; `None` for as they stand."""
+    own: AttributeState | None = None
+    """Module attributes; `None` for the present ones."""
     gradients: dict[str, Tensor] | None = None
-    """Under manual optimisation, by parameter name; under automatic optimisation every window begins without."""
+    """Gradients by parameter name, under manual optimisation."""
     scaler: dict[str, Tensor | None] | None = None
-    """Of the loss scaler, as `copy_scaler` gives it."""
+    """From `copy_scaler`."""
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> Self:
-        """That of a snapshot."""
-        return cls(
-            at=snapshot.at,
-            weights=snapshot.model,
-            optimizers=snapshot.optimizers,
-            own=snapshot.own,
-            gradients=snapshot.gradients,
-            scaler=snapshot.scaler,
-        )
+        """The state of a snapshot."""
+        shared = {name: getattr(snapshot, name) for name in ("at", "optimizers", "own", "gradients", "scaler")}
+        return cls(weights=snapshot.model, **shared)
 
     @classmethod
     def take(cls, sandbox: Sandbox, at: Moment) -> Self:
-        """What is in the sandbox now; clones, on the device."""
+        """Clone the present state of the sandbox, on the device."""
         return cls(
             at=at,
             weights=copy_module(sandbox.module),
             optimizers=[copy_optimizer(optimizer) for optimizer in sandbox.trainer.optimizers],
-            own=copy_own(sandbox.module),
+            own=copy_attributes(sandbox.module),
             gradients=None if sandbox.module.automatic_optimization else copy_gradients(sandbox.module),
             scaler=copy_scaler(sandbox.trainer),
         )
 
     def load(self, sandbox: Sandbox) -> None:
-        """Put it into the sandbox, in place; what schedulers write into parameter groups too.
-
-        Averaged models that callbacks hold are no part of a training step, and not part of the isolation: they are left
-        alone.
-        """
+        """Restore the state in the sandbox, in place, with scheduled settings but no averaged models."""
         load_module(sandbox.module, self.weights)
         for optimizer, saved in zip(sandbox.trainer.optimizers, self.optimizers, strict=True):
             load_optimizer(optimizer, saved, hyperparameters=True)
         if self.own is not None:
-            load_own(sandbox.module, self.own)
+            load_attributes(sandbox.module, self.own)
         if self.gradients is not None:
             load_gradients(sandbox.module, self.gradients)
         load_scaler(sandbox.trainer, self.scaler)

@@ -1,4 +1,4 @@
-"""What a training step meets in the trainer around it: muted while the lab is at work, and put back afterwards."""
+"""The trainer around a training step: muted during a replay and restored afterwards."""
 
 import contextlib
 import dataclasses
@@ -16,19 +16,19 @@ from lightning_spike.errors import CannotReplay
 from lightning_spike.records import Moment
 
 Places: TypeAlias = Sequence[tuple[MutableMapping[str, Any], Mapping[str, Any]]]
-"""Namespaces (`vars(thing)`), each with what is to stand in it."""
+"""Namespaces (`vars(thing)`), each with its temporary values."""
 
 HELD: Final = ("callbacks", "should_stop", "profiler", "gradient_clip_val", "gradient_clip_algorithm")
-"""Attributes of the trainer that the lab sets."""
+"""Attributes of the trainer that a replay changes."""
 
 _MISSING: Final = object()
 
 
-class Surroundings:
-    """The trainer's callbacks, loggers, profiler, progress, its wish to stop, and what DDP remembers from one forward pass to the next.
+class TrainerContext:
+    """The trainer's callbacks, loggers, profiler, progress and `should_stop`, and DDP's flags.
 
     Args:
-        trainer: As it stands between two batches.
+        trainer: The trainer, between two batches.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -48,12 +48,12 @@ class Surroundings:
         self._progress = [(part, dict(vars(part))) for whole in progress for part in _parts(whole)]
 
     def mute(self) -> None:
-        """Callbacks, loggers and profiler hear nothing from now on."""
+        """Mute callbacks, loggers and profiler."""
         self._trainer.loggers = [DummyLogger() for _ in self._loggers]
         vars(self._trainer).update(callbacks=[], profiler=PassThroughProfiler())
 
     def put_back(self) -> None:
-        """Everything as it was found."""
+        """Restore everything."""
         vars(self._trainer).update(self._held)
         _set_ddp_flags(self._trainer, self._wrapper)
         self._trainer.loggers = self._loggers
@@ -64,16 +64,12 @@ class Surroundings:
 
 
 def open_window(trainer: Trainer) -> None:
-    """As after an update.
-
-    DDP then sends the buffers of rank 0 to all before the next forward pass, which it does not between batches that
-    accumulate.
-    """
+    """Begin an accumulation window: DDP then broadcasts the buffers of rank 0 before the next forward pass."""
     _set_ddp_flags(trainer, dict.fromkeys(_ddp_flags(trainer), True))
 
 
 def set_position(trainer: Trainer, at: Moment) -> None:
-    """Make `global_step` and `current_epoch` tell this place; these counters are all that they read."""
+    """Set `global_step` and `current_epoch`, by the counters that they read."""
     epoch_loop = trainer.fit_loop.epoch_loop
     epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = at.step
     epoch_loop.manual_optimization.optim_step_progress.total.completed = at.step
@@ -82,7 +78,7 @@ def set_position(trainer: Trainer, at: Moment) -> None:
 
 @contextlib.contextmanager
 def patched(places: Places) -> Iterator[None]:
-    """Put other values into namespaces for a while."""
+    """Put temporary values into namespaces."""
     before = [(held, {name: held.get(name, _MISSING) for name in values}) for held, values in places]
     try:
         for held, values in places:
@@ -98,7 +94,7 @@ def patched(places: Places) -> Iterator[None]:
 
 
 def _ddp_flags(trainer: Trainer) -> dict[str, bool]:
-    """Whether buffers are sent round before the next forward pass; empty without DDP."""
+    """Whether buffers are broadcast before the next forward pass; empty without DDP."""
     held: dict[str, Any] = getattr(trainer.strategy.model, "__dict__", {})
     return {name: held[name] for name in ("require_forward_param_sync",) if name in held}
 
@@ -116,21 +112,15 @@ def _parts(progress: Any) -> Iterator[Any]:
             yield from _parts(value)
 
 
-EXCHANGES: Final = ("all_gather", "all_reduce", "reduce", "reduce_boolean_decision", "broadcast", "barrier")
+COLLECTIVES: Final = ("all_gather", "all_reduce", "reduce", "reduce_boolean_decision", "broadcast", "barrier")
 """Methods of Lightning's strategies that wait for other ranks."""
 
 
 @contextlib.contextmanager
-def by_itself(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Make SyncBatchNorm normalise by this rank's batch alone, and refuse what else Lightning would exchange.
+def on_one_rank(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Make SyncBatchNorm normalise by this rank's batch alone, and refuse Lightning's collectives.
 
-    Nothing in a single process.
-
-    What the step sends through `torch.distributed` itself is not seen.
-
-    Args:
-        trainer: Of the run.
-        module: Whose step is run inside.
+    Does nothing in a single process. Does not see direct calls of `torch.distributed`.
     """
     if trainer.world_size == 1:
         yield
@@ -139,29 +129,28 @@ def by_itself(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     strategy: Any = trainer.strategy
     places: Places = [
         *((vars(part), {"forward": functools.partial(_BatchNorm.forward, part)}) for part in synced),
-        (vars(strategy), {name: functools.partial(_refuse, name) for name in EXCHANGES if hasattr(strategy, name)}),
+        (vars(strategy), {name: functools.partial(_refuse, name) for name in COLLECTIVES if hasattr(strategy, name)}),
     ]
     with patched(places):
         yield
 
 
 def _refuse(name: str, *_: object, **__: object) -> NoReturn:
-    msg = f"training_step exchanges something with the other ranks ({name}), and cannot be run on one alone"
+    msg = f"training_step calls {name} across the ranks, so it cannot run on one alone"
     raise CannotReplay(msg)
 
 
 @contextlib.contextmanager
 def without_updates(module: LightningModule) -> Iterator[list[Tensor]]:
-    """Make `manual_backward` take down its loss, a step run its closure only, and `zero_grad`, toggling, clipping and schedulers do nothing.
+    """Make `manual_backward` only record its loss, and a step only run its closure.
 
-    All gradients that are asked for afterwards are there, whatever the step toggles. Automatic optimisation is left as
-    it is.
+    `zero_grad`, toggling, clipping and schedulers do nothing. Automatic optimisation is not changed.
 
     Args:
         module: Attached to its trainer.
 
     Yields:
-        The losses of the backward passes, with their graphs, in order; filled while the step runs.
+        The losses of the backward passes with their graphs, in order, filled while the step runs.
     """
     losses: list[Tensor] = []
     if module.automatic_optimization:
@@ -171,13 +160,9 @@ def without_updates(module: LightningModule) -> Iterator[list[Tensor]]:
     def backward(loss: Tensor, *_: object, **__: object) -> None:
         losses.append(loss)
 
-    of_module = {
-        "manual_backward": backward,
-        "toggle_optimizer": _nothing,
-        "untoggle_optimizer": _nothing,
-        "clip_gradients": _nothing,
-    }
-    # what self.optimizers() gives
+    muted = ("toggle_optimizer", "untoggle_optimizer", "clip_gradients")
+    of_module = {"manual_backward": backward} | dict.fromkeys(muted, _nothing)
+    # what self.optimizers() returns
     optimizers = [*module.trainer.strategy._lightning_optimizers, *module.trainer.optimizers]
     of_optimizers = {"step": _closure_only, "zero_grad": _nothing}
     places: Places = [(vars(module), of_module), *((vars(optimizer), of_optimizers) for optimizer in optimizers)]
@@ -187,17 +172,14 @@ def without_updates(module: LightningModule) -> Iterator[list[Tensor]]:
 
 @contextlib.contextmanager
 def without_schedulers(module: LightningModule) -> Iterator[None]:
-    """Make the `step` of schedulers do nothing.
-
-    In a re-run the settings come from the record, and a schedule may end where the run does.
-    """
+    """Make the `step` of schedulers do nothing, as a replay takes the settings from the record."""
     schedulers = [config.scheduler for config in module.trainer.lr_scheduler_configs]
     with patched([(vars(scheduler), {"step": _nothing}) for scheduler in schedulers]):
         yield
 
 
 def _nothing(*_: object, **__: object) -> None:
-    """Stands in for what changes the state."""
+    """Replaces a method that changes the state."""
 
 
 def _closure_only(closure: Callable[[], Any] | None = None, **_: object) -> Any:

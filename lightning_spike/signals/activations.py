@@ -1,4 +1,4 @@
-"""How large activations are, and how many units are in the flat part of their function."""
+"""Size of activations, and share of units in the flat part of their function."""
 
 import dataclasses
 import math
@@ -13,29 +13,29 @@ from torch.utils import _pytree as pytree
 from lightning_spike.signals.subset import is_readable, largest_value
 
 FLAT_SLOPE_TWO_SIDED: Final = 0.99
-"""Sigmoid, tanh and their kin are flat within 1 % of their bounds: there the slope of a sigmoid is below 0.01, that of
-tanh below 0.02."""
+"""Share of the range beyond which sigmoid and tanh are flat: their slopes are below 0.01 and 0.02;
+engineering choice."""
 FLAT_ONE_SIDED: Final = 0.005
-"""A smooth one-sided unit is flat where its output is this near to its floor: GELU below -2.9, SiLU below -7.3,
-softplus below -5.3."""
+"""Distance from the floor within which a smooth one-sided unit is flat: GELU below -2.9, SiLU below -7.3, softplus
+below -5.3; engineering choice."""
 
 
 class Shape(StrEnum):
-    """What kind of function a module applies."""
+    """Shape of a module's activation function."""
 
     ONE_SIDED = "one_sided"
-    """Flat on one side: ReLU and its kin, which can die."""
+    """Flat on one side, like ReLU; can die."""
     TWO_SIDED = "two_sided"
-    """Flat on both: sigmoid, tanh and their kin, which can saturate."""
+    """Flat on both sides, like sigmoid and tanh; can saturate."""
     OTHER = "other"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationSize:
-    """How large a module's output is; both of shape `()`, float32, on its device."""
+    """Size of a module's output, shape `()`, float32."""
 
     largest: Tensor
-    """Largest absolute value; NaN or Inf where the output holds one."""
+    """Largest absolute value, which can be NaN or Inf."""
     rms: Tensor
 
 
@@ -92,7 +92,7 @@ TWO_SIDED: Final[tuple[tuple[type[nn.Module], Flat], ...]] = (
 
 
 def shape_of(module: nn.Module) -> Shape:
-    """What kind of function a module applies; recurrent layers, whose state is a tanh's output, are two-sided."""
+    """The shape of a module; recurrent layers with a tanh state are two-sided."""
     if isinstance(module, nn.RNN) and module.nonlinearity == "relu":
         return Shape.OTHER
     if any(isinstance(module, kind) for kind, _ in ONE_SIDED):
@@ -101,14 +101,14 @@ def shape_of(module: nn.Module) -> Shape:
 
 
 def first_tensor(output: object) -> Tensor | None:
-    """The first floating tensor of what a module returned, the output of a recurrent layer say; `None` where there is none."""
+    """The first floating tensor in a module's output; `None` without one."""
     leaves = (leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
     return next((leaf for leaf in leaves if is_readable(leaf)), None)
 
 
 @torch.no_grad()
 def activation_size(output: Tensor) -> ActivationSize:
-    """Largest absolute value and root mean square of a floating tensor with elements. Never blocks."""
+    """Largest absolute value and root mean square of a non-empty floating tensor. Never blocks."""
     values = output.detach()
     rms = torch.linalg.vector_norm(values, 2, dtype=torch.float32) / math.sqrt(values.numel())
     return ActivationSize(largest=largest_value(values), rms=rms)
@@ -116,10 +116,9 @@ def activation_size(output: Tensor) -> ActivationSize:
 
 @torch.no_grad()
 def dead_units(module: nn.Module, output: Tensor) -> tuple[Tensor, Tensor]:
-    """Which share of a one-sided module's output is flat, and which share of its units is flat for the whole batch.
+    """Share of flat elements of a one-sided module, and share of units that are flat for the whole batch.
 
-    A unit is a channel (dimension 1 of four or five) or a feature (the last dimension). A healthy ReLU is flat in half
-    of its elements and dead in next to no unit.
+    A unit is a channel (dimension 1 of four or five) or a feature (the last dimension).
 
     Returns:
         Share of the elements, share of the units; shape `()`, float32. Never blocks.
@@ -134,9 +133,6 @@ def dead_units(module: nn.Module, output: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def saturated_share(module: nn.Module, output: Tensor) -> Tensor:
-    """Which share of the elements of a two-sided module's output is in its flat parts; shape `()`, float32.
-
-    Never blocks.
-    """
+    """Share of flat elements of a two-sided module, shape `()`, float32. Never blocks."""
     test = next(test for kind, test in TWO_SIDED if isinstance(module, kind))
     return test(module, output.detach()).float().mean()

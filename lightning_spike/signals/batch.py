@@ -1,9 +1,7 @@
-"""What is in a batch, whatever its structure.
+"""Tensors of a batch of any structure: input, target or sample weight, with statistics of values and classes.
 
-Which tensor is input, target or sample weight, how large its values are, how its classes and weights are spread.
-
-`batch_leaves` names the tensors, `value_statistics`, `class_statistics` and `weight_statistics` measure one,
-`batch_signals` does it all for the recorder.
+`batch_leaves` names the tensors; `value_statistics`, `class_statistics` and `weight_statistics` measure one;
+`batch_signals` combines them for the recorder.
 """
 
 import dataclasses
@@ -15,19 +13,19 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from lightning_spike.signals.subset import is_plain, is_readable
+
 MAX_LEAVES: Final = 16
-"""Tensors of a batch that are measured at every step; more are a list of single samples, whose statistics would cost
-more than they tell."""
+"""Tensors of a batch that are measured at every step; more are a list of samples; engineering choice."""
 
 MAX_DEPTH: Final = 16
-"""Levels of nesting that are looked into; a structure that holds itself ends here."""
+"""Levels of nesting, which bound a recursive structure; engineering choice."""
 
 DISTINCT_BINS: Final = 64
-"""Bins that class numbers are hashed into, by their remainder, at a cost that does not depend on the values."""
+"""Remainders by which classes are counted, at a fixed cost; engineering choice."""
 
-MAX_DISTINCT_VALUES: Final = 1 << 16
-"""Targets with more elements (segmentation masks, token streams) are not counted: the comparison with all bins would
-take megabytes."""
+MAX_CLASS_ELEMENTS: Final = 1 << 16
+"""Elements of a counted target; more (segmentation masks, token streams) would take megabytes; engineering choice."""
 
 TARGET_KEYS: Final = frozenset({"label", "labels", "target", "targets", "y"})
 WEIGHT_KEYS: Final = frozenset({"weight", "weights", "sample_weight", "sample_weights"})
@@ -37,7 +35,7 @@ Path = tuple[Key, ...]
 
 
 class BatchPart(StrEnum):
-    """What a tensor of the batch is for; the values begin the names of its signals."""
+    """Role of a tensor of the batch; signal names begin with the value."""
 
     INPUT = "input"
     TARGET = "target"
@@ -46,7 +44,7 @@ class BatchPart(StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BatchRoles:
-    """Which part of a batch is what, where the convention does not fit."""
+    """Roles in a batch that differ from the convention."""
 
     target: str | None = None
     """Path of the target in the batch, keys and positions joined by dots (`"labels"`, `"1"`, `"views.0.y"`), everything
@@ -54,7 +52,7 @@ class BatchRoles:
     weight: str | None = None
     """Path of the sample weights."""
     input: str | None = None
-    """Path of the input; what is then none of the three (ids, masks) is passed over."""
+    """Path of the input; other tensors (ids, masks) are then ignored."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +60,7 @@ class BatchLeaf:
     """One tensor of a batch."""
 
     name: str
-    """As in signal names: `"input"`, `"target"`, `"weight"`, or with the path where several tensors or keys need
-    telling apart: `"input.image"`."""
+    """Name in signals: `"input"`, `"target"`, `"weight"`, or with a path where it is ambiguous, `"input.image"`."""
     path: Path
     """Keys and positions from the batch down to the tensor."""
     part: BatchPart
@@ -75,13 +72,12 @@ class _Found:
     path: Path
     value: Tensor
     in_mappings: Path
-    """The longest beginning of `path` at which a mapping (or an object with named fields) stands, `()` where there is
-    none but perhaps the root."""
+    """The longest prefix of `path` that is a mapping or an object with named fields, `()` for none but the root."""
     part: BatchPart | None
 
 
 def children(value: object) -> list[tuple[Key, object]] | None:
-    """What a mapping, tuple, list or dataclass holds, by key, position or field name; `None` for anything else."""
+    """The items of a mapping, tuple, list or dataclass by key, position or field name; `None` for anything else."""
     if isinstance(value, Mapping):
         return [(str(key), item) for key, item in value.items()]
     if isinstance(value, (list, tuple)):
@@ -96,11 +92,11 @@ def batch_leaves(batch: object, roles: BatchRoles | None = None) -> tuple[BatchL
 
     By convention the last tensor of a tuple or list is the target and the rest is input (a single tensor is input); in
     a mapping or a dataclass `label(s)`, `target(s)` and `y` are the target, `weight(s)` and `sample_weight(s)` the
-    sample weights, and the rest is input. A mapping of tuples (several loaders) is read tuple by tuple. None, strings,
-    numbers and objects of the user's own are passed over.
+    sample weights, and the rest is input. In a mapping of tuples (several loaders) each tuple follows the convention.
+    Other objects are ignored.
 
     Args:
-        batch: Anything that a loader yields.
+        batch: Any output of a loader.
         roles: Paths that override the convention.
     """
     found = list(_walk(batch, (), (), None, MAX_DEPTH))
@@ -111,9 +107,8 @@ def batch_leaves(batch: object, roles: BatchRoles | None = None) -> tuple[BatchL
         if roles.target is not None and item.part is BatchPart.TARGET and not _is_under(item.path, roles.target):
             item.part = BatchPart.INPUT
     if roles.input is not None:
-        found = [
-            item for item in found if item.part not in {None, BatchPart.INPUT} or _is_under(item.path, roles.input)
-        ]
+        inputs = (None, BatchPart.INPUT)
+        found = [item for item in found if item.part not in inputs or _is_under(item.path, roles.input)]
     return tuple(_named(found))
 
 
@@ -134,22 +129,18 @@ def batch_signals(batch: object, roles: BatchRoles | None = None) -> dict[str, T
 
 
 def value_statistics(tensor: Tensor) -> dict[str, Tensor]:
-    """How large the values of a floating tensor are, over its finite elements.
+    """Statistics of the finite values of a floating tensor.
 
     Returns:
-        `mean`, `std` (of the population), `max_abs`, `nonfinite` (how many elements are NaN or ±Inf) and `zeros` (share
-        of the elements, 0 to 1); each of shape `()`, float32 or wider, on the tensor's device. mean and std are NaN
-        where no element is finite. Sums are taken of values divided by the largest, so that no finite tensor overflows.
-        Empty for a tensor without elements, of another dtype, or with a layout that has no plain values (sparse,
-        nested, sharded). Never blocks, draws no random numbers.
+        `mean`, `std` (of the population), `max_abs`, `nonfinite` (number of NaN and ±Inf) and `zeros` (share); each of
+        shape `()`, float32 or wider. Mean and std are NaN without a finite element. Sums are of values divided by the
+        largest, so that no finite tensor overflows. Empty unless `is_readable`. Never blocks, draws no random numbers.
     """
-    if not _is_plain(tensor) or not tensor.is_floating_point():
+    if not is_readable(tensor):
         return {}
     with torch.no_grad():
-        values = tensor.detach()
-        values = values.to(
-            torch.promote_types(values.dtype, torch.float32) if values.element_size() > 1 else torch.float32
-        )
+        wide = torch.promote_types(tensor.dtype, torch.float32) if tensor.element_size() > 1 else torch.float32
+        values = tensor.detach().to(wide)
         finite = values.isfinite()
         count = finite.sum()
         kept = torch.where(finite, values, 0.0)
@@ -170,20 +161,18 @@ def value_statistics(tensor: Tensor) -> dict[str, Tensor]:
 
 
 def class_statistics(tensor: Tensor) -> dict[str, Tensor]:
-    """How the classes of an integer target, or the tokens of an input, are spread over the batch, by their remainders modulo 64, so that the cost does not depend on the values.
+    """Distribution of the classes of an integer target, or the tokens of an input, by their remainders modulo 64.
 
-    By comparison with every bin: counting by value (`unique`, `bincount`) waits for the device, and scattering is
-    refused where the user asks for deterministic kernels.
+    Compares with every remainder: `unique` and `bincount` wait for the device, and scattering is not deterministic.
 
     Returns:
-        `distinct`: how many of the 64 remainders occur, the number of classes in the batch where there are up to 64;
-        `entropy`: of their shares, in nats, log(k) for k equally frequent ones; `largest`: share of the most frequent;
-        `longest_run`: elements in a row, in row-major order, with the same value; each of shape `()`; `histogram`: how
-        often each remainder occurs, shape `(64,)`; all float32 on the tensor's device. Empty for other dtypes,
-        booleans, and more than 65,536 elements. Never blocks.
+        `distinct`: number of remainders that occur; `entropy`: of their shares, in nats; `largest`: share of the most
+        frequent; `longest_run`: equal elements in a row, in row-major order; each of shape `()`; `histogram`: counts of
+        the remainders, shape `(64,)`; all float32. Empty for other dtypes, booleans, and more than 65,536 elements.
+        Never blocks.
     """
     is_integer = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
-    if not _is_plain(tensor) or not is_integer or tensor.numel() > MAX_DISTINCT_VALUES:
+    if not is_plain(tensor) or not is_integer or not 0 < tensor.numel() <= MAX_CLASS_ELEMENTS:
         return {}
     with torch.no_grad():
         values = tensor.detach().reshape(-1)
@@ -200,15 +189,14 @@ def class_statistics(tensor: Tensor) -> dict[str, Tensor]:
 
 
 def weight_statistics(tensor: Tensor) -> dict[str, Tensor]:
-    """How evenly the sample weights of a batch are spread.
+    """Effective sample size and largest share of the sample weights of a batch.
 
     Returns:
-        `ess`: the effective sample size (sum w)² / sum w² (Kish) as a share of their number, 1 where all are equal, 1 /
-        n where one has everything; `max_share`: the largest weight's share of the sum of the absolute weights; shape
-        `()`, float32 or wider, on the tensor's device, NaN where all are 0. Empty for tensors that are not floating.
-        Never blocks.
+        `ess`: (sum w)² / sum w² (Kish) as a share of their number, 1 for equal weights; `max_share`: the largest
+        weight's share of the sum of absolute weights; shape `()`, float32 or wider, NaN where all are 0. Empty unless
+        `is_readable`. Never blocks.
     """
-    if not _is_plain(tensor) or not tensor.is_floating_point():
+    if not is_readable(tensor):
         return {}
     with torch.no_grad():
         weights = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
@@ -220,7 +208,7 @@ def weight_statistics(tensor: Tensor) -> dict[str, Tensor]:
 
 
 def _longest_run(values: Tensor) -> Tensor:
-    """The longest distance from the beginning of a run to an element of it, and 1."""
+    """Length of the longest run of equal values."""
     if values.numel() == 1:
         return torch.ones((), device=values.device)
     place = _places(values.numel() - 1, values.device) + 1.0
@@ -230,7 +218,7 @@ def _longest_run(values: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=32)
 def _places(count: int, device: torch.device) -> Tensor:
-    """0, 1, … as a tensor that is made once for each length and device."""
+    """0, 1, … as a tensor, cached by length and device."""
     return torch.arange(count, device=device)
 
 
@@ -239,17 +227,6 @@ def _statistics(leaf: BatchLeaf) -> dict[str, Tensor]:
         return classes
     values = value_statistics(leaf.value)
     return values | weight_statistics(leaf.value) if leaf.part is BatchPart.WEIGHT else values
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return (
-        tensor.layout is torch.strided
-        and not tensor.is_nested
-        and not tensor.is_quantized
-        and not hasattr(tensor, "full_tensor")
-        and tensor.device.type != "meta"
-        and tensor.numel() > 0
-    )
 
 
 def _walk(value: object, path: Path, in_mappings: Path, part: BatchPart | None, depth: int) -> Iterator[_Found]:
@@ -275,7 +252,7 @@ def _part_of_key(key: Key) -> BatchPart | None:
 
 
 def _mark_last_as_target(batch: object, found: Sequence[_Found]) -> None:
-    """Apply the convention for tuples and lists to the batch itself, or to each value of a mapping that names no target."""
+    """Apply the convention of tuples to the batch, or to each value of a mapping without a named target."""
     if isinstance(batch, (list, tuple)):
         _mark_last(found, 0)
     elif all(item.part is None for item in found):
@@ -285,8 +262,8 @@ def _mark_last_as_target(batch: object, found: Sequence[_Found]) -> None:
 
 
 def _mark_last(found: Sequence[_Found], level: int) -> None:
-    """Of tensors that lie in one tuple at `level` of the nesting, mark the last, and the whole last item where it holds a mapping."""
-    if len(found) < 2 or any(f.part is BatchPart.TARGET for f in found):  # noqa: PLR2004 - a lone tensor is input
+    """Mark the last item of a tuple at a nesting level, with all tensors of a mapping there, as target."""
+    if len(found) < 2 or any(f.part is BatchPart.TARGET for f in found):  # noqa: PLR2004 - a single tensor is input
         return
     last = found[-1]
     mapping = last.path[: level + 1] if len(last.in_mappings) > level else last.path
@@ -311,7 +288,7 @@ def _joined(path: Path) -> str:
 
 
 def _named(found: Sequence[_Found]) -> Iterator[BatchLeaf]:
-    """The bare part where it says enough: one tensor of that part, found by position."""
+    """Name each tensor by its part, and by its path where the part is ambiguous."""
     parts = [item.part or BatchPart.INPUT for item in found]
     for item, part in zip(found, parts, strict=True):
         alone = parts.count(part) == 1 and not any(isinstance(key, str) for key in item.path)

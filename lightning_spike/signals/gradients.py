@@ -1,4 +1,4 @@
-"""Gradient norms, of every parameter and in all, in one fused pass."""
+"""Gradient norms per parameter and in total, in one fused pass."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 NO_GRADIENT: Final = -1.0
-"""Stands in the vector of norms for a parameter that has no gradient; NaN would be taken for a gradient that is NaN."""
+"""Norm of a parameter without gradient; NaN would mean a NaN gradient."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,15 +19,14 @@ class GradientNorms:
     """Shape `(n,)`, float32, on the first gradient's device; `NO_GRADIENT` where there is none, Inf where a norm
     exceeds 1.8e19."""
     total: Tensor
-    """Shape `()`, the norm over all that are present; 0 where none is."""
+    """Norm over all gradients, shape `()`; 0 without any."""
 
 
 def gradient_norms(parameters: Sequence[Tensor]) -> GradientNorms:
-    """Read the gradients of `parameters`, whatever they have been through up to now.
+    """L2 norms of the gradients of `parameters`.
 
-    One `torch._foreach_norm` per device and dtype, which is what `torch.nn.utils.get_total_norm` uses too. A gradient
-    that is sharded (a `DTensor`) gives its norm over all shards, by a collective that every rank must take part in.
-    Never blocks.
+    One `torch._foreach_norm` per device and dtype, as in `torch.nn.utils.get_total_norm`. The norm of a sharded
+    gradient (a `DTensor`) takes a collective of all ranks. Never blocks.
     """
     with torch.no_grad():
         present = [i for i, p in enumerate(parameters) if p.grad is not None]
@@ -42,13 +41,7 @@ def gradient_norms(parameters: Sequence[Tensor]) -> GradientNorms:
 
 
 def tensor_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """L2 norms in the order of the tensors, each of shape `()`, float32, on the first one's device.
-
-    One fused kernel for each device and dtype.
-
-    Args:
-        tensors: At least one, strided, floating.
-    """
+    """L2 norms of one or more floating tensors, each of shape `()`, float32, on the first one's device."""
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, tensor in enumerate(tensors):
         groups.setdefault((tensor.device, tensor.dtype), []).append(index)
@@ -68,7 +61,7 @@ def _values(grad: Tensor | None) -> Tensor:
 
 
 def _over_shards(norm: Tensor) -> Tensor:
-    """The norm over all shards of a DTensor; any other tensor as it is."""
+    """The norm over all shards of a DTensor; other tensors stay as they are."""
     full = getattr(norm, "full_tensor", None)
     whole: Tensor = norm if full is None else full()
     return whole

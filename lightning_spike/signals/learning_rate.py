@@ -1,36 +1,30 @@
-"""The learning rate that an update really uses, and the settings of optimizers and schedulers as plain records."""
+"""Learning rates of an update, and the settings of optimizers and schedulers as plain records."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_spike.records import OptimizerFacts, SchedulerFacts
 
-PLAIN = (bool, int, float, str)
+PLAIN: Final = (bool, int, float, str)
+MAX_LENGTH: Final = 8
+"""Items of a recorded setting; engineering choice."""
 
 
 def optimizer_names(optimizers: Sequence[Optimizer]) -> list[str]:
-    """Names as Lightning's LearningRateMonitor gives them.
-
-    The class, and from the second of a class on with a number.
-    """
-    seen: dict[str, int] = {}
-    names = []
-    for optimizer in optimizers:
-        class_name = type(optimizer).__name__
-        count = seen.get(class_name, 0)
-        seen[class_name] = count + 1
-        names.append(class_name if count == 0 else f"{class_name}-{count}")
-    return names
+    """Names as in Lightning's LearningRateMonitor: the class, with a number from its second optimizer on."""
+    classes = [type(optimizer).__name__ for optimizer in optimizers]
+    counts = [classes[:place].count(name) for place, name in enumerate(classes)]
+    return [f"{name}-{count}" if count else name for name, count in zip(classes, counts, strict=True)]
 
 
 def learning_rates(name: str, optimizer: Optimizer) -> dict[str, float | Tensor]:
     """The learning rate of every parameter group by signal name: `lr-<name>`, and `lr-<name>/pg<k>` from two groups on.
 
-    To be read in `on_before_optimizer_step`: at a batch's end Lightning has stepped the scheduler already. A rate that
-    is a tensor (a capturable optimizer) stays one. Never blocks.
+    Read them in `on_before_optimizer_step`: at the end of a batch, Lightning has stepped the scheduler already. A
+    tensor (of a capturable optimizer) stays one. Never blocks.
     """
     groups = optimizer.param_groups
     if len(groups) == 1:
@@ -39,18 +33,20 @@ def learning_rates(name: str, optimizer: Optimizer) -> dict[str, float | Tensor]
 
 
 def optimizer_facts(optimizers: Sequence[Optimizer]) -> tuple[OptimizerFacts, ...]:
-    """The hyperparameters of every optimizer as they stand."""
+    """The present hyperparameters of every optimizer."""
     names = optimizer_names(optimizers)
     return tuple(
         OptimizerFacts(
-            name=name, class_name=type(optimizer).__name__, groups=tuple(_plain(g) for g in optimizer.param_groups)
+            name=name,
+            class_name=type(optimizer).__name__,
+            groups=tuple(plain_settings(g) for g in optimizer.param_groups),
         )
         for name, optimizer in zip(names, optimizers, strict=True)
     )
 
 
 def scheduler_facts(configs: Iterable[Any], optimizers: Sequence[Optimizer]) -> tuple[SchedulerFacts, ...]:
-    """The schedulers as Lightning has them configured.
+    """The schedulers as configured in Lightning.
 
     Args:
         configs: Lightning's `trainer.lr_scheduler_configs`.
@@ -63,7 +59,7 @@ def scheduler_facts(configs: Iterable[Any], optimizers: Sequence[Optimizer]) -> 
             optimizer=names.get(id(getattr(config.scheduler, "optimizer", None)), ""),
             interval=config.interval,
             frequency=config.frequency,
-            settings=_plain(vars(config.scheduler)),
+            settings=plain_settings(vars(config.scheduler)),
         )
         for config in configs
     )
@@ -73,14 +69,16 @@ def _rate(lr: float | Tensor) -> float | Tensor:
     return lr if isinstance(lr, Tensor) else float(lr)
 
 
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that are numbers, strings or short sequences of them; private ones are a library's own business."""
-    out: dict[str, Any] = {}
-    for key, value in settings.items():
-        if key.startswith("_"):
-            continue
-        if isinstance(value, PLAIN):
-            out[key] = value
-        elif isinstance(value, (tuple, list)) and len(value) <= 8 and all(isinstance(v, PLAIN) for v in value):  # noqa: PLR2004 - a handful of groups
-            out[key] = tuple(value)
-    return out
+def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The public entries that are numbers, strings or short sequences of them."""
+    return {
+        key: tuple(value) if isinstance(value, (list, tuple)) else value
+        for key, value in settings.items()
+        if not key.startswith("_") and _is_plain(value)
+    }
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return len(value) <= MAX_LENGTH and all(isinstance(item, PLAIN) for item in value)
+    return isinstance(value, PLAIN)

@@ -1,4 +1,4 @@
-"""The training loss of a batch, from whatever `training_step` returned."""
+"""Training losses of a batch, from the output of `training_step`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -6,16 +6,15 @@ from typing import Final
 from torch import Tensor
 
 BACKWARD: Final = "loss/backward"
-"""Under manual optimisation, the losses of several backward passes of one batch: this and their place, from 0."""
+"""Signal of several backward passes under manual optimisation, followed by their index."""
 
 
 def batch_losses(outputs: object, backward: Sequence[Tensor], *, divided_by: int = 1) -> dict[str, Tensor]:
-    """The returned loss, else what manual backward passes were called with; a single one of those is the loss.
+    """The returned losses, or those of manual backward passes; a single one is `"loss"`.
 
     Args:
         outputs: As in `training_losses`.
-        backward: What the batch's backward passes were called with, in order, each with one element; empty under
-            automatic optimisation.
+        backward: Losses of the batch's backward passes in order; empty under automatic optimisation.
         divided_by: As in `training_losses`.
 
     Returns:
@@ -29,10 +28,7 @@ def batch_losses(outputs: object, backward: Sequence[Tensor], *, divided_by: int
 
 
 def total_loss(named: Mapping[str, float]) -> float | None:
-    """One number for a batch.
-
-    Its loss, or where it has several backward passes instead, the sum of theirs; `None` where there is neither.
-    """
+    """The loss of a batch, or the sum over its backward passes; `None` without either."""
     if "loss" in named:
         return named["loss"]
     parts = [value for name, value in named.items() if name.startswith(BACKWARD)]
@@ -40,17 +36,16 @@ def total_loss(named: Mapping[str, float]) -> float | None:
 
 
 def training_losses(outputs: object, *, divided_by: int = 1) -> dict[str, Tensor]:
-    """Find the losses in what Lightning hands to `on_train_batch_end`.
+    """Find the losses in the outputs of `on_train_batch_end`.
 
     Args:
-        outputs: A tensor with one element, a mapping, or `None`; anything else has no loss.
-        divided_by: Lightning divides `outputs["loss"]` by `accumulate_grad_batches` under automatic optimisation; the
-            loss is multiplied back by this.
+        outputs: A tensor with one element, a mapping, or anything else for no loss.
+        divided_by: Multiplies the loss, which Lightning divides by `accumulate_grad_batches` under automatic
+            optimisation.
 
     Returns:
-        Tensors with one element, detached, on their own device, by signal name: `"loss"` for the loss itself,
-        `"loss/<key>"` for any other one-element tensor of the mapping whose key holds "loss". Empty where the step
-        returned none. Never blocks.
+        Detached tensors with one element by signal name: `"loss"`, and `"loss/<key>"` for other tensors of the mapping
+        whose key contains "loss". Never blocks.
     """
     if isinstance(outputs, Tensor):
         return {"loss": outputs.detach() * divided_by} if outputs.numel() == 1 else {}

@@ -1,7 +1,4 @@
-"""What an optimizer's memory of past gradients says about its next update.
-
-Second moments out of date, momentum that points elsewhere.
-"""
+"""State of an optimizer against its next gradient: stale second moments, momentum in another direction."""
 
 import dataclasses
 import math
@@ -16,35 +13,31 @@ from lightning_spike.signals.gradients import tensor_norms
 from lightning_spike.signals.subset import is_readable, subset
 
 SECOND_MOMENTS: Final[Mapping[str, str]] = {"exp_avg_sq": "betas", "square_avg": "alpha"}
-"""State that holds an average of squared gradients, and the setting that holds its decay: Adam's kind and RMSprop's."""
+"""Optimizer state of averaged squared gradients (Adam, RMSprop), and the setting of its decay."""
 MOMENTA: Final = ("exp_avg", "momentum_buffer")
 NEAR_EPS: Final = 10.0
-"""A root of a second moment below so many eps is not above it in any way that matters; science: Wortsman et al. 2023,
-small-scale proxies."""
+"""Multiple of eps below which eps dominates a root of a second moment (Wortsman et al. 2023, small-scale proxies)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """What an optimizer keeps about one parameter that has a gradient."""
+    """Optimizer state of one parameter with a gradient."""
 
     parameter: Tensor
     second: Tensor | None
-    """The average of squared gradients that updates are divided by; `None` where there is none yet."""
+    """Average of squared gradients; `None` without one."""
     momentum: Tensor | None
     decay: float | Tensor
-    """Of `second`: Adam's beta2, RMSprop's alpha."""
+    """Decay of `second`: Adam's beta2, RMSprop's alpha."""
     steps: float | Tensor | None
-    """Updates made so far, for the correction of Adam's beginning; `None` where it is not corrected."""
+    """Number of updates for Adam's bias correction; `None` without it."""
     eps: float
     sign: float
-    """-1 where the optimizer maximises, so that momentum points along the negative gradient."""
+    """-1 where the optimizer maximises."""
 
 
 def memories(optimizer: Optimizer) -> Iterator[Memory]:
-    """The memory of each parameter that has a plain gradient and any state, in the order of the groups.
-
-    Never blocks.
-    """
+    """The state of each parameter with a plain gradient, in the order of the groups. Never blocks."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state.get(parameter)
@@ -54,10 +47,7 @@ def memories(optimizer: Optimizer) -> Iterator[Memory]:
 
 @torch.no_grad()
 def corrected_roots(held: Sequence[Memory]) -> list[Tensor]:
-    """The root of the second moment of each, corrected for its beginning as Adam does, on a subset of its elements.
-
-    New tensors, float32. Never blocks.
-    """
+    """Roots of the second moments with Adam's bias correction, on a subset, float32. Never blocks."""
     roots = []
     for memory in held:
         if memory.second is None:
@@ -71,10 +61,9 @@ def corrected_roots(held: Sequence[Memory]) -> list[Tensor]:
 
 @torch.no_grad()
 def update_rms(gradients: Sequence[Tensor], roots: Sequence[Tensor], eps: Sequence[float]) -> Tensor:
-    """RMS_t = sqrt(mean(g² / max(v, eps²))) of each tensor, with v as it was before the gradient g went into it (Wortsman et al. 2023, StableAdamW).
+    """RMS_t = sqrt(mean(g² / max(v, eps²))), v from before the update (Wortsman et al. 2023, StableAdamW).
 
-    About 1 where the gradient is what the second moment expects, 2.3 and more some steps before many spikes. With v
-    from before the update it has no upper bound.
+    About 1 for a gradient as expected by the second moment, at least 2.3 some steps before many spikes.
 
     Args:
         gradients: As the optimizer used them, one or more.
@@ -94,10 +83,7 @@ def update_rms(gradients: Sequence[Tensor], roots: Sequence[Tensor], eps: Sequen
 
 @torch.no_grad()
 def eps_shares(roots: Sequence[Tensor], eps: Sequence[float]) -> Tensor:
-    """The share of the coordinates of each tensor whose root of the second moment is below 10 eps.
-
-    Shape `(n,)`, float32. Never blocks.
-    """
+    """Share of the coordinates of each tensor with a root below 10 eps; shape `(n,)`, float32. Never blocks."""
     device = roots[0].device
     shares = [(root < NEAR_EPS * floor).float().mean() for root, floor in zip(roots, eps, strict=True)]
     return torch.stack([share.to(device, non_blocking=True) for share in shares])
@@ -105,13 +91,10 @@ def eps_shares(roots: Sequence[Tensor], eps: Sequence[float]) -> Tensor:
 
 @torch.no_grad()
 def momentum_cosine(held: Sequence[Memory]) -> Tensor:
-    """The cosine between the gradients and the momenta before the update, over all parameters together.
-
-    Shape `()`, in -1 to 1. Never blocks.
+    """Cosine between gradients and momenta before the update, over all parameters; shape `()`. Never blocks.
 
     Args:
-        held: One or more, each with a momentum; the parameters' gradients are read. Of large tensors a subset of the
-            elements is taken, scaled up to the whole.
+        held: One or more, each with a momentum; of large tensors a scaled subset is used.
     """
     dots, gradients, momenta = [], [], []
     for memory in held:

@@ -1,4 +1,4 @@
-"""Mixed precision: the loss scale, and gradients that are too small for it."""
+"""Mixed precision: loss scale, and gradients that underflow."""
 
 from collections.abc import Sequence
 
@@ -10,26 +10,21 @@ from lightning_spike.signals.subset import is_readable, subset
 
 
 def loss_scale(scaler: GradScaler) -> Tensor | None:
-    """A copy of the present scale, shape `()`, on its device; `None` before the first backward pass.
-
-    The public `get_scale()` would wait for the device.
-    """
+    """Copy of the scale on its device; `None` before the first backward pass. `get_scale()` waits for the device."""
     scale: Tensor | None = scaler._scale  # as said
     return None if scale is None else scale.detach().clone()
 
 
 @torch.no_grad()
 def underflow(gradients: Sequence[Tensor], smallest: Tensor | float) -> tuple[Tensor, Tensor] | None:
-    """Which share of the gradients' entries is exactly 0, and which share is not but below `smallest` in size.
+    """Share of gradient entries that are 0, and share of others below `smallest` in size; `None` without gradients.
 
     Args:
-        gradients: Any dtypes and devices; what has no plain values is passed over. Of large ones a subset is taken.
-        smallest: The smallest normal number of the low precision, over the loss scale where the gradients are unscaled;
-            one element.
+        gradients: Any dtypes and devices, on subsets; unreadable ones are ignored.
+        smallest: Smallest normal number of the low precision, over the loss scale if gradients are unscaled.
 
     Returns:
-        Zeros, underflowing; shape `()`, float32, on the first gradient's device. `None` where there is no gradient.
-        Never blocks.
+        Zeros and underflowing, shape `()`, float32, on the first gradient's device. Never blocks.
     """
     readable = [g for g in gradients if is_readable(g)]
     if not readable:

@@ -1,7 +1,4 @@
-"""The state of every random generator that a training step may draw from.
-
-Python, NumPy, torch on the CPU and on the devices.
-"""
+"""State of the global random generators: Python, NumPy, torch on the CPU and on the devices."""
 
 import dataclasses
 import random
@@ -13,13 +10,12 @@ import torch
 from torch import Tensor
 
 ACCELERATORS: Final = ("cuda", "xpu")
-"""Device types whose generators are one per device; their state is held on the host, so that reading it does not wait
-for the device."""
+"""Device types with one generator per device, whose state is on the host."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RandomState:
-    """All global random generators of this process at one moment. Generators that the user made are not in it."""
+    """State of all global random generators of this process."""
 
     python: tuple[Any, ...]
     """As `random.getstate()` gives it."""
@@ -33,7 +29,7 @@ class RandomState:
 
     @classmethod
     def take(cls) -> Self:
-        """Copy the states as they are; draws nothing, starts no device, never blocks."""
+        """Copy the states; draws nothing, starts no device, never blocks."""
         return cls(
             python=random.getstate(),
             numpy=np.random.get_state(),  # noqa: NPY002 - the legacy generator is the one that user code draws from
@@ -42,7 +38,7 @@ class RandomState:
         )
 
     def restore(self) -> None:
-        """Put all generators back to these states; a device that is not there any more is left out."""
+        """Restore the states; ignores missing devices."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)  # noqa: NPY002 - the same
         torch.set_rng_state(self.torch)

@@ -1,4 +1,4 @@
-"""How large weights are, how far an update moved them, and how their first values compare with what their fan-in asks for."""
+"""Size of weights, length of updates, and initial scale relative to the fan-in."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.C
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSizes:
-    """How large a set of weights is."""
+    """Size of a set of weights."""
 
     norms: Tensor
     """L2 norm of each, shape `(n,)`, float32."""
@@ -29,7 +29,7 @@ class WeightSizes:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Displacement:
-    """How far an update moved a set of weights."""
+    """Length of an update of a set of weights."""
 
     norms: Tensor
     """L2 norm of each one's change, shape `(n,)`, float32."""
@@ -39,10 +39,7 @@ class Displacement:
 
 @torch.no_grad()
 def weight_sizes(weights: Sequence[Tensor]) -> WeightSizes:
-    """Norms and largest values in one pass each, on the first weight's device; at least one weight, none empty.
-
-    Never blocks.
-    """
+    """Norms and largest values of one or more non-empty weights, on the first one's device. Never blocks."""
     norms = torch.stack(tensor_norms([w.detach() for w in weights]))
     largest = torch.stack([largest_value(w).to(norms.device, non_blocking=True) for w in weights])
     return WeightSizes(norms=norms, largest=largest, total=torch.linalg.vector_norm(norms))
@@ -50,15 +47,14 @@ def weight_sizes(weights: Sequence[Tensor]) -> WeightSizes:
 
 @torch.no_grad()
 def displacement(before: Sequence[Tensor], after: Sequence[Tensor]) -> Displacement:
-    """The change of each weight, estimated from a subset of its elements where it is large.
+    """The change of each weight, of a large one estimated from a subset.
 
     Args:
         before: Copies of `subset(weight)` for each weight.
         after: The weights now.
 
     Returns:
-        Norms on the first weight's device: exact for weights of up to `subset.LIMIT` elements, else scaled up from the
-        subset. Never blocks.
+        Norms on the first weight's device, scaled up for weights beyond `subset.MAX_ELEMENTS`. Never blocks.
     """
     changes = [subset(now) - then for then, now in zip(before, after, strict=True)]
     scales = [math.sqrt(now.numel() / then.numel()) for then, now in zip(before, after, strict=True)]
@@ -67,7 +63,7 @@ def displacement(before: Sequence[Tensor], after: Sequence[Tensor]) -> Displacem
 
 
 def fan_scale(module: nn.Module, name: str, weight: Tensor) -> float | None:
-    """The root mean square that one part of a weight's inputs can bear, 1 / sqrt(fan-in); 1 for an embedding, which has no sum over inputs.
+    """Reference scale of a weight, 1 / sqrt(fan-in), or 1 for an embedding; `None` without a known fan-in.
 
     The usual initialisations lie around it: torch's own default for linear layers, convolutions and recurrent ones at
     0.58 (uniform in ±1 / sqrt(fan), recurrent ones with the number of hidden units for the fan), Xavier at up to 1.4,
@@ -77,10 +73,6 @@ def fan_scale(module: nn.Module, name: str, weight: Tensor) -> float | None:
         module: The module that holds the weight directly.
         name: The weight's name in it.
         weight: The weight.
-
-    Returns:
-        `None` for what has no fan-in that would be known: biases, norms, parameters of user modules, depthwise
-        convolutions, whose sums run over a handful of inputs.
     """
     if weight.dim() < 2:  # noqa: PLR2004 - a vector has no fan-in
         return None
@@ -98,9 +90,6 @@ def fan_scale(module: nn.Module, name: str, weight: Tensor) -> float | None:
 
 @torch.no_grad()
 def initial_scales(weights: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
-    """The root mean square of each weight over its `fan_scale`; shape `(n,)`, float32, on the first weight's device.
-
-    Never blocks.
-    """
+    """Root mean square of each weight over its `fan_scale`; shape `(n,)`, float32. Never blocks."""
     sizes = zip(tensor_norms([w.detach() for w in weights]), weights, scales, strict=True)
     return torch.stack([norm / (math.sqrt(weight.numel()) * scale) for norm, weight, scale in sizes])

@@ -1,21 +1,20 @@
-"""A batch with some of its tensors exchanged, in the structure it came in.
-
-What the user's dataset holds is never written to.
-"""
+"""Replaces tensors in a batch of any structure; the user's own objects are never written to."""
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_spike.signals.batch import BatchLeaf, BatchPart, Path, batch_leaves
 
+T = TypeVar("T")
+
 
 def edit_batch(batch: object, edit: Callable[[BatchLeaf], Tensor]) -> object:
-    """The batch with every tensor as `edit` returns it; a leaf returned as it came stays the very same object.
+    """Returns the batch with every tensor replaced by `edit` of it; an unchanged leaf stays the same object.
 
     Args:
         batch: Anything that a loader yields.
@@ -25,18 +24,12 @@ def edit_batch(batch: object, edit: Callable[[BatchLeaf], Tensor]) -> object:
 
 
 def replaced(batch: object, tensors: Mapping[Path, Tensor]) -> object:
-    """The batch with other tensors at some paths.
-
-    Containers on the way are copied, everything else is the same object.
-    """
+    """Returns the batch with other tensors at some paths; containers above them are copied."""
     return _rebuild(batch, (), tensors)
 
 
 def leaves_of(batch: object, part: BatchPart, *, floating: bool | None = None) -> list[BatchLeaf]:
-    """The tensors of one part, all or only those with (or without) a floating dtype.
-
-    Booleans, empty and complex ones are left out.
-    """
+    """The tensors of one part, optionally of floating or of integer dtype; no boolean, complex or empty ones."""
     return [
         leaf
         for leaf in batch_leaves(batch)
@@ -48,24 +41,42 @@ def leaves_of(batch: object, part: BatchPart, *, floating: bool | None = None) -
     ]
 
 
+def token_leaves(batch: object) -> list[BatchLeaf]:
+    """The integer inputs, then integer targets of the same shape (language modelling); empty without inputs."""
+    inputs = leaves_of(batch, BatchPart.INPUT, floating=False)
+    shapes = {leaf.value.shape for leaf in inputs if leaf.value.dim() > 1}
+    targets = leaves_of(batch, BatchPart.TARGET, floating=False)
+    return [*inputs, *(leaf for leaf in targets if leaf.value.shape in shapes)]
+
+
 def number_of_samples(batch: object) -> int:
-    """The length of the first dimension that most tensors share; 0 where no tensor has a dimension."""
+    """The most common length of the first dimension; 0 if no tensor has a dimension."""
     lengths = [leaf.value.shape[0] for leaf in batch_leaves(batch) if leaf.value.dim() > 0]
     return max(lengths, key=lengths.count, default=0)
 
 
 def generator_for(seed: int, ordinal: int) -> torch.Generator:
-    """A CPU generator that depends on nothing but these two, so that a resumed or repeated run draws the same."""
+    """Returns a CPU generator seeded by both numbers only, so a resumed or repeated run draws the same."""
     return torch.Generator().manual_seed((seed * 1_000_003 + ordinal) % 2**63)
 
 
-def some_of(count: int, share: float, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Positions of a share of `count` things, at least one.
-
-    Int64, shape `(k,)`, drawn without repetition, in ascending order.
-    """
+def some_of(count: int, share: float, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+    """Draws a share of `count` positions, at least one: int64, shape `(k,)`, ascending, without repetition."""
     chosen = min(count, max(1, round(share * count)))
     return torch.randperm(count, generator=generator)[:chosen].sort().values.to(device)
+
+
+def some_items(items: Sequence[T], share: float, seed: int) -> list[T]:
+    """Draws a share of some items, at least one, in their order."""
+    return [items[k] for k in some_of(len(items), share, generator_for(seed, 0)).tolist()]
+
+
+@torch.no_grad()
+def add_noise(module: nn.Module, amount: float, generator: torch.Generator) -> None:
+    """Adds noise of `amount` times its root mean square to every parameter."""
+    for parameter in module.parameters():
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+        parameter.add_(noise * parameter.square().mean().sqrt() * amount)
 
 
 def _rebuild(value: Any, path: Path, tensors: Mapping[Path, Tensor]) -> Any:
@@ -89,6 +100,5 @@ def _mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, An
     if type(value) is dict:
         return items
     made: Any = copy.copy(value)
-    for key, item in items.items():
-        made[key] = item
+    made.update(items)
     return made  # type: ignore[no-any-return]

@@ -1,11 +1,11 @@
-"""`Fault`: what all fault injectors have in common: when they act, how strongly, and that nothing is left behind."""
+"""`Fault`: base of the fault injectors, with their timing, strength and clean-up."""
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
@@ -14,9 +14,11 @@ from lightning_spike.arguments import number, whole_number
 from lightning_spike.errors import ConfigurationError
 from lightning_spike.testing.wrapping import wrap
 
+T = TypeVar("T")
+
 
 class Needs(StrEnum):
-    """What a fault must find in a run; where it is missing, the run is refused with a `ConfigurationError`."""
+    """Requirements of a fault on the run; a run without them raises a `ConfigurationError`."""
 
     FLOAT_INPUT = "an input with floating-point values in the batch"
     INTEGER_INPUT = "an input with whole numbers (tokens) in the batch"
@@ -35,7 +37,7 @@ class Needs(StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """What a fault's strength means, and which values make sense."""
+    """Meaning and range of a fault's strength."""
 
     means: str
     above: float = -math.inf
@@ -45,36 +47,35 @@ class Scale:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """A fault, as a benchmark labels it; does not change."""
+    """Immutable description of a fault, the label in a benchmark."""
 
     fault: str
     """The class."""
     cause: str | None
-    """The id that it should be diagnosed as; `None` where none of the catalogue is right."""
+    """The id of the expected cause; `None` if the catalogue has none."""
     at: int
-    """The batch that it begins at: batches begun in the whole run before, from 0."""
+    """Ordinal of its first batch: batches begun in the whole run before it, from 0."""
     strength: float
     strength_means: str
     length: int | None
-    """Batches that it lasts; `None` to the end of the run."""
+    """Number of batches; `None` to the end of the run."""
     seed: int
     options: Mapping[str, Any]
-    """What else it was made with."""
+    """Its other arguments."""
 
 
 class Fault(Callback):
-    """Base of the fault injectors: a callback that makes one thing go wrong, from one batch on, for some batches.
+    """Base of the fault injectors: a callback that injects one defect for some batches.
 
     Add it anywhere in `Trainer(callbacks=[...])`, or under `trainer.callbacks` in a LightningCLI YAML. Before the batch
-    `at` the run is bit-identical to one without it, unless `FROM_START` says otherwise; random numbers come from a
-    generator of its own; and when the fit ends, however that comes about, whatever it had wrapped is put back. Strength
-    and batch are parameters; `mild` and `strong` give two strengths that fit small trainings.
+    `at` the run is bit-identical to one without it, unless `FROM_START` is true. The fault has its own random generator
+    and restores everything when the fit ends or raises. `mild` and `strong` give two strengths for small trainings.
 
-    A `training_step` that takes `dataloader_iter` draws its batches past all hooks, so that faults of the batch cannot
+    A `training_step` that takes `dataloader_iter` draws its batches past all hooks, so faults of the batch do not
     reach it.
 
-    A new fault is a new file in `lightning_spike/testing/faults/` with a subclass in it that sets `cause`, `SCALE`,
-    `MILD` and `STRONG` and overrides `prepare` and `before_batch`.
+    A new fault is a new file in `lightning_spike/testing/faults/` with a subclass that sets `cause`, `SCALE`, `MILD`
+    and `STRONG` and overrides `prepare`, `begin` or `before_batch`.
 
     Args:
         at: The batch that it begins at: batches begun in the whole run before it, from 0, over epochs and resumes.
@@ -83,27 +84,26 @@ class Fault(Callback):
         seed: Of the fault's own random numbers.
 
     Raises:
-        ConfigurationError: An argument is out of its range; at the start of a fit or at the batch: the run lacks what
-            the fault `NEEDS`.
+        ConfigurationError: An argument is out of its range. At the start of a fit or at the batch: the run lacks one of
+            the fault's `NEEDS`.
     """
 
     cause: ClassVar[str | None]
-    """The id of the cause that it should be diagnosed as, `None` for a harmless oddity or one that no cause covers."""
+    """The id of the expected cause, `None` for a harmless oddity or a fault that no cause covers."""
     SCALE: ClassVar[Scale]
-    """What `strength` means."""
+    """Meaning and range of `strength`."""
     MILD: ClassVar[Mapping[str, Any]]
     """Arguments of the milder of two variants."""
     STRONG: ClassVar[Mapping[str, Any]]
     """Arguments of the stronger of two variants."""
     NEEDS: ClassVar[frozenset[Needs]] = frozenset()
-    """What it must find in a run."""
+    """Requirements on the run."""
     TYPICAL_ONSET: ClassVar[int] = 200
-    """Batch that it strikes in a benchmark: by then the training is under way; 0 for one that is there from the
-    start."""
+    """First batch in a benchmark, when the training is under way; 0 for a fault from the start."""
     TYPICAL_DURATION: ClassVar[int] = 100
-    """Batches after that one within which it shows."""
+    """Batches after that one within which it must be noticed."""
     FROM_START: ClassVar[bool] = False
-    """It shapes the run from its first batch, so that losses before `at` differ from those of a run without it."""
+    """Whether losses before `at` differ from those of a run without the fault."""
 
     def __init__(self, at: int, strength: float, length: int | None = 1, seed: int = 0) -> None:
         name = type(self).__name__
@@ -129,17 +129,17 @@ class Fault(Callback):
 
     @classmethod
     def mild(cls, at: int, **options: Any) -> Self:
-        """The milder variant at this batch; `options` take the place of its arguments."""
+        """The milder variant at this batch; `options` override its arguments."""
         return cls(at=at, **{**cls.MILD, **options})
 
     @classmethod
     def strong(cls, at: int, **options: Any) -> Self:
-        """The stronger variant at this batch; `options` take the place of its arguments."""
+        """The stronger variant at this batch; `options` override its arguments."""
         return cls(at=at, **{**cls.STRONG, **options})
 
     @property
     def description(self) -> Description:
-        """What it is, frozen."""
+        """The fault's immutable description."""
         return Description(
             fault=type(self).__name__,
             cause=self.cause,
@@ -154,44 +154,48 @@ class Fault(Callback):
     # -- for subclasses ----------------------------------------------------------------------------------------------
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
-        """The fit is about to start: optimizers and schedulers exist.
+        """Checks requirements before the fit starts, when optimizers and schedulers exist; changes nothing yet."""
 
-        Check what is needed; change nothing before its time.
-        """
+    def begin(self, trainer: Trainer, module: LightningModule) -> None:
+        """Starts the fault, once, before its first batch."""
+
+    def end(self) -> None:
+        """Ends the fault; called after every batch that is not one of its own."""
 
     def before_batch(self, trainer: Trainer, module: LightningModule, batch: Any, ordinal: int) -> Any:
-        """Called before each batch that the fault lasts, before any callback sees it.
-
-        Returns the batch or another in its place.
-        """
+        """Returns the batch to train on, for each batch of the fault, before any callback sees it."""
         del trainer, module, ordinal
         return batch
 
     def is_on(self, trainer: Trainer) -> bool:
-        """Whether the step that `trainer` stands at is one of the fault's, also where a lab runs that step again."""
-        step = trainer.global_step
-        return (
-            self._first_step is not None
-            and step >= self._first_step
-            and (self._end_step is None or step < self._end_step)
-        )
+        """Whether the current step is one of the fault's, also in a replay."""
+        if self._first_step is None or trainer.global_step < self._first_step:
+            return False
+        return self._end_step is None or trainer.global_step < self._end_step
 
     def lasts(self, ordinal: int) -> bool:
         """Whether the batch with this ordinal is one of the fault's."""
         return ordinal >= self.at and (self.length is None or ordinal < self.at + self.length)
 
     def later(self, undo: Callable[[], None]) -> None:
-        """Call this when the fit ends."""
+        """Registers a function to call when the fit ends."""
         self._undo.append(undo)
 
-    def refuse(self, need: Needs, given: object) -> ConfigurationError:
-        """The error for a run that lacks what the fault needs."""
-        return ConfigurationError.of(
-            f"Trainer(callbacks=[{type(self).__name__}])",
-            expected=str(need),
-            given=given,
-            do="This fault cannot happen here: leave it out.",
-        )
+    def require(self, found: T, need: Needs | str, given: object) -> T:
+        """Returns `found`.
+
+        Raises:
+            ConfigurationError: It is empty or false: the run lacks what the fault needs.
+        """
+        if not found:
+            place = f"Trainer(callbacks=[{type(self).__name__}])"
+            raise ConfigurationError.of(
+                place,
+                expected=str(need),
+                given=given,
+                do="This fault cannot happen here: leave it out.",
+            )
+        return found
 
     # -- Lightning's hooks -------------------------------------------------------------------------------------------
 
@@ -200,13 +204,13 @@ class Fault(Callback):
         if stage != "fit":
             return
         self._begun, self._first_step, self._end_step = 0, None, None
-        owners = [pl_module, *([datamodule] if (datamodule := _datamodule(trainer)) is not None else [])]
-        for owner in owners:  # Lightning calls exactly one of the two
 
-            def transferred(call: Callable[..., Any], batch: Any, dataloader_idx: int) -> Any:
-                return self._arrived(trainer, pl_module, call(batch, dataloader_idx))
+        def transferred(call: Callable[..., Any], batch: Any, dataloader_idx: int) -> Any:
+            return self._arrived(trainer, pl_module, call(batch, dataloader_idx))
 
-            self.later(wrap(owner, "on_after_batch_transfer", transferred))
+        for owner in (pl_module, getattr(trainer, "datamodule", None)):  # Lightning calls exactly one of the two
+            if owner is not None:
+                self.later(wrap(owner, "on_after_batch_transfer", transferred))
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -220,7 +224,10 @@ class Fault(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._end_step is None and self._first_step is not None and not self.lasts(self._begun):
+        if self.lasts(self._begun):
+            return
+        self.end()
+        if self._end_step is None and self._first_step is not None:
             self._end_step = trainer.global_step
 
     @override
@@ -234,19 +241,17 @@ class Fault(Callback):
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """A resumed run goes on counting."""
+        """Continues the count of batches of a resumed run."""
         loops = checkpoint.get("loops", {}).get("fit_loop", {})
         self._begun = loops.get("epoch_loop.batch_progress", {}).get("total", {}).get("ready", 0)
 
     def _arrived(self, trainer: Trainer, module: LightningModule, batch: Any) -> Any:
-        """A batch is on its device; no callback has seen it.
-
-        Batches of a validation and those that Lightning skips are let through.
-        """
+        """Returns the batch to train on, once it is on its device; validation and skipped batches are unchanged."""
         if not trainer.training or batch is None or not self.lasts(self._begun):
             return batch
         if self._first_step is None:
             self._first_step = trainer.global_step
+            self.begin(trainer, module)
         return self.before_batch(trainer, module, batch, self._begun)
 
     def _put_back(self) -> None:
@@ -281,6 +286,11 @@ class LastingFault(Fault):
         super().__init__(at, strength, length, seed)
 
 
-def _datamodule(trainer: Trainer) -> object | None:
-    found: object | None = getattr(trainer, "datamodule", None)
-    return found
+def param_groups(trainer: Trainer) -> list[dict[str, Any]]:
+    """The parameter groups of all optimizers."""
+    return [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+
+
+def optimizer_classes(trainer: Trainer) -> list[str]:
+    """Class names of the optimizers, for an error message."""
+    return [type(optimizer).__name__ for optimizer in trainer.optimizers]

@@ -1,27 +1,27 @@
-"""The layers of any module, in the order in which its forward pass calls them."""
+"""`Layers` lists the layers of any module in forward order; `LayerFault` changes their outputs."""
 
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from typing_extensions import override
 
-from lightning_spike.testing.fault import Fault
+from lightning_spike.testing.fault import Fault, LastingFault, Needs
 
 KINDS: Final = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.RNNBase)
-"""What counts as a layer: what multiplies by a matrix of weights of its own."""
+"""Modules that count as layers: those that multiply by their own weight matrix."""
 
 
 class Layers:
-    """The layers of a module with weights that are trained, in the order of their calls in the last forward pass.
+    """The layers of a module with trained weights, in the order of the last forward pass.
 
-    Before the first one, in that of registration.
-
-    Looks on by forward hooks that are taken off when the fit ends. Parts of `nn.MultiheadAttention` that torch never
-    calls are left out once a forward pass has been seen.
+    Before the first forward pass the order is that of registration. Forward hooks record it until the fit ends. Parts
+    of `nn.MultiheadAttention` that torch never calls are left out after the first pass.
 
     Args:
-        fault: Who asks; takes the hooks off.
+        fault: The fault, which removes the hooks.
         module: The module.
     """
 
@@ -36,19 +36,19 @@ class Layers:
             fault.later(part.register_forward_hook(self._note).remove)
 
     def all(self) -> list[nn.Module]:
-        """All of them."""
+        """All layers."""
         return list(self._called or self._registered)
 
     def hidden(self) -> list[nn.Module]:
-        """All but the last, and without embeddings."""
+        """All layers but the last and embeddings."""
         return [part for part in self.all()[:-1] if not isinstance(part, nn.Embedding)]
 
     def last(self) -> nn.Module | None:
-        """The one whose output comes last, as a rule the head; `None` where there is none."""
+        """The layer called last, usually the head; `None` if there is none."""
         return self.all()[-1] if self._registered else None
 
     def _note(self, part: nn.Module, args: object, output: object) -> None:
-        """A layer that is called again moves to the end."""
+        """Moves a called layer to the end."""
         del args, output
         if part in self._called:
             self._called.remove(part)
@@ -56,10 +56,7 @@ class Layers:
 
 
 def on_output(part: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-    """Let `change` stand in for what a layer returns, of a tuple (recurrent layers) its first tensor.
-
-    Returns what takes it off again.
-    """
+    """Replaces a layer's output, or the first tensor of a tuple, by `change` of it; returns a function to undo that."""
 
     def hook(part: nn.Module, args: object, output: Any) -> Any:
         del part, args
@@ -70,3 +67,28 @@ def on_output(part: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[
         return None
 
     return part.register_forward_hook(hook).remove
+
+
+class LayerFault(LastingFault):
+    """Base of the faults in the forward pass of some layers, also in validations and replays.
+
+    The layers are chosen at the batch `at`, by the order of the last forward pass. The fault uses forward hooks, which
+    a module compiled before that batch does not call: leave `torch.compile` out.
+    """
+
+    @abstractmethod
+    def parts(self, layers: Layers) -> Sequence[nn.Module]:
+        """The affected layers."""
+
+    @abstractmethod
+    def changed(self, output: Tensor) -> Tensor:
+        """The changed output of such a layer."""
+
+    @override
+    def prepare(self, trainer: Trainer, module: LightningModule) -> None:
+        self._layers = Layers(self, module)
+
+    @override
+    def begin(self, trainer: Trainer, module: LightningModule) -> None:
+        for part in self.require(self.parts(self._layers), Needs.HIDDEN_LAYERS, type(module).__name__):
+            self.later(on_output(part, lambda output: self.changed(output) if self.is_on(trainer) else output))

@@ -1,4 +1,4 @@
-"""All faults: every file of `faults/`, and what other packages offer under an entry point."""
+"""Lists all faults: those in the files of `faults/`, and those of other packages' entry points."""
 
 import importlib
 import inspect
@@ -17,7 +17,7 @@ ENTRY_POINTS: Final = "lightning_spike.faults"
 
 
 def faults_for(cause: str) -> tuple[type[Fault], ...]:
-    """The faults that should be diagnosed as this cause, by name; empty where the catalogue's cause has none."""
+    """The faults whose expected cause is this one, by name."""
     return tuple(kind for kind in FAULTS if kind.cause == cause)
 
 

@@ -1,29 +1,27 @@
-"""Stand in for a method on one instance, several at a time, and take it off again in any order."""
+"""Wraps a method of one instance; wrappers can be removed in any order."""
 
 import functools
 from collections.abc import Callable
 from typing import Any, Final
 
 Call = Callable[..., Any]
-Baselines = Callable[..., Any]
 
 _AROUNDS: Final = "_lightning_spike_arounds"
 
 
-def wrap(owner: object, name: str, around: Baselines) -> Callable[[], None]:
-    """Let `around(call, *args, **kwargs)` stand in for `owner.<name>(*args, **kwargs)`; `call` is the method as it was.
+def wrap(owner: object, name: str, around: Call) -> Callable[[], None]:
+    """Replaces `owner.<name>(*args, **kwargs)` by `around(call, *args, **kwargs)`; `call` is the original method.
 
-    The stand-in lies on the instance, so that other instances of the class are left alone, and looks to
-    `inspect.signature` (and to Lightning) like the method itself. Whoever wraps later stands outside. When the last
-    `around` is taken off, the instance is as it was before the first.
+    The wrapper is set on the instance, so other instances of the class are unaffected. It has the signature of the
+    method. A later wrapper is outside of an earlier one. After the last one is removed, the instance is as before.
 
     Args:
         owner: The object with the method.
-        name: Of the method.
-        around: What is called in its place.
+        name: Name of the method.
+        around: Called in its place.
 
     Returns:
-        A function that takes it off; calling it again does nothing.
+        A function that removes the wrapper; calling it again does nothing.
     """
     arounds = getattr(vars(owner).get(name), _AROUNDS, None)
     if arounds is None:
@@ -39,9 +37,9 @@ def wrap(owner: object, name: str, around: Baselines) -> Callable[[], None]:
     return undo
 
 
-def _install(owner: object, name: str) -> list[Baselines]:
+def _install(owner: object, name: str) -> list[Call]:
     original: Call = getattr(owner, name)
-    arounds: list[Baselines] = []
+    arounds: list[Call] = []
 
     @functools.wraps(original)
     def stand_in(*args: Any, **kwargs: Any) -> Any:
@@ -51,13 +49,13 @@ def _install(owner: object, name: str) -> list[Baselines]:
         return call(*args, **kwargs)
 
     setattr(stand_in, _AROUNDS, arounds)
-    stand_in._lightning_spike_before = vars(owner).get(name)  # type: ignore[attr-defined]  # noqa: SLF001 - what `_uninstall` puts back
+    stand_in._lightning_spike_before = vars(owner).get(name)  # type: ignore[attr-defined]  # noqa: SLF001 - ours
     vars(owner)[name] = stand_in
     return arounds
 
 
-def _uninstall(owner: object, name: str, arounds: list[Baselines]) -> None:
-    """Where somebody else's wrapper stands outside ours by now, ours stays under it and only passes on."""
+def _uninstall(owner: object, name: str, arounds: list[Call]) -> None:
+    """Removes our wrapper; inside another one it stays and only passes calls on."""
     current = vars(owner).get(name)
     if getattr(current, _AROUNDS, None) is not arounds:
         return

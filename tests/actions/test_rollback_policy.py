@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lightning_spike.actions.rollback_policy import OVERFLOWS, RollbackPolicy
+from lightning_spike.actions.rollback_policy import MAX_OVERFLOWS, RollbackPolicy
 from lightning_spike.detectors.episodes import EpisodeDetector
 from lightning_spike.records import Moment, RunFacts, StepRow
 from lightning_spike.store import TrainerStateStore
@@ -21,8 +21,8 @@ def wishes(losses, policy, roll_back=True):
         for episode in changed:
             store.replace_episode(episode)
         policy.judge(row, healthy=detector.healthy)
-        if (wish := policy.wish(i, changed, store)) is not None:
-            out.append((i, wish.reason, wish.onset))
+        if (request := policy.request(i, changed, store)) is not None:
+            out.append((i, request.reason, request.onset))
             if roll_back:
                 policy.rolled_back(i)
     return out
@@ -75,9 +75,9 @@ def test_the_patience_doubles_after_a_rollback_that_did_not_help():
 def test_under_a_scaler_only_a_loss_that_stays_non_finite_is_a_reason():
     forgiving = policy()
     forgiving.under_scaler()
-    series = [*noisy(100), *[math.inf] * (OVERFLOWS - 1), *noisy(60), *[math.nan] * OVERFLOWS, *noisy(9)]
+    series = [*noisy(100), *[math.inf] * (MAX_OVERFLOWS - 1), *noisy(60), *[math.nan] * MAX_OVERFLOWS, *noisy(9)]
     assert [(i, r) for i, r, _ in wishes(series, forgiving)] == [
-        (100 + OVERFLOWS - 1 + 60 + OVERFLOWS - 1, "nonfinite")
+        (100 + MAX_OVERFLOWS - 1 + 60 + MAX_OVERFLOWS - 1, "nonfinite")
     ]
 
 
@@ -99,7 +99,7 @@ def test_rows_from_before_a_rollback_that_arrive_after_it_say_nothing(late):
     for i in range(21 + late):
         row = StepRow(at=Moment(ordinal=i, step=i, epoch=0, batch_idx=i), values={"loss": math.nan})
         chosen.judge(row, healthy=False)
-    assert chosen.wish(22 + late, [], store) is None
+    assert chosen.request(22 + late, [], store) is None
 
 
 def test_the_budget_is_counted_and_a_failed_attempt_is_free():

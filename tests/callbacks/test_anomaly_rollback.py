@@ -187,12 +187,12 @@ def test_the_same_snapshot_serves_two_rollbacks(tmp_path):
 
 def test_a_nan_at_every_batch_uses_up_the_budget_ever_more_slowly_and_the_run_ends(tmp_path):
     module = poisoned(Digits, range(20, 1000))()
-    with pytest.warns(UserWarning, match="all 4 rollbacks are spent"):
+    with pytest.warns(UserWarning, match="all 4 rollbacks are used"):
         trainer = train(module, [AnomalyRollback(every=5, max_rollbacks=4)], tmp_path)
     assert trainer.global_step == 64
     ordinals = [done["ordinal"] for done in rollbacks(trainer)]
     assert ordinals == [20, 21, 23, 27], "held off for 0, 1, 3 batches after the 1st, 2nd, 3rd in a row"
-    assert sum("spent" in r for r in TrainerStateStore.of(trainer).remarks) == 1
+    assert sum("used" in r for r in TrainerStateStore.of(trainer).remarks) == 1
     assert TrainerStateStore.of(trainer).disabled == []
 
 

@@ -77,7 +77,7 @@ def shares(found):
 
 
 def examined(trainer):
-    return [found for found in measured(trainer) if found.not_run is None]
+    return [found for found in measured(trainer) if found.split is not None]
 
 
 def not_run(trainer):
@@ -296,6 +296,7 @@ def test_steps_too_long_are_told_of_a_run_that_never_had_an_episode(rate, too_lo
     trainer = run(tmp_path, make=lambda: Across(rate), epochs=4)
     assert not TrainerStateStore.of(trainer).episodes
     tests = TrainerStateStore.of(trainer).step_size_tests
+    assert tests
     assert [steps_too_long_in_quiet_run(test.result) for test in tests] == [too_long] * len(tests)
     assert all((test.at.ordinal + 1).bit_count() == 1 for test in tests)
     if too_long:

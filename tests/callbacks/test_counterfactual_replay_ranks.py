@@ -92,7 +92,7 @@ class Breaks(Callback):
     # On rank 1 our own part fails: the other must not wait for it for long.
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_rank == 1 and trainer.global_step == 40:
-            CounterfactualReplay._wish = None
+            CounterfactualReplay._request = None
 
 
 CASES = {
@@ -174,7 +174,7 @@ def test_one_ranks_bad_batch_is_examined_by_both(told):
     assert [onset for _, _, onset in first["episodes"]] == [LATE]
     (remark,) = first["remarks"]
     assert remark.startswith(f"Rank 1 saw a spike at step {LATE - 48}; this rank's loss did not show it.")
-    assert "the batch itself" in remark
+    assert "the batch itself causes the jump" in remark
 
 
 @pytest.mark.ddp
@@ -206,10 +206,10 @@ def test_a_re_run_that_fails_on_one_rank_alone_ends_on_both(told):
         assert rank["disabled"] == []
     replay = told("fails once")[1]["found"][0].replay
     assert not replay.exact
-    assert "on rank 1, the re-run failed: RuntimeError: only here" in replay.failure
+    assert "on rank 1, the replay failed: RuntimeError: only here" in replay.failure
     first, second = told("fails always")
-    assert "on rank 1, the re-run failed: RuntimeError: only here" in second["found"][0].not_run
-    assert any("on rank 1, the re-run failed" in remark for remark in first["remarks"])
+    assert "on rank 1, the replay failed: RuntimeError: only here" in second["found"][0].not_run
+    assert any("Not examined: on rank 1, the replay failed" in remark for remark in first["remarks"])
 
 
 @pytest.mark.ddp
@@ -217,7 +217,7 @@ def test_a_rank_whose_suite_breaks_is_given_up(told):
     first, second = told("breaks")
     assert len(second["disabled"]) == 1
     assert (first["disabled"], first["found"]) == ([], [])
-    assert any("another rank does not say any more what it has seen" in remark for remark in first["remarks"])
+    assert any("another rank no longer sends its requests" in remark for remark in first["remarks"])
 
 
 @pytest.mark.ddp

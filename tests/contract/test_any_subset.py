@@ -21,6 +21,7 @@ def report_of(callbacks, root):
     report = json.loads(path.read_text())
     for key in VOLATILE:
         report["run"].pop(key)
+    report["recorded"]["facts"].pop("started")
     return report
 
 

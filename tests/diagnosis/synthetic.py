@@ -169,7 +169,7 @@ def a_cause(name, weight=0.0, *, explains=(), confirmed=None, family=Family.GENE
     def look(view):
         level = str(weight(view)) if callable(weight) else str(weight)
         weights.setdefault(level, float(level))
-        return Observation(level=level, text="t", signal="s", step=0, observed=1.0, expected=0.0, confirms=confirmed)
+        return Observation("t", level=level, signal="s", step=0, observed=1.0, expected=0.0, confirms=confirmed)
 
     weights = {}
     settings = {"summary": lambda _: "s", "fixes": lambda _: (Fix("f"),), "weights": {"look": weights}} | more

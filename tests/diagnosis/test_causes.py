@@ -374,8 +374,8 @@ def test_samples_are_named_as_runs_of_indices_and_those_of_every_bad_episode():
         run.note(Finding(detector="batch", kind="suspect_samples", at=moment(first), detail=detail))
     fixes = diagnose(run.store(without=("batch/",))).overall[0].fixes
     assert fixes[:2] == (
-        "Drop or mend samples 500-507, 520 of the dataset.",
-        "Drop or mend samples 900-907, 920 of the dataset.",
+        "Drop or correct samples 500-507, 520 of the dataset.",
+        "Drop or correct samples 900-907, 920 of the dataset.",
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 from lab_results import LabResult
 from synthetic import Run, an_episode, moment, said_of
 
-from lightning_spike.diagnosis.fixes import dataset_fix, gentle_rate, lower_peak
+from lightning_spike.diagnosis.fixes import dataset_fix, lower_peak, sound_rate
 from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import Episode, EpisodeKind, Finding, Recovery
 
@@ -51,7 +51,7 @@ def test_updates_of_the_trouble_itself_are_no_measure():
     run.rate[:] = 0.5
     steps_of(run, 0.8)
     run.more["update_norm"][ONSET:] *= 1e6
-    assert gentle_rate(case(run), run.rate_signal) == pytest.approx(0.01 / 0.8)
+    assert sound_rate(case(run), run.rate_signal) == pytest.approx(0.01 / 0.8)
 
 
 def test_a_rate_borne_before_is_taken_unless_its_updates_were_far_too_long():
@@ -107,7 +107,7 @@ def test_lengths_that_are_no_numbers_are_passed_over(broken):
     run.rate[:] = 0.5
     steps_of(run, 0.8)
     run.more["weight_norm"][:] = broken
-    assert gentle_rate(case(run), run.rate_signal) is None
+    assert sound_rate(case(run), run.rate_signal) is None
 
 
 def test_all_samples_of_a_stretch_are_dropped_and_its_steps_named():

@@ -3,21 +3,28 @@
 import math
 
 import pytest
-from lab_results import experiments, order, outside, replay, split_of, update
+from lab_results import born, experiments, order, outside, replay, split_of, update
 
+from lightning_spike.diagnosis import judgement
 from lightning_spike.diagnosis.judgement import (
     Group,
     SplitVerdict,
+    birth_confirms,
+    confirmed,
     is_chronic,
     jump_shares,
     only_steps,
     order_confirms,
     outside_shares,
     p_chronic,
+    share_confirms,
+    share_level,
+    split_refutes,
     split_verdict,
     steps_too_long,
     steps_too_long_in_quiet_run,
     update_direction,
+    verdict_of,
 )
 from lightning_spike.experiments import Attribution, Cooldown, FactorShare, StepSize
 
@@ -59,12 +66,15 @@ def first(shares):
 
 
 def test_what_is_computed_has_its_share():
-    shares = shares_of(split(0.1, 0.1, verdict="computation", computation=0.8), None, None, None)
+    parts = split(0.1, 0.1, computation=0.8)
+    assert verdict_of(parts) == "computation"
+    shares = shares_of(parts, None, None, None)
     assert shares["computation"] == pytest.approx(0.8 / (0.8 + 0.1 + 0.1 * 0.5))
 
 
 def test_a_bad_batch_has_it_all():
-    assert shares_of(split(1.0, 0.0, verdict="data"), CALM, None, None)["data"] == 1.0
+    assert verdict_of(split(1.0, 0.0)) == "data"
+    assert shares_of(split(1.0, 0.0), CALM, None, None)["data"] == 1.0
 
 
 def test_the_weights_part_is_shared_out_as_the_damage_is():
@@ -246,3 +256,59 @@ def test_a_gradient_points_uphill_where_even_a_tiny_step_down_it_raises_the_loss
 @pytest.mark.parametrize(("left", "answer"), [(0.0, True), (1.0, False), (math.nan, None)])
 def test_the_order_of_samples_is_confirmed_by_what_another_order_leaves(left, answer):
     assert order_confirms(order(left)) is answer
+
+
+@pytest.mark.parametrize(
+    ("share", "level", "confirms"),
+    [
+        (1.0, "confirms", True),
+        (0.5, "confirms", True),
+        (0.49, "supports", None),
+        (0.25, "supports", None),
+        (0.24, "undecided", None),
+        (0.11, "undecided", None),
+        (0.1, "refutes", False),
+        (0.0, "refutes", False),
+    ],
+)
+def test_the_bands_of_a_share(share, level, confirms):
+    assert share_level(share) == level
+    assert share_confirms(share) is confirms
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [((), None), ((None,), None), ((None, True), True), ((False, True), True), ((False, None), False)],
+)
+def test_one_experiment_confirms_and_refuting_ones_only_without_it(answers, expected):
+    assert confirmed(answers) is expected
+
+
+def test_a_cause_is_tested_by_the_shares_of_all_its_groups():
+    found = experiments(
+        replay=replay(), split=split(0.5, 0.5), step_size=CALM, attribution=damage(learning_rate=0.6, optimizer=0.4)
+    )
+    groups = frozenset({Group.LEARNING_RATE, Group.OPTIMIZER})
+    assert judgement.tested_share(found, groups) == pytest.approx(0.5, abs=0.01)
+    assert judgement.tested_share(found, frozenset()) is None
+    assert judgement.tested_share(None, groups) is None
+
+
+@pytest.mark.parametrize(
+    ("verdict", "group", "answer"),
+    [
+        (SplitVerdict.WEIGHTS, Group.DATA, False),
+        (SplitVerdict.DATA, Group.DATA, None),
+        (SplitVerdict.DATA, Group.LEARNING_RATE, False),
+        (SplitVerdict.BOTH, Group.LEARNING_RATE, None),
+    ],
+)
+def test_a_split_without_shares_refutes_the_other_side_and_confirms_nothing(verdict, group, answer):
+    assert split_refutes(verdict, frozenset({group})) is answer
+
+
+@pytest.mark.parametrize(
+    ("phase", "healthy", "answer"), [("input", True, False), ("loss", True, True), ("forward", False, None)]
+)
+def test_a_first_nonfinite_value_confirms_the_model_only_under_healthy_weights(phase, healthy, answer):
+    assert birth_confirms(born(phase, healthy=healthy)) is answer

@@ -106,7 +106,7 @@ def test_the_bearable_rate_is_one_used_at_the_same_level_of_the_loss():
     run = Run(0)
     run.rate = np.where(np.arange(400) < 60, 0.2, np.where(np.arange(400) < 200, 0.02, 0.5))
     case = case_of(run, an_episode(201, 201, 230, before=0.4))
-    assert case.bearable("lr-AdamW", 0.5) == 0.02
+    assert case.tolerated_rate("lr-AdamW", 0.5) == 0.02
 
 
 def test_sudden_means_that_the_first_batch_made_most_of_the_rise():

@@ -5,8 +5,14 @@ import dataclasses
 import pytest
 from lab.made import moment
 
-from lightning_spike.experiments import Experiments, FirstNonFinite, ModeMeasurement, ModuleMeasurement
-from lightning_spike.ranks.merge_ranks import SAME_TROUBLE_BATCHES, SharedExamination, merged
+from lightning_spike.experiments import (
+    Experiments,
+    FirstNonFinite,
+    ModeMeasurement,
+    ModuleMeasurement,
+    SampleMeasurement,
+)
+from lightning_spike.ranks.merge_ranks import SAME_TROUBLE_BATCHES, SharedExamination, merge_experiments
 from lightning_spike.records import Action, Episode, EpisodeKind
 
 MODES = ModeMeasurement(train=1.0, eval=1.0, usual_train=None, usual_eval=None, frozen=())
@@ -42,20 +48,25 @@ def test_it_is_one_trouble_only_if_the_onsets_are_near(onset, same):
 
 def test_a_single_rank_has_nothing_to_merge():
     mine = Experiments(episode=1, modes=MODES)
-    assert merged([mine], by=0) is mine
+    assert merge_experiments([mine], by=0) is mine
 
 
 def test_what_is_about_one_ranks_batch_says_whose():
     modules = ModuleMeasurement(modules=())
-    mine = Experiments(episode=1, modules=modules, modes=MODES)
-    found = merged([Experiments(episode=1, modules=modules), mine], by=1)
+    samples = SampleMeasurement(
+        losses=(2.0, 9.1), usual_losses=(2.1, 2.2), gradient_bounds=None, usual_gradient_bounds=None, hardest=(1,),
+        gradients=(31.0,), usual_gradient=1.2,
+    )  # fmt: skip
+    mine = Experiments(episode=1, modules=modules, samples=samples, modes=MODES)
+    found = merge_experiments([Experiments(episode=1, modules=modules), mine], by=1)
     assert (found.rank, found.world_size) == (1, 2)
     assert found.modules == dataclasses.replace(modules, rank=1)
+    assert found.samples == dataclasses.replace(samples, rank=1)
     assert found.modes == MODES
 
 
 def test_where_a_value_was_born_may_be_known_to_another_rank_only():
     elsewhere = [Experiments(episode=1), Experiments(episode=1, first_nonfinite=BORN)]
-    assert merged(elsewhere, by=0).first_nonfinite == dataclasses.replace(BORN, rank=1)
+    assert merge_experiments(elsewhere, by=0).first_nonfinite == dataclasses.replace(BORN, rank=1)
     both = [Experiments(episode=1, first_nonfinite=dataclasses.replace(BORN, operation="exp")), elsewhere[1]]
-    assert merged(both, by=1).first_nonfinite == dataclasses.replace(BORN, rank=1)
+    assert merge_experiments(both, by=1).first_nonfinite == dataclasses.replace(BORN, rank=1)

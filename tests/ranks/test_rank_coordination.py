@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lightning_spike.errors import CannotReplay
-from lightning_spike.ranks.rank_coordination import ALONE, Agreed, OutOfReach, Ranks, mean_of
+from lightning_spike.ranks.rank_coordination import SINGLE_RANK, Ranks, RanksAborted, RankUnreachable, mean_of
 
 
 class Place:
@@ -38,7 +38,7 @@ class Group:
     def gather(self, thing):
         return self.place.meet(self.rank, thing)
 
-    def tell(self, thing, *, by):
+    def broadcast(self, thing, *, by):
         return self.place.meet(self.rank, thing)[by]
 
 
@@ -91,7 +91,7 @@ def test_one_is_enough_and_the_first_decides():
 
 
 def test_things_are_gathered_and_told():
-    for found in on_all(lambda r: (r.gather({"rank": r.rank}), r.tell(f"by {r.rank}", by=1))):
+    for found in on_all(lambda r: (r.gather({"rank": r.rank}), r.broadcast(f"by {r.rank}", by=1))):
         assert found == ([{"rank": 0}, {"rank": 1}], "by 1")
 
 
@@ -99,14 +99,14 @@ def test_things_are_gathered_and_told():
 def test_a_stage_that_fails_on_one_fails_on_all_wherever_the_others_are(further):
     def work(ranks):
         with ranks.stage():
-            ranks.meet("the beginning")
+            ranks.barrier("the beginning")
             if ranks.rank == 1:
                 fail(ValueError("no luck"))
             ranks.mean("losses", [0.0] * further)
 
     for error in on_all(work, world=3):
-        assert isinstance(error, Agreed)
-        assert str(error) == "on rank 1, the re-run failed: ValueError: no luck"
+        assert isinstance(error, RanksAborted)
+        assert str(error) == "on rank 1, the replay failed: ValueError: no luck"
 
 
 def test_after_a_stage_that_failed_they_go_on_together():
@@ -134,15 +134,15 @@ def test_what_none_can_do_is_no_single_ranks_fault():
 @pytest.mark.parametrize(
     "work",
     [
-        lambda ranks: ranks.meet(f"place {ranks.rank}"),
-        lambda ranks: ranks.meet("a training step", ranks.rank),
+        lambda ranks: ranks.barrier(f"place {ranks.rank}"),
+        lambda ranks: ranks.barrier("a training step", ranks.rank),
         lambda ranks: ranks.mean("losses", [1.0] * (1 + ranks.rank)),
     ],
     ids=["question", "number", "length"],
 )
 def test_ranks_that_have_come_to_different_places_leave_together(work):
     for error in on_all(work):
-        assert isinstance(error, Agreed)
+        assert isinstance(error, RanksAborted)
         assert "different places" in str(error)
 
 
@@ -156,15 +156,15 @@ def test_a_rank_that_does_not_answer_is_out_of_reach_and_not_waited_for_again():
 
     ranks = Ranks(Gone(Place(2), 0))
     for _ in range(3):
-        with pytest.raises(OutOfReach, match=r"did not answer \(Connection closed by peer"), ranks.stage():
+        with pytest.raises(RankUnreachable, match=r"did not answer \(Connection closed by peer"), ranks.stage():
             pass
     assert Gone.asked == 1
 
 
 def test_alone_everything_is_as_it_is_and_errors_pass():
-    assert ALONE.mean("losses", [1.0, 2.0]).tolist() == [1.0, 2.0]
-    assert ALONE.any("q", mine=True)
-    assert (ALONE.first("p", 3), ALONE.gather("x"), ALONE.tell("y", by=0)) == (3, ["x"], "y")
-    ALONE.meet("anywhere")
-    with pytest.raises(ValueError, match="as it is"), ALONE.stage():
+    assert SINGLE_RANK.mean("losses", [1.0, 2.0]).tolist() == [1.0, 2.0]
+    assert SINGLE_RANK.any("q", mine=True)
+    assert (SINGLE_RANK.first("p", 3), SINGLE_RANK.gather("x"), SINGLE_RANK.broadcast("y", by=0)) == (3, ["x"], "y")
+    SINGLE_RANK.barrier("anywhere")
+    with pytest.raises(ValueError, match="as it is"), SINGLE_RANK.stage():
         fail(ValueError("as it is"))

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from training_tasks import Digits, digits
 
 from lightning_spike import OptimizerMonitor, TrainerStateStore
-from lightning_spike.record.resume_check import lost, summary
+from lightning_spike.record.resume_check import not_restored, summary
 from lightning_spike.testing import ResumeLosesMoments, ResumeLosesOptimizerState, ResumeRestartsSchedule
 
 OPTIMIZERS = {
@@ -131,10 +131,10 @@ def test_another_optimizer_is_meant(tmp_path):
     told = summary(fit(tmp_path, [], "adam", "none", max_epochs=1))
     other = copy.deepcopy(told)
     other["optimizers"][0] |= {"class": "SGD", "states": {}, "rates": [1.0]}
-    assert lost(told, other, ["Adam"]) == []
+    assert not_restored(told, other, ["Adam"]) == []
     other = copy.deepcopy(told)
     other["optimizers"][0]["states"]["exp_avg"]["norm"] *= 1.1
-    ((one),) = lost(told, other, ["Adam"])
+    ((one),) = not_restored(told, other, ["Adam"])
     assert one.detail["what"] == ["exp_avg"]
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from lightning_spike.record.setting_changes import STOOD, SettingChange, SettingChanges
+from lightning_spike.record.setting_changes import CONSTANT_UPDATES, SettingChange, SettingChanges
 
 
 def stepped(optimizer, scheduler=None, *, updates):
@@ -39,7 +39,7 @@ def test_what_a_schedule_moves_with_every_update_is_not_told():
 
 
 def test_what_has_just_been_set_is_not_yet_a_standing_setting():
-    told = stepped(adam(), updates={STOOD - 1: {"eps": 1e-3}, 30: {"eps": 1e-8}})
+    told = stepped(adam(), updates={CONSTANT_UPDATES - 1: {"eps": 1e-3}, 30: {"eps": 1e-8}})
     assert list(told) == [30]
 
 

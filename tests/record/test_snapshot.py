@@ -14,9 +14,9 @@ from training_tasks import TASKS, Digits, build, train
 
 from lightning_spike.callbacks.base import SpikeCallback
 from lightning_spike.record.snapshot import (
-    CONFIRM,
+    CONFIRMING_BATCHES,
+    MIN_NEAR_CADENCE,
     NEAR_SLOTS,
-    NEAREST,
     SLOTS,
     Snapshots,
     near_cadence,
@@ -237,8 +237,8 @@ def test_it_is_believed_only_after_its_flag_and_the_losses_after_it(tmp_path):
     holder = Holder(every=10)
     train(module, [holder], tmp_path, **options)
     assert holder.verified[0] == [0], "the state the run began with needs one accepted loss"
-    assert 10 not in holder.verified[10 + CONFIRM - 1]
-    assert 10 in holder.verified[10 + CONFIRM]
+    assert 10 not in holder.verified[10 + CONFIRMING_BATCHES - 1]
+    assert 10 in holder.verified[10 + CONFIRMING_BATCHES]
 
 
 class Poisoned(Digits):
@@ -286,7 +286,7 @@ def test_what_was_taken_in_an_episode_is_never_believed(tmp_path):
     trainer = train(Spiking(), [holder], tmp_path, max_epochs=17, batch_size=64)
     assert trainer.global_step > 120
     ever = {ordinal for verified in holder.verified for ordinal in verified}
-    assert not ever & set(range(60 - CONFIRM + 1, 71))
+    assert not ever & set(range(60 - CONFIRMING_BATCHES + 1, 71))
     assert max(ever) > 90
 
 
@@ -305,7 +305,7 @@ def test_the_number_held_is_bounded_and_reaches_back(tmp_path):
     assert max(map(len, holder.verified)) <= SLOTS
     late = holder.verified[120]
     assert 120 - late[0] >= 10
-    assert 120 - late[-1] <= 2 + CONFIRM + 2
+    assert 120 - late[-1] <= 2 + CONFIRMING_BATCHES + 2
 
 
 class Near(Holder):
@@ -320,7 +320,7 @@ def test_near_snapshots_lie_8_to_24_batches_before_any_onset_and_reach_back(tmp_
     train(module, [holder], tmp_path, **options, max_epochs=5)
     assert max(map(len, holder.verified)) <= NEAR_SLOTS
     for now, verified in enumerate(holder.verified[100:], 100):
-        assert CONFIRM <= now - verified[-1] <= CONFIRM + NEAREST
+        assert CONFIRMING_BATCHES <= now - verified[-1] <= CONFIRMING_BATCHES + MIN_NEAR_CADENCE
         assert now - verified[0] >= 72
 
 
@@ -333,7 +333,7 @@ def test_near_ones_stand_beside_the_far_ones_that_somebody_else_asked_for(tmp_pa
     module, options = build("cnn")
     holder = Both()
     train(module, [holder], tmp_path, **options, max_epochs=6)
-    assert holder.snapshots.every == NEAREST
+    assert holder.snapshots.every == MIN_NEAR_CADENCE
     assert holder.verified[-1][0] == 0
     assert len(holder.verified[-1]) > SLOTS
 
@@ -341,7 +341,7 @@ def test_near_ones_stand_beside_the_far_ones_that_somebody_else_asked_for(tmp_pa
 def test_the_larger_the_model_the_rarer():
     cadences = [near_cadence(slots, 72) for slots in range(1, NEAR_SLOTS + 1)]
     assert cadences == sorted(cadences, reverse=True)
-    assert (cadences[0], cadences[-1]) == (50, NEAREST)
+    assert (cadences[0], cadences[-1]) == (50, MIN_NEAR_CADENCE)
     assert near_cadence(4, 72) * 2 >= 72
 
 

@@ -158,12 +158,12 @@ def test_overfitting_without_a_training_loss_is_drawn_by_its_validations(trouble
 
 
 def test_a_long_series_is_thinned_but_keeps_its_extremes(troubled):
-    from lightning_spike.report.figure import MOST_POINTS, _thinned  # noqa: PLC0415 - needs matplotlib
+    from lightning_spike.report.figure import MAX_POINTS, _thinned  # noqa: PLC0415 - needs matplotlib
 
     values = np.random.default_rng(0).normal(size=20_000)
     values[11_111], values[5_555], values[7_777] = 99.0, -99.0, np.nan
     x, y = _thinned(curve(values))
-    assert len(x) <= 1.01 * MOST_POINTS
+    assert len(x) <= 1.01 * MAX_POINTS
     assert (np.nanmax(y), np.nanmin(y)) == (99.0, -99.0)
     assert x[np.isnan(y)].tolist() == [7_777]
     assert (np.diff(x) > 0).all()

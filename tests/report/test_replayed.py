@@ -52,7 +52,9 @@ def report(*scenes, **options):
 def test_it_says_what_was_run_again_what_came_of_it_and_every_sentence():
     lines = printed(report(WHOLE, file=Path("run/spike/replay.json")), width=120).splitlines()
     assert lines[1].startswith("lightning-spike ── replay of 1 episode ──")
-    rest = sentences.about(dataclasses.replace(WHOLE.experiments, replay=None))
+    first, *rest = sentences.about(WHOLE.experiments)
+    assert first == sentences.replay(REPLAY)
+    assert "The jump is due to the batch (100 %)." in rest, "the conclusion needs the replay"
     expected = [
         "Episode 3: nonfinite at step 42 (epoch 2, batch 20) 0.31 → NaN",
         f"{sentences.replay(REPLAY)} It took 0.3 s on cpu.",
@@ -70,7 +72,7 @@ CASES = {
     "outside": ({"replay": REPLAY, "outside_change": OUTSIDE}, "jump: something outside the training step"),
     "inexact": (
         {"replay": dataclasses.replace(REPLAY, replayed=None, failure="no reason"), "split": SPLIT},
-        "no reason",
+        "is not exact: no reason.",
     ),
     "computation": (
         {"replay": REPLAY, "split": dataclasses.replace(SPLIT, jump=1.0, data_effect=0.0, computation_effect=1.0)},

@@ -5,7 +5,7 @@ import torch
 from lightning_spike.record.batch_ring import RingEntry
 from lightning_spike.record.sample_ids import LoaderIds, SampleIds
 from lightning_spike.records import Moment
-from lightning_spike.samples.bad_batch_run import GOOD, LONGEST, BadBatchRun
+from lightning_spike.samples.bad_batch_run import GOOD_BATCHES, MAX_BATCHES, BadBatchRun
 from lightning_spike.samples.examined_batch import ExaminedBatch
 from lightning_spike.samples.suspect_samples import Suspect
 from lightning_spike.signals.random_state import RandomState
@@ -51,9 +51,9 @@ def test_ends_with_good_batches_and_leaves_them_out():
 
 
 def test_goes_on_while_batches_are_bad():
-    assert not stretch(5, *[8] * (LONGEST - 2)).is_over
-    assert stretch(5, *[8] * (LONGEST - 1)).is_over
-    assert not stretch(5, *[0] * (GOOD - 1)).is_over
+    assert not stretch(5, *[8] * (MAX_BATCHES - 2)).is_over
+    assert stretch(5, *[8] * (MAX_BATCHES - 1)).is_over
+    assert not stretch(5, *[0] * (GOOD_BATCHES - 1)).is_over
 
 
 def test_where_half_of_a_batch_stands_out_all_of_it_is_named():

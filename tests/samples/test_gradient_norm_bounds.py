@@ -21,7 +21,7 @@ def exact(net, x, y):
     return torch.stack([g.detach().flatten(1).square().sum(1) for g in each.values()]).sum(0).sqrt().double().numpy()
 
 
-def pulls(net, x, y):
+def bounds(net, x, y):
     watch = GradientNormBounds(SIZE)
     with watch.following(net):
         loss = functional.cross_entropy(net(x), y)
@@ -35,7 +35,7 @@ def test_of_linear_layers_they_are_the_norms_of_the_samples_gradients():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
     x, y = torch.randn(SIZE, 6), torch.arange(SIZE) % 3
-    np.testing.assert_allclose(pulls(net, x, y), exact(net, x, y), rtol=1e-4)
+    np.testing.assert_allclose(bounds(net, x, y), exact(net, x, y), rtol=1e-4)
 
 
 def test_of_shared_weights_they_are_an_upper_bound():
@@ -43,7 +43,7 @@ def test_of_shared_weights_they_are_an_upper_bound():
     net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).eval()
     x, y = torch.randn(SIZE, 1, 4, 4), torch.arange(SIZE) % 3
     x[4] *= 100
-    found, norms = pulls(net, x, y), exact(net, x, y)
+    found, norms = bounds(net, x, y), exact(net, x, y)
     # A kernel meets each value at 9 places at most, and its own sum over places is what the bound leaves out.
     assert (3 * found >= norms).all()
     assert found.argmax() == norms.argmax() == 4

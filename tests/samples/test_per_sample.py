@@ -6,16 +6,17 @@ from lab.shapes import CLASSES, FEATURES, Plain
 from torch import nn
 from torch.nn import functional
 
-from lightning_spike.samples.per_sample import is_loss_function, per_sample_losses
-from lightning_spike.signals.random_state import RandomState
+from lightning_spike.samples.per_sample import is_loss_function, samples_under
+from lightning_spike.sandbox.isolation import isolated
 
 SIZE = 12
 
 
-def losses_of(module, batch, **options):
+def losses_of(module, batch):
     trainer = attached(module)
     before = [p.clone() for p in (*module.parameters(), *module.buffers())]
-    found = per_sample_losses(trainer, module, batch, 0, **options)
+    with isolated(trainer, module) as sandbox:
+        found = samples_under(sandbox, None, batch, 0)
     assert all(torch.equal(a, b) for a, b in zip(before, (*module.parameters(), *module.buffers()), strict=True))
     return found
 
@@ -38,7 +39,7 @@ def test_the_tap_gives_what_the_loss_function_gives_unreduced():
     assert found.batch_loss == pytest.approx(expected.mean(), rel=1e-6)
 
 
-def test_the_tap_sees_loss_modules_and_the_dropout_that_was_drawn():
+def test_the_tap_sees_loss_modules_in_eval_mode():
     class Regression(Plain):
         def make(self):
             return nn.Sequential(nn.Linear(FEATURES, 16), nn.Dropout(0.5), nn.Linear(16, 2))
@@ -47,10 +48,9 @@ def test_the_tap_sees_loss_modules_and_the_dropout_that_was_drawn():
             return nn.SmoothL1Loss()(self.net(batch["x"]), batch["y"])
 
     module, batch = Regression(), {"x": torch.randn(SIZE, FEATURES), "y": torch.randn(SIZE, 2)}
-    state = RandomState.take()
+    found = losses_of(module, batch)
+    module.eval()
     expected = functional.smooth_l1_loss(module.net(batch["x"]), batch["y"], reduction="none").mean(1).detach().numpy()
-    torch.rand(7)
-    found = losses_of(module, batch, random=state)
     np.testing.assert_allclose(found.losses, expected, rtol=1e-6)
 
 

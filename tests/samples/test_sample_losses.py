@@ -76,7 +76,7 @@ def test_under_a_snapshot_they_are_those_of_its_weights(spoil, tmp_path):
 def test_without_a_snapshot_they_are_those_of_the_present_weights(tmp_path):
     asks = asked(tmp_path, spoil=False, snapshot=False)
     assert len(asks.found.losses) == 16
-    assert asks.found.weights == "the weights when the episode was noticed"
+    assert asks.found.weights == "the weights at the detection of the episode"
 
 
 def test_weights_that_are_not_finite_tell_nothing(tmp_path):
@@ -112,6 +112,6 @@ def test_no_sample_is_seen_through_another(tmp_path):
     torch.testing.assert_close(
         torch.tensor(found.losses), expected, rtol=1e-4, atol=1e-5, equal_nan=True, check_dtype=False
     )
-    assert len(found.control) == len(found.control_pulls) == 48
-    others = [p for k, p in enumerate(found.pulls) if k not in {5, 9}]
-    assert max(others) < 5 * max(found.control_pulls)
+    assert len(found.control) == len(found.control_gradient_bounds) == 48
+    others = [p for k, p in enumerate(found.gradient_bounds) if k not in {5, 9}]
+    assert max(others) < 5 * max(found.control_gradient_bounds)

@@ -105,7 +105,7 @@ def healthy_losses(seed, count):
     return np.random.default_rng(seed).exponential(size=count) + 0.1
 
 
-@pytest.mark.parametrize("kind", ["losses", "pulls"])
+@pytest.mark.parametrize("kind", ["losses", "gradient_bounds"])
 def test_against_many_healthy_samples_a_moderate_excess_is_enough(kind):
     own = -np.log1p(-(np.arange(32) + 0.5) / 33)  # as even a draw as there is
     usual = healthy_losses(1, 256)
@@ -115,19 +115,19 @@ def test_against_many_healthy_samples_a_moderate_excess_is_enough(kind):
     assert "15" in suspects[0].reasons[0]
 
 
-def test_what_the_losses_do_not_show_the_pulls_do():
+def test_what_the_losses_do_not_show_the_gradient_norms_do():
     losses = -np.log1p(-(np.arange(32) + 0.5) / 33)
-    pulls = losses[::-1].copy()
-    pulls[9] = 60.0
-    usual = {"usual_losses": healthy_losses(1, 256), "usual_pulls": healthy_losses(3, 256)}
-    (suspect,) = find_suspects({}, losses=losses, pulls=pulls, **usual)
+    bounds = losses[::-1].copy()
+    bounds[9] = 60.0
+    usual = {"usual_losses": healthy_losses(1, 256), "usual_gradient_bounds": healthy_losses(3, 256)}
+    (suspect,) = find_suspects({}, losses=losses, gradient_bounds=bounds, **usual)
     assert suspect.position == 9
     assert suspect.loss == losses[9]
-    assert "pull at the weights" in suspect.reasons[0]
+    assert "gradient norm" in suspect.reasons[0]
 
 
 def test_healthy_batches_seldom_have_a_name_in_them():
-    """At a false discovery rate of 5 % for losses and for pulls, and of 2 % for each of two statistics of the
+    """At a false discovery rate of 5 % for losses and for bounds, and of 2 % for each of two statistics of the
     values."""
     rng = np.random.default_rng(5)
     usual = [values((images(seed), classes())) for seed in range(200, 220)]
@@ -138,8 +138,8 @@ def test_healthy_batches_seldom_have_a_name_in_them():
             usual=usual,
             losses=rng.exponential(size=16),
             usual_losses=rng.exponential(size=256),
-            pulls=rng.exponential(size=16),
-            usual_pulls=rng.exponential(size=256),
+            gradient_bounds=rng.exponential(size=16),
+            usual_gradient_bounds=rng.exponential(size=256),
         )
         named += bool(suspects)
     assert named <= 200 * 0.2

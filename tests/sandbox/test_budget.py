@@ -11,7 +11,7 @@ def budget_after(*seconds, severity=5.0):
     """2 % of the run and 5 s: 7 s after 100."""
     budget = Budget(share=0.02, free=5.0)
     for each in seconds:
-        budget.took(each, extent="full", severity=severity)
+        budget.book(each, extent="full", severity=severity)
     return budget
 
 
@@ -41,6 +41,6 @@ def test_where_not_even_a_triage_fits_there_is_none():
 
 def test_a_triage_is_booked_but_counts_for_no_examination():
     budget = Budget(share=0.02, free=5.0)
-    budget.took(3.0, extent="triage", severity=9.0)
+    budget.book(3.0, extent="triage", severity=9.0)
     assert (budget.examined, budget.spent) == (0, 3.0)
     assert asked(budget, full=1e6) == "full"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_spike.signals.subset import LIMIT, subset
+from lightning_spike.signals.subset import MAX_ELEMENTS, subset
 from lightning_spike.signals.weights import displacement, fan_scale, initial_scales, weight_sizes
 
 
@@ -27,7 +27,7 @@ def test_sizes_are_those_of_numpy():
 
 def test_changes_of_small_weights_are_exact_and_of_large_ones_estimated():
     weights = tensors()
-    assert weights[2].numel() > LIMIT
+    assert weights[2].numel() > MAX_ELEMENTS
     before = [subset(w).clone() for w in weights]
     whole = [w.clone() for w in weights]
     for weight in weights:

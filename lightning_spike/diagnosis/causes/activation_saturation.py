@@ -1,28 +1,26 @@
-"""`activation_saturation`.
+"""`activation_saturation`: dead ReLUs, saturated sigmoid or tanh.
 
-Dead ReLUs, saturated sigmoid or tanh: a bias that ran away, inputs of a layer in other units, a normalisation that was
-taken out.
+Typical reasons: a bias that ran away, inputs of a layer in other units, a removed normalisation.
 
-Seen by: the share of a layer's outputs in the flat part of its activation, against the layer's own past: half of a
-healthy ReLU's outputs are 0. With it the gradients of the layers before vanish, and the loss jumps from one batch to
+Seen by: the share of a layer's outputs in the flat part of its activation, against the layer's own past, as half of a
+healthy ReLU's outputs are 0. The gradients of the layers before vanish with it, and the loss jumps from one batch to
 the next after ordinary updates.
 
-Against it: layers as alive as before, also when the loss had risen already; outputs that are larger as a whole than
-before, though most of them are 0 (that is dropout); whatever may have damaged
-the weights first: an event of the rate, an odd batch, outside writes.
+Against it: layers as alive as before, also after the loss had risen; outputs that grew as a whole although most of them
+are 0 (dropout); whatever may have damaged the weights first: an event of the rate, an odd batch, outside writes.
 
-Thresholds: a quarter of what was alive before is left, and 80 % is flat (TheDeepChecker's rules say 85 % saturated, or
-half of the units dead).
+Thresholds: a quarter of the active outputs is left, and 80 % are flat (TheDeepChecker: 85 % saturated, or half of the
+units dead).
 
-To do: a norm layer before the activation, or one that is not flat; the usual initialisation and a lower rate where
-steps killed the units.
+To do: a norm layer before the activation, or an activation that is not flat; the usual initialisation and a lower rate
+where steps killed the units.
 """
 
 from typing import Final
 
 from lightning_spike.diagnosis import sentences
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Fix
-from lightning_spike.diagnosis.observation import Observation, Observer, first_of, observer
+from lightning_spike.diagnosis.observation import Observation, Observer, first_of, observer, only_if
 from lightning_spike.diagnosis.observations.experiments import computation_changed, grown_module
 from lightning_spike.diagnosis.observations.flat_units import (
     BATCHES_AFTER,
@@ -37,49 +35,45 @@ from lightning_spike.diagnosis.observations.upstream import UPSTREAM
 from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import Change, EpisodeKind, Family, Finding
 
-LOUDER: Final = 2.0
-"""Factor on the size of a layer's outputs from which it is clearly louder than it was; engineering choice."""
-UNFLAT: Final = 0.02
-"""Flat share up to which a layer had practically no flat outputs before; engineering choice."""
+LOUDER_FACTOR: Final = 2.0
+"""Factor on the size of a layer's outputs from which it is clearly louder than before; engineering choice."""
+MAX_FLAT_BEFORE: Final = 0.02
+"""Flat share up to which a layer had practically no flat outputs; engineering choice."""
 MIN_GROWTH: Final = 0.2
 """Growth of the flat share from which a layer has changed at all; engineering choice."""
 MIN_GROWTH_RECURRENT: Final = 0.1
-"""… and of a recurrent layer, whose output is a product with a gate."""
-STILL_ALIVE: Final = 0.5
-"""Part of the growth of the flat share below which a layer was still alive; engineering choice …"""
-UNTOUCHED: Final = 0.1
-"""… and below which it was untouched."""
-SILENT: Final = 0.5
-"""Factor on an activation's outputs in an ordinary batch from which its units have practically stopped, where it is the
-first changed module; engineering choice."""
+"""The same for a recurrent layer, whose output is a product with a gate; engineering choice."""
+STILL_ALIVE_SHARE: Final = 0.5
+"""Part of the growth of the flat share below which a layer was still alive; engineering choice."""
+UNTOUCHED_SHARE: Final = 0.1
+"""Part of the growth of the flat share below which a layer was untouched; engineering choice."""
+SILENT_FACTOR: Final = 0.5
+"""Factor on an activation's outputs in an ordinary batch below which its units have practically stopped;
+engineering choice."""
 DROPOUT_GROWTH: Final = 1.25
-"""Factor on the size of a layer's outputs, and of those behind it, from which the rest is larger than before: dead
-units take their share with them, dropout scales up by 1 / (1 - p); engineering choice."""
+"""Factor on the size of a layer's outputs, and of those behind it, from which zeros are dropout: dropout scales the
+rest up by 1 / (1 - p), dead units do not; engineering choice."""
 RECURRENT: Final = frozenset({"RNN", "GRU", "LSTM"})
-ACTIVATIONS: Final = frozenset(
-    """
-    ReLU ReLU6 LeakyReLU PReLU ELU SELU CELU GELU SiLU Mish Softplus Hardswish Hardsigmoid Hardtanh Sigmoid Tanh
-    """.split()
-)
+ACTIVATIONS: Final = frozenset({
+    "ReLU", "ReLU6", "LeakyReLU", "PReLU", "ELU", "SELU", "CELU", "GELU", "SiLU", "Mish", "Softplus", "Hardswish",
+    "Hardsigmoid", "Hardtanh", "Sigmoid", "Tanh",
+})  # fmt: skip
 """Classes of torch whose outputs are flat somewhere."""
 
 
-@observer("silent")
+@observer("silent", signal="lab/modules")
 def _silent_by_experiment(view: EpisodeView) -> Observation | None:
-    """With the weights and batches from before, an activation gives next to nothing, and it is the first changed module."""
-    silent = view.once(_silent)
-    measured = None if view.experiments is None else view.experiments.modules
+    """With the old weights and batches, an activation gives next to nothing, and it is the first changed module."""
+    silent, measured = view.once(_silent), view.experiments.modules
     if silent is None or measured is None:
         return None
     text = f"{sentences.modules(measured)} Its inputs are in their usual range."
-    return Observation(
-        level="silent", text=text, signal="lab/modules", step=view.step, observed=silent[1], expected=1.0
-    )
+    return Observation(text, observed=silent[1], expected=1.0)
 
 
-@observer("dropout")
+@observer("dropout", signal="activation_rms")
 def _dropout(view: EpisodeView) -> Observation | None:
-    """Zeros in an output that is larger as a whole at the first flat look: dropout, to which the model adapts later."""
+    """Zeros in outputs that are larger as a whole: dropout, to which the model adapts later."""
     flat = view.once(flattest_layer)
     if flat is None or flat.kind != "dead" or flat.grown < MIN_GROWTH:
         return None
@@ -87,33 +81,23 @@ def _dropout(view: EpisodeView) -> Observation | None:
     growth = rms_growth(view, flat.name, at, layers=2)
     if growth is None or not growth[0] >= DROPOUT_GROWTH:
         return None
-    text = (
-        f"Most outputs of {flat.name} are 0 at step {view.step_of(at)}, but their size grew to {growth[1]:.3g} "
-        f"(usually {growth[2]:.3g}), as with dropout."
-    )
-    return Observation(
-        level="dropout",
-        text=text,
-        signal="activation_rms",
-        step=view.step_of(at),
-        observed=growth[1],
-        expected=growth[2],
-    )
+    (_, size, usual), step = growth, view.step_of(at)
+    grew = f"their size grew from {usual:.3g} to {size:.3g}"
+    text = f"Most outputs of {flat.name} are 0 at step {step}, but {grew}, as with dropout."
+    return Observation(text, step=step, observed=size, expected=usual)
 
 
 @observer("nearly all", "new", "more", "alive", "finding alone")
 def _flat_share(view: EpisodeView) -> Observation | None:
     """The share of flat outputs in the flattest layer."""
     flat, found = view.once(flattest_layer), view.once(_finding)
-    if flat is None:
-        if found is None:
-            return None
-        return Observation(level="finding alone", text=found.text, signal="activations", step=found.at.step)
-    step = view.step_of(flat.ordinal)
-    return Observation(
-        level=_flat_level(view, flat), text=f"{_shares(flat)} at step {step}.", signal=flat.signal, step=step,
-        observed=flat.share, expected=flat.before,
-    )  # fmt: skip
+    if flat is not None:
+        level, step = _flat_level(view, flat), view.step_of(flat.ordinal)
+        text, seen, usual = f"{_shares(flat)} at step {step}.", flat.share, flat.before
+        return Observation(text, level=level, signal=flat.signal, step=step, observed=seen, expected=usual)
+    if found is None:
+        return None
+    return Observation(found.text, level="finding alone", signal="activations", step=found.at.step)
 
 
 def _flat_level(view: EpisodeView, flat: FlatUnits) -> str:
@@ -122,62 +106,56 @@ def _flat_level(view: EpisodeView, flat: FlatUnits) -> str:
         return "nearly all"
     if flat.grown < (MIN_GROWTH_RECURRENT if is_recurrent else MIN_GROWTH):
         return "alive"
-    return "new" if flat.before <= UNFLAT else "more"
+    return "new" if flat.before <= MAX_FLAT_BEFORE else "more"
 
 
 FLAT_UNITS: Final = first_of("flat_units", _silent_by_experiment, _dropout, _flat_share)
-SPEAKING: Final = frozenset({"silent", "nearly all", "new", "more", "finding alone"})
-"""Levels of `FLAT_UNITS` that speak for flat units."""
+SUPPORTING_LEVELS: Final = frozenset({"silent", "nearly all", "new", "more", "finding alone"})
+"""Levels of `FLAT_UNITS` that support flat units."""
 
 
-@observer("lasting")
+@observer("lasting", signal="activations")
 def lasting(view: EpisodeView) -> Observation | None:
     """Units that stayed flat."""
     found = view.once(_finding)
     if found is None or view.once(flattest_layer) is None or _units_level(view) == "dropout":
         return None
-    return Observation(level="lasting", text=found.text, signal="activations", step=found.at.step)
+    return Observation(found.text, step=found.at.step)
 
 
 @observer("untouched", "alive")
 def alive_after_rise(view: EpisodeView) -> Observation | None:
-    """A look at the same layer when the loss had risen already, at which it was alive: it went flat later."""
+    """The layer was alive after the loss had risen, so it went flat later."""
     flat = view.once(flattest_layer)
     look = None if flat is None or view.once(_silent) is not None else share_after_onset(view, flat)
     if flat is None or look is None:
         return None
-    at, share = look
-    growth = rms_growth(view, flat.name, at)
-    louder = flat.kind == "dead" and growth is not None and growth[0] >= LOUDER  # saturated ones are at their bounds
-    if not louder and not share - flat.before < STILL_ALIVE * flat.grown:
+    (at, share), growth = look, rms_growth(view, flat.name, look[0])
+    louder = flat.kind == "dead" and growth is not None and growth[0] >= LOUDER_FACTOR  # saturation bounds the outputs
+    if not louder and not share - flat.before < STILL_ALIVE_SHARE * flat.grown:
         return None
-    untouched = louder or share - flat.before < UNTOUCHED * flat.grown
-    how = "louder than ever" if louder else f"still alive ({100.0 * share:.3g} % flat)"
-    return Observation(
-        level="untouched" if untouched and view.sudden else "alive",
-        text=f"At step {view.step_of(at)}, after the loss had risen, {flat.name} was {how}.",
-        signal=flat.signal, step=view.step, observed=share, expected=flat.before,
-    )  # fmt: skip
+    untouched = louder or share - flat.before < UNTOUCHED_SHARE * flat.grown
+    level = "untouched" if untouched and view.sudden else "alive"
+    how = "louder than before" if louder else f"still alive ({100.0 * share:.3g} % flat)"
+    text = f"At step {view.step_of(at)}, after the loss had risen, {flat.name} was {how}."
+    return Observation(text, level=level, signal=flat.signal, observed=share, expected=flat.before)
 
 
 RISE: Final = "rise_after_ordinary_updates"
-"""The observer of `UPSTREAM` that speaks for the layers themselves."""
+"""The observer of `UPSTREAM` that supports the layers themselves."""
 
 
 def _if_flat(one: Observer) -> Observer:
-    """What lies upstream is asked only where units went flat.
+    """Restrict an observer of upstream causes to flat units; a jump before they went flat does not support them."""
 
-    A jump that came before they did does not speak for them.
-    """
-
-    def observe(view: EpisodeView) -> Observation | None:
-        if _units_level(view) not in SPEAKING:
-            return None
+    def counts(view: EpisodeView) -> bool:
+        if one.name != RISE:
+            return _units_level(view) in SUPPORTING_LEVELS
         found, alive = one(view), alive_after_rise(view)
-        came_before = one.name == RISE and alive is not None and alive.level == "untouched"
-        return None if came_before and found is not None and found.level != "gradual" else found
+        is_earlier = alive is not None and alive.level == "untouched" and found is not None and found.level != "gradual"
+        return _units_level(view) in SUPPORTING_LEVELS and not is_earlier
 
-    return Observer(one.name, one.levels, observe)
+    return only_if(counts, one)
 
 
 def _units_level(view: EpisodeView) -> str | None:
@@ -192,14 +170,14 @@ def _finding(view: EpisodeView) -> Finding | None:
 
 def _silent(view: EpisodeView) -> tuple[str, float] | None:
     grown = grown_module(view) if computation_changed(view) else None
-    if grown is None or grown[1] > SILENT or _kinds(view).get(grown[0]) not in ACTIVATIONS:
+    if grown is None or grown[1] > SILENT_FACTOR or _kinds(view).get(grown[0]) not in ACTIVATIONS:
         return None
     return grown
 
 
 def _kinds(view: EpisodeView) -> dict[str, str]:
-    """The classes of the modules that the lab has measured, by name."""
-    measured = None if view.experiments is None else view.experiments.modules
+    """The classes of the measured modules, by name."""
+    measured = view.experiments.modules
     return {} if measured is None else {m.module: m.kind for m in measured.modules}
 
 
@@ -221,10 +199,8 @@ def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
     flat = view.once(flattest_layer)
     if flat is None:
         return (Fix("Put a norm layer before the activation, or use one that is not flat: LeakyReLU(0.01)."),)
-    other = "a norm layer before it keeps its inputs near 0"
-    if flat.kind == "dead":
-        other = "use LeakyReLU(0.01) or GELU in place of it"
-    text = f"Look at the inputs of {flat.name}: they have moved into its flat part. {_shares(flat)}; {other}."
+    other = "put a norm layer before it" if flat.kind != "dead" else "use LeakyReLU(0.01) or GELU in its place"
+    text = f"Check the inputs of {flat.name}: they have moved into its flat part. {_shares(flat)}; {other}."
     return (
         Fix(text, Change(setting="activation", value=flat.name)),
         Fix("Bring inputs back to their usual range (the normalisation before it, the bias of the layer before it)."),

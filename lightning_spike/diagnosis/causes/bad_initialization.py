@@ -1,19 +1,17 @@
-"""`bad_initialization`.
+"""`bad_initialization`: weights far too large or too small from the start.
 
-Weights that are far too large or too small from the start: a standard deviation of 1 where a small one was meant, a fan
-counted wrongly.
+Typical reasons: a standard deviation of 1 where a small one was meant, a wrong fan-in.
 
-Seen by: the scale of the weights at the first batch against 1 / sqrt(fan-in); a first loss far above that of guessing;
-trouble in the first batches.
+Seen by: the scale of the weights at the first batch against 1 / sqrt(fan-in); a first loss far above that of a uniform
+guess; an episode in the first batches.
 
-Against it: weights of a usual scale; trouble that came when training had gone well for long; a run that was resumed,
-whose weights are not initial ones.
+Against it: weights of a usual scale; an episode after training had gone well for long; a resumed run, whose weights are
+not initial ones.
 
 Thresholds: the usual initialisations lie between 0.1 and 2.4 of 1 / sqrt(fan-in) (torch's default 0.58, Xavier and He
-up to 1.4, with the largest gain 2.4); 4 and 8 are beyond all of them. The loss of
-guessing among n classes is log n.
+up to 1.4, with the largest gain 2.4); 4 and 8 are beyond all of them. A uniform guess among n classes has loss log n.
 
-To do: the layer's default initialisation, or the factor that brings its weights there.
+To do: the layer's default initialisation, or the factor that gives its weights that scale.
 """
 
 import dataclasses
@@ -32,75 +30,69 @@ from lightning_spike.records import Change, EpisodeKind, Family, Finding
 USUAL_SCALE: Final = 0.58
 """Root mean square of torch's default weights over 1 / sqrt(fan-in): uniform in ±1 / sqrt(fan-in), by definition."""
 EXTREME_SCALE: Final = 8.0
-"""Scale over 1 / sqrt(fan-in) far beyond any initialisation in use; from 4 on it is found at all (`WeightMonitor`);
+"""Scale over 1 / sqrt(fan-in) far beyond any usual initialisation; `WeightMonitor` finds them from 4 on;
 engineering choice."""
 EARLY_BATCHES: Final = 128
-"""Batches in which the initial weights may show: the loss is still on its way down; engineering choice."""
+"""Batches in which the initial weights may show, as the loss is still falling; engineering choice."""
 LATE_BATCHES: Final = 512
-"""… and after which they cannot, since updates have made other weights of them."""
+"""Batches after which they cannot, as updates have changed them; engineering choice."""
 FIRST_LOSSES: Final = 4
-"""Losses that make the first level; engineering choice."""
+"""Losses whose median is the first level; engineering choice."""
 EXTREME_LOSS: Final = 2.0
-"""Times the loss of guessing from which a first loss is extreme: sound nets begin at about 1; engineering choice."""
+"""Multiple of the loss of a uniform guess from which a first loss is extreme: sound nets begin at about 1;
+engineering choice."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class InitialScale:
-    """The weight whose initial scale is farthest off."""
+    """The weight with the most unusual initial scale."""
 
     name: str
     scale: float
     """Root mean square over 1 / sqrt(fan-in)."""
 
 
-@observer("extreme", "unusual", "usual", "resumed")
+@observer("extreme", "unusual", "usual", "resumed", signal="initial_scale")
 def initial_scale(view: EpisodeView) -> Observation | None:
     """The scale of the initial weights."""
     found, worst = view.once(_finding), view.once(_worst)
     if found is None:
         return _usual(view)
-    return Observation(
-        level="extreme" if worst is not None and worst.scale >= EXTREME_SCALE else "unusual", text=found.text,
-        signal="initial_scale", step=found.at.step, observed=None if worst is None else worst.scale,
-        expected=USUAL_SCALE,
-    )  # fmt: skip
+    scale = None if worst is None else worst.scale
+    level = "extreme" if scale is not None and scale >= EXTREME_SCALE else "unusual"
+    return Observation(found.text, level=level, step=found.at.step, observed=scale, expected=USUAL_SCALE)
 
 
 def _usual(view: EpisodeView) -> Observation | None:
     if view.facts.resumed_from is not None or view.facts.first_step > 0:
-        text = "The run was resumed, so its weights are not initial ones."
-        return Observation(level="resumed", text=text, signal="initial_scale")
+        return Observation("The run was resumed, so its weights are not initial ones.", level="resumed", step=None)
     if not view.store.layer_names.get("initial_scale"):
         return None
-    return Observation(level="usual", text="The weights began at a usual scale.", signal="initial_scale", step=0)
+    return Observation("The weights began at a usual scale.", level="usual", step=0)
 
 
-@observer("extreme", "usual")
+@observer("extreme", "usual", signal="loss")
 def first_loss(view: EpisodeView) -> Observation | None:
-    """The first losses against that of guessing, where targets are classes."""
+    """The first losses against that of a uniform guess, where targets are classes."""
     losses = view.store.history.between("loss", 0, FIRST_LOSSES - 1)
     classes = _classes(view)
     if view.once(_finding) is None or losses.size == 0 or classes is None or view.onset > LATE_BATCHES:
         return None
     known = losses[np.isfinite(losses)]
     first, guess = float(np.median(known)) if known.size else math.inf, math.log(classes)
-    text = f"The first losses were {first:.3g}; guessing among the {classes} classes gives {guess:.3g}."
-    return Observation(
-        level="extreme" if first > EXTREME_LOSS * guess else "usual", text=text, signal="loss", step=0,
-        observed=finite(first), expected=guess,
-    )  # fmt: skip
+    level = "extreme" if first > EXTREME_LOSS * guess else "usual"
+    text = f"The first losses were {first:.3g}; a guess among the {classes} classes has {guess:.3g}."
+    return Observation(text, level=level, step=0, observed=finite(first), expected=guess)
 
 
-@observer("early", "late")
+@observer("early", "late", signal="loss")
 def onset_in_run(view: EpisodeView) -> Observation | None:
-    """Whether the trouble began with the weights that training began with."""
+    """Whether the episode began while the initial weights could matter."""
     if view.once(_finding) is None or EARLY_BATCHES < view.onset <= LATE_BATCHES:
         return None
     if view.onset <= EARLY_BATCHES:
-        text = f"The trouble is at step {view.step}, with the weights that training began with."
-        return Observation(level="early", text=text, signal="loss", step=view.step)
-    text = f"Training had gone on for {view.onset} batches before, and changed the first weights."
-    return Observation(level="late", text=text, signal="loss", step=view.step)
+        return Observation(f"The episode began at step {view.step}, near the initial weights.", level="early")
+    return Observation(f"The initial weights had changed over {view.onset} batches by then.", level="late")
 
 
 def _finding(view: EpisodeView) -> Finding | None:
@@ -108,23 +100,22 @@ def _finding(view: EpisodeView) -> Finding | None:
 
 
 def _worst(view: EpisodeView) -> InitialScale | None:
-    """By the vector of initial scales; by the finding, which may have outlived it."""
+    """The weight with the worst scale, by the recorded scales, or by the finding where they are no longer held."""
     found = view.once(_finding)
     if found is None:
         return None
     table = layer_table(view, "initial_scale", 0, found.at.ordinal)
     scales = table.values[0] if len(table.values) else np.zeros(0)
     if (scales > 0.0).any():
-        is_small = found.detail.get("direction") == "small"
-        held = np.where(scales > 0.0, scales, np.inf if is_small else -np.inf)
-        place = int(held.argmin() if is_small else held.argmax())
+        sign = 1.0 if found.detail.get("direction") == "small" else -1.0
+        place = int(np.where(scales > 0.0, sign * scales, np.inf).argmin())
         return InitialScale(name=table.names[place], scale=float(scales[place]))
     names, scale = found.names(), found.number("scale")
     return InitialScale(name=names[0], scale=scale) if names and scale is not None and scale > 0.0 else None
 
 
 def _classes(view: EpisodeView) -> int | None:
-    """How many classes the targets were seen to have (the histogram counts them modulo 64); `None` where they are no classes."""
+    """The number of classes seen in the targets (counted modulo 64); `None` where targets are no classes."""
     signals = [s for s in view.store.layer_names if s.startswith("batch/") and s.endswith("/histogram")]
     seen = [layer_table(view, signal, 0, EARLY_BATCHES).values for signal in signals]
     counts = [int((np.nan_to_num(values) > 0.0).any(axis=0).sum()) for values in seen if values.size]
@@ -151,14 +142,13 @@ def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
     if worst is None:
         return (Fix("Initialise the layers as torch does by default: layer.reset_parameters()."),)
     factor = float(f"{USUAL_SCALE / worst.scale:.2g}") if worst.scale > 0.0 else 1.0
+    scale = f"×{worst.scale:.3g} of 1 / sqrt(fan-in), torch's {USUAL_SCALE:g}"
     text = (
         f"Initialise {worst.name} as torch does by default (layer.reset_parameters()), or multiply its first values by "
-        f"{factor:g}: they are ×{worst.scale:.3g} of 1 / sqrt(fan-in), torch's {USUAL_SCALE:g}. The same for the others."
+        f"{factor:g}: they are {scale}. The same for the others."
     )
-    return (
-        Fix(text, Change(setting="initialization", value=worst.name)),
-        Fix("A norm layer behind a layer makes its scale matter less."),
-    )
+    change = Change(setting="initialization", value=worst.name)
+    return Fix(text, change), Fix("A norm layer behind a layer makes its scale matter less.")
 
 
 CAUSE: Final = Cause(

@@ -1,18 +1,17 @@
 """`code_bug`: the training logic does not do what every training step must.
 
-Seen by: checks that hold in every sound step and were broken: gradients still there when the next backward pass begins,
-a module in eval mode while training, parameters that left the optimizer or never were in one, updates that change
-nothing, weights written to outside of the optimizer's step (torch's version counters saw it). Where no write was seen,
-the replay: whole weight tensors differ from those that training makes.
+Seen by: checks that hold in every sound step and failed: gradients still there when the next backward pass begins, a
+module in eval mode during training, parameters that left the optimizer or never were in one, updates that change
+nothing, weights written to outside the optimizer's step (by torch's version counters). Where no write was seen, the
+replay: whole weight tensors differ from those that training makes.
 
-Against it: none of these was found, though they were looked for; a write long before the loss rose; single elements
-that differ (that is the machine).
+Against it: none of these was found although they were checked; a write long before the loss rose; single elements that
+differ (a hardware fault).
 
-Thresholds: the checks are exact. A parameter that never was in an optimizer or never had a gradient may be meant so and
-weighs little; so does a write around a validation, where averaged weights are
-swapped in and out.
+Thresholds: the checks are exact. A parameter that never was in an optimizer or never had a gradient may be intended and
+weighs little; so does a write around a validation, where averaged weights are swapped in and out.
 
-To do: the line to look at is named with the finding: `optimizer_zero_grad`, a `.eval()` without `.train()`,
+To do: the finding names the line to look at: `optimizer_zero_grad`, a `.eval()` without `.train()`,
 `configure_optimizers`, the code that writes into the weights.
 """
 
@@ -26,41 +25,40 @@ from lightning_spike.diagnosis.constants import REACH
 from lightning_spike.diagnosis.judgement import Group
 from lightning_spike.diagnosis.observation import Observation, Observer, observer
 from lightning_spike.diagnosis.observations.experiments import split_of_jump
-from lightning_spike.diagnosis.observations.outside import changed_weights, earlier, last_write, outside_change
-from lightning_spike.diagnosis.observations.shared_evidence import batches, finite
+from lightning_spike.diagnosis.observations.outside import (
+    MAX_NAMES,
+    SHOWS_WITHIN,
+    WHOLE_TENSOR_SHARE,
+    changed_weights,
+    earlier,
+    is_watched,
+    last_write,
+    named,
+)
+from lightning_spike.diagnosis.observations.shared_evidence import before_rise, finite
 from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import Change, EpisodeKind, Family, Finding
 
-AT_ONCE: Final = 2
-"""Batches from a write into the weights to the first loss that shows it: one, and one more where it was small;
-engineering choice."""
-WHOLE_TENSOR_SHARE: Final = 0.25
-"""Share of the elements of the tensors concerned from which whole tensors were written; a fault of the memory hits
-single ones; engineering choice."""
-NAMED: Final = 3
-"""Names listed; engineering choice."""
-CHECKS: Final = ("update_rms", "momentum_cosine", "update_norm", "update_norm/none")
-"""Signals of which at least one is there where the training step was checked."""
 LEFTOVER: Final = "grad_norm/leftover"
 CERTAINTY: Final = {
     "lasting": 4, "near": 4, "just before": 4, "known modules": 3, "left": 3, "no episode": 3, "past": 2, "lost": 2,
     "before": 2, "full precision": 2, "other modules": 1,
 }  # fmt: skip
-"""How sure a level is, to choose the bug that is told first; 0 for one that is not listed."""
+"""How certain a level is, to sort the bugs; 0 for others."""
 FIND_WRITES: Final = (
     "Look for code that writes into the weights between two training steps: a callback, a hook, an averaging or "
     "re-initialisation (`copy_`, `add_`, `load_state_dict`, `.data`). If it must be, write into a copy."
 )
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Bug:
-    """One way in which a training step is wrong, as it was found."""
+    """One fault of the training step."""
 
     found: Finding
     level: str
     place: str
-    """What `Change.value` says."""
+    """The value of `Change`."""
     what: str
     """The first half of the summary."""
     fix: str
@@ -71,16 +69,14 @@ def _not_zeroed(view: EpisodeView) -> Bug | None:
     if earlier(view, "optimizer", "not_zeroed") is None:
         return None
     found = view.findings("optimizer", "not_zeroed", first=0, last=view.last)[0]
-    held = view.latest(LEFTOVER, max(view.onset, found.at.ordinal))
-    return Bug(
-        found=found,
-        level="lasting" if held is None or held[0] >= view.onset - REACH else "past",
-        place="zero_grad",
-        what=f"Since step {found.at.step} gradients are not zeroed, so that updates are made with the sum over the batches",
-        fix="Look at `optimizer_zero_grad` of the module (an override must call `optimizer.zero_grad()` every time) and at "
-        f"what keeps gradients in a buffer and writes them back to `.grad`; it went wrong at step {found.at.step}.",
-        value=None if held is None else finite(held[1]),
+    held, step = view.latest(LEFTOVER, max(view.onset, found.at.ordinal)), found.at.step
+    level = "lasting" if held is None or held[0] >= view.onset - REACH else "past"
+    what = f"Since step {step} gradients are not zeroed, so that updates are made with the sum over the batches"
+    fix = (
+        "Look at `optimizer_zero_grad` of the module (an override must call `optimizer.zero_grad()` every time) and at "
+        f"what keeps gradients in a buffer and writes them back to `.grad`; it went wrong at step {step}."
     )
+    return Bug(found, level, "zero_grad", what, fix, value=None if held is None else finite(held[1]))
 
 
 def _eval_mode(view: EpisodeView) -> Bug | None:
@@ -89,104 +85,88 @@ def _eval_mode(view: EpisodeView) -> Bug | None:
         return None
     names, step = found.names("matters"), found.at.step
     level = "known modules" if names or not view.store.episodes else "other modules"
-    which = f" ({', '.join(names[:NAMED])}{', …' if len(names) > NAMED else ''})" if names else ""
-    return Bug(
-        found=found,
-        level="near" if names and _is_near(view, found) else level,
-        place="train_mode",
-        what=f"From step {step} on modules are in eval mode while training{which}",
-        fix=f"Look for a `.eval()` without a `.train()` after it, called between step {step - 1} and step {step}: "
-        "a validation, sampling or a metric in user code. Call `module.train()` after it, or use `torch.no_grad()` alone.",
+    level = "near" if names and _is_near(view, found) else level
+    more = ", …" if len(names) > MAX_NAMES else ""
+    which = f" ({', '.join(names[:MAX_NAMES])}{more})" if names else ""
+    fix = (
+        f"Look for a `.eval()` without a `.train()` after it, called between step {step - 1} and step {step}: in a "
+        "validation, sampling or metric of yours. Call `module.train()` after it, or use only `torch.no_grad()`."
     )
+    what = f"From step {step} on modules are in eval mode during training{which}"
+    return Bug(found, level, "train_mode", what, fix)
 
 
 def _not_optimized(view: EpisodeView) -> Bug | None:
     found = earlier(view, "optimizer", "not_optimized")
     if found is None:
         return None
-    from_start = found.detail.get("from_start") is True
-    what = "were never in an optimizer" if from_start else f"left the optimizer at step {found.at.step}"
-    return Bug(
-        found=found,
-        level=_from_start(view) if from_start else _left_level(view, found),
-        place="parameters",
-        what=f"Parameters that get gradients {what} and are not trained",
-        fix=f"Look at `configure_optimizers`: {_named(found)} must be in a parameter group; a later layer needs "
-        "`optimizer.add_param_group`, a filter on names must let them through. If it is meant, set `requires_grad_(False)`.",
+    level = "near" if _is_near(view, found) else "left"
+    state = f"left the optimizer at step {found.at.step}"
+    if _is_from_start(found):
+        level, state = _from_start_level(view), "were never in an optimizer"
+    fix = (
+        f"Look at `configure_optimizers`: {_named(found)} must be in a parameter group; add later layers with "
+        "`optimizer.add_param_group`, and check filters on names. If this is intended, set `requires_grad_(False)`."
     )
-
-
-def _left_level(view: EpisodeView, found: Finding) -> str:
-    return "near" if _is_near(view, found) else "left"
+    return Bug(found, level, "parameters", f"Parameters that get gradients {state} and are not trained", fix)
 
 
 def _no_gradient(view: EpisodeView) -> Bug | None:
     found = earlier(view, "optimizer", "no_gradient")
     if found is None:
         return None
-    from_start = found.detail.get("from_start") is True
-    return Bug(
-        found=found,
-        level=_from_start(view) if from_start else "lost",
-        place="parameters",
-        what=f"Parameters of the optimizer get no gradient{'' if from_start else ' any more'}",
-        fix=f"Look at how {_named(found)} reach the loss: a `.detach()`, `torch.no_grad()`, a `.data` or `.item()` in between, "
-        "or a layer that `forward` does not call.",
+    level, since = (_from_start_level(view), "") if _is_from_start(found) else ("lost", " any more")
+    fix = (
+        f"Look at how {_named(found)} reach the loss: a `.detach()`, `torch.no_grad()`, a `.data` or `.item()` in "
+        "between, or a layer that `forward` does not call."
     )
+    return Bug(found, level, "parameters", f"Parameters of the optimizer get no gradient{since}", fix)
 
 
 def _no_update(view: EpisodeView) -> Bug | None:
-    """Steps that a loss scaler skips change nothing either, and low-precision weights lose small updates in rounding.
-
-    Both have another cause.
-    """
+    """Updates that change nothing; loss scaling skips steps too, and low precision rounds small updates to nothing."""
     found = earlier(view, "optimizer", "no_update")
     if found is None:
         return None
-    full = view.facts.precision.startswith(("32", "64", "bf16-mixed"))
-    return Bug(
-        found=found,
-        level="full precision" if full else "low precision",
-        place="parameters",
-        what=f"From step {found.at.step} on updates change nothing",
-        fix="Look at which tensors the optimizer holds (`trainer.optimizers[0].param_groups`): after a replaced module or a "
-        "re-created parameter they are not the model's; make the optimizer after that.",
+    level = "full precision" if view.facts.precision.startswith(("32", "64", "bf16-mixed")) else "low precision"
+    fix = (
+        "Look at which tensors the optimizer holds (`trainer.optimizers[0].param_groups`): after a module is replaced "
+        "or a parameter re-created they are not the model's; create the optimizer after that."
     )
+    return Bug(found, level, "parameters", f"From step {found.at.step} on updates change nothing", fix)
 
 
 def _weights_written(view: EpisodeView) -> Bug | None:
     written = last_write(view, "weights")
     if written is None:
         return None
-    found, lag = written[0], view.onset - written[0].at.ordinal
-    when = ""
-    if view.store.episodes:
-        when = ", as the loss rose" if lag <= 0 else f", {batches(lag)} before the loss rose"
-    return Bug(
-        found=found,
-        level=_write_level(view, found, validated=written[1]),
-        place="weights",
-        what=f"The weights were written to outside of the optimizer's step, after step {found.at.step}{when}",
-        fix=f"{FIND_WRITES} It was between step {found.at.step} and the step after, in {_named(found)}.",
-    )
+    found, step = written[0], written[0].at.step
+    when = before_rise(view.onset - found.at.ordinal) if view.store.episodes else ""
+    what = f"The weights were written to outside the optimizer's step, after step {step}{when}"
+    fix = f"{FIND_WRITES} It was between step {step} and the step after, in {_named(found)}."
+    return Bug(found, _write_level(view, found, validated=written[1]), "weights", what, fix)
 
 
 def _write_level(view: EpisodeView, found: Finding, *, validated: bool) -> str:
-    """Weights and state at once is a step of the optimizer, one more or one less than usual."""
+    """The level of a write; one into weights and state at once is an optimizer step more or less than usual."""
     lag, at = view.onset - found.at.ordinal, found.at.ordinal
     if validated:
-        return "at a validation, just before" if view.store.episodes and lag <= AT_ONCE else "at a validation"
+        return "at a validation, just before" if view.store.episodes and lag <= SHOWS_WITHIN else "at a validation"
     if view.findings("outside_writes", "optimizer_state", first=at, last=at):
         return "with the state"
     if not view.store.episodes:
         return "no episode"
-    if lag <= AT_ONCE:
+    if lag <= SHOWS_WITHIN:
         return "just before"
     return "before" if lag <= REACH else "long before"
 
 
-def _from_start(view: EpisodeView) -> str:
-    """Fine-tuning leaves parameters out on purpose: alone that shows nothing."""
+def _is_from_start(found: Finding) -> bool:
+    return found.detail.get("from_start") is True
+
+
+def _from_start_level(view: EpisodeView) -> str:
+    """The level of parameters left out from the start, which is intended in fine-tuning."""
     return "from the start" if view.store.episodes else "from the start, no episode"
 
 
@@ -195,10 +175,7 @@ def _is_near(view: EpisodeView, found: Finding) -> bool:
 
 
 def _named(found: Finding) -> str:
-    names = found.names()
-    if not names:
-        return "the parameters"
-    return ", ".join(f"`{name}`" for name in names[:NAMED]) + (", …" if len(names) > NAMED else "")
+    return named(found, "the parameters")
 
 
 Check = Callable[[EpisodeView], Bug | None]
@@ -210,18 +187,15 @@ WRITES: Final = (
 
 
 def _check(name: str, check: Check, *levels: str) -> Observer:
-    """An observer of one bug."""
+    """Observe one kind of bug."""
 
     def observe(view: EpisodeView) -> Observation | None:
         bug = check(view)
         if bug is None:
             return None
-        found = bug.found
-        return Observation(
-            level=bug.level, text=f"At step {found.at.step}: {found.text or bug.what}",
-            signal=f"{found.detector}/{found.kind}", step=found.at.step, observed=bug.value,
-            expected=None if bug.value is None else 0.0,
-        )  # fmt: skip
+        found, zero = bug.found, None if bug.value is None else 0.0
+        text, signal = f"At step {found.at.step}: {found.text or bug.what}", f"{found.detector}/{found.kind}"
+        return Observation(text, level=bug.level, signal=signal, step=found.at.step, observed=bug.value, expected=zero)
 
     return Observer(name, levels, observe)
 
@@ -230,15 +204,15 @@ CHECKED: Final = (_not_zeroed, _eval_mode, _not_optimized, _no_gradient, _no_upd
 
 
 def _bugs(view: EpisodeView) -> tuple[Bug, ...]:
-    """The bugs that were found, the surest first."""
+    """The bugs that were found, the most certain first."""
     found = [bug for check in CHECKED if (bug := check(view)) is not None]
     return tuple(sorted(found, key=lambda bug: -CERTAINTY.get(bug.level, 0)))
 
 
-@observer("seen writing", "whole tensors", "single elements")
+@observer("seen writing", "whole tensors", "single elements", signal="lab/outside_change")
 def replayed_weights(view: EpisodeView) -> Observation | None:
-    """Whole tensors that differ are the work of code; single elements, or a result alone, are not."""
-    bugs, change = view.once(_bugs), outside_change(view)
+    """Code changes whole tensors; single elements, or a result alone, are a hardware fault."""
+    bugs, change = view.once(_bugs), view.experiments.outside_change
     if change is None or change.kind not in {"weights", None} or (bugs and bugs[0].place != "weights"):
         return None
     elements, of, _ = changed_weights(change)
@@ -248,27 +222,22 @@ def replayed_weights(view: EpisodeView) -> Observation | None:
         return None
     else:
         level = "whole tensors" if elements >= WHOLE_TENSOR_SHARE * of else "single elements"
-    return Observation(
-        level=level, text=sentences.outside_change(change), signal="lab/outside_change", step=view.step,
-        observed=change.repaired, confirms=True if level != "single elements" and bugs else None,
-    )  # fmt: skip
+    confirms = True if level != "single elements" and bugs else None
+    return Observation(sentences.outside_change(change), level=level, observed=change.repaired, confirms=confirms)
 
 
-@observer("checked", "unknown")
+@observer("checked", "unknown", signal="optimizer")
 def no_bug_found(view: EpisodeView) -> Observation | None:
-    """None of the checks was broken."""
+    """All checks held."""
     if view.once(_bugs) or replayed_weights(view) is not None:
         return None
-    checked = any(signal in view.store.history.signals for signal in CHECKS)
-    text = "No training-loop fault was detected."
-    return Observation(level="checked" if checked else "unknown", text=text, signal="optimizer", step=view.step)
+    return Observation("No training-loop fault was detected.", level="checked" if is_watched(view) else "unknown")
 
 
 def _summary(view: EpisodeView) -> str:
     bugs = view.once(_bugs)
-    if not bugs:
-        return f"Something wrote into the weights between two updates without being seen, and {view.loss_text}."
-    return f"{bugs[0].what}; {view.loss_text}." if view.store.episodes else f"{bugs[0].what}."
+    what = bugs[0].what if bugs else "Something wrote into the weights between two updates without being seen"
+    return f"{what}{view.consequence}."
 
 
 def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
@@ -297,27 +266,12 @@ CAUSE: Final = Cause(
     summary=_summary,
     fixes=_fixes,
     applies_to=LOSS_ROSE | {EpisodeKind.STALL, EpisodeKind.OVERFIT},
-    explains=frozenset(
-        {
-            "gradient_vanishing",
-            "warmup_too_short",
-            "activation_saturation",
-            "weight_blowup",
-            "bad_initialization",
-            "stale_second_moment",
-            "adam_epsilon_too_small",
-            "momentum_reversal",
-            "post_overfit_oscillation",
-        }
-    ),
-    sufficient_findings=frozenset(
-        {
-            ("optimizer", "not_zeroed"),
-            ("optimizer", "not_optimized"),
-            ("optimizer", "no_gradient"),
-            ("optimizer", "no_update"),
-            ("modes", "eval_mode"),
-            ("outside_writes", "weights"),
-        }
-    ),
-)
+    explains=frozenset({
+        "gradient_vanishing", "warmup_too_short", "activation_saturation", "weight_blowup", "bad_initialization",
+        "stale_second_moment", "adam_epsilon_too_small", "momentum_reversal", "post_overfit_oscillation",
+    }),
+    sufficient_findings=frozenset({
+        ("optimizer", "not_zeroed"), ("optimizer", "not_optimized"), ("optimizer", "no_gradient"),
+        ("optimizer", "no_update"), ("modes", "eval_mode"), ("outside_writes", "weights"),
+    }),
+)  # fmt: skip

@@ -3,18 +3,18 @@
 Seen by: a gradient norm far out of its range in updates *before* the loss rose, with an ordinary batch and an ordinary
 learning rate.
 
-Against it: norms in their range until the loss itself jumped (then they are its symptom); clipping by norm that was on;
-Adam and the like, whose step one large gradient cannot lengthen, unless the lab finds that it did its harm out of the
-state; a loss that was back at once. Whatever lies upstream (a bad batch, a restart, a rate too high) takes its evidence
-away.
+Against it: norms in their range until the loss itself jumped (then they are its symptom); clipping by norm; Adam and
+similar optimizers, whose step one large gradient cannot lengthen, unless the lab finds that it did damage through the
+optimizer's state; a loss that recovered at once. Evidence for an upstream cause (a bad batch, a restart, a rate too
+high) is subtracted.
 
 Thresholds: out of range is by the norms' own history on the log scale; 10 times the usual norm is an explosion
-(AUTOTRAINER and TheDeepChecker use absolute values, which do not carry
-over between models; science.md 2.2).
+(AUTOTRAINER and TheDeepChecker use absolute values, which do not carry over between models; science.md 2.2).
 
-To do: clip at a value taken from the healthy norms; look at the parameter that grew most.
+To do: clip at a value taken from the healthy norms; look at the parameter whose gradient grew most.
 """
 
+import dataclasses
 import math
 from typing import Final
 
@@ -24,13 +24,13 @@ from lightning_spike.diagnosis import sentences
 from lightning_spike.diagnosis.cause import Cause, Fix
 from lightning_spike.diagnosis.fixes import clip_fix, clip_value
 from lightning_spike.diagnosis.judgement import Group
-from lightning_spike.diagnosis.observation import Observation, observer
+from lightning_spike.diagnosis.observation import Observation, observer, only_if
 from lightning_spike.diagnosis.observations.experiments import split_of_jump
-from lightning_spike.diagnosis.observations.gradient_in_state import EXPLODED, exploded_gradient_in_state
+from lightning_spike.diagnosis.observations.gradient_in_state import EXPLODED_FACTOR, exploded_gradient_in_state
 from lightning_spike.diagnosis.observations.rates import steady_rate
 from lightning_spike.diagnosis.observations.shared_evidence import (
     batch_values,
-    batches,
+    before_rise,
     early_gradient,
     finite,
     gradient_in_range,
@@ -39,35 +39,28 @@ from lightning_spike.diagnosis.observations.shared_evidence import (
 from lightning_spike.diagnosis.view import EpisodeView, Excess
 from lightning_spike.records import Change, Family
 
-LARGE: Final = 3.0
-"""Times its usual norm from which a gradient is large: what an outlier of a batch may well bring; engineering
-choice."""
-FACTORS: Final = ((100.0, "100-fold"), (50.0, "50-fold"), (EXPLODED, "10-fold"), (LARGE, "3-fold"))
-"""Factors over the usual norm, by level."""
+LARGE_FACTOR: Final = 3.0
+"""Multiple of its usual norm from which a gradient is large, as an outlier in the batch may cause;
+engineering choice."""
+FACTORS: Final = ((100.0, "100-fold"), (50.0, "50-fold"), (EXPLODED_FACTOR, "10-fold"), (LARGE_FACTOR, "3-fold"))
+"""Multiples of the usual norm, by level."""
 ADAPTIVE: Final = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad")
-"""Optimizers whose step a single large gradient cannot lengthen beyond about three times (Kingma & Ba: at most (1 - b1)
-/ sqrt(1 - b2))."""
+"""Optimizers whose step a single large gradient lengthens at most about three times (Kingma & Ba 2015)."""
 
 
-@observer("100-fold", "50-fold", "10-fold", "3-fold", "somewhat", "non-finite", "with the loss")
+@observer("100-fold", "50-fold", "10-fold", "3-fold", "somewhat", "non-finite", "with the loss", signal="grad_norm")
 def gradient_before(view: EpisodeView) -> Observation | None:
-    """How far the gradient norm was out of its range before the loss rose.
-
-    A non-finite norm is no step at all, but a NaN.
-    """
+    """How far the gradient norm was out of its range before the loss rose."""
     lead = early_gradient(view)
     excess = lead if lead is not None else view.excess("grad_norm", view.onset)
     if excess is None or not excess.above:
         return None
-    when = "in the batch whose loss jumped"
+    level, when = "with the loss", ", in the batch whose loss jumped"
     if lead is not None:
-        when = f"{batches(view.onset - excess.ordinal)} before the loss rose"
+        level, when = _level(excess.ratio), before_rise(view.onset - excess.ordinal)
     size = f"×{excess.ratio:.3g} its" if math.isfinite(excess.ratio) else "not finite, against a"
-    return Observation(
-        level="with the loss" if lead is None else _level(excess.ratio),
-        text=f"The gradient norm was {size} usual {excess.expected:.3g}, {when}.", signal="grad_norm",
-        step=view.step, observed=finite(excess.observed), expected=excess.expected,
-    )  # fmt: skip
+    text = f"The gradient norm was {size} usual {excess.expected:.3g}{when}."
+    return Observation(text, level=level, observed=finite(excess.observed), expected=excess.expected)
 
 
 def _level(ratio: float) -> str:
@@ -76,76 +69,65 @@ def _level(ratio: float) -> str:
     return next((name for factor, name in FACTORS if ratio >= factor), "somewhat")
 
 
-@observer("in range")
-def norms_in_range(view: EpisodeView) -> Observation | None:
-    """Ordinary norms before the loss jumped."""
-    return gradient_in_range(view) if view.once(_in_state) is None else None
+norms_in_range = only_if(lambda view: view.once(_in_state) is None, gradient_in_range, "norms_in_range")
 
 
-@observer("clipped")
+@observer("clipped", signal="grad_norm/after_clip")
 def clipping(view: EpisodeView) -> Observation | None:
-    """Clipping by norm that was on."""
+    """Clipping by norm was on."""
     value = view.facts.gradient_clip_val
     if value is None or view.facts.gradient_clip_algorithm != "norm":
         return None
     text = f"Gradients are clipped to a norm of {value:g}, so a large one does not make a large step."
-    return Observation(level="clipped", text=text, signal="grad_norm/after_clip", step=view.step, observed=value)
+    return Observation(text, observed=value)
 
 
-@observer("adaptive")
+@observer("adaptive", signal="grad_norm")
 def optimizer(view: EpisodeView) -> Observation | None:
     """An optimizer that scales its step by the gradient's own size."""
     names = [o.class_name for o in view.facts.optimizers]
     if not names or not all(name in ADAPTIVE for name in names):
         return None
     text = f"{names[0]} scales its step by the gradient's own size, so one large gradient cannot explode it."
-    return Observation(level="adaptive", text=text, signal="grad_norm", step=view.step)
+    return Observation(text)
 
 
-@observer("steady")
+@observer("steady", signal="lr")
 def rate(view: EpisodeView) -> Observation | None:
     """A learning rate without an event, where the gradient led the loss."""
     if early_gradient(view) is None or not steady_rate(view):
         return None
-    text = "The learning rate had no event near the onset."
-    return Observation(level="steady", text=text, signal="lr", step=view.step)
+    return Observation("The learning rate had no event near the onset.")
 
 
-@observer("holds the exploded gradient")
+@observer("holds the exploded gradient", signal="lab/attribution")
 def optimizer_state(view: EpisodeView) -> Observation | None:
-    """Damage that the experiments give to the optimizer's state, in later updates than that of the exploded gradient.
-
-    That gradient is in the state.
-    """
+    """Replay gives the damage of later updates to the optimizer's state, which holds the exploded gradient."""
     held = view.once(_in_state)
-    if held is None or view.experiments is None:
+    if held is None:
         return None
-    text = (
-        f"{sentences.jump(view.experiments)} The state held the exploded gradient of step {view.step_of(held.ordinal)}."
-    )
-    return Observation(
-        level="holds the exploded gradient", text=text, signal="lab/attribution", step=view.step,
-        observed=held.observed, expected=held.expected,
-    )  # fmt: skip
+    state = f"The optimizer's state held the exploded gradient of step {view.step_of(held.ordinal)}."
+    text = f"{sentences.jump(view.experiments)} {state}"
+    return Observation(text, observed=held.observed, expected=held.expected)
 
 
 @observer("ordinary after a large gradient", "ordinary", "odd", name="batch_values")
 def batch(view: EpisodeView) -> Observation | None:
-    """The values of the batch; ordinary ones tell more where a gradient led the loss."""
+    """The values of the batch; ordinary ones weigh more where a gradient led the loss."""
     found = batch_values(view)
     if found is None or found.level == "odd" or early_gradient(view) is None:
         return found
-    return Observation(level="ordinary after a large gradient", text=found.text, signal=found.signal, step=found.step)
+    return dataclasses.replace(found, level="ordinary after a large gradient")
 
 
 def _in_state(view: EpisodeView) -> Excess | None:
-    """The exploded gradient in the optimizer's state; not one of an odd batch, whose gradient is odd as well."""
+    """The exploded gradient in the optimizer's state, unless its batch was odd and explains the gradient."""
     held = exploded_gradient_in_state(view)
     return None if held is not None and view.oddities(held.ordinal) else held
 
 
 def _grown_most(view: EpisodeView) -> tuple[str, float] | None:
-    """The parameter whose gradient norm grew most against its own usual one, and by what factor."""
+    """The parameter whose gradient norm grew by the largest factor, and the factor; `None` if none grew."""
     lead = early_gradient(view)
     at = view.onset if lead is None else lead.ordinal
     names = view.store.layer_names.get("grad_norm", ())
@@ -172,14 +154,11 @@ def _summary(view: EpisodeView) -> str:
 def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
     layer = _grown_most(view)
     text = "Clip the gradient norm: Trainer(gradient_clip_val=1.0); GradNormMonitor shows what is usual in this run."
-    change = Change(setting="gradient_clip_val", value=clip_value(view) or 1.0)
-    clip = clip_fix(view) or (Fix(text, change),)
+    clip = clip_fix(view) or (Fix(text, Change(setting="gradient_clip_val", value=clip_value(view) or 1.0)),)
     if layer is None:
         return clip
-    return (
-        *clip,
-        Fix(f"Look at {layer[0]}, whose gradient grew ×{layer[1]:.3g}: its initial scale, a norm layer before it."),
-    )
+    look = f"Look at {layer[0]}, whose gradient grew ×{layer[1]:.3g}: its initial scale, a norm layer before it."
+    return (*clip, Fix(look))
 
 
 TESTED_BY: Final = frozenset({Group.INTRINSIC, Group.CLIPPING})

@@ -1,12 +1,11 @@
-"""`gradient_reversal`.
-
-Gradients point up the loss that they were made from: a term with the wrong sign, a hook, a loss that is maximised.
+"""`gradient_reversal`: gradients point up their own loss: a wrong sign, a hook, a loss that is maximised.
 
 Seen by: by experiment, a step down the update's own gradient, however short, raises the loss of its own batch, while
 the same step of an earlier update lowered it (slope below 0, science.md 2.3). Where all replayed updates are so, the
-loss must have fallen before: no training comes down with such gradients, unless the loss is meant to rise.
+loss must have fallen before: no loss falls with such gradients, unless it is meant to rise.
 
-Against it: a slope of about 1, or none measured; a loss that never fell, so that the sign may be meant (an adversary).
+Against it: a slope of about 1, or none measured; a loss that never fell, so that the sign may be intended (an
+adversary).
 
 Thresholds: `judgement.TURNED_SLOPE`; float32 rounding makes a hundredth of it.
 
@@ -20,7 +19,7 @@ import numpy as np
 from lightning_spike.diagnosis import judgement, sentences
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Fix
 from lightning_spike.diagnosis.judgement import Group
-from lightning_spike.diagnosis.observation import Observation, observer
+from lightning_spike.diagnosis.observation import Observation, observer, premise
 from lightning_spike.diagnosis.observations.shared_evidence import batch_values, transient_loss
 from lightning_spike.diagnosis.observations.upstream import rate_upstream
 from lightning_spike.diagnosis.view import EpisodeView
@@ -28,38 +27,34 @@ from lightning_spike.experiments import UpdateMeasurement
 from lightning_spike.records import Change, EpisodeKind, Family
 
 COMPARED_LOSSES: Final = 20
-"""Losses at the run's beginning and before the onset that are compared; engineering choice."""
+"""Losses at the start of the run and before the onset that are compared; engineering choice."""
 LOW_QUANTILE: Final = 0.1
 """Quantile of the first losses that the median of the last ones must be below; engineering choice."""
 
 
-@observer("no slope below 0")
-def turned_gradient(view: EpisodeView) -> Observation | None:
-    """The premise: the experiment shows a gradient that points up its own loss."""
-    if view.once(_turned_update) is not None:
-        return None
-    text = "No experiment shows a gradient that points up its own loss."
-    return Observation(level="no slope below 0", text=text, signal="lab/update", step=view.step)
+turned_gradient = premise(
+    "turned_gradient", lambda view: view.once(_turned_update) is not None, "no slope below 0",
+    "No experiment shows a gradient that points up its own loss.", signal="lab/update",
+)  # fmt: skip
+"""The premise: the experiment shows a gradient that points up its own loss."""
 
 
-@observer("turned", "turned throughout")
+@observer("turned", "turned throughout", signal="lab/update")
 def slope(view: EpisodeView) -> Observation | None:
     """The slope of the loss along the update's own gradient."""
     update = view.once(_turned_update)
     if update is None:
         return None
-    level = judgement.update_direction(update).replace("_", " ")
-    return Observation(
-        level=level, text=sentences.update(update), signal="lab/update", step=update.step,
-        observed=update.slope, expected=update.slope_usual, confirms=True,
-    )  # fmt: skip
+    level, text = judgement.update_direction(update).replace("_", " "), sentences.update(update)
+    seen, usual = update.slope, update.slope_usual
+    return Observation(text, level=level, step=update.step, observed=seen, expected=usual, confirms=True)
 
 
 def _turned_update(view: EpisodeView) -> UpdateMeasurement | None:
-    update = None if view.experiments is None else view.experiments.update
+    update = view.experiments.update
     direction = None if update is None else judgement.update_direction(update)
-    proven = direction == "turned" or (direction == "turned_throughout" and _loss_had_fallen(view))
-    return update if proven else None
+    is_proven = direction == "turned" or (direction == "turned_throughout" and _loss_had_fallen(view))
+    return update if is_proven else None
 
 
 def _loss_had_fallen(view: EpisodeView) -> bool:
@@ -69,18 +64,15 @@ def _loss_had_fallen(view: EpisodeView) -> bool:
 
 
 def _summary(view: EpisodeView) -> str:
-    return f"The gradients of the update before step {view.step} point up the loss they were made from, and {view.loss_text}."
+    return f"The gradients of the update before step {view.step} point up their own loss, and {view.loss_text}."
 
 
 def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
     update = view.once(_turned_update)
     where = f"the steps just before step {view.step}" if update is None else f"step {update.step}"
+    reasons = "a term with the wrong sign (adversarial or reversed), a hook on parameters or modules, a maximised loss"
     return (
-        Fix(
-            f"Find what turns the gradients at {where}: a term with the wrong sign (an adversarial or reversed one), "
-            "a hook on parameters or modules, a loss that is maximised.",
-            Change(setting="code", value="gradient"),
-        ),
+        Fix(f"Find what turns the gradients at {where}: {reasons}.", Change(setting="code", value="gradient")),
         Fix(f"Go on from a checkpoint from before {where} with an empty momentum: the present one points up the loss."),
     )
 

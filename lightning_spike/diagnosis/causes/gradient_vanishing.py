@@ -1,13 +1,11 @@
-"""`gradient_vanishing`.
-
-Gradients die out through depth: too many sigmoids in a row, without normalisation or residuals.
+"""`gradient_vanishing`: gradients die out through depth: too many sigmoids in a row, no normalisation or residuals.
 
 Seen by: the finding `vanished`: gradient norms of some layers have fallen to a fraction of their own past, far more
-than those of others, while the loss is no lower; by experiment, that with the weights and batches of before the
-gradient now falls off a hundred times as much from one module to an earlier one.
+than those of others, while the loss is no lower; by experiment, that with the old weights and batches the gradient now
+falls off a hundred times as much from one module to an earlier one.
 
-Against it: gradients in their range; damage that came with a long step, an odd batch or outside writes. Units that went
-flat first are its cause.
+Against it: gradients in their range; damage after a long step, an odd batch or outside writes. Units that went flat
+first are its cause.
 
 Thresholds: see `detectors.layer_falls`; a thousandth is AUTOTRAINER's.
 
@@ -20,7 +18,7 @@ from typing import Final
 
 from lightning_spike.diagnosis import sentences
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Fix
-from lightning_spike.diagnosis.observation import Observation, Observer, first_of, observer
+from lightning_spike.diagnosis.observation import Observation, first_of, observer, only_if
 from lightning_spike.diagnosis.observations.experiments import gradient_fall
 from lightning_spike.diagnosis.observations.shared_evidence import gradient_vanished_before
 from lightning_spike.diagnosis.observations.upstream import UPSTREAM
@@ -28,19 +26,18 @@ from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import Change, EpisodeKind, Family, Finding
 
 BATCHES_AROUND: Final = 96
-"""Batches around the onset in which the finding is looked for: it takes twice 16 rows, and up to 16 more to begin;
+"""Batches around the onset in which the finding counts: it takes twice 16 rows, and up to 16 more to begin;
 engineering choice."""
 NOT_VANISHED: Final = 0.5
 """A gradient above this fraction of its usual norm has not vanished; engineering choice."""
 STEEP_FALL: Final = 100.0
-"""Times as much as before that the gradient falls off between two modules by experiment, from which layers in between
-swallow it; engineering choice."""
+"""Factor by which the gradient falls off more between two modules from which layers in between block it;
+engineering choice."""
 FAR_FALL: Final = 1000.0
-"""Times that the norm has fallen from which a layer learns nothing any more (AUTOTRAINER's ratio of the first layer and
-the last)."""
+"""Factor on a norm's fall from which a layer learns nothing (AUTOTRAINER's ratio of the first layer and the last)."""
 
 
-@observer("steep")
+@observer("steep", signal="lab/modules")
 def _fall_by_experiment(view: EpisodeView) -> Observation | None:
     """The fall of the gradient between two modules, measured where no finding says it."""
     fall = _steep_fall(view)
@@ -48,44 +45,37 @@ def _fall_by_experiment(view: EpisodeView) -> Observation | None:
         return None
     early, late, factor = fall
     text = (
-        f"With the weights and batches from before, the gradient falls off {sentences.times(factor)} as much "
-        f"as it did from '{late}' back to '{early}'."
+        f"With the old weights and batches, the gradient now falls off {sentences.times(factor)} as much "
+        f"from '{late}' back to '{early}'."
     )
-    return Observation(level="steep", text=text, signal="lab/modules", step=view.step, observed=factor, expected=1.0)
+    return Observation(text, observed=factor, expected=1.0)
 
 
-@observer("far", "fallen", "none")
+@observer("far", "fallen", "none", signal="grad_norm")
 def _fallen_norms(view: EpisodeView) -> Observation | None:
     found = view.once(_finding)
     if found is None:
-        if not any(name.split("/")[0] == "grad_norm" for name in view.store.layers):
-            return None
-        return Observation(level="none", text="No layer has lost its gradient.", signal="grad_norm", step=view.step)
-    factor = _factor(found)
-    return Observation(
-        level="far" if factor is not None and factor >= FAR_FALL else "fallen", text=found.text, signal="grad_norm",
-        step=found.at.step, observed=found.number("now"), expected=found.number("before"),
-    )  # fmt: skip
+        is_recorded = any(name.split("/")[0] == "grad_norm" for name in view.store.layers)
+        return Observation("No layer has lost its gradient.", level="none") if is_recorded else None
+    factor, now, before = _factor(found), found.number("now"), found.number("before")
+    level = "far" if factor is not None and factor >= FAR_FALL else "fallen"
+    return Observation(found.text, level=level, step=found.at.step, observed=now, expected=before)
 
 
 @observer("stalled")
 def stalled_loss(view: EpisodeView) -> Observation | None:
-    """A loss that stands still."""
+    """A loss that stopped falling."""
     is_stall = view.kind is EpisodeKind.STALL and view.episode.loss_before is not None
-    if view.once(_finding) is None or not is_stall:
-        return None
-    return Observation(level="stalled", text="The loss stands still.", signal=view.episode.signal, step=view.step)
+    return Observation("The loss stopped falling.") if is_stall and view.once(_finding) is not None else None
 
 
-@observer("vanished")
-def total_norm(view: EpisodeView) -> Observation | None:
-    """The total gradient norm just before the onset."""
-    return None if view.once(_finding) is None else gradient_vanished_before(view)
+total_norm = only_if(lambda view: view.once(_finding) is not None, gradient_vanished_before, "total_norm")
+"""The total gradient norm just before the onset."""
 
 
-@observer("later")
+@observer("later", signal="grad_norm")
 def vanished_after_jump(view: EpisodeView) -> Observation | None:
-    """The gradients were in their range when the loss had jumped: they vanished by what the jump did to the weights."""
+    """The gradients were in range when the loss had jumped: damage to the weights made them vanish later."""
     found = view.once(_finding)
     names, before = ((), None) if found is None else (found.names(), found.number("before"))
     layers = view.store.layer_names.get("grad_norm", ())
@@ -96,21 +86,12 @@ def vanished_after_jump(view: EpisodeView) -> Observation | None:
     norms = [float(row.values[place]) for row in rows if len(row.values) == len(layers)]
     if not norms or not min(norms) >= NOT_VANISHED * before > 0.0:
         return None
-    text = (
-        f"When the loss had jumped, the gradient of {names[0]} was in its range ({min(norms):.3g}): it vanished later."
-    )
-    return Observation(
-        level="later", text=text, signal="grad_norm", step=view.step, observed=min(norms), expected=before
-    )
+    text = f"When the loss had jumped, the gradient of {names[0]} was still {min(norms):.3g}: it vanished later."
+    return Observation(text, observed=min(norms), expected=before)
 
 
-def _if_vanished(one: Observer) -> Observer:
-    """What lies upstream is asked only where gradients have vanished."""
-
-    def observe(view: EpisodeView) -> Observation | None:
-        return None if view.once(_finding) is None and _steep_fall(view) is None else one(view)
-
-    return Observer(one.name, one.levels, observe)
+def _has_vanished(view: EpisodeView) -> bool:
+    return view.once(_finding) is not None or _steep_fall(view) is not None
 
 
 def _finding(view: EpisodeView) -> Finding | None:
@@ -124,7 +105,7 @@ def _steep_fall(view: EpisodeView) -> tuple[str, str, float] | None:
 
 
 def _worst(view: EpisodeView) -> str:
-    """The module that has lost most of its gradient."""
+    """The module that has lost most of its gradient; empty where it is not known."""
     fall, found = _steep_fall(view), view.once(_finding)
     if fall is not None:
         return fall[0]
@@ -133,7 +114,7 @@ def _worst(view: EpisodeView) -> str:
 
 
 def _factor(found: Finding) -> float | None:
-    """By what factor the worst norm has fallen; infinite where it is 0."""
+    """Factor by which the worst norm has fallen; infinite where it is 0."""
     before, now = found.number("before"), found.number("now")
     if before is None or now is None or not before > 0.0 or now < 0.0:
         return None
@@ -148,10 +129,8 @@ def _summary(view: EpisodeView) -> str:
     factor, count, of = _factor(found), found.number("count"), found.number("of")
     fall = "to nothing" if factor is None or not math.isfinite(factor) else f"by a factor of {factor:.3g}"
     many = "some parameters" if count is None or of is None else f"{count:.0f} of {of:.0f} parameters"
-    what = f"By step {found.at.step} the gradients of {many} had all but vanished, most in {worst} ({fall})"
-    if view.episode.loss_peak is None:
-        return f"{what}; the loss does not show it."
-    return f"{what}; {view.loss_text}."
+    then = "the loss does not show it" if view.episode.loss_peak is None else view.loss_text
+    return f"By step {found.at.step} the gradients of {many} had vanished, most in {worst} ({fall}); {then}."
 
 
 def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
@@ -176,7 +155,7 @@ CAUSE: Final = Cause(
         stalled_loss,
         total_norm,
         vanished_after_jump,
-        *(_if_vanished(one) for one in UPSTREAM),
+        *(only_if(_has_vanished, one) for one in UPSTREAM),
     ),
     summary=_summary,
     fixes=_fixes,

@@ -1,15 +1,15 @@
 """`hard_sample_streak`: order sensitivity: hard or one-sided samples in a row, a sorted or unshuffled stretch.
 
 Seen by: several batches in a row whose targets are less mixed than those of any earlier batch: fewer classes, a lower
-entropy; for numeric targets a smaller spread within the batch. Each sample may be healthy; the order is not. The
-trouble comes during such a stretch or just after it, when the model has forgotten the rest.
+entropy; for numeric targets a smaller spread within the batch. The samples are healthy; their order is not. The loss
+rises during such a stretch or just after it, when the model has forgotten the rest.
 
 Against it: targets as mixed as before; a single such batch.
 
 Thresholds: the range is that of up to 128 batches that end 48 before the onset. Targets that are neither classes nor
 numbers cannot be judged.
 
-To do: shuffle, with a buffer longer than the stretch; where the order is wanted, mix in samples from before.
+To do: shuffle, with a buffer longer than the stretch; where the order is wanted, mix in earlier samples.
 """
 
 from typing import Final
@@ -26,20 +26,17 @@ from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import Change, Family
 
 LONG_STRETCH_BATCHES: Final = 6
-"""Batches from which it is a stretch that came sorted and no accident of a short reference; engineering choice."""
+"""Batches from which a stretch came sorted, and is no chance of a short reference; engineering choice."""
 
 
-@observer("as mixed as before", "unknown")
+@observer("as mixed as before", "unknown", signal="batch/target")
 def targets_mixed(view: EpisodeView) -> Observation | None:
     """The premise: a stretch of one-sided batches."""
     if view.once(one_sided) is not None:
         return None
     if not targets_known(view):
-        return Observation(
-            level="unknown", text="The order of samples was not recorded.", signal="batch/target", step=view.step
-        )
-    text = "The targets of the batches before and at the onset are as mixed as before."
-    return Observation(level="as mixed as before", text=text, signal="batch/target", step=view.step)
+        return Observation("The order of samples was not recorded.", level="unknown")
+    return Observation("The targets up to the onset are as mixed as before.", level="as mixed as before")
 
 
 @observer("long", "short")
@@ -49,20 +46,18 @@ def one_sided_stretch(view: EpisodeView) -> Observation | None:
     if found is None:
         return None
     signal, stretch = found
-    step = view.step_of(stretch.first)
+    step, usual = view.step_of(stretch.first), stretch.usual
     text = (
         f"The targets are less mixed than in any earlier batch in {batches(stretch.count)} from step {step} on "
-        f"({signal} down to {stretch.furthest:.3g}, usually {stretch.usual:.3g})."
+        f"({signal} down to {stretch.furthest:.3g}, usually {usual:.3g})."
     )
-    return Observation(
-        level="long" if stretch.count >= LONG_STRETCH_BATCHES else "short", text=text, signal=signal, step=step,
-        observed=stretch.furthest, expected=stretch.usual,
-    )  # fmt: skip
+    level = "long" if stretch.count >= LONG_STRETCH_BATCHES else "short"
+    return Observation(text, level=level, signal=signal, step=step, observed=stretch.furthest, expected=usual)
 
 
 @observer("longer than ever")
 def run_of_one_target(view: EpisodeView) -> Observation | None:
-    """Samples with the same target one behind the other, more than ever."""
+    """More samples in a row with the same target than ever before."""
     found = view.once(one_sided)
     if found is None:
         return None
@@ -70,20 +65,13 @@ def run_of_one_target(view: EpisodeView) -> Observation | None:
         series = reference_range(view, f"batch/{leaf}/longest_run", found[1].first, found[1].last)
         if series is not None and (run := float(series.values.max())) > series.high:
             text = f"Up to {run:.0f} samples in a row have the same target, usually {series.middle:.0f}."
-            return Observation(
-                level="longer than ever",
-                text=text,
-                signal=series.signal,
-                step=view.step,
-                observed=run,
-                expected=series.middle,
-            )
+            return Observation(text, signal=series.signal, observed=run, expected=series.middle)
     return None
 
 
 @observer("moves")
 def target_level(view: EpisodeView) -> Observation | None:
-    """Numbers that come sorted are all small, then all large."""
+    """Numeric targets that come sorted: first all small, then all large."""
     found = view.once(one_sided)
     if found is None or not found[0].endswith("/std"):
         return None
@@ -91,30 +79,20 @@ def target_level(view: EpisodeView) -> Observation | None:
     series = reference_range(view, signal, found[1].first, found[1].last + GUARD)
     if series is None or not (series.stretches(above=True) or series.stretches(above=False)):
         return None
-    text = (
-        f"In the same batches {signal} ran from {series.values.min():.3g} to {series.values.max():.3g}; "
-        f"before, from {series.low:.3g} to {series.high:.3g}."
-    )
-    return Observation(
-        level="moves",
-        text=text,
-        signal=signal,
-        step=view.step,
-        observed=float(series.values.max()),
-        expected=series.middle,
-    )
+    low, high = float(series.values.min()), float(series.values.max())
+    usual = f"before, from {series.low:.3g} to {series.high:.3g}"
+    text = f"In the same batches {signal} ran from {low:.3g} to {high:.3g}; {usual}."
+    return Observation(text, signal=signal, observed=high, expected=series.middle)
 
 
-@observer("order", "same in any order", "undecided")
+@observer("order", "same in any order", "undecided", signal="lab/sample_order")
 def reshuffled(view: EpisodeView) -> Observation | None:
-    """The lab's answer: what is left of the jump when the samples come in another order."""
-    found = None if view.experiments is None else view.experiments.sample_order
+    """The excess loss that is left when the samples are reshuffled."""
+    found = view.experiments.sample_order
     if found is None:
         return None
-    return Observation(
-        level=judgement.order_level(found), text=sentences.sample_order(found), signal="lab/sample_order",
-        step=view.step, observed=found.left, confirms=judgement.order_confirms(found),
-    )  # fmt: skip
+    level, confirms = judgement.order_level(found), judgement.order_confirms(found)
+    return Observation(sentences.sample_order(found), level=level, observed=found.left, confirms=confirms)
 
 
 def _where(view: EpisodeView) -> str:
@@ -134,14 +112,11 @@ def _summary(view: EpisodeView) -> str:
 def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
     found = view.once(one_sided)
     length = 0 if found is None else found[1].last - found[1].first + 1
+    buffer = f"for a stream a buffer of more than the {length} batches that came sorted {_where(view)}"
     return (
-        Fix(
-            f"Shuffle: DataLoader(shuffle=True), or for a stream a buffer of more than the {length} batches that came "
-            f"sorted {_where(view)}.",
-            Change(setting="shuffle", value="all"),
-        ),
+        Fix(f"Shuffle: DataLoader(shuffle=True), or {buffer}.", Change(setting="shuffle", value="all")),
         Fix("Where files are written class by class, interleave them; use another order in every epoch."),
-        Fix("Where the order is wanted, mix samples from before into every batch."),
+        Fix("Where the order is wanted, mix earlier samples into every batch."),
     )
 
 

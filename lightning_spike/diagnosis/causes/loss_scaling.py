@@ -1,8 +1,8 @@
-"""`loss_scaling`: in mixed precision the loss scale is far too large, so that updates are skipped, or far too small, so that gradients underflow.
+"""`loss_scaling`: in mixed precision the loss scale is far too large (skipped updates) or far too small (underflow).
 
-Seen by: a scale that moved by more than a scaler moves it; three and more of a hundred updates skipped while the loss
-was finite; a scale below 1; gradients that are suddenly all 0 in half precision; a replay in float32, in which the
-damage is not done.
+Seen by: a scale that changed by more than a scaler changes it; three and more of a hundred updates skipped while the
+loss was finite; a scale below 1; gradients that are suddenly all 0 in half precision; a replay in float32 without the
+damage.
 
 Against it: a run without a gradient scaler (float32, bfloat16); none of the above. Skipped updates while the loss
 itself is not finite are a symptom.
@@ -26,40 +26,36 @@ from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import Change, EpisodeKind, Family, Finding
 
 KINDS: Final = ("scale_leapt", "scale_too_low", "often_skipped")
-"""Findings of the detector "precision", the most telling first."""
+"""Findings of the detector "precision", the strongest first."""
 LOST_SHARE: Final = 0.5
-"""Share of the gradients' entries that are 0 or have lost digits from which they are lost in half precision;
-engineering choice …"""
+"""Share of gradient entries that are 0 or have lost digits from which gradients are lost in half precision;
+engineering choice."""
 LOST_MORE: Final = 0.3
-"""… if it is so much more than usual: a sparse model has zeros all along."""
+"""Rise of that share over the usual one: a sparse model always has zeros; engineering choice."""
 INITIAL_SCALE: Final = 65536.0
-"""Scale that torch's scaler begins with (torch 2024)."""
+"""Initial scale of torch's scaler (torch 2024)."""
 
 
-@observer("no scaler")
+@observer("no scaler", signal="loss_scale")
 def has_scaler(view: EpisodeView) -> Observation | None:
     """The premise: a loss scale."""
-    if "loss_scale" in view.store.history.signals:
-        return None
     text = f"The run has no loss scale (precision {view.facts.precision})."
-    return Observation(level="no scaler", text=text, signal="loss_scale")
+    return None if "loss_scale" in view.store.history.signals else Observation(text, step=None)
 
 
 def _finding_of(kind: str) -> Observer:
-    """A finding about the scale, by its distance to the onset."""
+    """Observe one kind of finding about the scale, by its distance to the onset."""
 
     def observe(view: EpisodeView) -> Observation | None:
         found = next((f for f in view.once(_findings) if f.kind == kind), None)
         if found is None:
             return None
-        observed = found.number("after")
-        return Observation(
-            level=_level(view, found), text=f"At step {found.at.step}: {found.text}", signal="loss_scale",
-            step=found.at.step, observed=found.number("scale") if observed is None else observed,
-            expected=found.number("before"),
-        )  # fmt: skip
+        level, text, after = _level(view, found), f"At step {found.at.step}: {found.text}", found.number("after")
+        observed = found.number("scale") if after is None else after
+        return Observation(text, level=level, step=found.at.step, observed=observed, expected=found.number("before"))
 
-    return Observer(kind, ("no episode", "loss not finite", "long before", "just before", "before", "earlier"), observe)
+    levels = ("no episode", "loss not finite", "long before", "just before", "before", "earlier")
+    return Observer(kind, levels, observe, "loss_scale")
 
 
 def _level(view: EpisodeView, found: Finding) -> str:
@@ -75,7 +71,7 @@ def _level(view: EpisodeView, found: Finding) -> str:
     return "before" if lag <= REACH else "earlier"
 
 
-@observer("lost")
+@observer("lost", signal="grad_underflow")
 def lost_gradients(view: EpisodeView) -> Observation | None:
     """The newest look at the gradients up to the episode, against the first ones of the run."""
     history = view.store.history
@@ -88,20 +84,19 @@ def lost_gradients(view: EpisodeView) -> Observation | None:
     if now < LOST_SHARE or now < usual + LOST_MORE:
         return None
     text = f"{now:.0%} of the gradients' entries are 0 or have lost digits in half precision, usually {usual:.0%}."
-    return Observation(level="lost", text=text, signal="grad_underflow", step=view.step, observed=now, expected=usual)
+    return Observation(text, observed=now, expected=usual)
 
 
-@observer("in range")
+@observer("in range", signal="loss_scale")
 def scale_in_range(view: EpisodeView) -> Observation | None:
     """A scale that moved as a scaler moves it, and gradients in its range."""
     if view.once(_findings) or lost_gradients(view) is not None:
         return None
-    text = "The loss scale moved as a scaler moves it, and gradients were within its range."
-    return Observation(level="in range", text=text, signal="loss_scale", step=view.step)
+    return Observation("The loss scale moved as a scaler moves it, and gradients were within its range.")
 
 
 def _findings(view: EpisodeView) -> tuple[Finding, ...]:
-    """One finding of each kind from before the episode; in a run whose loss shows nothing, the first of each."""
+    """One finding of each kind: the last before the episode, or the first in a run without an episode."""
     if view.store.episodes:
         return tuple(f for kind in KINDS if (f := earlier(view, "precision", kind)) is not None)
     found = [f for f in view.store.findings if f.detector == "precision"]
@@ -110,7 +105,7 @@ def _findings(view: EpisodeView) -> tuple[Finding, ...]:
 
 
 def _scale_before(view: EpisodeView) -> float:
-    """The scale from before it went wrong: the usual one of the run's updates that were not skipped up to then."""
+    """The median scale of the updates that were not skipped before the scale went wrong."""
     first = min((f.at.ordinal for f in view.once(_findings)), default=view.onset)
     history = view.store.history
     scale, skipped = history.series("loss_scale"), history.series("skipped_step")
@@ -119,23 +114,18 @@ def _scale_before(view: EpisodeView) -> float:
 
 
 def _summary(view: EpisodeView) -> str:
-    then = f", and {view.loss_text}" if view.store.episodes else ""
-    found = view.once(_findings)
-    if not found:
-        return f"Gradients left the range of half precision under the loss scale before step {view.step}{then}."
-    return f"{found[0].text.rstrip('.')}{then}."
+    found, left = view.once(_findings), "Gradients left the range of half precision under the loss scale before step"
+    return f"{found[0].text.rstrip('.') if found else f'{left} {view.step}'}{view.consequence}."
 
 
 def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
     before = _scale_before(view)
-    return (
-        Fix(
-            f"Begin with a loss scale of {before:.5g}, which the run tolerated: MixedPrecision('16-mixed', device, "
-            f"torch.amp.GradScaler(init_scale={before:.5g}, growth_interval=2000)), and look for what sets another.",
-            Change(setting="loss_scale", value=before),
-        ),
-        Fix(f"Or train in 'bf16-mixed' in place of '{view.facts.precision}', which needs no loss scale."),
+    text = (
+        f"Begin with a loss scale of {before:.5g}, which the run tolerated: MixedPrecision('16-mixed', device, "
+        f"torch.amp.GradScaler(init_scale={before:.5g}, growth_interval=2000)), and look for what sets another."
     )
+    other = f"Or train in 'bf16-mixed' in place of '{view.facts.precision}', which needs no loss scale."
+    return Fix(text, Change(setting="loss_scale", value=before)), Fix(other)
 
 
 TESTED_BY: Final = frozenset({Group.NUMERICS})

@@ -1,8 +1,8 @@
-"""`lr_scheduler_fault`: the schedule jumps where no schedule should: a bug, a wrong interval, a bad resume, user code.
+"""`lr_scheduler_fault`: the rate jumps where no schedule should: a bug, a wrong interval, a bad resume, user code.
 
 Seen by: a learning rate that rose by more than any configured schedule explains, or that is not finite, at most a few
 updates before the loss (findings `unexplained_jump`, `nonfinite`). A schedule that counts batches where epochs were
-meant (finding `wrong_interval`) is one too, though each of its moves is by design.
+meant (finding `wrong_interval`) counts too, though each of its moves is by design.
 
 Against it: no such event near; a loss that was out of its range for a single batch; a replay that gives the jump to the
 batch. A restart by schedule is `lr_restart`.
@@ -18,29 +18,30 @@ from typing import Final
 from lightning_spike.diagnosis.cause import Cause, Fix
 from lightning_spike.diagnosis.constants import NEAR
 from lightning_spike.diagnosis.judgement import Group
-from lightning_spike.diagnosis.observation import Observation, observer
+from lightning_spike.diagnosis.observation import Observation, observer, premise
 from lightning_spike.diagnosis.observations.experiments import split_of_jump
 from lightning_spike.diagnosis.observations.rates import (
     JUMPS,
     NEARNESS,
     SCHEDULED,
     RateEvent,
-    event_level,
     rate_event,
     shown_after_event,
 )
-from lightning_spike.diagnosis.observations.shared_evidence import batch_values, finite, rate_text, transient_loss
+from lightning_spike.diagnosis.observations.shared_evidence import (
+    batch_values,
+    event_observation,
+    rate_text,
+    transient_loss,
+)
 from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import Change, Family, Finding
 
-
-@observer("none")
-def unscheduled_jump(view: EpisodeView) -> Observation | None:
-    """The premise: a jump of the rate near the onset."""
-    if view.once(_event) is not None:
-        return None
-    text = "The learning rate did not jump against its schedule."
-    return Observation(level="none", text=text, signal="lr", step=view.step)
+unscheduled_jump = premise(
+    "unscheduled_jump", lambda view: view.once(_event) is not None, "none",
+    "The learning rate did not jump against its schedule.", signal="lr",
+)  # fmt: skip
+"""The premise: a jump of the rate near the onset."""
 
 
 @observer(*NEARNESS)
@@ -49,10 +50,7 @@ def jump(view: EpisodeView) -> Observation | None:
     event = view.once(_event)
     if event is None:
         return None
-    return Observation(
-        level=event_level(view, event), text=f"{rate_text(event)}; no configured schedule does that.",
-        signal=event.signal, step=event.step, observed=finite(event.after), expected=event.before,
-    )  # fmt: skip
+    return event_observation(view, event, f"{rate_text(event)}; no configured schedule does that.")
 
 
 @observer("wrong")
@@ -64,7 +62,7 @@ def interval(view: EpisodeView) -> Observation | None:
     configured, setting, value = (found.detail.get(key) for key in ("configured", "setting", "value"))
     length = "" if setting is None else f", though {setting} = {value} looks meant for the other"
     text = f"The schedule is configured to move once per {configured}{length}."
-    return Observation(level="wrong", text=text, signal=f"lr-{found.detail.get('name')}", step=found.at.step)
+    return Observation(text, signal=f"lr-{found.detail.get('name')}", step=found.at.step)
 
 
 @observer("just before")
@@ -74,7 +72,7 @@ def resume(view: EpisodeView) -> Observation | None:
     if event is None or view.facts.resumed_from is None or event.step - view.facts.first_step > NEAR:
         return None
     text = f"The run was resumed at step {view.facts.first_step}, just before."
-    return Observation(level="just before", text=text, signal=event.signal, step=event.step)
+    return Observation(text, signal=event.signal, step=event.step)
 
 
 def _event(view: EpisodeView) -> RateEvent | None:
@@ -101,17 +99,9 @@ def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
     if wrong is not None:
         return (Fix(_swap_text(wrong), change), go_back)
     steady = "its schedule's value" if event.before is None else f"{event.before:.3g}, its value at the update before"
-    return (
-        Fix(
-            f"Find what set {event.signal} to {event.after:.3g} at step {event.step}, and put it back to {steady}.",
-            change,
-        ),
-        Fix(
-            f"{_schedules(view)} Check the interval, "
-            "and what on_train_batch_start/end or a resume do to param_groups['lr']."
-        ),
-        go_back,
-    )
+    find = f"Find what set {event.signal} to {event.after:.3g} at step {event.step}, and set it back to {steady}."
+    check = "Check the interval, and what on_train_batch_start/end or a resume do to param_groups['lr']."
+    return Fix(find, change), Fix(f"{_schedules(view)} {check}"), go_back
 
 
 def _swap_text(wrong: Finding) -> str:

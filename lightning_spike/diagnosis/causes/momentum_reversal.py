@@ -1,17 +1,15 @@
-"""`momentum_reversal`.
-
-Accumulated momentum points against the present gradient, and carries the weights on where the gradient has turned.
+"""`momentum_reversal`: the accumulated momentum points against the present gradient.
 
 Seen by: a momentum that was changed to nearly 1 just before (finding `settings_changed`); a cosine between momentum and
 gradient below -0.3 and below nearly all of the run's own, just before the loss rose; a step that went up the gradients
 of the batches before; a replay that gives the damage to the momentum.
 
 Against it: an optimizer without momentum; a cosine in its range; a replay that clears the optimizer's state, or one
-after a gradient that exploded, which is then in the state. Gradients that themselves point up their loss are
+after a gradient that exploded, which is then in the state. Gradients that point up their own loss are
 `gradient_reversal`.
 
-Thresholds: science.md 2.3. The cosine is looked at every tenth update, so that a short turn can pass between two looks;
-that none was seen weighs little then.
+Thresholds: science.md 2.3. The cosine is measured every tenth update, so that a short turn can pass between two looks;
+a missing one weighs little then.
 
 To do: a lower momentum, or an empty one from before the turn; lower the rate or clip where gradients turn often.
 """
@@ -24,8 +22,8 @@ from lightning_spike.diagnosis import judgement, sentences
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Fix
 from lightning_spike.diagnosis.constants import NEAR, REACH, REFERENCE
 from lightning_spike.diagnosis.judgement import Group
-from lightning_spike.diagnosis.observation import Observation, first_of, observer
-from lightning_spike.diagnosis.observations.experiments import split_of_jump
+from lightning_spike.diagnosis.observation import Observation, first_of, observer, only_if, premise
+from lightning_spike.diagnosis.observations.experiments import finer_shares, split_of_jump
 from lightning_spike.diagnosis.observations.gradient_in_state import exploded_gradient_in_state
 from lightning_spike.diagnosis.observations.settings import (
     SETTING_LEVELS,
@@ -39,30 +37,28 @@ from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import Change, EpisodeKind, Family
 
 HIGH_MOMENTUM: Final = 0.99
-"""A momentum from which weights run on for a hundred steps, 1 / (1 - beta); usual are 0.9 and, with large batches,
-0.95; engineering choice."""
+"""Momentum from which weights run on for a hundred updates, 1 / (1 - beta); usual are 0.9 to 0.95;
+engineering choice."""
 USUAL_MOMENTUM: Final = 0.9
-"""Momentum of nearly all recipes (Kingma & Ba 2015); what to go back to."""
+"""Momentum of nearly all recipes (Kingma & Ba 2015)."""
 LONGER_MEMORY: Final = 2.0
 """Factor on the memory 1 / (1 - beta) from which a momentum was raised, and not merely tuned; engineering choice."""
 OPPOSED_COSINE: Final = -0.3
 """Cosine between gradient and momentum below which they oppose each other (science.md 2.3)."""
 MIN_COSINES: Final = 8
-"""Healthy cosines without which none is called odd; engineering choice."""
+"""Healthy cosines without which none is unusual; engineering choice."""
 RARE_QUANTILE: Final = 0.02
-"""Quantile of the healthy cosines that an odd one lies below: near a minimum the cosine is about 0 and scatters;
+"""Quantile of the healthy cosines below which one is unusual: near a minimum the cosine scatters about 0;
 engineering choice."""
 SHOWS_WITHIN: Final = 64
-"""Batches after a momentum was raised in which it shows: it swings up over its memory of a hundred updates and more;
-engineering choice."""
+"""Batches in which a raised momentum shows: it builds up over its memory of a hundred updates; engineering choice."""
 
 
-@observer("none")
-def has_momentum(view: EpisodeView) -> Observation | None:
-    """The premise: an optimizer with momentum."""
-    if _momentum(view) is not None or not view.facts.optimizers:
-        return None
-    return Observation(level="none", text="The optimizer has no momentum.", signal="momentum")
+has_momentum = premise(
+    "has_momentum", lambda view: _momentum(view) is not None or not view.facts.optimizers, "none",
+    "The optimizer has no momentum.", signal="momentum", step=None,
+)  # fmt: skip
+"""The premise: an optimizer with momentum."""
 
 
 @observer(*SETTING_LEVELS)
@@ -71,71 +67,60 @@ def _raised_momentum(view: EpisodeView) -> Observation | None:
     return None if change is None else setting_change(view, change, soon=SHOWS_WITHIN)
 
 
-@observer("high")
+@observer("high", signal="momentum")
 def _high_momentum(view: EpisodeView) -> Observation | None:
     momentum = _momentum(view)
     if momentum is None or momentum < HIGH_MOMENTUM:
         return None
     text = f"The momentum is {momentum:.4g}: the weights run on for {1.0 / (1.0 - momentum):.0f} updates."
-    return Observation(level="high", text=text, signal="momentum", observed=momentum, expected=USUAL_MOMENTUM)
+    return Observation(text, step=None, observed=momentum, expected=USUAL_MOMENTUM)
 
 
-@observer("opposed", "in range", "unknown")
+@observer("opposed", "in range", "unknown", signal="momentum_cosine")
 def cosine(view: EpisodeView) -> Observation | None:
     """The lowest cosine of momentum and gradient just before the onset against those of healthy batches."""
     found = view.once(_cosine)
     by_setting = view.once(_raised) is not None or _by_gradient(view)
-    return None if by_setting and found is not None and found.level != "opposed" else found
+    return None if by_setting and found.level != "opposed" else found
 
 
-def _cosine(view: EpisodeView) -> Observation | None:
+def _cosine(view: EpisodeView) -> Observation:
     usual = view.before("momentum_cosine", REFERENCE)
     near = view.store.history.between("momentum_cosine", view.onset - REACH, view.onset)
     near = near[np.isfinite(near)]
     if usual.size < MIN_COSINES or near.size == 0:
-        text = "Nothing shows that the momentum turned."
-        return Observation(level="unknown", text=text, signal="momentum_cosine", step=view.step)
+        return Observation("Nothing shows that the momentum turned.", level="unknown")
     lowest, middle = float(near.min()), float(np.median(usual))
     is_odd = lowest < OPPOSED_COSINE and lowest < float(np.quantile(usual, RARE_QUANTILE))
     text = f"The cosine between momentum and gradient was {lowest:.2g} just before, usually {middle:.2g}."
-    return Observation(
-        level="opposed" if is_odd else "in range", text=text, signal="momentum_cosine", step=view.step,
-        observed=lowest, expected=middle,
-    )  # fmt: skip
+    return Observation(text, level="opposed" if is_odd else "in range", observed=lowest, expected=middle)
 
 
-@observer("wrong_direction", "too_long", "ordinary")
+@observer("wrong_direction", "too_long", "ordinary", signal="lab/update")
 def direction(view: EpisodeView) -> Observation | None:
     """Whether the damaging step went down or up the gradients of the batches before."""
-    update = None if view.experiments is None else view.experiments.update
+    update = view.experiments.update
     if update is None:
         return None
-    return Observation(
-        level=judgement.update_direction(update), text=sentences.update(update), signal="lab/update",
-        step=view.step, observed=update.against,
-    )  # fmt: skip
+    level = judgement.update_direction(update)
+    return Observation(sentences.update(update), level=level, observed=update.against)
 
 
 @observer(
     "exploded gradient in state", "momentum", "state", "state of the located update",
-    "steps, momentum raised", "undecided", "refuted",
+    "steps, momentum raised", "undecided", "refuted", signal="lab/attribution",
 )  # fmt: skip
 def state_share(view: EpisodeView) -> Observation | None:
     """The share of the jump that replay gives to the optimizer's state.
 
-    Where the momentum itself was changed, replay takes that for the baseline and finds long steps.
-
-    Gradients that point the other way for a while look like steps that are too long all the time, so that the damaging
-    update's own share of the state refutes nothing then; but it shows little either, for too high a rate swings
-    momentum up just so.
+    Where the momentum itself was changed, replay uses it as the baseline and finds long steps. Gradients that point the
+    other way for a while look like chronically long steps; then the state's share of the located update refutes
+    nothing. It shows little either, because too high a rate builds up momentum in the same way.
     """
-    if not view.shares or view.experiments is None:
-        return None
     share = view.shares.get(Group.OPTIMIZER, 0.0)
-    return Observation(
-        level=_share_level(view, share), text=sentences.jump(view.experiments), signal="lab/attribution",
-        step=view.step, observed=share,
-    )  # fmt: skip
+    if not view.shares:
+        return None
+    return Observation(sentences.jump(view.experiments), level=_share_level(view, share), observed=share)
 
 
 def _share_level(view: EpisodeView, share: float) -> str:
@@ -152,32 +137,19 @@ def _share_level(view: EpisodeView, share: float) -> str:
     return "undecided" if share > judgement.REFUTING_SHARE else "refuted"
 
 
-@observer(*batch_values.levels, name="batch_values")
-def batch(view: EpisodeView) -> Observation | None:
-    """The values of the batch; asked only where no setting was changed."""
-    return batch_values(view) if view.once(_raised) is None else None
-
-
-@observer(*rate_upstream.levels, name="rate_upstream")
-def rate(view: EpisodeView) -> Observation | None:
-    """A rate that has jumped or climbed swings the momentum up: then the rate is the cause."""
-    return rate_upstream(view) if view.once(_raised) is None else None
-
-
 def _by_gradient(view: EpisodeView) -> bool:
     return view.shares.get(Group.GRADIENT, 0.0) >= judgement.CONFIRMING_SHARE
 
 
 def _share_of_located_state(view: EpisodeView) -> float:
-    attribution = None if view.experiments is None else view.experiments.attribution
+    attribution = view.experiments.attribution
     shares = () if attribution is None else attribution.shares
     return sum(max(s.share, 0.0) for s in shares if s.group == Group.OPTIMIZER)
 
 
 def _is_momentum(view: EpisodeView) -> bool:
     """Whether the finer experiment found the momentum, and not the second moments."""
-    attribution = None if view.experiments is None else view.experiments.attribution
-    parts = {} if attribution is None else {s.factor: s.share for s in attribution.finer}
+    parts = finer_shares(view)
     if not parts:
         return view.beta2 is None
     return parts.get("momentum", 0.0) > max(parts.get("second_moments", 0.0), 0.0)
@@ -197,8 +169,12 @@ def _raised(view: EpisodeView) -> SettingChange | None:
     return changed_setting(view, _is_raised, "momentum", "betas")
 
 
+def _is_not_raised(view: EpisodeView) -> bool:
+    return view.once(_raised) is None
+
+
 def _is_raised(change: SettingChange) -> bool:
-    """The memory 1 / (1 - beta) is that of a momentum near 1, and clearly longer than it was."""
+    """Whether the momentum is now near 1, with a clearly longer memory 1 / (1 - beta)."""
     return change.after >= HIGH_MOMENTUM and 1.0 - change.before >= LONGER_MEMORY * (1.0 - change.after)
 
 
@@ -207,14 +183,14 @@ def _memory(momentum: float) -> str:
 
 
 def _summary(view: EpisodeView) -> str:
-    then = f", and {view.loss_text}" if view.store.episodes else ""
     change = view.once(_raised)
     if change is not None:
         what = change.text.replace("betas", "the first beta").replace("momentum of", "the momentum of")
-        return f"{what[:1].upper()}{what[1:]}, so that weights run on for some {_memory(change.after)} updates{then}."
+        what = f"{what[:1].upper()}{what[1:]}"
+        return f"{what}, so that weights run on for some {_memory(change.after)} updates{view.consequence}."
     found = view.once(_cosine)
-    value = "" if found is None or found.observed is None else f" (cosine {found.observed:.2g})"
-    return f"The momentum pointed against the gradient{value} just before step {view.step}{then}."
+    value = "" if found.observed is None else f" (cosine {found.observed:.2g})"
+    return f"The momentum pointed against the gradient{value} just before step {view.step}{view.consequence}."
 
 
 def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
@@ -241,8 +217,8 @@ CAUSE: Final = Cause(
         direction,
         state_share,
         transient_loss,
-        batch,
-        rate,
+        only_if(_is_not_raised, batch_values),
+        only_if(_is_not_raised, rate_upstream),
         split_of_jump(frozenset({Group.OPTIMIZER})),
     ),
     summary=_summary,

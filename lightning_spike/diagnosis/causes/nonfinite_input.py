@@ -3,12 +3,12 @@
 Seen by: the count of non-finite values in the batch at the onset, 0 in healthy batches; a loss that is not finite at
 once; the lab's search for the first non-finite value, which ends at the input.
 
-Against it: a batch whose values are all finite, or in which NaN is usual (it stands for "missing" and the model knows);
-an origin inside the model.
+Against it: a batch whose values are all finite, or in which NaN is usual (it stands for "missing" and the model handles
+it); an origin inside the model.
 
 Thresholds: none; the count is exact. One NaN that no healthy batch has is evidence of more than a hundred to one.
 
-To do: find the sample and mend the step that made it; keep non-finite values out of the loader.
+To do: find the sample and correct the step that made it; keep non-finite values out of the loader.
 """
 
 import math
@@ -33,37 +33,31 @@ def nonfinite_count(view: EpisodeView) -> Observation | None:
     """The non-finite values in the batch; where values cannot be counted (tokens), whether the loss is finite."""
     worst = view.once(_worst_leaf)
     if worst is not None:
-        leaf, count = worst
-        text = f"'{leaf}' in the batch at step {view.step_of(_batch(view))} holds {_values(count)}; healthy batches hold none."
-        return Observation(
-            level="only in this batch", text=text, signal=f"batch/{leaf}/nonfinite", step=view.step,
-            observed=finite(count), expected=0.0,
-        )  # fmt: skip
+        (leaf, count), step = worst, view.step_of(_batch(view))
+        text, signal = f"{_held(leaf, count, step)}; healthy batches hold none.", f"batch/{leaf}/nonfinite"
+        return Observation(text, level="only in this batch", signal=signal, observed=finite(count), expected=0.0)
     if all(view.at_onset(f"batch/{leaf}/nonfinite") is None for leaf in view.leaves("nonfinite")):
         return _finite_loss(view)
     text = f"All values of the batch at step {view.step} are finite, or as often non-finite as in healthy batches."
-    return Observation(level="none", text=text, signal="batch", step=view.step, observed=0.0, expected=0.0)
+    return Observation(text, level="none", signal="batch", observed=0.0, expected=0.0)
 
 
 def _finite_loss(view: EpisodeView) -> Observation | None:
-    loss = view.at_onset(view.episode.signal)
-    if loss is None or not math.isfinite(loss):
+    loss = finite(view.at_onset(view.episode.signal))
+    if loss is None:
         return None
-    text = f"The loss at step {view.step} is finite."
-    return Observation(level="finite loss", text=text, signal=view.episode.signal, step=view.step, observed=loss)
+    return Observation(f"The loss at step {view.step} is finite.", level="finite loss", observed=loss)
 
 
-@observer("input", "inside the model")
+@observer("input", "inside the model", signal="lab/first_nonfinite")
 def origin(view: EpisodeView) -> Observation | None:
     """Where the lab found the first non-finite value."""
-    found = None if view.experiments is None else view.experiments.first_nonfinite
+    found = view.experiments.first_nonfinite
     if found is None:
         return None
     in_input = found.phase == "input"
-    return Observation(
-        level="input" if in_input else "inside the model", text=sentences.first_nonfinite(found),
-        signal="lab/first_nonfinite", step=view.step, confirms=in_input,
-    )  # fmt: skip
+    level = "input" if in_input else "inside the model"
+    return Observation(sentences.first_nonfinite(found), level=level, confirms=in_input)
 
 
 @observer("finite", "non-finite")
@@ -73,12 +67,11 @@ def loss_of_batch(view: EpisodeView) -> Observation | None:
     if loss is None:
         return None
     level = "finite" if math.isfinite(loss) else "non-finite"
-    text = f"The loss of that very batch is {level}."
-    return Observation(level=level, text=text, signal=view.episode.signal, step=view.step, observed=finite(loss))
+    return Observation(f"The loss of that very batch is {level}.", level=level, observed=finite(loss))
 
 
 def _worst_leaf(view: EpisodeView) -> tuple[str, float] | None:
-    """The leaf with the most non-finite values in the batch, of those that are usually without."""
+    """The leaf with the most non-finite values in the batch, of those that are usually finite."""
     counts = [(leaf, count) for leaf in view.leaves("nonfinite") if (count := _unusual(view, leaf)) is not None]
     return max(counts, key=lambda c: c[1], default=None)
 
@@ -98,29 +91,25 @@ def _unusual(view: EpisodeView, leaf: str) -> float | None:
     return None if (view.before(signal, REFERENCE_BATCHES) > 0.0).any() else count
 
 
-def _values(count: float) -> str:
-    if not math.isfinite(count):
-        return "NaN or Inf"
-    return f"{count:.0f} NaN or Inf value{'' if count == 1 else 's'}"
+def _held(leaf: str, count: float, step: int) -> str:
+    number, plural = f"{count:.0f} " if math.isfinite(count) else "", "" if count == 1 else "s"
+    return f"'{leaf}' in the batch at step {step} holds {number}NaN or Inf value{plural}"
 
 
 def _summary(view: EpisodeView) -> str:
     worst = view.once(_worst_leaf)
     if worst is None:
         return f"NaN or Inf came in with the batch at step {view.step}, and {view.loss_text}."
-    step = view.step_of(_batch(view))
-    return f"'{worst[0]}' in the batch at step {step} holds {_values(worst[1])}, and {view.loss_text}."
+    return f"{_held(*worst, view.step_of(_batch(view)))}, and {view.loss_text}."
 
 
 def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
     worst = view.once(_worst_leaf)
-    leaf = "input" if worst is None else worst[0]
+    leaf, repair = "input" if worst is None else worst[0], "torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)"
+    where = "In the dataset's __getitem__, after the last transform"
     return (
         dataset_fix(view),
-        Fix(
-            f"In the dataset's __getitem__, after the last transform, refuse or replace non-finite values in '{leaf}': "
-            "torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0), and count how often."
-        ),
+        Fix(f"{where}, reject or overwrite non-finite values in '{leaf}': {repair}, and count how often."),
         Fix(f"Go back to a checkpoint from before step {view.step}: weights that took in NaN do not recover."),
     )
 

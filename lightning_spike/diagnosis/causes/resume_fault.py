@@ -1,13 +1,13 @@
-"""`resume_fault`: after a resume something is missing or has begun again: optimizer state, schedule, learning rate.
+"""`resume_fault`: a resume lost or restarted something: optimizer state, schedule, learning rate.
 
-Seen by: what the checkpoint held (how many parameters had which state, its norm, the scheduler's place, the learning
-rates, all written into it) against what was there at the first batch of the
-resumed run. Without that summary: trouble in the first batches after a resume.
+Seen by: what the checkpoint held (number of parameters with each state, its norm, the scheduler's place, the learning
+rates, all written into it) against the first batch of the resumed run. Without that summary: an episode in the first
+batches after a resume.
 
-Against it: a run that was not resumed; a resume that restored everything; trouble long after the resume.
+Against it: a run that was not resumed; a resume that restored everything; an episode long after the resume.
 
-Thresholds: places and rates are compared exactly, norms to a thousandth (a state that is cast loses so much). Random
-states are never restored by Lightning and are not compared.
+Thresholds: places and rates are compared exactly, norms to a thousandth (a cast of the state loses so much). Lightning
+never restores random states, so they are not compared.
 
 To do: restore what is missing: hand the whole checkpoint to `fit(ckpt_path=...)`, or take the lost part from it.
 """
@@ -16,7 +16,8 @@ from typing import Final
 
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Fix
 from lightning_spike.diagnosis.constants import GUARD, REACH
-from lightning_spike.diagnosis.observation import Observation, Observer, observer
+from lightning_spike.diagnosis.observation import Observation, Observer, observer, premise
+from lightning_spike.diagnosis.observations.outside import is_watched
 from lightning_spike.diagnosis.observations.shared_evidence import batches
 from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import Change, EpisodeKind, Family, Finding
@@ -25,42 +26,34 @@ STATE: Final = "optimizer_state"
 SCHEDULE: Final = "schedule"
 LOST: Final = {STATE: "the optimizer's state", SCHEDULE: "the schedule"}
 SOON_BATCHES: Final = 64
-"""Batches after a resume in which the loss shows what it lost: momenta settle in some 1 / (1 - beta), second moments in
-more; users report spikes within 50 steps (science.md 2)."""
+"""Batches after a resume in which the loss shows what was lost: users report spikes within 50 steps (science.md 2)."""
 LATE_BATCHES: Final = 400
-"""Batches up to which it may: a second moment with beta2 = 0.999 needs a thousand to settle, a schedule that runs
-behind does so for good; engineering choice."""
-COMPARED: Final = ("update_rms", "momentum_cosine", "update_norm", "update_norm/none")
-"""Signals of which at least one is there where the resume was compared with its checkpoint, if that had been written
-under the same watch."""
+"""Batches up to which it may: a second moment with beta2 = 0.999 needs a thousand to settle, a schedule that lags does
+so for good; engineering choice."""
 WHOLE: Final = (
-    "Resume with `trainer.fit(module, ckpt_path=...)` from a checkpoint that was not saved with `save_weights_only=True`, "
-    "and look at every `on_load_checkpoint` and `load_state_dict` of module and callbacks for what they leave out."
+    "Resume with `trainer.fit(module, ckpt_path=...)` from a checkpoint saved without `save_weights_only=True`. Look at "
+    "every `on_load_checkpoint` and `load_state_dict` of module and callbacks for what they leave out."
 )
 
 
-@observer("not resumed")
-def resumed(view: EpisodeView) -> Observation | None:
-    """The premise: a resumed run."""
-    if view.facts.resumed_from is not None:
-        return None
-    text = "The run was not resumed from a checkpoint."
-    return Observation(level="not resumed", text=text, signal="resume", step=view.step)
+resumed = premise(
+    "resumed", lambda view: view.facts.resumed_from is not None, "not resumed",
+    "The run was not resumed from a checkpoint.", signal="resume",
+)  # fmt: skip
+"""The premise: a resumed run."""
 
 
 def _lost(kind: str) -> Observer:
-    """What a resume lost of one kind."""
+    """Observe one kind of loss at a resume."""
 
     def observe(view: EpisodeView) -> Observation | None:
         found = next((f for f in view.once(_findings) if f.kind == kind), None)
         if found is None:
             return None
-        return Observation(
-            level=_lost_level(view), text=found.text, signal=f"resume/{kind}", step=found.at.step,
-            observed=found.number("restored"), expected=found.number("saved"),
-        )  # fmt: skip
+        restored, saved = found.number("restored"), found.number("saved")
+        return Observation(found.text, level=_lost_level(view), step=found.at.step, observed=restored, expected=saved)
 
-    return Observer(f"lost_{kind}", ("soon", "late", "long after"), observe)
+    return Observer(f"lost_{kind}", ("soon", "late", "long after"), observe, f"resume/{kind}")
 
 
 def _lost_level(view: EpisodeView) -> str:
@@ -70,29 +63,25 @@ def _lost_level(view: EpisodeView) -> str:
     return "late" if since <= LATE_BATCHES else "long after"
 
 
-@observer("no difference", "not compared")
+@observer("no difference", "not compared", signal="resume")
 def restored(view: EpisodeView) -> Observation | None:
-    """A comparison that found nothing; or a checkpoint without a summary, which cannot be told apart afterwards."""
+    """A comparison that found nothing, or a checkpoint without a summary."""
     if view.once(_findings):
         return None
-    level = "not compared"
-    if any(signal in view.store.history.signals for signal in COMPARED):
-        level = "no difference"
     text = "No difference was seen between what was saved and what was restored."
-    return Observation(level=level, text=text, signal="resume", step=view.step)
+    return Observation(text, level="no difference" if is_watched(view) else "not compared")
 
 
-@observer("at the resume", "soon after", "long after")
+@observer("at the resume", "soon after", "long after", signal="resume")
 def distance(view: EpisodeView) -> Observation | None:
     """How long after the resume the loss rose, where nothing else is known."""
     if view.once(_findings):
         return None
     since = _since(view)
-    level = "long after"
-    if since <= REACH:
-        level = "at the resume" if since <= GUARD else "soon after"
+    level = "soon after" if since <= REACH else "long after"
+    level = "at the resume" if since <= GUARD else level
     text = f"The loss rose {batches(since)} after the resume from step {view.facts.first_step}."
-    return Observation(level=level, text=text, signal="resume", step=view.step, observed=float(since))
+    return Observation(text, level=level, observed=float(since))
 
 
 def _findings(view: EpisodeView) -> tuple[Finding, ...]:
@@ -148,18 +137,9 @@ CAUSE: Final = Cause(
     summary=_summary,
     fixes=_fixes,
     applies_to=LOSS_ROSE | {EpisodeKind.STALL},
-    explains=frozenset(
-        {
-            "lr_scheduler_fault",
-            "lr_restart",
-            "warmup_too_short",
-            "optimizer_state_corruption",
-            "stale_second_moment",
-            "adam_epsilon_too_small",
-            "momentum_reversal",
-            "weight_blowup",
-            "activation_saturation",
-        }
-    ),
+    explains=frozenset({
+        "lr_scheduler_fault", "lr_restart", "warmup_too_short", "optimizer_state_corruption", "stale_second_moment",
+        "adam_epsilon_too_small", "momentum_reversal", "weight_blowup", "activation_saturation",
+    }),
     sufficient_findings=frozenset({("resume", STATE), ("resume", SCHEDULE)}),
-)
+)  # fmt: skip

@@ -1,16 +1,16 @@
 """`stale_second_moment`: Adam's v_t lags behind gradients that grew, so the update is far too large.
 
-Seen by: RMS_t = sqrt(mean(g² / v)) above 2.3 and above the run's own in the looks before the loss rose, while gradients
-grew over many batches (finding `second_moment_stale`, given also where the loss has tolerated it); a replay that gives
-the damage to the second moments.
+Seen by: RMS_t = sqrt(mean(g² / v)) above 2.3 and above the run's own before the loss rose, while gradients grew over
+many batches (finding `second_moment_stale`, given also where the loss has tolerated it); a replay that gives the damage
+to the second moments.
 
 Against it: an optimizer without second moments; RMS_t in its range; a learning rate with an event of its own, or a
 batch out of range.
 
 Thresholds: Wortsman et al. 2023. A single look above 2.3 is common where coordinates had no gradient before, so that
-one alone says little.
+one alone shows little.
 
-To do: a lower beta2, short enough to follow the growth that was measured; clip by norm below the grown gradients.
+To do: a lower beta2, short enough to follow the measured growth; clip by norm below the grown gradients.
 """
 
 import math
@@ -23,26 +23,21 @@ from lightning_spike.diagnosis.cause import Cause, Fix
 from lightning_spike.diagnosis.constants import REACH, REFERENCE
 from lightning_spike.diagnosis.fixes import clip_fix
 from lightning_spike.diagnosis.judgement import Group
-from lightning_spike.diagnosis.observation import Observation, first_of, observer
-from lightning_spike.diagnosis.observations.experiments import split_of_jump
+from lightning_spike.diagnosis.observation import Observation, first_of, observer, premise
+from lightning_spike.diagnosis.observations.experiments import finer_shares, split_of_jump
 from lightning_spike.diagnosis.observations.outside import earlier
 from lightning_spike.diagnosis.observations.rates import steady_rate
-from lightning_spike.diagnosis.observations.shared_evidence import (
-    batch_values,
-    early_gradient,
-    finite,
-    transient_loss,
-)
+from lightning_spike.diagnosis.observations.shared_evidence import batch_values, early_gradient, finite, transient_loss
 from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import Change, Family, Finding
 
 STALE_RMS: Final = 2.3
 """RMS_t from which spikes follow within 1 to 8 updates (Wortsman et al. 2023)."""
 ABOVE_USUAL: Final = 2.0
-"""Factor over the run's own RMS_t: small nets have 1 to 2 when healthy; engineering choice."""
+"""Factor over the run's own RMS_t from which it is high: healthy small nets have 1 to 2; engineering choice."""
 RARE_SHARE: Final = 0.05
 """Share of the healthy looks above 2.3 up to which one is rare: one look in twenty; engineering choice."""
-GREW: Final = 3.0
+GREW_FACTOR: Final = 3.0
 """Factor on the gradient norm from which it has grown; engineering choice."""
 GROWTH_BATCHES: Final = 40
 """Batches over which growth is measured: four looks of the monitor; engineering choice."""
@@ -50,36 +45,32 @@ SHORTER: Final = (0.99, 0.95, 0.9)
 """Second betas to choose from (mission.md: 0.99 or 0.95); the lower, the faster gradients may grow."""
 
 
-@observer("none")
-def has_second_moment(view: EpisodeView) -> Observation | None:
-    """The premise: an optimizer with second moments."""
-    is_adam = view.beta2 is not None or "update_rms" in view.store.history.signals
-    if is_adam or not view.facts.optimizers:
-        return None
-    return Observation(level="none", text="The optimizer has no second moment.", signal="beta2")
+has_second_moment = premise(
+    "has_second_moment",
+    lambda view: view.beta2 is not None or "update_rms" in view.store.history.signals or not view.facts.optimizers,
+    "none", "The optimizer has no second moment.", signal="beta2", step=None,
+)  # fmt: skip
+"""The premise: an optimizer with second moments."""
 
 
-@observer("stale just before", "stale long before")
+@observer("stale just before", "stale long before", signal="update_rms")
 def _stale_finding(view: EpisodeView) -> Observation | None:
     found = view.once(_finding)
     if found is None:
         return None
-    near = not view.store.episodes or view.onset - found.at.ordinal <= GROWTH_BATCHES
-    level = "stale just before" if near else "stale long before"
-    return Observation(
-        level=level, text=f"At step {found.at.step}: {found.text}", signal="update_rms", step=found.at.step
-    )
+    is_near = not view.store.episodes or view.onset - found.at.ordinal <= GROWTH_BATCHES
+    level = "stale just before" if is_near else "stale long before"
+    return Observation(f"At step {found.at.step}: {found.text}", level=level, step=found.at.step)
 
 
-@observer("unknown", "up to date", "high", "often high")
+@observer("unknown", "up to date", "high", "often high", signal="update_rms")
 def _rms(view: EpisodeView) -> Observation | None:
-    """The looks just before the onset against the healthy ones."""
+    """RMS_t just before the onset against healthy values."""
     values = view.store.history.between("update_rms", view.onset - REACH, view.onset - 1)
     values = values[~np.isnan(values)]
     usual = view.before("update_rms", REFERENCE)
     if values.size == 0 or usual.size == 0:
-        text = "Nothing shows a second moment out of date."
-        return Observation(level="unknown", text=text, signal="update_rms", step=view.step)
+        return Observation("Nothing shows a second moment out of date.", level="unknown")
     high, middle = float(values.max()), float(np.median(usual))
     level = "high"
     if high < max(STALE_RMS, ABOVE_USUAL * middle):
@@ -87,56 +78,46 @@ def _rms(view: EpisodeView) -> Observation | None:
     elif float(np.mean(usual >= STALE_RMS)) > RARE_SHARE or not math.isfinite(high):
         level = "often high"
     text = f"RMS_t of the update was {high:.3g} before, usually {middle:.3g}."
-    return Observation(
-        level=level, text=text, signal="update_rms", step=view.step, observed=finite(high), expected=middle
-    )
+    return Observation(text, level=level, observed=finite(high), expected=middle)
 
 
-@observer("not grown", "grown")
+@observer("not grown", "grown", signal="grad_norm")
 def gradient_growth(view: EpisodeView) -> Observation | None:
-    """Growth of the gradients before the onset; without any the second moment has nothing to lag behind."""
+    """Growth of the gradients before the onset; without growth the second moment does not lag."""
     if view.once(_finding) is not None:
         return None
     lead = early_gradient(view)
     if lead is None:
-        text = "The gradients had not grown before."
-        return Observation(level="not grown", text=text, signal="grad_norm", step=view.step)
-    if lead.ratio < GREW or not math.isfinite(lead.ratio):
+        return Observation("The gradients had not grown before.", level="not grown")
+    if lead.ratio < GREW_FACTOR or not math.isfinite(lead.ratio):
         return None
     text = f"The gradient norm had grown to {lead.observed:.3g} (usually {lead.expected:.3g})."
-    return Observation(
-        level="grown", text=text, signal="grad_norm", step=view.step, observed=lead.observed, expected=lead.expected
-    )
+    return Observation(text, level="grown", observed=lead.observed, expected=lead.expected)
 
 
-@observer("refuted", "undecided", "second moments", "momentum", "state")
+@observer("refuted", "undecided", "second moments", "momentum", "state", signal="lab/attribution")
 def optimizer_share(view: EpisodeView) -> Observation | None:
     """The share of the jump that replay gives to the optimizer's state, and which part of the state."""
-    if not view.shares or view.experiments is None:
-        return None
     share = view.shares.get(Group.OPTIMIZER, 0.0)
-    return Observation(
-        level=_share_level(view, share), text=sentences.jump(view.experiments), signal="lab/attribution",
-        step=view.step, observed=share,
-    )  # fmt: skip
+    if not view.shares:
+        return None
+    return Observation(sentences.jump(view.experiments), level=_share_level(view, share), observed=share)
 
 
 def _share_level(view: EpisodeView, share: float) -> str:
     if share < judgement.CONFIRMING_SHARE:
         return "refuted" if share <= judgement.REFUTING_SHARE else "undecided"
-    attribution = None if view.experiments is None else view.experiments.attribution
-    parts = {} if attribution is None else {s.factor: s.share for s in attribution.finer}
-    if parts.get("second_moments", 0.0) > max(parts.get("momentum", 0.0), 0.0):
+    shares = finer_shares(view)
+    if shares.get("second_moments", 0.0) > max(shares.get("momentum", 0.0), 0.0):
         return "second moments"
-    return "momentum" if parts else "state"
+    return "momentum" if shares else "state"
 
 
-@observer("event")
+@observer("event", signal="lr")
 def rate(view: EpisodeView) -> Observation | None:
     """A learning rate with an event of its own."""
-    if not view.rate_signals or steady_rate(view):
-        return None
-    return Observation(level="event", text="The learning rate had an event just before.", signal="lr", step=view.step)
+    is_moving = view.rate_signals and not steady_rate(view)
+    return Observation("The learning rate had an event just before.") if is_moving else None
 
 
 def _finding(view: EpisodeView) -> Finding | None:
@@ -145,9 +126,9 @@ def _finding(view: EpisodeView) -> Finding | None:
 
 
 def _beta2(view: EpisodeView) -> tuple[float, str]:
-    """The longest memory that follows the growth.
+    """The largest advised beta2 that follows the growth, and the reason.
 
-    V lags by less than a factor of two where 1 - beta2 is at least 1 - 1 / s², s the growth in each batch.
+    v lags by less than a factor of two where 1 - beta2 is at least 1 - 1 / s², with s the growth in each batch.
     """
     found = view.once(_finding)
     until = view.onset if found is None else found.at.ordinal
@@ -166,11 +147,11 @@ def _beta2(view: EpisodeView) -> tuple[float, str]:
 
 def _summary(view: EpisodeView) -> str:
     found = view.once(_finding)
-    then = f", and {view.loss_text}" if view.store.episodes else ""
     rms = None if found is None else found.number("rms")
     high = "" if rms is None else f" (RMS_t {rms:.3g} and more)"
     step = view.step if found is None else found.at.step
-    return f"By step {step} the gradients had outgrown Adam's second moment{high}, so that updates were too long{then}."
+    outgrown = f"By step {step} the gradients had outgrown Adam's second moment{high}"
+    return f"{outgrown}, so that updates were too long{view.consequence}."
 
 
 def _fixes(view: EpisodeView) -> tuple[Fix, ...]:

@@ -1,19 +1,18 @@
 """`weight_blowup`: weights grow, or shrink, by the same factor with every update until they are extreme.
 
-A sign mistake in the weight decay, or a decay far too strong.
+Typical reasons: a wrong sign of the weight decay, or a decay far too strong.
 
 Seen by: the norm of all weights, which grows geometrically from before the loss rose on, far faster than in this run's
-healthy part; updates that lie along the weights themselves; a setting `weight_decay` that changed while training ran.
+healthy part; updates that lie along the weights themselves; a setting `weight_decay` that changed during training.
 
-Against it: weights of their usual size; a growth that set in after the loss (then it is damage); a loss that jumped
-when the weights had hardly changed; a lab that finds the jump with the weights from before, too; updates across the
-weights, as steps make that are too long.
+Against it: weights of their usual size; a growth that began after the loss rose (then it is damage); a loss that jumped
+when the weights had hardly changed; a replay with the jump under the old weights too; updates across the weights, as
+too long steps make them.
 
-Thresholds: growth by the run's own rate of growth. A step that overshoots turns the weights round rather than
-lengthening them: its length is a multiple of what it adds to the norm, where a decay of
-the wrong sign adds all of it.
+Thresholds: growth against the run's own rate of growth. A step that overshoots turns the weights rather than
+lengthening them: its length is a multiple of what it adds to the norm, where a decay of the wrong sign adds all of it.
 
-To do: put the weight decay back, or give it a usual value and the right sign.
+To do: restore the weight decay, or give it a usual value and the right sign.
 """
 
 import math
@@ -30,68 +29,65 @@ from lightning_spike.diagnosis.observations.weight_growth import WeightGrowth, w
 from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import Change, EpisodeKind, Family, Finding
 
-DOUBLED: Final = 2.0
-"""Growth from which the weights are other weights; engineering choice."""
-UNCHANGED: Final = 1.2
-"""… up to which they are as they were."""
+DOUBLED_FACTOR: Final = 2.0
+"""Growth from which the weights have changed completely; engineering choice."""
+UNCHANGED_FACTOR: Final = 1.2
+"""Growth up to which the weights are as before; engineering choice."""
 ALONG_SHARE: Final = 0.7
-"""Share of an update that lies along the weights from which it is their own growth: a gradient step, and one that
-overshoots, lies mostly across them; engineering choice."""
+"""Share of an update along the weights from which it is their own growth: gradient steps lie mostly across them;
+engineering choice."""
 ACROSS_SHARE: Final = 0.3
-"""… and up to which the updates are mostly something else …"""
+"""Share up to which the updates are mostly something else; engineering choice."""
 BEYOND_SHARE: Final = 2.0
-"""… and from which the updates cannot have made the growth."""
+"""Share from which the updates cannot have made the growth; engineering choice."""
 DEFAULT_DECAY: Final = {"AdamW": 0.01}
 """torch's own weight decay; 1e-4 for the others (He et al. 2016)."""
 USUAL_DECAY: Final = 1e-4
 """Weight decay of most recipes (He et al. 2016)."""
 SLOW: Final = frozenset({EpisodeKind.DIVERGENCE, EpisodeKind.OSCILLATION, EpisodeKind.STALL})
-"""Episodes whose onset is found afterwards, by a slope."""
+"""Kinds of episode whose onset is dated back."""
 
 
-@observer("doubled", "grew", "uneven", "uneven, decay changed", "in range")
+@observer("doubled", "grew", "uneven", "uneven, decay changed", "in range", signal="weight_norm")
 def weight_norm(view: EpisodeView) -> Observation | None:
-    """The growth of the norm; an uneven one tells little, unless the decay was changed: then steps may add to it."""
+    """The growth of the norm; an uneven one shows little, unless the decay changed: then steps may add to it."""
     growth = view.once(weight_growth)
     if growth is None:
         return None
-    if growth.rate == 0.0 or growth.factor < UNCHANGED:
-        text = f"The norm of all weights went from {growth.before:.3g} to {growth.after:.3g}, as training moves it."
-        level = "in range"
-    else:
-        what = "grew" if growth.rate >= 0.0 else "shrank"
-        text = (
-            f"The norm of all weights {what} from {growth.before:.3g} (step {view.step_of(growth.first)}) to "
-            f"{growth.after:.3g} (step {view.step_of(growth.last)}), ×{math.exp(growth.rate):.3g} with every update."
-        )
-        level = _growth_level(view, growth)
-    return Observation(
-        level=level, text=text, signal="weight_norm", step=view.step, observed=growth.after, expected=growth.before
+    before, after = growth.before, growth.after
+    if growth.rate == 0.0 or growth.factor < UNCHANGED_FACTOR:
+        text = f"The norm of all weights went from {before:.3g} to {after:.3g}, as in ordinary training."
+        return Observation(text, level="in range", observed=after, expected=before)
+    what = "grew" if growth.rate >= 0.0 else "shrank"
+    text = (
+        f"The norm of all weights {what} from {before:.3g} (step {view.step_of(growth.first)}) to "
+        f"{after:.3g} (step {view.step_of(growth.last)}), ×{math.exp(growth.rate):.3g} with every update."
     )
+    return Observation(text, level=_growth_level(view, growth), observed=after, expected=before)
 
 
 def _growth_level(view: EpisodeView, growth: WeightGrowth) -> str:
     if growth.steady:
-        return "doubled" if growth.factor >= DOUBLED else "grew"
+        return "doubled" if growth.factor >= DOUBLED_FACTOR else "grew"
     return "uneven" if view.once(_decay_change) is None else "uneven, decay changed"
 
 
-@observer("along the weights", "across the weights", "not by updates")
+@observer("along the weights", "across the weights", "not by updates", signal="update_norm")
 def updates(view: EpisodeView) -> Observation | None:
-    """How much of the updates' length goes into the size of the weights."""
+    """The share of the updates' length that goes into the size of the weights."""
     growth = view.once(weight_growth)
     share = None if growth is None or not growth.steady else growth.along
     if share is None or ACROSS_SHARE < share < ALONG_SHARE:
         return None
     if share > BEYOND_SHARE:
-        level, text = "not by updates", f"The weights changed ×{share:.3g} as fast as the updates account for."
-    else:
-        level = "along the weights" if share >= ALONG_SHARE else "across the weights"
-        text = f"{100.0 * min(share, 1.0):.0f} % of the updates' length goes into the size of the weights."
-    return Observation(level=level, text=text, signal="update_norm", step=view.step, observed=share)
+        text = f"The weights changed ×{share:.3g} as fast as the updates account for."
+        return Observation(text, level="not by updates", observed=share)
+    level = "along the weights" if share >= ALONG_SHARE else "across the weights"
+    text = f"{100.0 * min(share, 1.0):.0f} % of the updates' length goes into the size of the weights."
+    return Observation(text, level=level, observed=share)
 
 
-@observer("before the loss", "after the loss")
+@observer("before the loss", "after the loss", signal="weight_norm")
 def start(view: EpisodeView) -> Observation | None:
     """Whether the growth was there before the loss rose; a slow episode is dated back."""
     growth = view.once(weight_growth)
@@ -100,56 +96,47 @@ def start(view: EpisodeView) -> Observation | None:
     late = growth.shown > view.onset + (GUARD if view.kind in SLOW else 0)
     level = "after the loss" if late else "before the loss"
     text = f"The growth began {level} rose, between steps {view.step_of(growth.first)} and {view.step_of(growth.last)}."
-    return Observation(level=level, text=text, signal="weight_norm", step=view.step)
+    return Observation(text, level=level)
 
 
-@observer("unchanged")
+@observer("unchanged", signal="weight_norm")
 def weights_at_jump(view: EpisodeView) -> Observation | None:
     """A loss that jumps from one batch to the next while the weights had hardly grown."""
     growth = view.once(weight_growth)
     if growth is None or growth.rate == 0.0 or view.sudden is not True:
         return None
     factor = growth.factor_by(view.onset)
-    if factor >= UNCHANGED:
-        return None
     text = f"When the loss jumped, the norm of all weights was at most ×{factor:.3g} its earlier value."
-    return Observation(
-        level="unchanged", text=text, signal="weight_norm", step=view.step, observed=factor, expected=1.0
-    )
+    return Observation(text, observed=factor, expected=1.0) if factor < UNCHANGED_FACTOR else None
 
 
-@observer("changed")
+@observer("changed", signal="lab/split")
 def computation(view: EpisodeView) -> Observation | None:
-    """Control batches have the high loss with the weights from before as well: the cause is not in the weights."""
+    """Control batches have the high loss under the old weights too, so the cause is not in the weights."""
     share = view.shares.get(Group.COMPUTATION, 0.0)
-    if share < judgement.CONFIRMING_SHARE or view.experiments is None:
-        return None
-    text = sentences.jump(view.experiments)
-    return Observation(level="changed", text=text, signal="lab/split", step=view.step, observed=share)
+    return (
+        Observation(sentences.jump(view.experiments), observed=share) if share >= judgement.CONFIRMING_SHARE else None
+    )
 
 
 @observer("climb")
 def rate(view: EpisodeView) -> Observation | None:
-    """A rate that climbs makes everything grow in leaps."""
+    """A climbing rate, which makes every update longer."""
     climb = climbed(view)
     if climb is None:
         return None
     text = f"{climb.text}, which lengthens every update."
-    return Observation(
-        level="climb", text=text, signal=climb.signal, step=view.step, observed=climb.now, expected=climb.usual
-    )
+    return Observation(text, signal=climb.signal, observed=climb.now, expected=climb.usual)
 
 
-@observer("changed")
+@observer("changed", signal="weight_decay")
 def weight_decay(view: EpisodeView) -> Observation | None:
-    """A weight decay that changed while training ran."""
+    """A weight decay that changed during training."""
     found = view.once(_decay_change)
     if found is None:
         return None
-    return Observation(
-        level="changed", text=found.text, signal="weight_decay", step=found.at.step,
-        observed=found.number("after"), expected=found.number("before"),
-    )  # fmt: skip
+    after, before = found.number("after"), found.number("before")
+    return Observation(found.text, step=found.at.step, observed=after, expected=before)
 
 
 def _decay_change(view: EpisodeView) -> Finding | None:
@@ -163,13 +150,11 @@ def _summary(view: EpisodeView) -> str:
     if growth is None or growth.rate == 0.0:
         return f"The weights became extreme, and {view.loss_text}."
     most = shifted_most(view, "weight_max", growth.first, growth.last, down=growth.rate < 0.0)
-    where = ""
+    where, each = "", f"multiplied by {math.exp(growth.rate):.3g} with every update"
     if most is not None:
         where = f" (most in {most.name}: largest value {most.observed:.3g}, usually {most.expected:.3g})"
-    return (
-        f"From step {view.step_of(growth.first)} on the weights were multiplied by {math.exp(growth.rate):.3g} with every "
-        f"update, to ×{growth.factor:.3g} their size{where}, and {view.loss_text}."
-    )
+    weights = f"From step {view.step_of(growth.first)} on the weights were {each}"
+    return f"{weights}, to ×{growth.factor:.3g} their size{where}, and {view.loss_text}."
 
 
 def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
@@ -188,7 +173,7 @@ def _decay_text(view: EpisodeView) -> tuple[str, float]:
     found = view.once(_decay_change)
     was, now = (None, None) if found is None else (found.number("before"), found.number("after"))
     if found is not None and was is not None and now is not None:
-        return f"Put the weight decay of {found.detail.get('optimizer')} back from {now:.3g} to {was:g}", was
+        return f"Set the weight decay of {found.detail.get('optimizer')} back from {now:.3g} to {was:g}", was
     name = next((o.class_name for o in view.facts.optimizers), "")
     value, present = DEFAULT_DECAY.get(name, USUAL_DECAY), view.setting("weight_decay")
     if present is not None and math.isclose(present, value):
@@ -206,15 +191,8 @@ CAUSE: Final = Cause(
     summary=_summary,
     fixes=_fixes,
     applies_to=LOSS_ROSE | {EpisodeKind.STALL},
-    explains=frozenset(
-        {
-            "lr_too_high",
-            "numerical_instability",
-            "activation_saturation",
-            "gradient_vanishing",
-            "bad_batch",
-            "label_noise",
-            "hard_sample_streak",
-        }
-    ),
-)
+    explains=frozenset({
+        "lr_too_high", "numerical_instability", "activation_saturation", "gradient_vanishing", "bad_batch",
+        "label_noise", "hard_sample_streak",
+    }),
+)  # fmt: skip

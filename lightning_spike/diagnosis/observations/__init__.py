@@ -1,4 +1,1 @@
-"""What is asked about an episode beside its own numbers.
-
-One question a file, each answered from the store alone and put into words once, for every cause that asks.
-"""
+"""Observers and measurements that several causes share, one topic a file; pure functions of the store."""

@@ -1,7 +1,4 @@
-"""Whether the inputs and the targets of the batch that is questioned are as always, each by its own statistics.
-
-Values, or how often each class or token occurs.
-"""
+"""Whether inputs and targets of the suspect batches are in their usual range, by value or by class frequency."""
 
 import dataclasses
 import math
@@ -10,97 +7,93 @@ from typing import Final
 from lightning_spike.diagnosis.observations.reference_range import SeriesRange, reference_range
 from lightning_spike.diagnosis.view import EpisodeView
 
-FAR: Final = 0.25
-"""Part of the range's width by which a statistic of classes must lie beyond it: of 128 values the next one that lies
-above all lies further with a probability of under a per cent."""
-MIXED: Final = ("entropy", "distinct")
-"""Statistics that tell what kinds of class or token a batch is made of."""
+BEYOND_RANGE_SHARE: Final = 0.25
+"""Share of the range's width by which a class statistic must lie outside the range to be unusual. Of 128 values the
+next one lies that far above all others with a probability below 1 %; engineering choice."""
+CLASS_STATISTICS: Final = ("entropy", "distinct")
+"""Statistics of the classes or tokens in a batch."""
+MIN_SAMPLES_FOR_SHARE: Final = 4
+"""Samples in a batch without which a share of them says nothing; engineering choice."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Unusual:
-    """A statistic of one leaf that is not as always."""
+    """An unusual statistic of one leaf of a batch."""
 
     signal: str
     statistic: str
     observed: float
     usual: float
     ratio: float
-    """By how much, as a factor of at least 1."""
+    """How far it differs, as a factor of at least 1."""
     text: str
 
 
 def input_known(view: EpisodeView) -> bool:
-    """Whether anything at all is known of the inputs of the batch at the onset."""
-    leaves = (*view.leaves("std"), *class_leaves(view, "input"))
-    return any(
-        view.at_onset(f"batch/{leaf}/{name}") is not None
-        for leaf in leaves
-        if leaf.startswith("input")
-        for name in ("std", "entropy")
-    )
+    """Whether any statistic of the inputs was recorded at the onset."""
+    leaves = [leaf for leaf in (*view.leaves("std"), *class_leaves(view, "input")) if leaf.startswith("input")]
+    return any(view.at_onset(f"batch/{leaf}/{name}") is not None for leaf in leaves for name in ("std", "entropy"))
 
 
 def unusual_input(view: EpisodeView) -> Unusual | None:
-    """What is most out of the ordinary about the inputs of the questioned batches; `None` where nothing is."""
-    return _most([*_values(view, "input"), *_classes(view, "input")])
+    """The most unusual input statistic of the suspect batches; `None` where all are in range."""
+    return max([*_values(view, "input"), *_classes(view, "input")], key=lambda u: u.ratio, default=None)
 
 
 def unusual_target(view: EpisodeView) -> Unusual | None:
-    """The same of the targets."""
-    return _most([*_values(view, "target"), *_classes(view, "target")])
+    """The most unusual target statistic of the suspect batches; `None` where all are in range."""
+    return max([*_values(view, "target"), *_classes(view, "target")], key=lambda u: u.ratio, default=None)
 
 
 def class_leaves(view: EpisodeView, part: str) -> tuple[str, ...]:
-    """The integer leaves of one part whose classes were counted."""
-    tail = "/entropy"
-    names = [s for s in view.store.history.signals if s.startswith(f"batch/{part}") and s.endswith(tail)]
-    return tuple(name.removeprefix("batch/").removesuffix(tail) for name in names)
+    """The integer leaves of one part (`"input"`, `"target"`) whose classes were counted."""
+    return tuple(leaf for leaf in view.leaves("entropy") if leaf.startswith(part))
 
 
-def _most(found: list[Unusual]) -> Unusual | None:
-    return max(found, key=lambda u: u.ratio, default=None)
+def differing_samples(view: EpisodeView) -> tuple[float, float, str] | None:
+    """Number of outlier samples in the batch, samples in the batch, and a sentence; `None` where they are not known."""
+    found = view.suspects
+    count, size = (None, None) if found is None else (found.number("count"), found.number("batch_size"))
+    if count is None or size is None or size < MIN_SAMPLES_FOR_SHARE:
+        return None
+    text = f"{count:.0f} of the {size:.0f} samples differ from those of the batches before, under the same weights."
+    return count, size, text
 
 
 def _values(view: EpisodeView, part: str) -> list[Unusual]:
-    odd = [o for at in view.suspect_batches for o in view.oddities(at) if o.leaf.split(".")[0] == part]
+    odd = [(o, o.excess) for at in view.suspect_batches for o in view.oddities(at) if o.leaf.split(".")[0] == part]
     return [
         Unusual(
-            signal=o.signal,
-            statistic=o.statistic,
-            observed=o.excess.observed,
-            usual=o.excess.expected,
-            ratio=o.excess.ratio,
-            text=f"{o.statistic} of '{o.leaf}' in the batch at step {view.step_of(o.excess.ordinal)} is {o.excess.observed:.3g}, usually {o.excess.expected:.3g}.",
+            signal=o.signal, statistic=o.statistic, observed=e.observed, usual=e.expected, ratio=e.ratio,
+            text=f"{o.statistic} of '{o.leaf}' in the batch at step {view.step_of(e.ordinal)} is {e.observed:.3g}, "
+            f"usually {e.expected:.3g}.",
         )
-        for o in odd
-    ]
+        for o, e in odd
+    ]  # fmt: skip
 
 
 def _classes(view: EpisodeView, part: str) -> list[Unusual]:
     first, last = min(view.suspect_batches), max(view.suspect_batches)
-    told = [
-        (leaf, name, c)
+    series = [
+        (leaf, name, reference_range(view, f"batch/{leaf}/{name}", first, last))
         for leaf in class_leaves(view, part)
-        for name in MIXED
-        if (c := reference_range(view, f"batch/{leaf}/{name}", first, last)) is not None
+        for name in CLASS_STATISTICS
     ]
-    return [u for leaf, name, c in told if (u := _class(view, leaf, name, c)) is not None]
+    found = (_class(view, leaf, name, usual) for leaf, name, usual in series if usual is not None)
+    return [unusual for unusual in found if unusual is not None]
 
 
-def _class(view: EpisodeView, leaf: str, name: str, told: SeriesRange) -> Unusual | None:
-    slack = FAR * (told.high - told.low)
-    out = [v for v in told.values.tolist() if v > told.high + slack or v < told.low - slack]
-    if not out:
+def _class(view: EpisodeView, leaf: str, name: str, usual: SeriesRange) -> Unusual | None:
+    slack = BEYOND_RANGE_SHARE * (usual.high - usual.low)
+    outside = [v for v in usual.values.tolist() if v > usual.high + slack or v < usual.low - slack]
+    if not outside:
         return None
-    value = max(out, key=lambda v: abs(v - told.middle))
-    effective = (math.exp(value), math.exp(told.middle)) if name == "entropy" else (value, told.middle)
-    low, high = sorted(effective)
+    value = max(outside, key=lambda v: abs(v - usual.middle))
+    is_entropy = name == "entropy"
+    low, high = sorted((math.exp(value), math.exp(usual.middle)) if is_entropy else (value, usual.middle))
+    what = "entropy of" if is_entropy else "number of different values in"
     return Unusual(
-        signal=told.signal,
-        statistic=name,
-        observed=value,
-        usual=told.middle,
+        signal=usual.signal, statistic=name, observed=value, usual=usual.middle,
         ratio=high / low if low > 0.0 else math.inf,
-        text=f"{'The entropy of' if name == 'entropy' else 'The number of kinds in'} '{leaf}' at step {view.step} is {value:.3g}, usually {told.middle:.3g}.",
-    )
+        text=f"The {what} '{leaf}' at step {view.step} is {value:.3g}, usually {usual.middle:.3g}.",
+    )  # fmt: skip

@@ -12,15 +12,15 @@ from lightning_spike.diagnosis.view import EpisodeView
 SIGNALS: Final = {"activation_zeros": "dead", "activation_dead": "dead", "activation_saturated": "saturated"}
 """Recorded shares of flat outputs, and what such units are called."""
 BATCHES_AFTER: Final = 128
-"""Batches after the onset in which flat units are looked for: activations are measured every 50 batches; engineering
-choice."""
+"""Batches after the onset in which flat units are looked for: activations are measured every 50 batches;
+engineering choice."""
 BATCHES_BEFORE: Final = 100
-"""… and before it."""
+"""Batches before the onset in which they are looked for in a run without an episode; engineering choice."""
 FLAT_SHARE: Final = 0.8
-"""Share of a layer's outputs in the flat parts from which it hardly computes anything (TheDeepChecker: 0.85)."""
-ALIVE_LEFT: Final = 0.25
-"""Share of the outputs that were not flat before that is left, at the most, for that to be new: half of a healthy
-ReLU's outputs are 0; engineering choice."""
+"""Share of flat outputs from which a layer hardly computes anything (TheDeepChecker: 0.85)."""
+MAX_ALIVE_LEFT: Final = 0.25
+"""Share of the once active outputs that may still be active: half of a healthy ReLU's outputs are 0, so a high flat
+share alone is not new; engineering choice."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +31,9 @@ class FlatUnits:
     signal: str
     ordinal: int
     share: float
-    """Of its outputs that are flat."""
+    """Share of its outputs that are flat."""
     before: float
+    """The usual share."""
 
     @property
     def kind(self) -> str:
@@ -46,34 +47,29 @@ class FlatUnits:
 
     @property
     def nearly_all(self) -> bool:
-        """Hardly anything is left of what the layer computed."""
-        return self.share >= FLAT_SHARE and 1.0 - self.share <= ALIVE_LEFT * (1.0 - self.before)
+        """Whether hardly any output is still active."""
+        return self.share >= FLAT_SHARE and 1.0 - self.share <= MAX_ALIVE_LEFT * (1.0 - self.before)
 
 
 def flattest_layer(view: EpisodeView) -> FlatUnits | None:
-    """The layer of which least is left against its earlier outputs, from the rows around the onset on."""
+    """The layer with the smallest part of its active outputs left, among the looks around the onset."""
     found = [flat for signal in SIGNALS if (flat := _flattest_of(view, signal)) is not None]
     return min(found, key=lambda f: (1.0 - f.share) / max(1.0 - f.before, 1e-9), default=None)
 
 
 def _flattest_of(view: EpisodeView, signal: str) -> FlatUnits | None:
-    quiet = not view.store.episodes
-    usual = usual_of(view, signal, view.onset - BATCHES_BEFORE if quiet else None)
+    usual = usual_of(view, signal, None if view.store.episodes else view.onset - BATCHES_BEFORE)
     table = layer_table(view, signal, _first(view), max(view.last, view.onset + BATCHES_AFTER))
-    if usual is None or not np.isfinite(table.values).any():
+    if usual is None or table.values.size == 0:
         return None
     left = (1.0 - table.values) / np.maximum(1.0 - usual, 1e-9)
     left = np.where(np.isfinite(left), left, np.inf)
-    if not np.isfinite(left).any():
-        return None
     row, column = np.unravel_index(int(left.argmin()), left.shape)
-    return FlatUnits(
-        name=table.names[column],
-        signal=signal,
-        ordinal=int(table.ordinals[row]),
-        share=float(table.values[row, column]),
-        before=float(usual[column]),
-    )
+    if not np.isfinite(left[row, column]):
+        return None
+    name, ordinal = table.names[column], int(table.ordinals[row])
+    share, before = float(table.values[row, column]), float(usual[column])
+    return FlatUnits(name=name, signal=signal, ordinal=ordinal, share=share, before=before)
 
 
 def _first(view: EpisodeView) -> int:
@@ -81,7 +77,7 @@ def _first(view: EpisodeView) -> int:
 
 
 def first_flat(view: EpisodeView, flat: FlatUnits) -> int:
-    """Ordinal of the first look at which the layer was at least half as flat as it got."""
+    """Ordinal of the first look at which the flat share had grown at least half as far as it went."""
     table = layer_table(view, flat.signal, _first(view), flat.ordinal)
     shares = table.values[:, table.names.index(flat.name)]
     places = np.flatnonzero(shares - flat.before >= 0.5 * flat.grown)
@@ -89,10 +85,7 @@ def first_flat(view: EpisodeView, flat: FlatUnits) -> int:
 
 
 def share_after_onset(view: EpisodeView, flat: FlatUnits) -> tuple[int, float] | None:
-    """The first look at the layer after the loss had risen.
-
-    Its ordinal, and the flat share; `None` without one before the layer got flattest.
-    """
+    """Ordinal and flat share of the first look after the onset; `None` without one before the layer got flattest."""
     table = layer_table(view, flat.signal, view.onset + 1, flat.ordinal - 1)
     if len(table.values) == 0 or flat.name not in table.names:
         return None
@@ -100,13 +93,17 @@ def share_after_onset(view: EpisodeView, flat: FlatUnits) -> tuple[int, float] |
 
 
 def rms_growth(view: EpisodeView, name: str, at: int, layers: int = 1) -> tuple[float, float, float] | None:
-    """The smallest factor by which the output size of a layer (and of the ones behind it) had grown at a look, with its size then and usually; `None` where it is not known.
+    """Growth of a layer's output size at one look.
 
     Args:
         view: The episode.
         name: The layer.
         at: Ordinal of the look.
-        layers: How many are asked: a layer may stand for what goes into its activation, which comes next.
+        layers: How many layers from this one on must have grown: the next may be the activation behind it.
+
+    Returns:
+        The smallest growth factor of these layers, the layer's RMS at the look, and its usual RMS; `None` where they
+        were not measured.
     """
     usual, table = usual_of(view, "activation_rms", at), layer_table(view, "activation_rms", at, at)
     if usual is None or len(table.values) == 0 or name not in table.names:

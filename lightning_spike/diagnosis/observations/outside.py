@@ -1,7 +1,4 @@
-"""What is known of a change from outside the training step.
-
-Which writes were seen, and what the lab found to be changed.
-"""
+"""Changes from outside the training step: the writes that were seen, and what the lab found to be changed."""
 
 import sys
 from typing import Final
@@ -11,37 +8,40 @@ from lightning_spike.experiments import OutsideChange
 from lightning_spike.records import EpisodeKind, Finding
 
 SUDDEN: Final = frozenset({EpisodeKind.SPIKE, EpisodeKind.NONFINITE})
-"""Kinds of episode of which nothing after the peak can be the cause; the onset of the others is known less well, and
-they last."""
+"""Kinds of episode that nothing after the peak can have caused. The onset of the others is known less well."""
+SHOWS_WITHIN: Final = 2
+"""Batches from a write into weights or state to the first loss that shows it: one, or two where it was small;
+engineering choice."""
+WHOLE_TENSOR_SHARE: Final = 0.25
+"""Share of changed elements above which code wrote whole tensors; a memory error changes single elements;
+engineering choice."""
+MAX_NAMES: Final = 3
+"""Names of parameters in one sentence; engineering choice."""
+WATCHED: Final = ("update_rms", "momentum_cosine", "update_norm", "update_norm/none")
+"""Signals of which at least one is recorded where the training step is watched."""
 
 
-def outside_change(view: EpisodeView) -> OutsideChange | None:
-    """What the lab found of a change from outside; `None` where it found none, or was not there."""
-    return None if view.experiments is None else view.experiments.outside_change
+def is_watched(view: EpisodeView) -> bool:
+    """Whether the optimizer and the writes outside its step were watched in this run."""
+    return any(signal in view.store.history.signals for signal in WATCHED)
 
 
 def changed_weights(change: OutsideChange) -> tuple[int, int, int]:
-    """Of the weights that differ.
-
-    Elements that changed, elements in all, and changed elements that differ by a power of two, as after a flipped bit.
-    """
+    """Changed elements of the weights that differ, all their elements, and those changed by a power of two (a bit)."""
     weights = [d for d in change.different if d.kind == "weights"]
     return sum(d.changed for d in weights), sum(d.elements for d in weights), sum(d.powers_of_two for d in weights)
 
 
 def earlier(view: EpisodeView, detector: str, kind: str) -> Finding | None:
-    """The last finding of this kind that may have brought the episode about.
-
-    Not after its peak, of a slow one not after its end.
-    """
+    """The last finding of this kind that can have caused the episode."""
     found = view.findings(detector, kind, first=0, last=last_possible(view))
     return found[-1] if found else None
 
 
 def last_that_matters(view: EpisodeView, detector: str, kind: str) -> Finding | None:
-    """The same of a detector that looks now and then.
+    """The last finding of a detector that looks only now and then, if it can have caused the episode.
 
-    What it found may have been so since just after its `last_equal`, since the start where it has none.
+    What it found may be as old as the batch after its `last_equal`, or as the run where it has none.
     """
     ever = view.findings(detector, kind, first=0, last=sys.maxsize)
     found = [f for f in ever if (f.number("last_equal") or 0) < max(last_possible(view), 1)]
@@ -49,13 +49,23 @@ def last_that_matters(view: EpisodeView, detector: str, kind: str) -> Finding | 
 
 
 def last_possible(view: EpisodeView) -> int:
-    """Ordinal of the last batch that can have brought the episode about."""
+    """Ordinal of the last batch that can have caused the episode: the peak, of a slow one its end."""
     return max(view.onset, view.episode.peak.ordinal) if view.kind in SUDDEN else view.last
 
 
 def last_write(view: EpisodeView, what: str) -> tuple[Finding, bool] | None:
-    """The last write into `"weights"` or `"optimizer_state"` that was seen before the episode, and whether a validation lay in between; such a one only where there is no other."""
+    """The last write into `"weights"` or `"optimizer_state"` before the episode, and whether it was at a validation.
+
+    A write at a validation counts only where there is no other.
+    """
     for kind, validated in ((what, False), (f"{what}_at_validation", True)):
         if (finding := earlier(view, "outside_writes", kind)) is not None:
             return finding, validated
     return None
+
+
+def named(found: Finding, otherwise: str) -> str:
+    """The first parameter names of a finding as `` `a`, `b`, … ``, or other words where it has none."""
+    names = found.names()
+    shown = ", ".join(f"`{name}`" for name in names[:MAX_NAMES])
+    return f"{shown}{', …' if len(names) > MAX_NAMES else ''}" or otherwise

@@ -1,4 +1,4 @@
-"""Events of the learning rate that stand near an episode, with their numbers read off the series."""
+"""Events of the learning rate near an episode, with the rates before and after them."""
 
 import dataclasses
 import math
@@ -14,46 +14,51 @@ from lightning_spike.records import Finding, Moment
 from lightning_spike.store import TrainerStateStore
 
 SCHEDULED: Final = ("restart", "cyclic_peak")
-"""Kinds of finding of a rate that comes back up because its schedule says so."""
+"""Kinds of finding of a rate that rises again because its schedule says so."""
 PERIODIC: Final = frozenset({"CosineAnnealingWarmRestarts", "CyclicLR", "OneCycleLR"})
-"""Schedulers of torch whose rate goes up again by design."""
-ALIKE: Final = 2.0
+"""Schedulers of torch whose rate rises again by design."""
+SIMILAR_PEAKS: Final = 2.0
 """Factor between the heights of two peaks of one cycle; decaying ones halve at most (Smith 2017, triangular2)."""
 JUMPS: Final = ("unexplained_jump", "nonfinite")
-"""… that rises though no schedule says so."""
+"""Kinds of finding of a rate that rises although no schedule says so."""
 LONG_REACH: Final = 4 * REACH
-"""Batches before the onset in which an event still counts, as long as the rate has stayed up since."""
-STAYED_UP: Final = 0.6
-"""Share of its height after the event at which a rate still counts as up."""
-CLIMB: Final = 3.0
-"""Factor over the run's usual rate so far from which a rate that rose without an event has climbed: half an order of
-magnitude; a long linear warm-up is at twice its median at any time."""
-BEGINS: Final = 1.5
-"""… and from which it is on its way there."""
-SAME: Final = 0.8
-"""Share of a rate from which another is about the same."""
-WELL_AFTER: Final = 64
-"""Batches after the trouble that show whether a rate is borne."""
+"""Batches before the onset in which an event still counts, as long as the rate has stayed up since;
+engineering choice."""
+STAYED_UP_SHARE: Final = 0.6
+"""Share of its height after the event from which a rate has stayed up; engineering choice."""
+CLIMBED_FACTOR: Final = 3.0
+"""Factor over the run's usual rate from which a rate has climbed: a long linear warm-up is at twice its median at any
+time; engineering choice."""
+CLIMBING_FACTOR: Final = 1.5
+"""Factor over its earlier values from which a rate is climbing; engineering choice."""
+SIMILAR_RATE_SHARE: Final = 0.8
+"""Share of a rate from which another rate is about as high; engineering choice."""
+BATCHES_AFTERWARDS: Final = 64
+"""Batches after an episode that show whether the run tolerates the rate; engineering choice."""
+MIN_EVENT_FACTOR: Final = 2.0
+"""Factor from which a rate that went up makes an event (science.md 2.2)."""
+NEARNESS: Final = ("at once", "soon", "later", "small")
+"""Levels of `event_level`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RateEvent:
-    """The learning rate moved, and soon after the trouble began."""
+    """A change of the learning rate shortly before the onset."""
 
     kind: str
     signal: str
     ordinal: int
     step: int
     before: float | None
-    """The rate before the event: of the update before a jump, the trough before a cyclic peak."""
+    """The rate before the event: that of the update before a jump, the trough before a cyclic peak."""
     after: float
     """The highest rate from the event to the onset; NaN or Inf where the rate was not finite."""
     lag: int
-    """Batches from the event to the onset; the first loss that an update at t can touch is that of t + 1."""
+    """Batches from the event to the onset. The first loss that an update at t can change is that of t + 1."""
 
     @property
     def factor(self) -> float | None:
-        """After / before, `None` where it means nothing."""
+        """After / before; `None` where it means nothing."""
         if self.before is None or not self.before > 0.0 or not math.isfinite(self.after):
             return None
         return self.after / self.before
@@ -67,7 +72,7 @@ class RateEvent:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Climb:
-    """A learning rate that has risen bit by bit to what the run was not used to."""
+    """A learning rate that rose bit by bit far above the run's usual rate."""
 
     signal: str
     usual: float
@@ -82,8 +87,8 @@ class Climb:
 
 
 def climbed(view: EpisodeView) -> Climb | None:
-    """The rate that has climbed most, without an event and not as a warm-up does from the run's beginning; `None` where none has."""
-    if not view.rate_signals or rate_event(view, SCHEDULED + JUMPS) is not None:
+    """The rate that climbed most, without an event and after a warm-up; `None` where none climbed."""
+    if not steady_rate(view):
         return None
     found = [climb for signal in view.rate_signals if (climb := _climb(view, signal)) is not None]
     return max(found, key=lambda climb: climb.now / climb.usual, default=None)
@@ -97,38 +102,33 @@ def _climb(view: EpisodeView, signal: str) -> Climb | None:
     if early.size < LONG_REACH or recent.size == 0 or not float(np.median(early)) > 0.0:
         return None
     usual, now = float(np.median(early)), float(recent.max())
-    return Climb(signal=signal, usual=usual, now=now) if now >= max(CLIMB * usual, float(early.max())) else None
+    has_climbed = now >= max(CLIMBED_FACTOR * usual, float(early.max()))
+    return Climb(signal=signal, usual=usual, now=now) if has_climbed else None
 
 
-def begins_to_climb(store: TrainerStateStore) -> Moment | None:
-    """The first batch by which a rate has risen bit by bit to what the run was not used to (see `climbed`); `None` where none has."""
-    found = [
-        moment
-        for signal in store.history.signals
-        if signal.startswith("lr-") and (moment := _begins(store, signal)) is not None
-    ]
-    return min(found, key=lambda moment: moment.ordinal, default=None)
+def start_of_climb(store: TrainerStateStore) -> Moment | None:
+    """The first batch at which a rate had begun to climb (see `climbed`); `None` where none has."""
+    found = (_start_of_climb(store, signal) for signal in store.history.signals if signal.startswith("lr-"))
+    return min((at for at in found if at is not None), key=lambda moment: moment.ordinal, default=None)
 
 
-def _begins(store: TrainerStateStore, signal: str) -> Moment | None:
+def _start_of_climb(store: TrainerStateStore, signal: str) -> Moment | None:
     history = store.history
     known = np.flatnonzero(np.isfinite(history.series(signal)))
     rates = history.series(signal)[known]
     highest_before = np.maximum.accumulate(rates)[:-1]
     rising = np.flatnonzero(rates[1:] > highest_before) + 1
     late = (int(k) for k in rising if k >= 2 * LONG_REACH)
-    above = (k for k in late if rates[k] >= BEGINS * float(np.median(rates[: k - LONG_REACH])) > 0.0)
+    above = (k for k in late if rates[k] >= CLIMBING_FACTOR * float(np.median(rates[: k - LONG_REACH])) > 0.0)
     first = next(above, None)
     return None if first is None else history.moment(int(history.ordinals[known[first]]))
 
 
 def shown_after_event(store: TrainerStateStore, *kinds: str) -> Shown | None:
-    """Where an event of the rate of these kinds has shown itself without an episode.
+    """Where an event of these kinds raised the loss or made updates long, in a run without an episode.
 
-    The loss rose, or updates became long against the weights; `None` however often the rate moved without that.
-
-    A rate that comes back to where it was before lifts the loss for a while by design (Loshchilov and Hutter 2017);
-    only one that goes clearly higher than ever is asked about.
+    Only rates that go clearly higher than ever count: a rate that returns to its earlier height raises the loss for a
+    while by design (Loshchilov and Hutter 2017).
     """
     found = [f for f in store.findings if f.detector == "learning_rate" and f.kind in kinds]
     events = [f.at for f in found if _is_new_height(store, f.at.ordinal)]
@@ -146,31 +146,69 @@ def _is_new_height(store: TrainerStateStore, ordinal: int) -> bool:
     for signal in (s for s in history.signals if s.startswith("lr-")):
         before, after = history.before(signal, ordinal, len(history)), history.between(signal, ordinal, ordinal + GUARD)
         after = after[np.isfinite(after)]
-        if before.size and after.size and after.max() > BEGINS * before.max():
+        if before.size and after.size and after.max() > CLIMBING_FACTOR * before.max():
             return True
     return False
 
 
 def rate_event(view: EpisodeView, kinds: tuple[str, ...]) -> RateEvent | None:
-    """The event of these kinds that is nearest to the onset, `None` where none is near enough to have begun the trouble."""
+    """The event of these kinds that is nearest to the onset, if near enough to have caused the episode; else `None`."""
     first, last = view.onset - LONG_REACH, view.onset + _dating_error(view)
     peaks = view.findings("learning_rate", "cyclic_peak", first=first, last=view.onset + LONG_REACH)
     found = [f for f in view.findings("learning_rate", *kinds, first=first, last=last) if f.kind != "cyclic_peak"]
-    found += [f for f in peaks if "cyclic_peak" in kinds and _comes_back(view, f)]
-    events = [_event(view, f.kind, str(f.detail.get("name")), f.at.ordinal, f.at.step) for f in found]
-    near = [e for e in events if e is not None and _bears_on(view, e)]
+    found += [f for f in peaks if "cyclic_peak" in kinds and _is_periodic(view, f)]
+    events = [_event(view, f) for f in found]
+    near = [e for e in events if e is not None and _can_be_cause(view, e)]
     return min(near, key=lambda e: (abs(e.lag), -e.after if math.isfinite(e.after) else -math.inf), default=None)
 
 
-def _comes_back(view: EpisodeView, peak: Finding) -> bool:
-    """A single rise and fall is no cycle.
+def steady_rate(view: EpisodeView) -> bool:
+    """Whether rates are known and have no event near the onset."""
+    return bool(view.rate_signals) and rate_event(view, SCHEDULED + JUMPS) is None
 
-    There is a schedule that comes back by design, or the run has another peak of about that height.
+
+def highest_rate_signal(view: EpisodeView) -> str | None:
+    """The series with the highest learning rate just before the onset; `None` where no rates were recorded."""
+    return max(view.rate_signals, key=lambda signal: view.rate(signal) or 0.0, default=None)
+
+
+def event_level(view: EpisodeView, event: RateEvent) -> str:
+    """The level of an event: `"small"` for a factor below 2 (science.md 2.2), else how near to the onset it was.
+
+    Within 4 batches the event itself is the cause; a later episode may have other causes too. A slow episode is noticed
+    late, so a later event still counts as `"soon"`.
     """
+    if event.factor is not None and event.factor < MIN_EVENT_FACTOR:
+        return "small"
+    if event.lag <= NEAR:
+        return "at once"
+    return "soon" if event.lag <= REACH or view.dated_early else "later"
+
+
+def tolerated_later(view: EpisodeView, signal: str) -> tuple[str, bool] | None:
+    """Whether the loss later came down again at about the same rate, with a sentence; `None` where it is not known."""
+    rate, before, history = view.rate(signal), view.episode.loss_before, view.store.history
+    if rate is None or before is None or not before > 0.0:
+        return None
+    losses = history.series(view.episode.signal)
+    is_similar = history.series(signal) >= SIMILAR_RATE_SHARE * rate
+    later = losses[(history.ordinals > view.last) & is_similar & np.isfinite(losses)]
+    if view.episode.end is None or later.size < BATCHES_AFTERWARDS:
+        gone = view.episode.end is None and view.last - view.onset >= BATCHES_AFTERWARDS
+        return ("The loss never came back under this rate.", False) if gone else None
+    level = float(np.median(later[-BATCHES_AFTERWARDS:]))
+    if level >= before:
+        return None
+    return f"Later the loss fell to {level:.3g} at about the same rate, so the rate itself is tolerable.", True
+
+
+def _is_periodic(view: EpisodeView, peak: Finding) -> bool:
+    """Whether a peak belongs to a cycle: a periodic schedule, or another peak of about that height."""
     if any(s.class_name in PERIODIC for s in view.facts.schedulers):
         return True
     others = view.findings("learning_rate", *SCHEDULED, first=0, last=view.onset + len(view.store.history))
-    return any(ALIKE * _height(view, f) >= _height(view, peak) for f in others if f.at.ordinal != peak.at.ordinal)
+    height = _height(view, peak)
+    return any(SIMILAR_PEAKS * _height(view, f) >= height for f in others if f.at.ordinal != peak.at.ordinal)
 
 
 def _height(view: EpisodeView, finding: Finding) -> float:
@@ -178,86 +216,37 @@ def _height(view: EpisodeView, finding: Finding) -> float:
     return max((rate for rate in rates if rate is not None and math.isfinite(rate)), default=0.0)
 
 
-MIN_EVENT_FACTOR: Final = 2.0
-"""Factor from which a rate that went up makes an event (science.md 2.2)."""
-NEARNESS: Final = ("at once", "soon", "later", "small")
-"""Levels of `event_level`."""
-
-
-def nearness(view: EpisodeView, event: RateEvent) -> str:
-    """How near to the onset an event was.
-
-    Within 4 batches it was the cause itself, later the trouble had other chances to come about.
-
-    A slow episode takes its time to be seen, so there a late event counts as soon.
-    """
-    if event.lag <= NEAR:
-        return "at once"
-    return "soon" if event.lag <= REACH or view.dated_early else "later"
-
-
-def tolerated_later(view: EpisodeView, signal: str) -> tuple[str, bool] | None:
-    """Whether the loss came down again later at about the same rate, in words; `None` where the run does not show it."""
-    rate, before, history = view.rate(signal), view.episode.loss_before, view.store.history
-    if rate is None or before is None or not before > 0.0:
-        return None
-    losses = history.series(view.episode.signal)
-    later = losses[(history.ordinals > view.last) & (history.series(signal) >= SAME * rate) & np.isfinite(losses)]
-    if view.episode.end is None or later.size < WELL_AFTER:
-        gone = view.episode.end is None and view.last - view.onset >= WELL_AFTER
-        return ("The loss never came back under this rate.", False) if gone else None
-    level = float(np.median(later[-WELL_AFTER:]))
-    if level >= before:
-        return None
-    return f"Later the loss came down to {level:.3g} at about the same rate, so the rate itself can be borne.", True
-
-
-def steady_rate(view: EpisodeView) -> bool:
-    """Whether rates are known, and no event of any kind stands near the onset."""
-    return bool(view.rate_signals) and rate_event(view, SCHEDULED + JUMPS) is None
-
-
 def _dating_error(view: EpisodeView) -> int:
-    """Batches after the onset in which an event may still have come first: -1 where the very first loss has jumped, for it is computed before its update."""
-    if view.dated_early:
-        return view.dated_early
-    return 1 if view.sudden is False else -1
+    """Batches after the onset in which an event may still have come first.
+
+    It is -1 where the very first loss jumped, because a loss is computed before its own update.
+    """
+    return view.dated_early or (1 if view.sudden is False else -1)
 
 
-def _event(view: EpisodeView, kind: str, named: str, ordinal: int, step: int) -> RateEvent | None:
-    signals = [s for s in view.rate_signals if s == f"lr-{named}"] or list(view.rate_signals)
-    moved = [e for s in signals if (e := _of_series(view, kind, s, ordinal, step)) is not None]
+def _event(view: EpisodeView, found: Finding) -> RateEvent | None:
+    signals = [s for s in view.rate_signals if s == f"lr-{found.detail.get('name')}"] or list(view.rate_signals)
+    moved = [e for s in signals if (e := _event_in(view, found, s)) is not None]
     return max(moved, key=lambda e: e.factor or 0.0, default=None)
 
 
-def _of_series(view: EpisodeView, kind: str, signal: str, ordinal: int, step: int) -> RateEvent | None:
-    history = view.store.history
-    until = max(view.onset - 1, ordinal)
-    since = history.between(signal, ordinal, until)
-    since = since[~np.isnan(since)] if kind != "nonfinite" else since
+def _event_in(view: EpisodeView, found: Finding, signal: str) -> RateEvent | None:
+    history, at = view.store.history, found.at
+    since = history.between(signal, at.ordinal, max(view.onset - 1, at.ordinal))
+    since = since[~np.isnan(since)] if found.kind != "nonfinite" else since
     if since.size == 0:
         return None
-    after = float(since.max())
-    earlier = history.before(signal, ordinal, LONG_REACH if kind == "cyclic_peak" else 1)
-    before = float(earlier.min()) if earlier.size else None
+    earlier = history.before(signal, at.ordinal, LONG_REACH if found.kind == "cyclic_peak" else 1)
     return RateEvent(
-        kind=kind, signal=signal, ordinal=ordinal, step=step, before=before, after=after, lag=view.onset - ordinal
-    )
+        kind=found.kind, signal=signal, ordinal=at.ordinal, step=at.step, lag=view.onset - at.ordinal,
+        before=float(earlier.min()) if earlier.size else None, after=float(since.max()),
+    )  # fmt: skip
 
 
-def _bears_on(view: EpisodeView, event: RateEvent) -> bool:
-    """The rate was up in the last update before the onset, or had been shortly before.
-
-    A rate that is not finite needs no height.
-    """
+def _can_be_cause(view: EpisodeView, event: RateEvent) -> bool:
+    """Whether the rate was up in the last update before the onset, or shortly before."""
     if not math.isfinite(event.after):
         return event.lag >= 0
     rate = view.rate(event.signal)
-    up = rate is not None and rate >= STAYED_UP * event.after
-    return up or -GUARD <= event.lag <= (2 * REACH if view.dated_early else REACH)
-
-
-def event_level(view: EpisodeView, event: RateEvent) -> str:
-    """How much an event of the rate tells: its nearness, or `"small"` for a factor below 2 (science.md 2.2)."""
-    is_small = event.factor is not None and event.factor < MIN_EVENT_FACTOR
-    return "small" if is_small else nearness(view, event)
+    is_up = rate is not None and rate >= STAYED_UP_SHARE * event.after
+    return is_up or -GUARD <= event.lag <= (2 * REACH if view.dated_early else REACH)

@@ -1,6 +1,6 @@
-"""A statistic of the batches around an episode beside what it was long before.
+"""A statistic of the batches around an episode against its range long before.
 
-For what grows or moves over many batches, which the values just before would hide.
+It finds what grows or moves over many batches, which the values just before the onset would hide.
 """
 
 import dataclasses
@@ -15,13 +15,16 @@ import numpy.typing as npt
 from lightning_spike.diagnosis.constants import GUARD, REFERENCE
 from lightning_spike.diagnosis.view import EpisodeView
 
-GAP: Final = 48
-"""Batches before the onset that are taken as recent: what moves over some tens of batches has begun by then."""
-FEWEST: Final = 24
-"""Values of long before without which their range is not known."""
-FEW_MISSES: Final = 1
-"""Batches inside the range that do not end a stretch outside of it: a class boundary in a sorted shard, one batch of
-the old source."""
+RECENT_BATCHES: Final = 48
+"""Batches before the onset that are left out of the range: a slow change may have begun by then; engineering choice."""
+MIN_REFERENCE_VALUES: Final = 24
+"""Earlier values without which their range is not known; engineering choice."""
+MAX_GAP_IN_STRETCH: Final = 1
+"""Batches inside the range that do not end a stretch outside it, as at a class boundary in a sorted shard;
+engineering choice."""
+MIN_STRETCH_BATCHES: Final = 3
+"""Batches in a row outside the range from which it is no chance: of 128 values, three in a row lie beyond it by chance
+once in two million; engineering choice."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,23 +32,24 @@ class Stretch:
     """Batches in a row on one side of the range."""
 
     first: int
+    """Ordinal."""
     last: int
-    """Ordinals."""
+    """Ordinal."""
     count: int
-    """Batches out of the range among them."""
+    """Batches outside the range among them."""
     above: bool
     furthest: float
     """The value furthest from the range."""
     usual: float
-    """The median of long before."""
+    """The earlier median."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SeriesRange:
-    """One series over some batches, and the range that it had long before.
+    """One series over some batches, and the range of its earlier values.
 
-    The range is that of all values of long before, so that nothing is assumed of their law: of n of them, a further one
-    lies above all with probability 1 / (n + 1), and several in a row practically never do.
+    The range spans all earlier values, so no distribution is assumed: the next of n values lies above all with
+    probability 1 / (n + 1), and several in a row practically never do.
     """
 
     signal: str
@@ -54,7 +58,7 @@ class SeriesRange:
     high: float
     ordinals: npt.NDArray[np.int64]
     values: npt.NDArray[np.float64]
-    """Of the batches that were asked for, shape `(n,)`, finite."""
+    """Values of the batches that were asked for, shape `(n,)`, finite."""
 
     def stretches(self, *, above: bool) -> tuple[Stretch, ...]:
         """The stretches on one side of the range, oldest first."""
@@ -64,38 +68,31 @@ class SeriesRange:
     def _stretch(self, places: list[int], above: bool) -> Stretch:
         inside = self.values[places]
         return Stretch(
-            first=int(self.ordinals[places[0]]),
-            last=int(self.ordinals[places[-1]]),
-            count=len(places),
-            above=above,
-            furthest=float(inside.max() if above else inside.min()),
-            usual=self.middle,
-        )
+            first=int(self.ordinals[places[0]]), last=int(self.ordinals[places[-1]]), count=len(places), above=above,
+            furthest=float(inside.max() if above else inside.min()), usual=self.middle,
+        )  # fmt: skip
 
     def times(self, observed: float) -> float:
-        """How many times as large as usual a value is; infinite where the usual one is not positive."""
+        """The value as a multiple of the usual one; infinite where the usual one is not positive."""
         return observed / self.middle if self.middle > 0.0 else math.inf
 
 
 def reference_range(view: EpisodeView, signal: str, first: int, last: int) -> SeriesRange | None:
-    """A series over the batches `first` to `last` against what it was long before the onset; `None` where either is missing."""
+    """A series over the batches `first` to `last` against its earlier range; `None` where either is missing."""
     history = view.store.history
     series, ordinals = history.series(signal), history.ordinals
     finite = np.isfinite(series)
     asked = finite & (ordinals >= first) & (ordinals <= last)
     known = series[finite & view.healthy & (ordinals < view.onset - GUARD)]
-    old = known[:-GAP] if known.size >= GAP + FEWEST else known[: max(known.size // 2, FEWEST)]
-    if old.size < FEWEST or not asked.any():
+    is_long = known.size >= RECENT_BATCHES + MIN_REFERENCE_VALUES
+    old = known[:-RECENT_BATCHES] if is_long else known[: max(known.size // 2, MIN_REFERENCE_VALUES)]
+    if old.size < MIN_REFERENCE_VALUES or not asked.any():
         return None
     old = old[-REFERENCE:]
     return SeriesRange(
-        signal=signal,
-        low=float(old.min()),
-        middle=float(np.median(old)),
-        high=float(old.max()),
-        ordinals=ordinals[asked],
-        values=series[asked],
-    )
+        signal=signal, low=float(old.min()), middle=float(np.median(old)), high=float(old.max()),
+        ordinals=ordinals[asked], values=series[asked],
+    )  # fmt: skip
 
 
 def parts(view: EpisodeView, part: str, statistic: str) -> tuple[str, ...]:
@@ -104,11 +101,11 @@ def parts(view: EpisodeView, part: str, statistic: str) -> tuple[str, ...]:
 
 
 def longest(stretches: Iterable[Stretch]) -> Stretch | None:
-    """The one with most batches, `None` of none."""
+    """The stretch with most batches; `None` without one."""
     return max(stretches, key=lambda s: s.count, default=None)
 
 
 def _runs(places: list[int]) -> list[list[int]]:
-    """Places that follow one another with at most `FEW_MISSES` between."""
-    breaks = [0, *(k for k in range(1, len(places)) if places[k] - places[k - 1] > 1 + FEW_MISSES), len(places)]
-    return [places[a:b] for a, b in itertools.pairwise(breaks) if b > a]
+    """Groups of places with at most `MAX_GAP_IN_STRETCH` places between neighbours."""
+    breaks = [k for k in range(1, len(places)) if places[k] - places[k - 1] > 1 + MAX_GAP_IN_STRETCH]
+    return [places[a:b] for a, b in itertools.pairwise([0, *breaks, len(places)]) if b > a]

@@ -1,4 +1,4 @@
-"""Settings of the optimizer: what they were at the start, and which changed before the loss rose."""
+"""Changes of the optimizer's settings that can have caused the episode."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Final
 from lightning_spike.diagnosis.constants import NEAR, REACH
 from lightning_spike.diagnosis.observation import Observation
 from lightning_spike.diagnosis.observations.outside import last_possible
-from lightning_spike.diagnosis.observations.shared_evidence import batches
+from lightning_spike.diagnosis.observations.shared_evidence import before_rise
 from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import Finding, number
 
@@ -17,7 +17,7 @@ SETTING_LEVELS: Final = ("just before", "before", "long before", "no episode")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SettingChange:
-    """One number among the settings, before and after."""
+    """One numeric setting, before and after its change."""
 
     name: str
     before: float
@@ -33,21 +33,19 @@ class SettingChange:
         return f"{self.name} of {self.optimizer} went from {self.before:.4g} to {self.after:.4g} at step {self.step}"
 
 
-def changed_setting(view: EpisodeView, wrong: Callable[[SettingChange], bool], *names: str) -> SettingChange | None:
-    """The last change of one of these settings, for which `wrong` holds, that may have brought the episode about.
+def changed_setting(view: EpisodeView, is_wrong: Callable[[SettingChange], bool], *names: str) -> SettingChange | None:
+    """The last wrong change of one of these settings that can have caused the episode; `None` without one.
 
-    Of betas the first is taken.
-
-    One that was put back before the episode counts as well: what it did to the weights stays.
+    Of betas the first counts. A change that was undone before the episode counts too: the weights keep the damage.
     """
     noted = view.findings("optimizer", "settings_changed", first=0, last=last_possible(view))
-    found = [change for finding in noted if (change := _change(finding)) is not None and change.name in names]
-    meant = [change for change in found if wrong(change)]
-    return meant[-1] if meant else None
+    found = [change for finding in noted if (change := _change(finding)) is not None]
+    wrong = [change for change in found if change.name in names and is_wrong(change)]
+    return wrong[-1] if wrong else None
 
 
 def setting_change(view: EpisodeView, change: SettingChange, *, soon: int = NEAR) -> Observation:
-    """A wrong value weighs the more the sooner the loss rose after it; where it has not risen, the value alone counts.
+    """An observation of a wrong setting, by its distance to the onset.
 
     Args:
         view: The episode.
@@ -55,16 +53,13 @@ def setting_change(view: EpisodeView, change: SettingChange, *, soon: int = NEAR
         soon: Batches within which such a value shows.
     """
     lag = view.onset - change.ordinal
-    if not view.store.episodes:
-        level, when = "no episode", ""
-    else:
-        level = _nearness(lag, soon)
-        when = f", {batches(lag)} before the loss rose" if lag > 0 else ", as the loss rose"
-    text = f"{change.text}{when}."
-    signal = f"optimizer/{change.name}"
+    level, when = "no episode", ""
+    if view.store.episodes:
+        level, when = _nearness(lag, soon), before_rise(lag)
     return Observation(
-        level=level, text=text, signal=signal, step=change.step, observed=change.after, expected=change.before
-    )
+        f"{change.text}{when}.", level=level, signal=f"optimizer/{change.name}", step=change.step,
+        observed=change.after, expected=change.before,
+    )  # fmt: skip
 
 
 def _nearness(lag: int, soon: int) -> str:
@@ -77,16 +72,11 @@ def _change(finding: Finding) -> SettingChange | None:
     before, after = (_first_number(finding.detail.get(key)) for key in ("before", "after"))
     if before is None or after is None:
         return None
-    return SettingChange(
-        name=str(finding.detail.get("name")),
-        before=before,
-        after=after,
-        ordinal=finding.at.ordinal,
-        step=finding.at.step,
-        optimizer=str(finding.detail.get("optimizer")),
-    )
+    name, optimizer = str(finding.detail.get("name")), str(finding.detail.get("optimizer"))
+    at = finding.at
+    return SettingChange(name=name, before=before, after=after, ordinal=at.ordinal, step=at.step, optimizer=optimizer)
 
 
 def _first_number(value: object) -> float | None:
-    """Of two betas the first, which is the momentum's."""
+    """The number, or the first of two betas, which is the momentum's."""
     return number(value[0]) if isinstance(value, list | tuple) and value else number(value)

@@ -1,4 +1,4 @@
-"""How far updates move the weights, against the weights' own size."""
+"""How far updates move the weights, relative to the norm of the weights."""
 
 import dataclasses
 import sys
@@ -10,146 +10,148 @@ import numpy.typing as npt
 from lightning_spike.records import Moment
 from lightning_spike.store import TrainerStateStore
 
-LONG: Final = 0.01
-"""Median share of their size by which updates change the weights, from which steps are long: ten times what is usual in
-a training that goes well (1e-3; science.md 2.2), a tenth of where TheDeepChecker draws its line for any single one."""
-FEWEST: Final = 12
-"""Measured updates without which nothing is said."""
-AFTER: Final = 128
-"""Batches after an event through which updates must be long for it to have made them so."""
-WILD: Final = 0.1
-"""Share of their size by which a single update changes the weights, from which it throws them away rather than improves
-them (TheDeepChecker: between 1e-4 and 1e-1)."""
-START: Final = 64
-"""First batches of a run in which such an update spoils the initialisation."""
-RAMP: Final = 2
-"""Updates that a warm-up takes at least: the rate of the very first may be anything."""
-SOON: Final = 8
+LONG_STEP_SHARE: Final = 0.01
+"""Median relative size of updates from which steps are long: ten times what is usual in a training that goes well
+(1e-3; science.md 2.2), a tenth of TheDeepChecker's limit for a single one."""
+MIN_MEASURED_UPDATES: Final = 12
+"""Measured updates without which nothing is said; engineering choice."""
+BATCHES_AFTER: Final = 128
+"""Batches after an event in which updates must be long for the event to have made them so; engineering choice."""
+MAX_STEP_SHARE: Final = 0.1
+"""Relative size of a single update from which it throws the weights away (TheDeepChecker: between 1e-4 and 1e-1)."""
+FIRST_BATCHES: Final = 64
+"""First batches of a run in which such an update spoils the initialisation; engineering choice."""
+MIN_WARMUP: Final = 2
+"""Updates that a warm-up takes at least: the rate of the very first may be anything; engineering choice."""
+HALVED_WITHIN: Final = 8
 """Lengths of the warm-up within which a decay from its peak has halved the rate: with the inverse square root it takes
 four (Vaswani et al. 2017)."""
-FALLS: Final = 0.9
-"""Level of the last quarter over that of the second, below which the loss goes on falling."""
+FALLING_SHARE: Final = 0.9
+"""Loss level of the run's last quarter over that of the second below which the loss keeps falling;
+engineering choice."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class WildStart:
-    """Updates at the start of the run that have thrown the initial weights away."""
+class OversizedUpdates:
+    """Updates at the start of the run that threw the initial weights away."""
 
     share: float
-    """The largest share of their size by which one of them changed the weights."""
+    """The largest relative size of one of them."""
     after: Moment
     """The batch after the last of them."""
     before: float
-    """Norm of the weights at the first that was measured …"""
+    """Norm of the weights at the first measured update."""
     grown: float
-    """… and the largest by the end of the start."""
+    """The largest norm by the end of the start."""
 
     @property
     def text(self) -> str:
-        """In words."""
-        moved = (
-            f" Their norm went from {self.before:.3g} to {self.grown:.3g} by batch {START}."
-            if self.grown > self.before
-            else ""
+        """Two sentences with the numbers."""
+        moved = f" Their norm went from {self.before:.3g} to {self.grown:.3g} by batch {FIRST_BATCHES}."
+        return (
+            f"One of the first updates changed the weights, or those of half of the layers, by {self.share:.0%} of "
+            f"their size (at most {MAX_STEP_SHARE:.0%} is sound).{moved if self.grown > self.before else ''}"
         )
-        return f"In the first updates a single one changed the weights, or those of half of the layers, by {self.share:.0%} of their size (at most {WILD:.0%} is sound).{moved}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LongSteps:
-    """Updates that are long against the weights, and go on being so."""
+    """Updates that stay long through the run."""
 
     share: float
-    """Median of the update's norm over the weights', over the newer half of the run."""
+    """Median relative size over the second half of the run."""
     last: Moment
     """The newest of them."""
 
     @property
     def text(self) -> str:
-        """In words."""
-        return f"Through the second half of the run an update changed the weights by {self.share:.1%} of their size (usually about 0.1 %)."
+        """One sentence with the numbers."""
+        return (
+            "Through the second half of the run an update changed the weights by "
+            f"{self.share:.1%} of their size (usually about 0.1 %)."
+        )
 
 
 def update_shares(store: TrainerStateStore) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
-    """The rows of the history in which both were measured and are above 0, and in them the update's norm over the weights'; each of shape `(n,)`, oldest first; pure."""
+    """Rows of the history with a measured update, and the update's norm over the weights' norm; pure.
+
+    Returns:
+        Two arrays of shape `(n,)`, oldest first.
+    """
     lengths, sizes = store.history.series("update_norm"), store.history.series("weight_norm")
     rows = np.flatnonzero(np.isfinite(lengths) & np.isfinite(sizes) & (lengths > 0.0) & (sizes > 0.0))
-    with np.errstate(over="ignore"):  # of a run that is past all measure the share may be infinite
+    with np.errstate(over="ignore"):  # in a run that has blown up the share may be infinite
         return rows, lengths[rows] / sizes[rows]
 
 
 def long_steps(store: TrainerStateStore) -> LongSteps | None:
-    """Whether updates were long through the second half of the run, with weights that they have long since grown used to; pure. `None` where not, or where they were not measured.
+    """Long updates through the second half of the run; `None` where they were not long or not measured; pure.
 
-    In the first updates of a run a larger share is usual; and a rate that soon came down from an early peak is still on
-    its way. Weights that the steps have blown up hide it, for it is a share of their size.
+    The first updates of a run may be longer, and a rate that fell soon after an early peak is still on its way. Weights
+    that the steps have blown up hide it, because it is relative to their size.
     """
     history, (rows, shares) = store.history, update_shares(store)
     newer = shares[rows >= len(history) // 2]
-    if newer.size < FEWEST or passed_early_peak(store):
+    if newer.size < MIN_MEASURED_UPDATES or passed_early_peak(store):
         return None
     share = float(np.median(newer))
     last = history.moment(int(history.ordinals[rows[-1]]))
-    return LongSteps(share=share, last=last) if share >= LONG and last is not None else None
+    return LongSteps(share=share, last=last) if share >= LONG_STEP_SHARE and last is not None else None
 
 
 def lengthened(store: TrainerStateStore, ordinal: int) -> bool:
     """Whether updates were short before a batch and long after it; pure."""
     rows, shares = update_shares(store)
     ordinals = store.history.ordinals[rows]
-    before, after = shares[ordinals < ordinal], shares[(ordinals > ordinal) & (ordinals <= ordinal + AFTER)]
-    if before.size < FEWEST // 2 or after.size < FEWEST // 2:
+    before, after = shares[ordinals < ordinal], shares[(ordinals > ordinal) & (ordinals <= ordinal + BATCHES_AFTER)]
+    if min(before.size, after.size) < MIN_MEASURED_UPDATES // 2:
         return False
-    return float(np.median(before)) < LONG / 2.0 and float(np.median(after)) >= LONG
+    return float(np.median(before)) < LONG_STEP_SHARE / 2.0 and float(np.median(after)) >= LONG_STEP_SHARE
 
 
-def wild_start(store: TrainerStateStore) -> WildStart | None:
-    """Whether the first updates of a run changed the weights by a tenth of their size and more, as a whole or half of the layers; pure. `None` where not, where the run was resumed, or where they were not measured.
+def oversized_first_updates(store: TrainerStateStore) -> OversizedUpdates | None:
+    """Updates of a tenth of the weights' size and more at the start of the run; pure.
 
-    The weights of a large embedding, few of which an update concerns, make up most of the whole and hide what becomes
-    of the rest. Layers are asked only where the loss has not come down since.
+    They count over all weights, or in half of the layers where the loss has not fallen since. A large embedding, of
+    which an update changes little, would hide what happens to the other weights.
+
+    Returns:
+        `None` where there are none, where the run was resumed, or where updates were not measured.
     """
     history, (rows, shares) = store.history, update_shares(store)
-    early = history.ordinals[rows] < START
+    early = history.ordinals[rows] < FIRST_BATCHES
     rows, shares = rows[early], shares[early]
-    layers = {} if goes_on_falling(store) else _middle_layer(store)  # Adam's first steps are long against small weights
+    layers = {} if keeps_falling(store) else _median_layer(store)  # Adam's first steps are long against small weights
     shares = np.maximum(shares, [layers.get(int(ordinal), 0.0) for ordinal in history.ordinals[rows]])
-    if store.facts.first_step > 0 or not (shares >= WILD).any():
-        return None
-    after = history.moment(int(history.ordinals[rows[np.flatnonzero(shares >= WILD)[-1]]]) + 1)
-    if after is None:
+    oversized = np.flatnonzero(shares >= MAX_STEP_SHARE)
+    after = history.moment(int(history.ordinals[rows[oversized[-1]]]) + 1) if oversized.size else None
+    if store.facts.first_step > 0 or after is None:
         return None
     sizes = history.series("weight_norm")[rows]
-    return WildStart(share=float(shares.max()), after=after, before=float(sizes[0]), grown=float(sizes.max()))
+    return OversizedUpdates(share=float(shares.max()), after=after, before=float(sizes[0]), grown=float(sizes.max()))
 
 
-def _middle_layer(store: TrainerStateStore) -> dict[int, float]:
-    """By ordinal the median share by which an early update changed the weights of a layer of torch.
+def _median_layer(store: TrainerStateStore) -> dict[int, float]:
+    """Median over the layers of the relative size of each early update, by ordinal; biases, which begin at 0, apart."""
+    changes, sizes = (_early_rows(store, signal) for signal in ("update_norm", "weight_norm"))
+    layers = store.layer_names.get("initial_scale", ())
+    found = {}
+    for ordinal, change in changes.items():
+        size = sizes.get(ordinal, {})
+        shares = [change[n] / size[n] for n in layers if change.get(n, -1.0) >= 0.0 and size.get(n, 0.0) > 0.0]
+        if shares and np.isfinite(shares).all():
+            found[ordinal] = float(np.median(shares))
+    return found
 
-    Without biases, which begin at 0. Of what is still held.
-    """
-    changes, sizes = (
-        {
-            row.at.ordinal: dict(zip(store.layer_names.get(signal, ()), row.values.tolist(), strict=False))
-            for row in store.layer_rows(signal, 0, START)
-        }
-        for signal in ("update_norm", "weight_norm")
-    )
-    weights = store.layer_names.get("initial_scale", ())
-    shares = {
-        ordinal: [
-            change[n] / sizes[ordinal][n]
-            for n in weights
-            if change.get(n, -1.0) >= 0.0 and sizes[ordinal].get(n, 0.0) > 0.0
-        ]
-        for ordinal, change in changes.items()
-        if ordinal in sizes
-    }
-    return {ordinal: float(np.median(of)) for ordinal, of in shares.items() if of and np.isfinite(of).all()}
+
+def _early_rows(store: TrainerStateStore, signal: str) -> dict[int, dict[str, float]]:
+    names = store.layer_names.get(signal, ())
+    rows = store.layer_rows(signal, 0, FIRST_BATCHES)
+    return {row.at.ordinal: dict(zip(names, row.values.tolist(), strict=False)) for row in rows}
 
 
 def passed_early_peak(store: TrainerStateStore) -> bool:
-    """Whether a learning rate rose to the highest of the run in its first updates and was down to half of that soon after, as by a warm-up and a decay from its peak; pure."""
+    """Whether a rate had its peak in the first updates and soon fell to half of it (warm-up, then decay); pure."""
     return any(_passed_early_peak(store, name) for name in store.history.signals if name.startswith("lr-"))
 
 
@@ -158,15 +160,14 @@ def _passed_early_peak(store: TrainerStateStore, signal: str) -> bool:
     if rates.size == 0 or store.facts.first_step > 0:
         return False
     peak = int(np.argmax(rates))
-    rose = RAMP <= peak < START and rates[peak] >= 2.0 * rates[0]
-    return rose and float(rates[peak : SOON * (peak + 1)].min()) <= 0.5 * float(rates[peak])
+    rose = MIN_WARMUP <= peak < FIRST_BATCHES and rates[peak] >= 2.0 * rates[0]
+    return rose and float(rates[peak : HALVED_WITHIN * (peak + 1)].min()) <= 0.5 * float(rates[peak])
 
 
-def goes_on_falling(store: TrainerStateStore, signal: str = "loss") -> bool:
-    """Whether the loss is clearly lower in the last quarter of the run than it was in the second; pure."""
-    losses = store.history.series(signal)
-    quarters = [part[np.isfinite(part)] for part in np.array_split(losses, 4)]
+def keeps_falling(store: TrainerStateStore) -> bool:
+    """Whether the loss is clearly lower in the last quarter of the run than in the second; pure."""
+    quarters = [part[np.isfinite(part)] for part in np.array_split(store.history.series("loss"), 4)]
     if any(part.size == 0 for part in quarters):
         return False
     second, last = float(np.median(quarters[1])), float(np.median(quarters[3]))
-    return last < FALLS * second if second > 0.0 else last < second
+    return last < FALLING_SHARE * second if second > 0.0 else last < second

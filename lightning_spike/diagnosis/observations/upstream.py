@@ -1,7 +1,4 @@
-"""What speaks for trouble that lies in the model's own layers, and against it.
-
-Steps, batches and writes that may have brought it about.
-"""
+"""Evidence about whether steps, batches or writes caused trouble in the layers, or the layers themselves."""
 
 from typing import Final
 
@@ -17,7 +14,7 @@ from lightning_spike.diagnosis.observations.shared_evidence import (
     jump_after_ordinary_updates,
     transient_loss,
 )
-from lightning_spike.diagnosis.observations.step_length import wild_start
+from lightning_spike.diagnosis.observations.step_length import oversized_first_updates
 from lightning_spike.diagnosis.view import EpisodeView
 
 WRITES: Final = ("weights", "optimizer_state")
@@ -25,84 +22,74 @@ WRITES: Final = ("weights", "optimizer_state")
 
 @observer("event", "climb")
 def rate_upstream(view: EpisodeView) -> Observation | None:
-    """A learning rate that came back up, jumped or has climbed may have brought it about."""
+    """A learning rate that rose again, jumped or climbed."""
     moved = rate_event(view, SCHEDULED + JUMPS)
     if moved is not None:
         text = f"Possibly caused by the learning rate: {moved.text}."
-        return Observation(level="event", text=text, signal=moved.signal, step=moved.step)
+        return Observation(text, level="event", signal=moved.signal, step=moved.step)
     rose = climbed(view)
     if rose is None:
         return None
     text = f"Possibly caused by the learning rate: {rose.text}."
-    return Observation(
-        level="climb", text=text, signal=rose.signal, step=view.step, observed=rose.now, expected=rose.usual
-    )
+    return Observation(text, level="climb", signal=rose.signal, observed=rose.now, expected=rose.usual)
 
 
-@observer("exploded")
+@observer("exploded", signal="grad_norm")
 def gradient_upstream(view: EpisodeView) -> Observation | None:
-    """A gradient that exploded before leaves damage of any kind."""
+    """A gradient that exploded before: it damages any layer."""
     lead = early_gradient(view)
     if lead is None:
         return None
-    text = f"The gradient norm was ×{lead.ratio:.3g} its usual {lead.expected:.3g} before; such a step leaves damage of any kind."
-    return Observation(level="exploded", text=text, signal="grad_norm", step=view.step, expected=lead.expected)
+    text = (
+        f"Before, the gradient norm was ×{lead.ratio:.3g} its usual {lead.expected:.3g}: such a step damages weights."
+    )
+    return Observation(text, expected=lead.expected)
 
 
-@observer("long update")
+@observer("long update", signal="update_norm")
 def _long_update(view: EpisodeView) -> Observation | None:
     size = view.worst("update_norm", view.onset - 2 * NEAR, view.onset - 1)
     if size is None or not size.above:
         return None
-    text = f"An update before was ×{size.ratio:.3g} as long as usual."
-    return Observation(level="long update", text=text, signal="update_norm", step=view.step, expected=size.expected)
+    return Observation(f"An update before was ×{size.ratio:.3g} as long as usual.", expected=size.expected)
 
 
-@observer("oversized first updates")
+@observer("oversized first updates", signal="update_norm")
 def _oversized_first_updates(view: EpisodeView) -> Observation | None:
-    wild = wild_start(view.store)
-    if wild is None or wild.after.ordinal > view.onset:
+    oversized = oversized_first_updates(view.store)
+    if oversized is None or oversized.after.ordinal > view.onset:
         return None
-    text = f"{wild.text} Such steps leave damage of any kind."
-    return Observation(level="oversized first updates", text=text, signal="update_norm", step=wild.after.step)
+    return Observation(f"{oversized.text} Such steps damage weights.", step=oversized.after.step)
 
 
-@observer("steps too long")
+@observer("steps too long", signal="lab/steps")
 def _steps_too_long(view: EpisodeView) -> Observation | None:
     test = step_size_test(view)
-    if test is None:
-        return None
-    return Observation(
-        level="steps too long", text=sentences.step_size(test.result), signal="lab/steps", step=test.at.step
-    )
+    return None if test is None else Observation(sentences.step_size(test.result), step=test.at.step)
 
 
-@observer("written")
+@observer("written", signal="outside_writes")
 def write_upstream(view: EpisodeView) -> Observation | None:
     """Code outside the training step wrote into weights or optimizer state just before."""
     found = view.findings("outside_writes", *WRITES, first=view.onset - 2 * NEAR, last=view.onset)
-    if not found:
-        return None
     text = "Code outside the training step wrote into weights or optimizer state just before."
-    return Observation(level="written", text=text, signal="outside_writes", step=found[-1].at.step)
+    return Observation(text, step=found[-1].at.step) if found else None
 
 
-@observer("changed")
+@observer("changed", signal="optimizer/settings")
 def setting_upstream(view: EpisodeView) -> Observation | None:
-    """A momentum, decay or epsilon that was changed while training ran does damage of its own."""
+    """A momentum, decay or epsilon that changed during training."""
     found = view.findings("optimizer", "settings_changed", first=0, last=view.last)
     if not found:
         return None
-    text = f"Possibly caused by a changed optimizer setting: {found[-1].text}"
-    return Observation(level="changed", text=text, signal="optimizer/settings", step=found[-1].at.step)
+    return Observation(f"Possibly caused by a changed optimizer setting: {found[-1].text}", step=found[-1].at.step)
 
 
 @observer("gradual")
 def _gradual_rise(view: EpisodeView) -> Observation | None:
     if view.sudden is not False or gradient_vanished_before(view) is not None:
         return None
-    text = "The loss rose over several batches, as with steps that do damage bit by bit."
-    return Observation(level="gradual", text=text, signal=view.episode.signal, step=view.step)
+    return Observation("The loss rose over several batches, as after steps that damage the weights bit by bit.")
 
 
 UPSTREAM: Final[tuple[Observer, ...]] = (
@@ -115,5 +102,5 @@ UPSTREAM: Final[tuple[Observer, ...]] = (
     transient_loss,
     first_of("rise_after_ordinary_updates", jump_after_ordinary_updates, _gradual_rise),
 )
-"""Whether something upstream has damaged the layers. A jump of the loss after ordinary updates with an ordinary batch
-speaks for the layers themselves."""
+"""Other causes of damaged layers. A jump after ordinary updates with an ordinary batch speaks for the layers
+themselves."""

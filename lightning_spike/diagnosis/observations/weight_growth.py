@@ -1,7 +1,4 @@
-"""Geometric growth (or shrinking) of the weights around an episode.
-
-The norm of all weights changes by about the same factor with every update.
-"""
+"""Geometric growth (or shrinking) of the weights around an episode: the same factor with every update."""
 
 import dataclasses
 import math
@@ -14,95 +11,97 @@ from lightning_spike.diagnosis.constants import GUARD
 from lightning_spike.diagnosis.view import EpisodeView
 
 BATCHES_BEFORE: Final = 128
-"""Batches before the onset in which the growth is looked for: a loss may tolerate growing weights for a while;
+"""Batches before the onset in which growth is looked for: a loss may tolerate growing weights for a while;
 engineering choice."""
 BATCHES_AFTER: Final = 64
-"""… and after it: a growth goes on where nobody stops it."""
-FASTER: Final = 5.0
-"""Times the healthy rate of growth from which it is out of the ordinary; engineering choice."""
+"""Batches after the onset in which it is looked for; engineering choice."""
+FASTER_THAN_HEALTHY: Final = 5.0
+"""Multiple of the healthy growth rate from which growth is unusual; engineering choice."""
 MIN_RATE: Final = 2e-3
-"""Growth by update, on the log scale, below which weights take hundreds of updates to double: training itself moves
-them by up to a thousandth of their size (science.md 2)."""
+"""Smallest log growth per update that counts: training itself moves weights by up to a thousandth of their size
+(science.md 2)."""
 STEADY_FACTOR: Final = 2.0
-"""Factor by which one rate of a growth by one mechanism may differ from the median rate; engineering choice …"""
+"""Factor by which single growth rates may differ from the median rate of a steady growth; engineering choice."""
 STEADY_SHARE: Final = 0.7
-"""… in this share of the looks."""
+"""Share of the looks that must lie within it; engineering choice."""
 MIN_LOOKS: Final = 3
-"""Looks at the weights without which there is no growth to be seen; engineering choice."""
+"""Looks at the weights without which growth cannot be seen; engineering choice."""
 MAX_EXPONENT: Final = 600.0
-"""Exponents are cut off here, below the overflow of exp in float64; engineering choice."""
+"""Cap of exponents, below the overflow of exp in float64 (709), by definition."""
 
 Floats = npt.NDArray[np.float64]
+Ordinals = npt.NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class WeightGrowth:
-    """A stretch of the run in which the norm of all weights grew, or shrank, by about the same factor with every update."""
+    """A stretch in which the norm of all weights grew, or shrank, by about the same factor with every update."""
 
     first: int
-    """Ordinal of the last look at which the weights were as before."""
+    """Ordinal of the last look with unchanged weights."""
     shown: int
-    """… and of the first at which they were not."""
+    """Ordinal of the first look with changed weights."""
     last: int
     before: float
     """Norm of all weights."""
     after: float
-    rate: float
-    """By update, on the log scale; negative where they shrink, 0 where they stayed as they were."""
-    steady: bool
-    along: float | None
-    """How much of the updates' length went into the growth; `None` where updates were not measured."""
+    rate: float = 0.0
+    """Log growth per update; negative where the weights shrink, 0 where they stayed as they were."""
+    steady: bool = False
+    along: float | None = None
+    """Share of the updates' length that went into the growth; `None` where updates were not measured."""
 
     @property
     def factor(self) -> float:
-        """By what factor the weights differ from before, at least 1."""
+        """The factor by which the weights changed, at least 1."""
         return math.exp(min(abs(math.log(self.after / self.before)), MAX_EXPONENT))
 
     def factor_by(self, ordinal: int) -> float:
-        """By what factor at most they differed at a batch."""
+        """The factor by which the weights had changed at most at a batch."""
         return math.exp(min(abs(self.rate) * max(ordinal - self.first, 0), MAX_EXPONENT))
 
 
 def weight_growth(view: EpisodeView) -> WeightGrowth | None:
-    """The longest stretch of extraordinary growth around the onset.
+    """The longest stretch of unusual growth around the onset.
 
-    One of rate 0 where weights stayed as they were; `None` where they were not looked at.
+    Returns:
+        A growth of rate 0 where the weights stayed as they were; `None` where they were not measured.
     """
-    ordinals, norms = _looks(view, "weight_norm")
+    ordinals, norms = _looks(view)
     inside = (ordinals >= view.onset - BATCHES_BEFORE) & (ordinals <= max(view.last, view.onset + BATCHES_AFTER))
     if inside.sum() < MIN_LOOKS:
         return None
     steps = np.array([view.step_of(int(o)) for o in ordinals], dtype=np.float64)
     rates = np.diff(np.log(norms)) / np.maximum(np.diff(steps), 1.0)
     usual = _healthy_rate(view, ordinals[1:], rates, max(int(inside.sum()) // 2, 1))
-    fast = np.abs(rates) > max(FASTER * usual, MIN_RATE)
+    fast = np.abs(rates) > max(FASTER_THAN_HEALTHY * usual, MIN_RATE)
     start, end = _longest(np.sign(rates) * (fast & inside[1:]))
-    if end > start:
-        return _grown(view, ordinals, norms, rates, start, end)
-    places = np.flatnonzero(inside)
-    first, last = int(places[0]), int(places[-1])
-    return WeightGrowth(
-        first=int(ordinals[first]), shown=int(ordinals[min(first + 1, last)]), last=int(ordinals[last]),
-        before=float(norms[first]), after=float(norms[last]), rate=0.0, steady=False, along=None,
+    is_growing = end > start
+    if not is_growing:
+        start, end = (int(place) for place in np.flatnonzero(inside)[[0, -1]])
+    growth = WeightGrowth(
+        first=int(ordinals[start]), shown=int(ordinals[min(start + 1, end)]), last=int(ordinals[end]),
+        before=float(norms[start]), after=float(norms[end]),
     )  # fmt: skip
+    return _with_rate(view, growth, ordinals, norms, rates[start:end]) if is_growing else growth
 
 
-def _looks(view: EpisodeView, signal: str) -> tuple[npt.NDArray[np.int64], Floats]:
-    """Ordinals and values of the looks at a size that gave a finite one above 0."""
+def _looks(view: EpisodeView) -> tuple[Ordinals, Floats]:
+    """Ordinals and values of the recorded norms of all weights that are finite and above 0."""
     history = view.store.history
-    values = history.series(signal)
+    values = history.series("weight_norm")
     held = np.isfinite(values) & (values > 0.0)
     return history.ordinals[held], values[held]
 
 
-def _healthy_rate(view: EpisodeView, ordinals: npt.NDArray[np.int64], rates: Floats, few: int) -> float:
+def _healthy_rate(view: EpisodeView, ordinals: Ordinals, rates: Floats, few: int) -> float:
     early = rates[ordinals < view.onset - BATCHES_BEFORE]
     healthy = early if early.size else rates[ordinals < view.onset - GUARD][:few]
     return float(np.median(np.abs(healthy))) if healthy.size else 0.0
 
 
 def _longest(signs: Floats) -> tuple[int, int]:
-    """First and last look of the longest run of rates of one sign; two equal ones where there is none."""
+    """First and last look of the longest run of rates of one sign; two equal places where there is none."""
     best, start = (0, 0), 0
     for place in range(1, signs.size + 1):
         if place == signs.size or signs[place] != signs[start]:
@@ -112,29 +111,20 @@ def _longest(signs: Floats) -> tuple[int, int]:
     return best
 
 
-def _grown(
-    view: EpisodeView, ordinals: npt.NDArray[np.int64], norms: Floats, rates: Floats, start: int, end: int
+def _with_rate(
+    view: EpisodeView, growth: WeightGrowth, ordinals: Ordinals, norms: Floats, rates: Floats
 ) -> WeightGrowth:
-    own = rates[start:end]
-    rate = float(np.median(own))
-    alike = (np.abs(own) < STEADY_FACTOR * abs(rate)) & (np.abs(own) > abs(rate) / STEADY_FACTOR)
-    return WeightGrowth(
-        first=int(ordinals[start]),
-        shown=int(ordinals[min(start + 1, end)]),
-        last=int(ordinals[end]),
-        before=float(norms[start]),
-        after=float(norms[end]),
-        rate=rate,
-        steady=end - start >= MIN_LOOKS - 1 and bool(alike.mean() >= STEADY_SHARE),
-        along=_share_along(view, ordinals[start + 1 : end + 1], norms[start + 1 : end + 1], rate),
-    )
+    rate = float(np.median(rates))
+    alike = (np.abs(rates) < STEADY_FACTOR * abs(rate)) & (np.abs(rates) > abs(rate) / STEADY_FACTOR)
+    inside = (ordinals > growth.first) & (ordinals <= growth.last)
+    return dataclasses.replace(
+        growth, rate=rate, steady=rates.size >= MIN_LOOKS - 1 and bool(alike.mean() >= STEADY_SHARE),
+        along=_share_along(view, ordinals[inside], norms[inside], rate),
+    )  # fmt: skip
 
 
-def _share_along(view: EpisodeView, ordinals: npt.NDArray[np.int64], norms: Floats, rate: float) -> float | None:
-    """An update along the weights has |1 - exp(-rate)| of their new length, by which the norm then differs.
-
-    A longer one went elsewhere too.
-    """
+def _share_along(view: EpisodeView, ordinals: Ordinals, norms: Floats, rate: float) -> float | None:
+    """Share of the updates' length that lies along the weights: the change of their norm over that length."""
     lengths = [view.at("update_norm", int(ordinal)) for ordinal in ordinals]
     pairs = zip(lengths, norms.tolist(), strict=True)
     relative = [u / w for u, w in pairs if u is not None and math.isfinite(u) and u > 0.0]

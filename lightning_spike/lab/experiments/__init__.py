@@ -1,1 +1,1 @@
-"""What is asked of a moment that was run again; one question a file."""
+"""The experiments of a replay, one per file."""

@@ -1,4 +1,4 @@
-"""Make the updates that did the damage once more, with one thing about them as it usually was, and see what is left of the damage."""
+"""Attributes the damage of updates to their factors, by replays with one factor reset to its normal value."""
 
 import dataclasses
 import inspect
@@ -44,7 +44,7 @@ FURTHER: Final[Mapping[str, tuple[Factor, ...]]] = {
     "optimizer_state": (Momentum(), SecondMoments(), Epsilon()),
     "intrinsic": (Epsilon(), Precision()),
 }
-"""What is tried where one of the first, or what they leave over, has a share worth looking into."""
+"""Factors tested if one of the first factors, or the remainder, has a large enough share."""
 SUFFICIENT_SHARE: Final = 0.85
 """Share of the damage from which a factor is sufficient or necessary; engineering choice."""
 RESERVED: Final = 16
@@ -57,7 +57,7 @@ ODD_BATCH_ERRORS: Final = 2.0
 
 
 def recent_baselines(scene: Scene, replay: Reproduction, leg: int, controls: Sequence[RingEntry]) -> Baselines:
-    """What was normal before one of the kept updates.
+    """Returns the normal values before one of the kept updates.
 
     Args:
         scene: The episode.
@@ -148,7 +148,7 @@ class _Cells:
         self._known: dict[frozenset[str], Numbers] = {frozenset(): damage.after}
 
     def shares(self, factors: Sequence[Factor]) -> tuple[list[FactorShare], list[str], float]:
-        """Of the factors that were not normal, the largest first.
+        """Shares of the factors that were not normal, the largest first.
 
         The names of those that were; and what is left with all of them normal.
         """
@@ -168,7 +168,7 @@ class _Cells:
         return sorted(shares, key=lambda s: -s.share), normal, self._part(rise(frozenset()))
 
     def closer(self, name: str) -> tuple[list[FactorShare], list[str]]:
-        """What a factor's damage is made of, and what was normal about it.
+        """Divides a factor's damage among finer factors.
 
         Nothing where that does not fit into the sandbox's allowance.
         """
@@ -202,10 +202,9 @@ class _Cells:
         self._around = dataclasses.replace(self._around, named=named)
 
     def _alone(self, factor: Factor, active: Sequence[Factor]) -> FactorShare | None:
-        """Its share where it is both enough (all others normal, and the damage is there) and needed (it alone normal, and the damage is gone).
+        """The factor's share if it is sufficient (all others normal) and necessary (it alone normal), else `None`.
 
-        Then the other combinations add nothing: a Shapley value lies between the two where no factor makes up for
-        another.
+        Then other combinations are not needed: without interaction the Shapley value lies between the two.
         """
         enough = self._rise([other for other in active if other is not factor])
         if self._part(enough) < SUFFICIENT_SHARE:
@@ -217,7 +216,7 @@ class _Cells:
         return FactorShare(factor=factor.id, group=factor.group, share=self._part(rise), error=self._error(rise))
 
     def _active(self, factors: Sequence[Factor]) -> list[Factor]:
-        """Those that were not normal, on one rank at least: each has batches of its own."""
+        """The factors that were not normal on one rank at least."""
         ranks = self._bench.ranks
         return [f for f in factors if ranks.any(f.id, mine=self._is_changed(f))]
 

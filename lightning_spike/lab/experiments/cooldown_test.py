@@ -27,20 +27,18 @@ def cooldown_test(
     *,
     excess: float,
 ) -> Cooldown | None:
-    """Train the last updates before the onset once more with a tenth of the rate, and look at the batch again; `None` without updates.
+    """Repeats the last updates with a tenth of the rate and measures the batch's excess again; `None` without updates.
 
-    A batch with wrong labels or values stands out for any sensible weights. One that only stands out while steps are
-    too long for the loss surface, so that the weights are
-    thrown about, is ordinary once they have come to rest: then the rate is to blame, with no event to be seen.
-    (One-step tests do not show a chronically high rate, science.md 2.3 and 2b.6.) Not a test of a cause by a safer
-    value: what is looked at is the batch, and its loss *over* the others'.
+    A batch with wrong labels or values is an outlier under any good weights. If it is one only while steps are too long
+    for the loss surface, smaller updates make it normal: the cause is a chronically high rate. One-step tests do not
+    show that (science.md 2.3 and 2b.6). The test measures the batch's loss relative to the others, so it is no remedy.
 
     Args:
         sandbox: Inside `isolated(..., with_optimizers=True)`.
-        updates_replayed: The kept updates of the re-run.
-        spike: The batch of the onset.
-        controls: Ordinary batches.
-        excess: How far the batch is above them under the weights as they were, see `Split`.
+        updates_replayed: The updates of the replay.
+        spike: The onset's batch.
+        controls: Control batches.
+        excess: Excess of the batch's loss over theirs before the test, see `Split`.
     """
     if not updates_replayed:
         return None

@@ -13,19 +13,19 @@ from lightning_spike.record.batch_ring import RingEntry
 from lightning_spike.sandbox.isolation import Sandbox
 from lightning_spike.sandbox.state import TrainState
 
-MOST_OF_IT: Final = 0.7
-"""Share of the whole rise that makes most of it."""
-NEARLY: Final = 0.15
-"""Share of the whole rise that is next to nothing of it: half of what may be missing, at either end."""
-LONGEST: Final = 4
-"""Updates in a row at most: each question about them makes them all again."""
-QUESTIONS: Final = 3
-"""As many as there must be room for: two factors, and both."""
+MIN_DAMAGE_SHARE: Final = 0.7
+"""Share of the whole rise that the located updates must explain; engineering choice."""
+NEGLIGIBLE_DAMAGE: Final = 0.15
+"""Share of the whole rise that may be missing at either end; engineering choice."""
+MAX_UPDATES: Final = 4
+"""Updates in a row at most, since each experiment repeats all of them; engineering choice."""
+MIN_EXPERIMENTS: Final = 3
+"""Experiments that must fit: two factors, and both; engineering choice."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Damage:
-    """What one update, or a few in a row, did to the losses of ordinary batches."""
+    """The effect of one or a few successive updates on the losses of the control batches."""
 
     first: int
     """The place of the first of them in `Reproduction.updates_replayed`."""
@@ -36,7 +36,7 @@ class Damage:
     after: Numbers
     """… and after them."""
     share: float
-    """Of the whole rise from the first kept state to the onset, the part that they make."""
+    """Their share of the rise from the first kept state to the onset."""
 
     @property
     def log_rise(self) -> float:
@@ -68,7 +68,7 @@ def damage_on_the_way(
     way = _Way(sandbox, replay, controls, like)
     first = way.longest()
     last = first
-    if way.share(first, last + 1) < MOST_OF_IT:
+    if way.share(first, last + 1) < MIN_DAMAGE_SHARE:
         first, last = way.row()
     share = way.share(first, last + 1)
     return Damage(first=first, last=last, before=way.losses(first), after=way.losses(last + 1), share=share)
@@ -87,7 +87,7 @@ class _Way:
         return len(self._states) - 1
 
     def losses(self, k: int) -> Numbers:
-        """Of the controls under the k-th state."""
+        """Losses of the control batches under the k-th state."""
         weights = self._states[k].weights
         return losses_under(self._bench, weights, self._controls, like=self._like, held=True)
 
@@ -103,18 +103,18 @@ class _Way:
 
     def row(self) -> tuple[int, int]:
         """The first and the last of the updates in which most of the rise comes about."""
-        low, high = self._where(NEARLY), self._where(1.0 - NEARLY) + 1
+        low, high = self._where(NEGLIGIBLE_DAMAGE), self._where(1.0 - NEGLIGIBLE_DAMAGE) + 1
         longest = self._longest()
         while high - low > 1 and (
-            high - low > longest or max(self.share(low + 1, high), self.share(low, high - 1)) >= MOST_OF_IT
+            high - low > longest or max(self.share(low + 1, high), self.share(low, high - 1)) >= MIN_DAMAGE_SHARE
         ):
             low, high = max(((low + 1, high), (low, high - 1)), key=lambda row: self.share(*row))
         return low, high - 1
 
     def _longest(self) -> int:
         """Updates in a row that there is room to ask about."""
-        sandbox, passes = self._bench, QUESTIONS * len(self._controls)
-        fitting = (n for n in range(LONGEST, 1, -1) if sandbox.has_room(updates=QUESTIONS * n, passes=passes))
+        sandbox, passes = self._bench, MIN_EXPERIMENTS * len(self._controls)
+        fitting = (n for n in range(MAX_UPDATES, 1, -1) if sandbox.has_room(updates=MIN_EXPERIMENTS * n, passes=passes))
         return sandbox.ranks.first("how many updates in a row", next(fitting, 1))
 
     def _where(self, part: float) -> int:

@@ -1,4 +1,4 @@
-"""What a factor is: one thing about an update that can be put back to normal, with all else as it was."""
+"""The factors of an update: each can be reset to its normal value with all else unchanged."""
 
 import dataclasses
 import math
@@ -21,20 +21,20 @@ from lightning_spike.sandbox.state import TrainState
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Baselines:
-    """What was normal around the update in question."""
+    """The normal values around an update."""
 
     updates_replayed: Sequence[ReplayedUpdate]
     """The updates that were made again, oldest first, up to the one in question, which is the last."""
     controls: Sequence[RingEntry]
     """Ordinary batches, the most ordinary one first."""
     settings: Sequence[Settings]
-    """Of the optimizer steps before, of the same optimizer, oldest first; at most 32 steps back."""
+    """Settings of up to 32 earlier steps of the same optimizer, oldest first."""
     defaults: Mapping[str, Any]
     """The optimizer's hyperparameters as its class has them where the user gives none."""
     is_mixed: bool
     """Whether the training runs under autocast."""
     named: Mapping[int, Sequence[int]] = dataclasses.field(default_factory=dict)
-    """By the ordinal of a batch, the positions of its samples that stand out, where that was looked into."""
+    """Positions of outlier samples by the batch's ordinal, for examined batches."""
 
     @property
     def oldest(self) -> ReplayedUpdate:
@@ -51,7 +51,7 @@ class Factor(ABC):
     """
 
     id: ClassVar[str]
-    """As in the finding, and as causes name it."""
+    """Its name in findings and causes."""
     group: ClassVar[str]
     """`"data"`, `"learning_rate"`, `"optimizer"`, `"clipping"` or `"numerics"`: who is to blame if it was this."""
     title: ClassVar[str]
@@ -106,11 +106,11 @@ class NamedSamples(Factor):
         )
 
 
-CHANGED: Final = 1.05
-"""Factor from the recent median in either direction up to which a rate is what it was: smooth schedules move by less in
-32 steps, or matter little."""
-FEWEST_RATES: Final = 4
-"""Steps without which there is no recent rate."""
+MIN_RATE_CHANGE: Final = 1.05
+"""Ratio to the recent median from which a rate has changed; engineering choice. Smooth schedules move by less in 32
+steps."""
+MIN_RATES: Final = 4
+"""Steps without which there is no recent rate; engineering choice."""
 
 
 class LearningRate(Factor):
@@ -138,7 +138,7 @@ def _usual_rates(step: Settings, before: Sequence[Settings]) -> list[float]:
     like = [other for other in before if _place(other) == _place(step) and len(other) == len(step)]
     return (
         own
-        if len(like) < FEWEST_RATES
+        if len(like) < MIN_RATES
         else [statistics.median(_rate(other[k]) for other in like) for k in range(len(own))]
     )
 
@@ -148,7 +148,10 @@ def _with_rates(step: Settings, rates: Sequence[float]) -> Settings:
 
 
 def _is_changed(step: Settings, usual: Sequence[float]) -> bool:
-    return any(not (rate / CHANGED <= _rate(group) <= rate * CHANGED) for group, rate in zip(step, usual, strict=True))
+    return any(
+        not (rate / MIN_RATE_CHANGE <= _rate(group) <= rate * MIN_RATE_CHANGE)
+        for group, rate in zip(step, usual, strict=True)
+    )
 
 
 def _rate(group: Mapping[str, Any]) -> float:
@@ -161,15 +164,15 @@ def _place(step: Settings) -> object:
 
 
 FIRST: Final = ("exp_avg", "momentum_buffer")
-"""Where the optimizers of torch keep their momentum."""
+"""State keys of torch's optimizers for the momentum."""
 SECOND: Final = ("exp_avg_sq", "square_avg")
 """… and the running mean of the squared gradients."""
-FRESH: Final = 4
-"""Updates whose gradients make a second moment of their own; fewer say little about each element."""
+MIN_GRADIENTS: Final = 4
+"""Updates whose gradients make a new second moment; engineering choice."""
 
-STALE: Final = 1.5
-"""How many times larger the recent mean square of a tensor's gradients must be for its second moment to be called
-stale; a step is then a fifth too long."""
+MIN_STALE_RATIO: Final = 1.5
+"""Recent mean square of a tensor's gradients over its second moment from which that is stale; engineering choice. A
+step is then a fifth too long."""
 
 States = list[dict[str, Any]]
 
@@ -204,7 +207,7 @@ class SecondMoments(Factor):
     @override
     def normal(self, update: Update, baselines: Baselines) -> Update | None:
         steps = len(baselines.updates_replayed) - 1
-        if steps < FRESH:
+        if steps < MIN_GRADIENTS:
             return None
 
         def kept_up(optimizer: int, place: int, key: str, now: Tensor) -> Tensor | None:
@@ -215,7 +218,7 @@ class SecondMoments(Factor):
             faded = decay**steps
             held = float(now.mean()) / _filled(baselines, optimizer, place, key, decay)
             fresh = float((now - faded * then).mean()) / (1.0 - faded)
-            return now * (fresh / held) if 0.0 < STALE * held < fresh < math.inf else None
+            return now * (fresh / held) if 0.0 < MIN_STALE_RATIO * held < fresh < math.inf else None
 
         return _replaced(update, baselines, SECOND, kept_up)
 
@@ -237,7 +240,7 @@ class OptimizerState(Factor):
 def _replaced(
     update: Update, baselines: Baselines, keys: tuple[str, ...], value: Callable[[int, int, str, Tensor], Tensor | None]
 ) -> Update | None:
-    """The update with some tensors of the optimizers' states exchanged; `None` where there are none of these, or nothing is remembered from before."""
+    """The update with some tensors of the optimizers' states replaced; `None` without these or without a history."""
     if len(baselines.updates_replayed) < 2:  # noqa: PLR2004 - the update itself and one before
         return None
     found = False
@@ -273,7 +276,7 @@ def _decay(baselines: Baselines, optimizer: int, place: int) -> float | None:
 
 
 def _filled(baselines: Baselines, optimizer: int, place: int, key: str, decay: float) -> float:
-    """How much of its weight a second moment has by now.
+    """Sum of the weights in a second moment's average.
 
     Adam's begins at zero and is corrected for that, RMSprop's is not (Kingma and Ba 2015, section 3).
     """
@@ -283,12 +286,12 @@ def _filled(baselines: Baselines, optimizer: int, place: int, key: str, decay: f
     return float(1.0 - decay ** float(step))
 
 
-FEWEST_CLIPPINGS: Final = 4
-"""Steps without which there is no recent clipping, as with the learning rate."""
+MIN_CLIPPINGS: Final = 4
+"""Steps without which there is no recent clipping, as `MIN_RATES`; engineering choice."""
 
 
 class Clipping(Factor):
-    """What the trainer clipped gradients by, value and algorithm, against what most of the steps before were clipped by.
+    """The trainer's gradient clipping (value and algorithm), compared with that of most earlier steps.
 
     It is another only where `trainer.gradient_clip_val` was changed in the run. What a module clips by on its own
     (`configure_gradient_clipping`, manual optimisation) is not noted; then it is no factor.
@@ -308,16 +311,16 @@ def _as_usual(step: Settings, baselines: Baselines) -> Settings:
     if not step or CLIP not in step[0]:
         return step
     before = [tuple(o[0][CLIP]) for o in baselines.settings if o and CLIP in o[0] and o[0][PLACE] == step[0][PLACE]]
-    usual = Counter(before).most_common(1)[0][0] if len(before) >= FEWEST_CLIPPINGS else tuple(step[0][CLIP])
+    usual = Counter(before).most_common(1)[0][0] if len(before) >= MIN_CLIPPINGS else tuple(step[0][CLIP])
     return step if usual == tuple(step[0][CLIP]) else [{**group, CLIP: usual} for group in step]
 
 
-SMALLER: Final = 10.0
-"""How many times smaller than the optimizer's own default an epsilon must be to be a suspect."""
+MIN_EPSILON_RATIO: Final = 10.0
+"""Default epsilon of the optimizer over its own from which that is a suspect; engineering choice."""
 
 
 class Epsilon(Factor):
-    """What is added to the root of the second moment, against the default of the optimizer's class.
+    """The epsilon of the update's denominator, compared with the default of the optimizer's class.
 
     There is no recent other value of a constant.
     """
@@ -331,7 +334,7 @@ class Epsilon(Factor):
         default = baselines.defaults.get("eps")
         groups = baselines.oldest.before.optimizers[0]["param_groups"]
         if not isinstance(default, float) or not any(
-            group.get("eps", default) * SMALLER <= default for group in groups
+            group.get("eps", default) * MIN_EPSILON_RATIO <= default for group in groups
         ):
             return None
         settings = tuple([{**group, "eps": default} for group in step] for step in update.settings)

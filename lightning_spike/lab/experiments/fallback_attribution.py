@@ -18,8 +18,8 @@ from lightning_spike.experiments import Experiments, StepSize
 from lightning_spike.records import Episode
 from lightning_spike.store import TrainerStateStore
 
-SAME_RATE: Final = 0.7
-"""Share of the earlier learning rate from which it is still about the same; engineering choice."""
+MIN_EQUAL_RATE: Final = 0.7
+"""Ratio to the earlier learning rate from which it counts as unchanged; engineering choice."""
 
 
 def with_step_size(found: Experiments | None, episode: Episode, reason: str, steps: StepSize) -> Experiments:
@@ -45,7 +45,7 @@ def unexplained(found: Experiments) -> str | None:
 
 
 def earlier_step_size(store: TrainerStateStore, episode: Episode) -> StepSize | None:
-    """The newest step sizes from before an episode that were too long, if learning rates have not come down since; `None` without any. Pure."""
+    """The newest too long step sizes from before an episode, if learning rates are still as high; else `None`."""
     onset = episode.onset.ordinal
     tests = [
         (t.at.ordinal, t.at.step, t.result) for t in store.step_size_tests if steps_too_long_in_quiet_run(t.result)
@@ -69,4 +69,4 @@ def _is_same_rate(store: TrainerStateStore, then: int, now: int) -> bool:
     pairs = [
         (history.before(s, then + 1, 1), history.before(s, now + 1, 1)) for s in history.signals if s.startswith("lr-")
     ]
-    return all(float(new[0]) >= SAME_RATE * float(old[0]) for old, new in pairs if old.size and new.size)
+    return all(float(new[0]) >= MIN_EQUAL_RATE * float(old[0]) for old, new in pairs if old.size and new.size)

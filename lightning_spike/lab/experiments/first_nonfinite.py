@@ -1,4 +1,4 @@
-"""Where a NaN or Inf is born.
+"""Finds the module and operation that made the first NaN or Inf.
 
 The input, a module's operation, the loss or the backward pass, found by running the batch again.
 """
@@ -6,6 +6,7 @@ The input, a module's operation, the loss or the backward pass, found by running
 import bisect
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -21,7 +22,7 @@ from lightning_spike.sandbox.isolation import Sandbox, loss_of
 from lightning_spike.signals.random_state import RandomState
 
 LOSS_MODULES: Final = "torch.nn.modules.loss"
-"""Where the classes of loss modules live."""
+"""Python module of torch's loss classes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class _Birth:
     place: str | None
     """`None` outside of all modules."""
     entered: int
-    """How many modules had been entered by then."""
+    """Number of modules entered before."""
     meant: bool = False
     """An infinity that the code wrote itself, as in `masked_fill(mask, -inf)`."""
 
@@ -77,8 +78,7 @@ def weights_are_finite(module: nn.Module) -> bool:
     return all(_is_finite(tensor) for tensor in (*module.parameters(), *module.buffers()))
 
 
-# -- the input
-# -----------------------------------------------------------------------------------------------------------
+# -- the input ---------------------------------------------------------------------------------------------------------
 
 
 def _of_input(batch: object) -> FirstNonFinite | None:
@@ -90,8 +90,7 @@ def _of_input(batch: object) -> FirstNonFinite | None:
     return None
 
 
-# -- forward and loss
-# ----------------------------------------------------------------------------------------------------
+# -- forward and loss --------------------------------------------------------------------------------------------------
 
 
 class _Places:
@@ -157,7 +156,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ] = {}  # by memory, which is held so that it is not used again
 
     def birth_of(self, tensor: Tensor) -> _Birth | None:
-        """Where this value's first ancestor that is not finite was made."""
+        """The place that made this value's first non-finite ancestor."""
         return self._births.get(_memory(tensor), (None, tensor))[0]
 
     @override
@@ -190,8 +189,7 @@ def _of_birth(birth: _Birth | None, places: _Places) -> FirstNonFinite | None:
     return FirstNonFinite(phase=phase, module=birth.place or "", operation=birth.operation)
 
 
-# -- backward
-# ------------------------------------------------------------------------------------------------------------
+# -- backward ----------------------------------------------------------------------------------------------------------
 
 
 def _of_backward(loss: Tensor, module: nn.Module, places: _Places) -> FirstNonFinite | None:
@@ -233,20 +231,19 @@ def _watched(node: Any, culprits: list[Any]) -> Any:
     return node.register_hook(look)
 
 
-# -- values
-# --------------------------------------------------------------------------------------------------------------
+# -- values ------------------------------------------------------------------------------------------------------------
 
 
 def _is_finite(value: Tensor | float) -> bool:
     if isinstance(value, float):
-        return -float("inf") < value < float("inf")
+        return math.isfinite(value)
     if not (value.is_floating_point() or value.is_complex()):
         return True
     return bool(torch.isfinite(value.detach()).all())
 
 
 def _has_nan(value: Tensor | float) -> bool:
-    return value != value if isinstance(value, float) else bool(torch.isnan(value.detach()).any())  # noqa: PLR0124 - NaN
+    return math.isnan(value) if isinstance(value, float) else bool(torch.isnan(value.detach()).any())
 
 
 def _memory(tensor: Tensor) -> int:

@@ -1,7 +1,4 @@
-"""Measures a change that the replay does not carry and that made the loss jump.
-
-What was changed, when, and by how much.
-"""
+"""Measures a change from outside the training step that caused the loss jump and is missing in the replay."""
 
 import math
 from collections.abc import Sequence
@@ -9,36 +6,35 @@ from typing import Final
 
 import numpy as np
 
+from lightning_spike.diagnosis.judgement import CONFIRMING_SHARE
+from lightning_spike.errors import CannotReplay
 from lightning_spike.experiments import OutsideChange, OutsideWrite
 from lightning_spike.lab.experiments.outside_change import change_from_outside
 from lightning_spike.lab.replay.compare import differences
 from lightning_spike.lab.replay.evaluate import log_scale
-from lightning_spike.lab.replay.reproduce import Reproduction
+from lightning_spike.lab.replay.reproduce import Reproduction, is_same, reproduce
 from lightning_spike.lab.replay.update import Update, make_update
 from lightning_spike.lab.replay.updates_since import updates_since
 from lightning_spike.lab.scene import Scene
 from lightning_spike.sandbox.isolation import Sandbox
 from lightning_spike.sandbox.state import TrainState
 
-MIN_SAME_BATCHES: Final = 3
-"""Batches that must have come out the same before a difference is taken for a change from outside: what is not
-reproducible at all differs from the start."""
+MIN_EQUAL_BATCHES: Final = 3
+"""Batches that must be reproduced before a difference is an outside change; engineering choice. A computation that is
+not reproducible differs from the start."""
 MAX_TENSORS: Final = 8
-"""Tensors listed at most."""
+"""Maximum number of listed tensors; engineering choice."""
 RECENT_LOSSES: Final = 16
-"""Losses before the onset whose median is where the loss was."""
+"""Losses before the onset whose median is the normal loss; engineering choice."""
 
 
 def came_from_outside(scene: Scene, replay: Reproduction) -> bool:
-    """Whether a re-run that differs from the training shows a change from outside.
-
-    Without it the loss is healthy, or somebody was seen writing just before.
-    """
+    """Whether a replay that differs from the training shows an outside change: a normal loss, or a recorded write."""
     return _comes_out_healthy(scene, replay) or bool(_writes(scene, replay))
 
 
 def outside_change(scene: Scene, replay: Reproduction, sandbox: Sandbox) -> OutsideChange:
-    """What was changed: the loss in the replay, which writes were seen, and which tensors differ now.
+    """Returns the change: the loss of the replay, the recorded writes, and the tensors that differ now.
 
     The replay is taken on to the present for that, with all updates that the training has made since; and the training
     is rewound to where it left the replay, where that can be done (`change_from_outside`). The replay is the run with
@@ -67,16 +63,13 @@ def outside_change(scene: Scene, replay: Reproduction, sandbox: Sandbox) -> Outs
 
 
 def _writes(scene: Scene, replay: Reproduction) -> list[OutsideWrite]:
-    """Those just before the first loss that is another.
-
-    Into the weights before its batch, or into the optimizer's state before the update before that.
-    """
+    """Recorded writes just before the first different loss: to the weights, or to the optimizer's state before."""
     first = replay.differs_at
     return [w for w in scene.writes if first is not None and first - 2 <= w.ordinal < first]
 
 
 def repaired_share(scene: Scene, replay: Reproduction) -> float | None:
-    """Share of the jump that is gone in the re-run, which has everything but the change; `None` where it did not come to the struck batch."""
+    """Share of the jump that the replay lacks; `None` if the replay did not reach the target batch."""
     usual = _usual(scene, replay)
     if replay.reached != scene.target_ordinal or usual is None:
         return None
@@ -85,7 +78,7 @@ def repaired_share(scene: Scene, replay: Reproduction) -> float | None:
 
 
 def _caught_up(scene: Scene, replay: Reproduction, sandbox: Sandbox, updates: Sequence[Update]) -> TrainState:
-    """The re-run taken on to the present."""
+    """The replay continued to the current batch."""
     sandbox.rewind()
     replay.end.load(sandbox)
     for update in updates:
@@ -95,22 +88,24 @@ def _caught_up(scene: Scene, replay: Reproduction, sandbox: Sandbox, updates: Se
 
 
 def step_of(scene: Scene, ordinal: int | None) -> int | None:
+    """The optimizer step of a recorded batch; `None` for an unknown one."""
     return next((e.at.step for e in scene.entries if e.at.ordinal == ordinal), None)
 
 
 def _comes_out_healthy(scene: Scene, replay: Reproduction) -> bool:
-    """Some batches went alike, then they did not, and at the onset the re-run is nearer to where the loss was than to the spike."""
+    """Whether the replay first agreed, then differed, and at the onset is nearer to the normal loss than the spike."""
     if replay.reached != scene.target_ordinal or replay.differs_at is None or not math.isfinite(replay.replayed):
         return False
     usual = _usual(scene, replay)
     if usual is None:
         return False
     before, replayed, recorded = usual
-    return replay.differs_at >= scene.snapshot.at.ordinal + MIN_SAME_BATCHES and replayed - before < recorded - replayed
+    agreed = replay.differs_at - scene.snapshot.at.ordinal
+    return agreed >= MIN_EQUAL_BATCHES and replayed - before < recorded - replayed
 
 
 def _usual(scene: Scene, replay: Reproduction) -> tuple[float, float, float] | None:
-    """The loss as it was, as it came out again, and as it was recorded, on the scale of `log_scale`; `None` where nothing is known from before."""
+    """Normal, replayed and recorded loss on the scale of `log_scale`; `None` without earlier losses."""
     before = scene.losses_before()
     before = before[np.isfinite(before)][-RECENT_LOSSES:]
     if not before.size:
@@ -118,3 +113,44 @@ def _usual(scene: Scene, replay: Reproduction) -> tuple[float, float, float] | N
     scale = log_scale(before, np.array([replay.replayed, scene.recorded]))
     replayed, recorded = scale(np.array([replay.replayed, scene.recorded]))
     return float(np.median(scale(before))), float(replayed), float(recorded)
+
+
+def mode_change(scene: Scene, replay: Reproduction, sandbox: Sandbox) -> OutsideChange | None:
+    """The change of train/eval modes that caused the jump, else `None`.
+
+    The replay is repeated with the recorded modes. They are the cause if it then gives the recorded losses and most of
+    the jump is missing with the earlier modes. Without a change of modes, or on several ranks, nothing is run.
+
+    Args:
+        scene: The episode.
+        replay: Its replay, which differs and has the modes of the snapshot.
+        sandbox: Inside `isolated(..., with_optimizers=True)`.
+    """
+    changed = [k for k in scene.modes if scene.snapshot.at.ordinal < k <= scene.target_ordinal]
+    repaired = repaired_share(scene, replay)
+    if not changed or repaired is None or repaired < CONFIRMING_SHARE or sandbox.trainer.world_size > 1:
+        return None
+    actual = _loss_with_recorded_modes(scene, sandbox)
+    if actual is None or not is_same(actual, scene.recorded):
+        return None
+    return OutsideChange(
+        ordinal=replay.differs_at,
+        step=step_of(scene, changed[-1]),
+        kind="modes",
+        eval_modules=tuple(scene.modes[changed[-1]]),
+        loss_with_change=actual,
+        repaired=repaired,
+    )
+
+
+def _loss_with_recorded_modes(scene: Scene, sandbox: Sandbox) -> float | None:
+    """The target batch's loss with the recorded modes."""
+    sandbox.rewind()
+    sandbox.modes = scene.modes
+    try:
+        found = reproduce(sandbox, TrainState.of(scene.snapshot), scene.stretch, scene.settings, scene.losses)
+    except CannotReplay:
+        return None
+    finally:
+        sandbox.modes = {}
+    return found.replayed if found.reached == scene.target_ordinal else None

@@ -1,4 +1,4 @@
-"""What was changed from outside, and before which batch.
+"""Finds an outside change and the batch before which it was made.
 
 The training's own states, rewound back until they meet those of the re-run.
 """
@@ -23,24 +23,25 @@ from lightning_spike.sandbox.isolation import Sandbox
 from lightning_spike.sandbox.state import TrainState
 
 MAX_UNDONE_UPDATES: Final = 8
-"""Updates undone at most: each costs a training step, and multiplies the rounding of the momentum by 1 / beta."""
+"""Maximum number of undone updates; engineering choice. Each costs a training step and multiplies the rounding error of
+the momentum by 1 / beta."""
 EARLIER_UPDATES: Final = 2
-"""Updates before the first loss that is another in which the change may have been made: a small one shows late."""
-SAME_GAP: Final = 0.01
-"""Share of the later gap up to which two states agree; undoing an update leaves a gap of rounding, some 1e-6 of the
-weights."""
+"""Updates before the first different loss in which the change may have been made; engineering choice."""
+MAX_EQUAL_GAP: Final = 0.01
+"""Share of the later gap up to which two states agree; engineering choice. Undoing an update leaves a rounding error of
+about 1e-6 of the weights."""
 MAX_UNKNOWN_SHARE: Final = 0.5
-"""Share of the weights from which that is not known what they were."""
+"""Share of the weights that may be unknown; engineering choice."""
 
 FIRST: Final = "exp_avg"
 """The momentum of Adam."""
-NEAR_MOMENTUM: Final = 0.5
-"""Share of its size up to which the momentum may differ: the large gradient of the next batch is computed from weights
-some of which are not sure. A gradient that was changed differs by many times that."""
+MAX_MOMENTUM_GAP: Final = 0.5
+"""Share of its size up to which the momentum may differ; engineering choice. Some weights behind the next gradient are
+uncertain; a changed gradient differs by many times that."""
 MIN_MOVED_ELEMENTS: Final = 32
-"""Elements that must have moved differently for their directions to tell."""
-ROUNDING: Final = 1e-5
-"""Share of a weight up to which a difference may be rounding."""
+"""Elements that must have moved differently for their directions to be compared; engineering choice."""
+ROUNDING_TOLERANCE: Final = 1e-5
+"""Share of a weight up to which a difference may be rounding; engineering choice."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +71,7 @@ def change_from_outside(
     caught_up: TrainState,
     updates: Sequence[Update],
 ) -> LocatedChange | None:
-    """Undo the training's own updates from the present back to where it left the re-run, and see whether weights or optimizer state parted first.
+    """Undoes updates back to where training and replay differ, and finds whether weights or optimizer state changed.
 
     A write between two updates into the weights leaves the optimizer's state as it is until the next update, and one
     into the state leaves the weights; so the kind that differs alone is the one that was written into, seen or not
@@ -107,7 +108,7 @@ def change_from_outside(
         if actual is None:
             continue
         gaps = _gaps(sandbox, actual, states[start])
-        alike = {kind: gap <= SAME_GAP * scale[kind] for kind, gap in gaps.items()}
+        alike = {kind: gap <= MAX_EQUAL_GAP * scale[kind] for kind, gap in gaps.items()}
         before = _before(replay, states[start])
         if not alike["weights"] and before is not None and _is_longer_step(sandbox, before, states[start], actual):
             alike = {"weights": False, "optimizer": True}
@@ -118,7 +119,7 @@ def change_from_outside(
 
 
 def _with_sure_weights(rewound: RewoundState, healthy: TrainState) -> TrainState | None:
-    """Where a weight is unsure it is taken to be as in the re-run; `None` where that is most of them.
+    """The state with unknown weights taken from the replay; `None` if most are unknown.
 
     To be alike would mean nothing.
     """
@@ -161,7 +162,7 @@ def _confirmed(
     loss = math.inf if after is None else float(after[0])
     if not _explains(loss, scene.recorded, replay.replayed):
         return None
-    different = tuple(d for d in differences(changed, healthy) if d.relative > SAME_GAP)
+    different = tuple(d for d in differences(changed, healthy) if d.relative > MAX_EQUAL_GAP)
     return LocatedChange(kind=kind, ordinal=ordinal, different=different, loss=loss)
 
 
@@ -171,8 +172,7 @@ def _explains(loss: float, recorded: float, replayed: float) -> bool:
     return math.isfinite(loss) and abs(loss - recorded) <= (1.0 - CONFIRMING_SHARE) * abs(recorded - replayed)
 
 
-# -- the state or the gradient
-# -------------------------------------------------------------------------------------------
+# -- the state or the gradient -----------------------------------------------------------------------------------------
 
 
 def _kind_of_state(healthy: TrainState, actual: TrainState) -> ChangeKind:
@@ -185,7 +185,7 @@ def _kind_of_state(healthy: TrainState, actual: TrainState) -> ChangeKind:
 
 
 def _averages(*states: TrainState) -> dict[str, list[Tensor]]:
-    """Of each state all that it keeps under a name in one row, float64."""
+    """All tensors of each state under one name as one row, float64."""
     held = [state.optimizers[0]["state"] for state in states]
     places = sorted(set.intersection(*(set(entries) for entries in held)))
     keys = [key for key, value in held[0][places[0]].items() if key != "step" and isinstance(value, Tensor)]
@@ -194,11 +194,10 @@ def _averages(*states: TrainState) -> dict[str, list[Tensor]]:
 
 def _is_multiple(now: Tensor, then: Tensor) -> bool:
     sizes = float(now.norm() * then.norm())
-    return sizes == 0.0 or abs(float(now @ then)) / sizes > 1.0 - SAME_GAP
+    return sizes == 0.0 or abs(float(now @ then)) / sizes > 1.0 - MAX_EQUAL_GAP
 
 
-# -- the weights or the second moments
-# -----------------------------------------------------------------------------------
+# -- the weights or the second moments ---------------------------------------------------------------------------------
 
 
 def _before(replay: Reproduction, state: TrainState) -> TrainState | None:
@@ -221,24 +220,23 @@ def _is_longer_step(sandbox: Sandbox, before: TrainState, healthy: TrainState, a
     for key in kept:
         pairs = [p for k, p in _pairs(actual.optimizers[0]["state"], healthy.optimizers[0]["state"]) if k == key]
         kept[key] = _gap(pairs) if pairs else math.inf
-    if not kept[FIRST] <= NEAR_MOMENTUM or kept[SECOND] == math.inf:
+    if not kept[FIRST] <= MAX_MOMENTUM_GAP or kept[SECOND] == math.inf:
         return False
     along = count = 0
     for name, _ in sandbox.module.named_parameters():
         then = before.weights[name].double()
         usual, taken = healthy.weights[name].double() - then, actual.weights[name].double() - then
-        other = (taken - usual).abs() > torch.maximum(usual.abs(), ROUNDING * then.abs())
+        other = (taken - usual).abs() > torch.maximum(usual.abs(), ROUNDING_TOLERANCE * then.abs())
         along += int((other & (taken * usual > 0.0)).sum())
         count += int(other.sum())
-    return count >= MIN_MOVED_ELEMENTS and along >= (1.0 - SAME_GAP) * count
+    return count >= MIN_MOVED_ELEMENTS and along >= (1.0 - MAX_EQUAL_GAP) * count
 
 
-# -- how far apart
-# -------------------------------------------------------------------------------------------------------
+# -- how far apart -----------------------------------------------------------------------------------------------------
 
 
 def _gaps(sandbox: Sandbox, a: TrainState, b: TrainState) -> dict[str, float]:
-    """How far two states are apart, by kind.
+    """Relative distance of two states, by kind.
 
     For optimizer states the largest of the relative gaps of what they keep.
     """
@@ -260,7 +258,9 @@ def _pairs(
 
 
 def _gap(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """L2 norm of the differences over that of the second ones."""
+    """L2 norm of the differences over that of the second tensors."""
     gap = sum(float((a.double() - b.double().to(a.device)).square().sum()) for a, b in pairs)
     size = sum(float(b.double().square().sum()) for _, b in pairs)
-    return math.sqrt(gap / size) if size > 0 else (math.inf if gap > 0 else 0.0)
+    if size == 0:
+        return math.inf if gap > 0 else 0.0
+    return math.sqrt(gap / size)

@@ -33,7 +33,7 @@ def try_remedies(
     like: RingEntry,
     empties_state: bool = True,
 ) -> tuple[Remedy, ...]:
-    """Make the updates that did the damage with each remedy by itself, the most helpful first.
+    """Repeats the damaging updates with each remedy alone; returns the most helpful first.
 
     A tenth of the learning rate takes most damage away, whatever made it (75 of 75, science.md 2b.6): these are
     remedies to report as such, never a test of a cause. Each costs as many updates and the evaluation of two control

@@ -12,7 +12,7 @@ from lightning_spike.experiments import SampleExchange
 from lightning_spike.lab.replay.evaluate import Numbers, log_scale, losses_under
 from lightning_spike.record.batch_ring import RingEntry
 from lightning_spike.samples.batches import gather_samples, samples_in
-from lightning_spike.samples.outliers import LEAST_USUAL, discoveries, tail_probabilities
+from lightning_spike.samples.outliers import MIN_USUAL, discoveries, tail_probabilities
 from lightning_spike.samples.per_sample import held_samples_under
 from lightning_spike.sandbox.isolation import Sandbox
 
@@ -29,7 +29,7 @@ def name_samples(
 
     None where samples cannot be told apart, or half the batch is.
 
-    A pass for the batch, and one for each of the ordinary ones that it takes to have `LEAST_USUAL` samples.
+    A pass for the batch, and one for each of the ordinary ones that it takes to have `MIN_USUAL` samples.
 
     Args:
         sandbox: Inside `isolated`.
@@ -40,7 +40,7 @@ def name_samples(
     usual = np.zeros(0)
     trusting = False
     for other in ordinary:
-        if usual.size >= LEAST_USUAL:
+        if usual.size >= MIN_USUAL:
             break
         found = held_samples_under(sandbox, weights, other)
         if found is None or not found.explains:
@@ -48,14 +48,14 @@ def name_samples(
         trusting = found.how == "tap"
         usual = np.concatenate([usual, found.losses])
     own = held_samples_under(sandbox, weights, entry, trusting=trusting)
-    if own is None or usual.size < LEAST_USUAL:
+    if own is None or usual.size < MIN_USUAL:
         return ()
     return _outlying(own.losses, usual)
 
 
 def passes_to_name(entry: RingEntry) -> int:
     """Forward and backward passes that `name_samples` takes at most."""
-    return 1 + math.ceil(LEAST_USUAL / max(samples_in(entry.batch) or 1, 1))
+    return 1 + math.ceil(MIN_USUAL / max(samples_in(entry.batch) or 1, 1))
 
 
 def _outlying(losses: Numbers, usual: Numbers) -> tuple[int, ...]:
@@ -66,7 +66,7 @@ def _outlying(losses: Numbers, usual: Numbers) -> tuple[int, ...]:
 def with_samples_exchanged(
     entry: RingEntry, positions: Sequence[int], ordinary: Sequence[RingEntry]
 ) -> RingEntry | None:
-    """The batch with the samples of an ordinary one at these positions, all others as they were; `None` where the batches do not fit together."""
+    """The batch with samples of a control batch at these positions; `None` if no control batch fits."""
     for other in ordinary:
         size, spare = samples_in(entry.batch), samples_in(other.batch)
         if size is None or not spare:
@@ -86,15 +86,15 @@ def exchange_samples(
     positions: tuple[int, ...],
     excess: float,
 ) -> SampleExchange | None:
-    """Put ordinary samples in the places of the named ones, and look at the batch's loss again; `None` where that cannot be done. Two passes.
+    """Measures the batch's loss with control samples in place of the named ones, in two passes; `None` if impossible.
 
     Args:
         sandbox: Inside `isolated`.
-        weights: Those at the onset.
-        spike: The batch of the onset.
-        ordinary: Batches to take samples from; the first that fits.
-        positions: Of the named samples.
-        excess: How far the batch is above ordinary ones under these weights, see `Split`.
+        weights: Weights at the onset.
+        spike: The onset's batch.
+        ordinary: Control batches, of which the first that fits gives the samples.
+        positions: Positions of the named samples.
+        excess: Excess of the batch's loss over the control batches', see `Split`.
     """
     other = with_samples_exchanged(spike, positions, ordinary)
     size = samples_in(spike.batch)

@@ -18,14 +18,14 @@ from lightning_spike.samples.batches import gather_samples, samples_in
 from lightning_spike.sandbox.isolation import Sandbox
 
 MIN_BATCHES: Final = 3
-"""Batches without which there is no order to speak of."""
+"""Batches without which there is no order; engineering choice."""
 MIN_STREAK: Final = 2
-"""Abnormal batches in a row that are a streak."""
+"""Abnormal batches in a row that make a streak; engineering choice."""
 ABNORMAL_SHARE: Final = 0.5
-"""Share of the way (in logs) from the usual loss to that of the struck batch from which another batch counts as
-abnormal too."""
-SEED: Final = 20
-"""Of the one order that is tried: the same episode gets the same answer."""
+"""Position (in logs) between the normal loss and the onset batch's from which a batch is abnormal;
+engineering choice."""
+SHUFFLE_SEED: Final = 20
+"""Seed of the one shuffled order: the same episode gets the same result. An engineering choice."""
 
 
 def is_streak(scene: Scene) -> bool:
@@ -89,7 +89,7 @@ def reshuffled(entries: Sequence[RingEntry]) -> list[RingEntry] | None:
     """
     sizes = [samples_in(entry.batch) or 0 for entry in entries]
     places = [(k, position) for k, size in enumerate(sizes) for position in range(size)]
-    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(SEED)).tolist()
+    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(SHUFFLE_SEED)).tolist()
     batches = [entry.batch for entry in entries]
     out: list[RingEntry] = []
     for entry, end in zip(entries, np.cumsum(sizes), strict=True):

@@ -35,7 +35,7 @@ def split(
     losses: Mapping[int, float],
     scatter: float,
 ) -> Split:
-    """Evaluate old and new weights on the spike's batch and on the controls, all in train mode and with the spike batch's random state.
+    """Evaluates old and new weights on the onset's batch and the controls, in train mode with its random state.
 
     The four means: Y00 controls under old weights, Y01 the batch under old weights, Y10 controls under new weights, Y11
     the batch under new ones. Data is Y01 - Y00, weights Y10 - Y00, interaction the rest of the jump Y11 - Y00.
@@ -111,7 +111,7 @@ def split_losses(
 
 
 def _computation_effect(rises: Numbers, scatter: float) -> float:
-    """How far the controls under old weights lie above their recorded losses; 0 where that may be scatter.
+    """Rise of the controls' losses under old weights over the recorded ones; 0 if it may be noise.
 
     A pair is one batch under nearly the same weights, so the two differ by dropout and by what the training made of the
     batch since, which lowers it. The median, for the computation may give wild values now.
@@ -124,7 +124,7 @@ def _computation_effect(rises: Numbers, scatter: float) -> float:
 
 
 def batch_noise(losses: Numbers) -> float:
-    """Standard deviation of the log-loss from batch to batch, robust against spikes and blind to a trend; 0 for fewer than three losses.
+    """Standard deviation of the log-loss between batches, robust to spikes and trends; 0 for less than three losses.
 
     From the median of the magnitudes of successive differences (x 1.4826 / sqrt 2, for normal noise).
 

@@ -1,4 +1,4 @@
-"""Where no moment can be gone back to: are the steps that the run makes now too long?"""
+"""Step-size test at the current weights, for episodes that cannot be replayed."""
 
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -10,20 +10,20 @@ from lightning_spike.experiments import StepSize
 from lightning_spike.lab.experiments.step_size import change_and_promise, summarized
 from lightning_spike.lab.replay.reproduce import ReplayedUpdate
 from lightning_spike.lab.replay.update import make_update, updates_of
-from lightning_spike.ranks.rank_coordination import ALONE, Ranks
+from lightning_spike.ranks.rank_coordination import SINGLE_RANK, Ranks
 from lightning_spike.record.batch_ring import RingEntry
 from lightning_spike.record.update_settings import Settings
 from lightning_spike.sandbox.isolation import isolated
 from lightning_spike.sandbox.state import TrainState
 
 TESTED_UPDATES: Final = 24
-"""Updates that are looked at; twice as many as the re-run of a moment keeps, for there is nothing else to go by."""
+"""Tested updates, twice as many as a replay keeps; engineering choice."""
 STEP_SIZE_TEST_STEPS: Final = 40
-"""Training steps' worth of time that it takes: the updates, a forward pass after each, and copies of the state (`python
-benchmarks/lab.py --fault "rate too high all along"`, the column cost)."""
+"""Training steps' worth of time that it takes: the updates, a forward pass after each, and copies of the state
+(`python benchmarks/lab.py --fault "rate too high all along"`, the column cost)."""
 
-MIN_PROMISE: Final = 1e-5
-"""Share of the loss that a gradient must promise for what became of it to be more than rounding."""
+MIN_PREDICTED_DECREASE: Final = 1e-5
+"""Share of the loss that a gradient must predict to be above rounding; engineering choice."""
 
 
 def step_size_test(
@@ -32,9 +32,9 @@ def step_size_test(
     entries: Sequence[RingEntry],
     settings: Mapping[int, Sequence[Settings]],
     *,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_RANK,
 ) -> StepSize | None:
-    """Train the newest batches once more from the present weights on, and see whether each step keeps the promise of its gradient (science.md 2.3).
+    """Trains the newest batches again from the current weights and compares steps with gradients (science.md 2.3).
 
     No snapshot is needed, no loss is compared with a recorded one, and nothing is explained: it tells whether steps of
     this size, with the optimizer as it stands, suit the loss surface that the run is on. Leaves no trace; blocks. With
@@ -45,7 +45,7 @@ def step_size_test(
         module: What it trains.
         entries: Batches in order, none left out, the newest last; the newest itself only ends the last update but one.
         settings: Of the optimizer steps, by the ordinal of the batch they were made in.
-        ranks: Those that look together.
+        ranks: The ranks of the test.
 
     Returns:
         `None` where too few updates can be made again or promise anything at all, or a gradient of one is not finite.
@@ -71,6 +71,6 @@ def step_size_test(
             change, promise = change_and_promise(
                 sandbox, ReplayedUpdate(before=before, update=update, made=made), after
             )
-            if abs(promise) > MIN_PROMISE * abs(made.losses[0]):
+            if abs(promise) > MIN_PREDICTED_DECREASE * abs(made.losses[0]):
                 kept.append((change, promise))
     return summarized(kept, source="present")

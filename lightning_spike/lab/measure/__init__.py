@@ -1,1 +1,1 @@
-"""What training could not bear to measure, measured in the re-run; one kind of measurement a file."""
+"""Measurements in the replay that are too expensive in training."""

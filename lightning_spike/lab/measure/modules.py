@@ -1,4 +1,4 @@
-"""Module by module: activations and gradients of the batch of the onset, beside those of an ordinary batch under healthy weights."""
+"""Compares each module's activations and gradients on the onset's batch with those of a control batch."""
 
 import contextlib
 import math
@@ -25,35 +25,33 @@ choice."""
 def measure_modules(
     sandbox: Sandbox, spike: RingEntry, ordinary: RingEntry, *, old: Mapping[str, Tensor], new: Mapping[str, Tensor]
 ) -> ModuleMeasurement:
-    """Run the batch of the onset under the new weights and an ordinary one under the old, in train mode.
+    """Runs the onset's batch under the new weights and a control batch under the old, in train mode.
 
-    Two forward and two backward passes.
+    It takes two forward and two backward passes.
 
     Args:
         sandbox: Inside `isolated`.
-        spike: The batch of the onset.
-        ordinary: Another one.
-        old: Weights and buffers from before.
-        new: Those at the onset.
+        spike: The onset's batch.
+        ordinary: A control batch.
+        old: Weights and buffers of the snapshot.
+        new: Weights and buffers at the onset.
     """
     now, usual = activities(sandbox, new, spike), activities(sandbox, old, ordinary)
     kinds = {name: type(part).__name__ for name, part in sandbox.module.named_modules()}
     changes = [
-        ModuleChange(module=name, kind=kinds[name], now=now[name], usual=usual[name], factor=_factor(now[name], usual[name]))
-        for name in now
+        ModuleChange(module=name, kind=kinds[name], now=own, usual=usual[name], factor=_factor(own, usual[name]))
+        for name, own in now.items()
         if name in usual
-    ]  # fmt: skip
+    ]
     most = sorted(changes, key=lambda c: -c.factor)[:MAX_MODULES]
     first = next((c for c in changes if outputs_changed(c.now, c.usual) >= CHANGED_OUTPUTS), None)
     return ModuleMeasurement(modules=tuple(c for c in changes if c in most or c is first))
 
 
 def activities(sandbox: Sandbox, weights: Mapping[str, Tensor], entry: RingEntry) -> dict[str, ModuleActivity]:
-    """Of every module without children that gives floating tensors, by name, in the order of the forward pass.
+    """Activity of every leaf module with floating outputs, by name, in the order of the forward pass.
 
-    One forward and one backward pass.
-
-    Gradients are taken without touching `.grad`, and are those of the undivided loss.
+    It takes one forward and one backward pass of the undivided loss and leaves every `.grad` unchanged.
     """
     sandbox.rewind()
     load_module(sandbox.module, weights)

@@ -20,10 +20,9 @@ from lightning_spike.samples.per_sample import PerSampleLosses, held_samples_und
 from lightning_spike.sandbox.isolation import Sandbox, loss_of
 
 MAX_SAMPLES: Final = 256
-"""Samples that are run one by one at most."""
+"""Maximum number of samples that are run singly; engineering choice."""
 MAX_HARDEST: Final = 4
-"""Samples whose gradients are taken, those that pull hardest (or have the highest losses); on a small network each
-costs nearly as much as a batch."""
+"""Samples whose gradients are measured, those of the highest gradient norm bounds or losses; engineering choice."""
 
 
 def measure_samples(
@@ -55,8 +54,8 @@ def measure_samples(
     return SampleMeasurement(
         losses=_plain(own.losses),
         usual_losses=_plain(usual.losses),
-        gradient_bounds=None if own.pulls is None else _plain(own.pulls),
-        usual_gradient_bounds=None if usual.pulls is None else _plain(usual.pulls),
+        gradient_bounds=None if own.gradient_bounds is None else _plain(own.gradient_bounds),
+        usual_gradient_bounds=None if usual.gradient_bounds is None else _plain(usual.gradient_bounds),
         hardest=tuple(hardest),
         gradients=_plain(gradients),
         usual_gradient=usual_gradient,
@@ -66,15 +65,15 @@ def measure_samples(
 def gradient_norms(
     sandbox: Sandbox, weights: Mapping[str, Tensor], entry: RingEntry, positions: Sequence[int]
 ) -> npt.NDArray[np.float64]:
-    """The L2 norm of the gradient that each of these samples has by itself, in eval mode (BatchNorm by its running statistics); NaN where a step gives no loss.
+    """The L2 norm of each single sample's gradient in eval mode; NaN for a step without a loss.
 
-    One forward and backward pass of one sample each. No `.grad` is touched.
+    It takes a forward and backward pass per sample and leaves every `.grad` unchanged.
 
     Args:
         sandbox: Inside `isolated`.
         weights: Parameters and buffers, as `copy_module` gives them.
         entry: The batch.
-        positions: Of the samples; at most 256 are looked at.
+        positions: Positions of the samples, of which at most 256 are used.
 
     Returns:
         float64, shape `(len(positions),)`.
@@ -110,8 +109,8 @@ def _under(
 
 
 def _ranking(found: PerSampleLosses) -> npt.NDArray[np.float64]:
-    """What is not finite comes first."""
-    values = found.losses if found.pulls is None else found.pulls
+    """Sorts non-finite values first."""
+    values = found.losses if found.gradient_bounds is None else found.gradient_bounds
     return np.where(np.isfinite(values) & np.isfinite(found.losses), values, np.inf)
 
 

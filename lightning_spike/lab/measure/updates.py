@@ -18,20 +18,21 @@ from lightning_spike.lab.replay.reproduce import ReplayedUpdate, Reproduction
 from lightning_spike.sandbox.isolation import Sandbox
 from lightning_spike.sandbox.state import TrainState
 
-SHORT: Final = 1e-3
-"""Share of the loss that the step promises by which the slope is measured: so short that nothing bends, and far above
-rounding."""
-RECENT: Final = 4
-"""Updates just before: what is usual is taken from them, and the step's direction is held against their gradients."""
-EPSILON = 1e-8
-"""Where a parameter group names none; that of torch's optimizers."""
+SLOPE_DECREASE: Final = 1e-3
+"""Share of the loss that the step for measuring the slope predicts, above rounding and below curvature;
+engineering choice."""
+RECENT_UPDATES: Final = 4
+"""Previous updates that give the normal values and the gradients to compare the step's direction with;
+engineering choice."""
+DEFAULT_EPSILON = 1e-8
+"""Epsilon of a parameter group without one, by definition of torch's optimizers."""
 
 Tensors = Mapping[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Moments:
-    """Of one parameter, before an update."""
+    """The state of one parameter before an update."""
 
     momentum: Tensor | None
     """The running mean (Adam) or sum (SGD) of the gradients, in the parameter's shape."""
@@ -50,7 +51,7 @@ def measure_update(sandbox: Sandbox, replay: Reproduction, leg: int) -> UpdateMe
         replay: The re-run.
         leg: The place of the update in `replay.updates_replayed`.
     """
-    here, first = replay.updates_replayed[leg], max(leg - RECENT, 0)
+    here, first = replay.updates_replayed[leg], max(leg - RECENT_UPDATES, 0)
     updates_replayed = replay.updates_replayed[first : leg + 1]
     states = [one.before for one in replay.updates_replayed[first:]] + [replay.end]
     known = [moments_in(sandbox, one.before) for one in updates_replayed]
@@ -90,7 +91,7 @@ def measure_update(sandbox: Sandbox, replay: Reproduction, leg: int) -> UpdateMe
 
 
 def moments_in(sandbox: Sandbox, state: TrainState) -> dict[str, Moments]:
-    """Of every parameter that an optimizer has a state of."""
+    """The state of every parameter that an optimizer has a state for."""
     names = {parameter: name for name, parameter in sandbox.module.named_parameters()}
     found: dict[str, Moments] = {}
     for optimizer, saved in zip(sandbox.trainer.optimizers, state.optimizers, strict=True):
@@ -105,11 +106,11 @@ def moments_in(sandbox: Sandbox, state: TrainState) -> dict[str, Moments]:
 
 def _moments(entry: dict[str, object], group: dict[str, object]) -> Moments:
     momentum = entry.get("exp_avg", entry.get("momentum_buffer"))
-    epsilon = group.get("eps", EPSILON)
+    epsilon = group.get("eps", DEFAULT_EPSILON)
     return Moments(
         momentum=momentum if isinstance(momentum, Tensor) else None,
         second=_second(entry, group),
-        epsilon=float(epsilon) if isinstance(epsilon, (int, float, Tensor)) else EPSILON,
+        epsilon=float(epsilon) if isinstance(epsilon, (int, float, Tensor)) else DEFAULT_EPSILON,
     )
 
 
@@ -125,7 +126,7 @@ def _second(entry: dict[str, object], group: dict[str, object]) -> Tensor | None
 
 
 def _rms(moments: Mapping[str, Moments], leg: ReplayedUpdate) -> dict[str, float]:
-    """By parameter: how much larger the gradient is than its second moment knows."""
+    """RMS_t = sqrt(mean(g² / max(v, eps²))) by parameter."""
     gradients, found = _dense(leg.made.gradients), {}
     for name, known in moments.items():
         if known.second is not None and name in gradients:
@@ -146,14 +147,14 @@ def _step(sandbox: Sandbox, before: TrainState, after: TrainState) -> dict[str, 
 
 
 def _change(sandbox: Sandbox, leg: ReplayedUpdate, weights: Tensors) -> float:
-    """Of the mean loss of its own batches."""
+    """Change of the mean loss of the update's own batches under other weights."""
     later = [float(losses_under(sandbox, weights, [entry], like=entry, held=True)[0]) for entry in leg.update.entries]
     return float(np.mean(later) - np.mean(leg.made.losses))
 
 
 def _slope(sandbox: Sandbox, leg: ReplayedUpdate) -> float | None:
     gradients, weights = _dense(leg.made.gradients), leg.before.weights
-    steepness, promise = _dot(gradients, gradients), SHORT * abs(float(np.mean(leg.made.losses)))
+    steepness, promise = _dot(gradients, gradients), SLOPE_DECREASE * abs(float(np.mean(leg.made.losses)))
     if not 0.0 < steepness < math.inf or not 0.0 < promise < math.inf or "16" in str(sandbox.trainer.precision):
         return None
     moved = {name: weights[name] - promise / steepness * gradient for name, gradient in gradients.items()}

@@ -1,1 +1,1 @@
-"""The way back: updates made again, undone, evaluated and compared."""
+"""Replay: repeats, rewinds, evaluates and compares updates."""

@@ -1,4 +1,4 @@
-"""Where the run as it is and the run as it comes out again differ.
+"""Compares the states of the run and of its replay.
 
 Tensor by tensor, in weights and optimizer states.
 """
@@ -13,10 +13,10 @@ from torch import Tensor
 from lightning_spike.experiments import TensorDifference, WriteKind
 from lightning_spike.sandbox.state import TrainState
 
-CLEAR: Final = 0.01
-"""Undoing an update leaves a gap of rounding, some 1e-6 of the weights; a changed bit that matters leaves more."""
-ROUNDING: Final = 1e-3
-"""By how much the logarithm to base 2 of a ratio may be off a whole number, for the same reason."""
+MIN_DIFFERENCE: Final = 0.01
+"""Relative difference that is no rounding; engineering choice. Undoing an update leaves about 1e-6 of the weights."""
+MAX_EXPONENT_ERROR: Final = 1e-3
+"""Distance of a log2 ratio from a whole number that may be rounding, as in `MIN_DIFFERENCE`; engineering choice."""
 
 
 def differences(actual: TrainState, replayed: TrainState) -> tuple[TensorDifference, ...]:
@@ -57,10 +57,10 @@ def _difference(name: str, kind: WriteKind, a: Tensor, b: Tensor) -> TensorDiffe
 
 def _counts(a: Tensor, b: Tensor) -> tuple[int, int]:
     larger, usual = torch.maximum(a.abs(), b.abs()), b.abs().median()
-    changed = ~((a - b).abs() <= CLEAR * larger.clamp_min(usual))
+    changed = ~((a - b).abs() <= MIN_DIFFERENCE * larger.clamp_min(usual))
     octaves = (a[changed] / b[changed]).abs().log2()
     whole = octaves.round()
-    flipped = ((octaves - whole).abs() <= ROUNDING) & ((whole != 0) | (a[changed] * b[changed] < 0))
+    flipped = ((octaves - whole).abs() <= MAX_EXPONENT_ERROR) & ((whole != 0) | (a[changed] * b[changed] < 0))
     return int(changed.sum()), int(flipped.sum())
 
 

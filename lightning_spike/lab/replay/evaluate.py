@@ -1,7 +1,8 @@
-"""The losses of batches under given weights, all under the same random state, on the scale on which a jump is measured."""
+"""Evaluates the losses of batches under given weights with one random state, and the scale of a loss jump."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +13,8 @@ from lightning_spike.record.batch_ring import RingEntry
 from lightning_spike.record.state_copy import load_module
 from lightning_spike.sandbox.isolation import Sandbox, loss_of
 
-HIGHEST: Final = 1e6
-"""Losses above, and those that are not finite, count as this (science of the 2 x 2: log-loss, clipped)."""
+MAX_LOSS: Final = 1e6
+"""Losses above it and non-finite ones count as this; engineering choice."""
 
 Numbers = npt.NDArray[np.float64]
 
@@ -52,7 +53,7 @@ def losses_under(
 
 
 def log_scale(*losses: Numbers) -> Callable[[Numbers], Numbers]:
-    """The logarithm, or nothing at all where one of these losses is negative; what is not finite counts as `HIGHEST`.
+    """The logarithm, or nothing at all where one of these losses is negative; what is not finite counts as `MAX_LOSS`.
 
     On the logarithm a batch that makes the loss ten times as high and weights that do so add up; on the losses
     themselves the largest would say everything.
@@ -61,7 +62,7 @@ def log_scale(*losses: Numbers) -> Callable[[Numbers], Numbers]:
     logs = finite.size == 0 or finite.min() > 0
 
     def scaled(values: Numbers) -> Numbers:
-        clipped = np.minimum(np.where(np.isfinite(values), values, HIGHEST), HIGHEST)
+        clipped = np.minimum(np.where(np.isfinite(values), values, MAX_LOSS), MAX_LOSS)
         return np.asarray(np.log(clipped) if logs else clipped, dtype=np.float64)
 
     return scaled
@@ -69,9 +70,9 @@ def log_scale(*losses: Numbers) -> Callable[[Numbers], Numbers]:
 
 def _known_loss(sandbox: Sandbox, weights: Mapping[str, Tensor], entry: RingEntry, like: RingEntry) -> float:
     key = (id(weights), id(entry), id(like))
-    if key not in sandbox.known:
-        sandbox.known[key] = _loss(sandbox, weights, entry, like), (weights, entry, like)
-    loss: float = sandbox.known[key][0]
+    if key not in sandbox.cache:
+        sandbox.cache[key] = _loss(sandbox, weights, entry, like), (weights, entry, like)
+    loss: float = sandbox.cache[key][0]
     return loss
 
 
@@ -93,3 +94,28 @@ def _outputs(
     sandbox.rewind()
     load_module(sandbox.module, weights)
     return sandbox.step(entry.batch, entry.at.batch_idx, random=like.rng, at=like.at, graph=graph)
+
+
+T = TypeVar("T")
+
+MAX_RELATIVE_ERROR: Final = 0.1
+"""Standard error over the mean rise below which more control batches are not needed; engineering choice."""
+MIN_CONTROLS: Final = 2
+"""Control batches without which there is no standard error, by definition."""
+MAX_DAMAGE_CONTROLS: Final = 4
+"""Maximum number of control batches. Four gave the right group for 111 of 111 faults at batch 32
+(`python benchmarks/lab.py`)."""
+
+
+def control_sample_size(controls: Sequence[T], rises: Numbers) -> Sequence[T]:
+    """Returns the smallest control set, two to four batches, whose mean loss rise is known to 10 %.
+
+    Args:
+        controls: The control batches.
+        rises: Loss rise of each, on the scale of `log_scale`; shape `(controls,)`.
+    """
+    if len(controls) <= MIN_CONTROLS:
+        return controls
+    mean, scatter = float(rises.mean()), float(rises.std(ddof=1))
+    wanted = (scatter / (MAX_RELATIVE_ERROR * mean)) ** 2 if mean > 0 and math.isfinite(mean) else MAX_DAMAGE_CONTROLS
+    return controls[: min(max(math.ceil(wanted), MIN_CONTROLS), MAX_DAMAGE_CONTROLS)]

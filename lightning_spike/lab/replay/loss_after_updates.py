@@ -1,4 +1,4 @@
-"""What becomes of ordinary batches' losses if some updates are made from a state."""
+"""Evaluates batches after some updates from a state."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from lightning_spike.sandbox.state import TrainState
 def loss_after_updates(
     sandbox: Sandbox, start: TrainState, updates: Sequence[Update], batches: Sequence[RingEntry], *, like: RingEntry
 ) -> Numbers | None:
-    """Go to a state, make the updates, and evaluate the batches; `None` where a gradient was not finite. Blocks.
+    """Makes updates from a state and returns the batches' losses; `None` if a gradient was not finite. Blocks.
 
     Args:
         sandbox: Inside `isolated(..., with_optimizers=True)`.

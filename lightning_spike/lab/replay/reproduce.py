@@ -19,15 +19,16 @@ from lightning_spike.record.update_settings import Settings
 from lightning_spike.sandbox.isolation import Sandbox, loss_of
 from lightning_spike.sandbox.state import TrainState
 
-SAME: Final = 1e-3
-"""Relative difference of two losses that still counts as the same: non-deterministic kernels and compiled against eager
-code move a loss by less, a spike by more. On the CPU the difference is 0 (`tests/lab/test_reproduce.py`)."""
+MAX_EQUAL_DIFFERENCE: Final = 1e-3
+"""Relative difference of two equal losses: non-deterministic kernels and compiled code move a loss by less, a spike by
+more; engineering choice. On the CPU the difference is 0."""
 LEGS: Final = 12
 """Updates before the onset whose states are kept: among them the one that did the damage is looked for (science.md
 2b.2, K = 12)."""
-KEEP_BYTES: Final = 1 << 30
-"""Bytes that these states may take; a large model keeps fewer, at least two."""
-LEAST_LEGS: Final = 2
+MAX_STATE_BYTES: Final = 1 << 30
+"""Memory for these states; a larger model keeps fewer of them, at least two. An engineering choice."""
+MIN_LEGS: Final = 2
+"""States of updates that are kept whatever their size; engineering choice."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,7 +42,7 @@ class ReplayedUpdate:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Reproduction:
-    """How far the run could be run again, and what it went through."""
+    """The replay of a run: its states, updates and end."""
 
     updates_replayed: tuple[ReplayedUpdate, ...]
     """The last updates, oldest first."""
@@ -146,7 +147,7 @@ def is_same(replayed: float, recorded: float | None) -> bool:
         return True
     if not (math.isfinite(replayed) and math.isfinite(recorded)):
         return math.isfinite(replayed) == math.isfinite(recorded)
-    return math.isclose(replayed, recorded, rel_tol=SAME, abs_tol=1e-9)
+    return math.isclose(replayed, recorded, rel_tol=MAX_EQUAL_DIFFERENCE, abs_tol=1e-9)
 
 
 def _ended(
@@ -184,7 +185,7 @@ def _check_together(sandbox: Sandbox, why_not: str | None) -> None:
 
 
 def _legs_to_keep(state: TrainState) -> int:
-    return max(LEAST_LEGS, min(LEGS, KEEP_BYTES // max(state.nbytes, 1)))
+    return max(MIN_LEGS, min(LEGS, MAX_STATE_BYTES // max(state.nbytes, 1)))
 
 
 def _open_window(entries: Sequence[RingEntry]) -> list[RingEntry]:

@@ -14,12 +14,12 @@ from lightning_spike.record.update_settings import PLACE
 from lightning_spike.sandbox.isolation import Sandbox
 from lightning_spike.sandbox.state import TrainState
 
-LOST: Final = 300.0
-"""Rounding errors of the largest second moment since from which an earlier one is known well enough: to a part in as
-many, and the step to half of it."""
-NOTHING: Final = 1e-10
-"""Share of a usual tensor's mean square gradient up to which a gradient is nothing but rounding, as that of a bias
-before a BatchNorm (1e-14 in float32)."""
+MIN_ROUNDING_ERRORS: Final = 300.0
+"""Rounding errors of the largest later second moment from which an earlier one is known well enough, to 1 part in as
+many; engineering choice."""
+MAX_ROUNDING_GRADIENT: Final = 1e-10
+"""Share of a typical tensor's mean square gradient up to which a gradient is only rounding, as of a bias before
+BatchNorm (1e-14 in float32); engineering choice."""
 SECOND: Final = "exp_avg_sq"
 """The state of Adam that gradients go into squared."""
 
@@ -33,7 +33,7 @@ class RewoundState:
 
     state: TrainState
     unsure: Mapping[str, Tensor]
-    """By the weight's name, of which elements it is not known what they were; bool."""
+    """Mask of the unknown elements, by the weight's name; bool."""
 
 
 def can_rewind_updates(sandbox: Sandbox) -> bool:
@@ -56,7 +56,7 @@ def can_rewind_updates(sandbox: Sandbox) -> bool:
 def rewind_updates(
     sandbox: Sandbox, updates: Sequence[Update], present: TrainState, like: Mapping[int, TrainState]
 ) -> Iterator[RewoundState]:
-    """What weights and optimizer state were before each of the updates that led to the present one, the newest first.
+    """Returns weights and optimizer state before each of the last updates, the newest first.
 
     Up to rounding.
 
@@ -101,9 +101,13 @@ class _Known:
             held, later, likely = before[place][SECOND], after[place][SECOND], like[place][SECOND]
             peak = torch.maximum(self._peaks[place], later) if place in self._peaks else later
             rounding = torch.finfo(held.dtype).eps * peak
-            is_noise = float(likely.mean()) < NOTHING * usual
-            self.unsure[place] = torch.ones_like(held, dtype=torch.bool) if is_noise else held < LOST * rounding
-            before[place][SECOND] = torch.where(rounding > likely / LOST, likely, torch.maximum(held, rounding))
+            is_noise = float(likely.mean()) < MAX_ROUNDING_GRADIENT * usual
+            self.unsure[place] = (
+                torch.ones_like(held, dtype=torch.bool) if is_noise else held < MIN_ROUNDING_ERRORS * rounding
+            )
+            before[place][SECOND] = torch.where(
+                rounding > likely / MIN_ROUNDING_ERRORS, likely, torch.maximum(held, rounding)
+            )
             self._peaks[place] = peak
 
 
@@ -144,7 +148,7 @@ def _is_plain(group: Entry) -> bool:
 
 
 def _groups(after: TrainState, update: Update) -> dict[int, dict[str, Any]]:
-    """By the place of the parameter, its group as it was set for the update."""
+    """Group settings of the update, by the parameter's index."""
     groups = after.optimizers[0]["param_groups"]
     return {
         place: {**group, **{key: value for key, value in values.items() if key != PLACE}}
@@ -178,11 +182,9 @@ def _weights_before(optimizer: Optimizer, group: Entry, entry: Entry, weights: T
 
 
 def _emptied(entry: Entry) -> dict[str, Any]:
-    """All averages at zero, one step earlier: what the update makes of it is the part of its gradient."""
-    return {
-        key: value - 1 if key == "step" else torch.zeros_like(value) if isinstance(value, Tensor) else value
-        for key, value in entry.items()
-    }
+    """The state with zero averages, one step earlier; an update of it shows the part of its own gradient."""
+    zeroed = {key: torch.zeros_like(value) if isinstance(value, Tensor) else value for key, value in entry.items()}
+    return zeroed | ({"step": entry["step"] - 1} if "step" in entry else {})
 
 
 def _before(group: Entry, entry: Entry, fresh: Entry) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from lightning_spike.signals.loss import batch_losses, total_loss
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Update:
-    """What one update was made with. A factor is changed by `dataclasses.replace`."""
+    """The inputs of one update; experiments change one by `dataclasses.replace`."""
 
     entries: tuple[RingEntry, ...]
     """The batches whose gradients it was made of, in order."""
@@ -38,7 +38,7 @@ class Update:
     clip: float | None = None
     """The total norm that gradients are clipped to on top of what the run itself does; `None` for nothing."""
     in_float32: bool = False
-    """Without autocast."""
+    """Whether to run without autocast."""
 
     @property
     def ordinal(self) -> int:
@@ -48,7 +48,7 @@ class Update:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class UpdateOutcome:
-    """How an update went."""
+    """The outcome of an update."""
 
     losses: tuple[float, ...]
     """Of its batches, undivided; the sum where a batch has several backward passes under manual optimisation; with
@@ -88,7 +88,7 @@ def updates_of(
 
 
 def make_update(sandbox: Sandbox, update: Update) -> UpdateOutcome:
-    """Make one update with what is in the sandbox, through Lightning's own loop (`Sandbox.train`).
+    """Makes one update in the sandbox through Lightning's own loop (`Sandbox.train`).
 
     With the module's own hooks and without those of callbacks: accumulation, clipping, and the settings that the update
     was really made with. On the CPU losses and weights come out bit for bit. Blocks. With several ranks each must call
@@ -106,7 +106,7 @@ def make_update(sandbox: Sandbox, update: Update) -> UpdateOutcome:
     losses: list[Mapping[str, float]] = []
     for entry in update.entries:
         spoilt = _train(sandbox, entry, update, listener, losses)
-        sandbox.done_with(entry.batch)
+        sandbox.release_batch(entry.batch)
         if spoilt:
             break
     mine = [_whole(named, entry) for named, entry in zip(losses, update.entries, strict=False)]
@@ -140,7 +140,7 @@ class _Listener(Callback):
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self._ranks.meet("before a backward pass")
+        self._ranks.barrier("before a backward pass")
         if loss.numel() == 1:
             self.backward_losses.append(loss.detach())
 

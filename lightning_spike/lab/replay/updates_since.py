@@ -1,4 +1,4 @@
-"""What the training has done since the struck batch."""
+"""The updates of the training since the target batch."""
 
 import dataclasses
 
@@ -9,14 +9,14 @@ from lightning_spike.sandbox.isolation import Sandbox
 
 
 def updates_since(scene: Scene, sandbox: Sandbox) -> list[Update]:
-    """All that the training has made since the struck batch, from the first batch of its accumulation window on."""
+    """All updates since the target batch, from the first batch of its accumulation window on."""
     window = [e for e in scene.stretch if e.at.step == scene.spike.at.step]
     entries = [*window, *scene.after[1:], _beyond(scene)]
     return updates_of(entries, scene.settings, by_hand=not sandbox.module.automatic_optimization)
 
 
 def _beyond(scene: Scene) -> RingEntry:
-    """A batch that is not there yet: where the last update ends, if there was one."""
+    """A placeholder for the next batch, where the last update ends."""
     last = scene.entries[-1]
     stepped = last.at.ordinal in scene.settings
     at = dataclasses.replace(last.at, ordinal=last.at.ordinal + 1, step=last.at.step + stepped)

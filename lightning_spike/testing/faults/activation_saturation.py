@@ -15,7 +15,7 @@ TWO_SIDED: Final = (nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswi
 TRANSFORMER: Final = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 RECURRENT_GAIN: Final = 10.0
-"""What a recurrent layer gets is pushed this much further, since its weights stand between its input and its gates."""
+"""Factor on the shift of a recurrent layer's input, which passes its weights before the gates."""
 
 
 class UnitsSaturate(LastingFault):
@@ -43,19 +43,10 @@ class UnitsSaturate(LastingFault):
     NEEDS: ClassVar[frozenset[Needs]] = frozenset({Needs.ACTIVATIONS})
 
     @override
-    def prepare(self, trainer: Trainer, module: LightningModule) -> None:
-        self._installed = False
-
-    @override
-    def before_batch(self, trainer: Trainer, module: LightningModule, batch: Any, ordinal: int) -> Any:
-        if not self._installed:
-            self._installed = True
-            undos = [undo for part in module.modules() for undo in self._install(trainer, part)]
-            if not undos:
-                raise self.refuse(Needs.ACTIVATIONS, type(module).__name__)
-            for undo in undos:
-                self.later(undo)
-        return batch
+    def begin(self, trainer: Trainer, module: LightningModule) -> None:
+        undos = [undo for part in module.modules() for undo in self._install(trainer, part)]
+        for undo in self.require(undos, Needs.ACTIVATIONS, type(module).__name__):
+            self.later(undo)
 
     def _install(self, trainer: Trainer, part: nn.Module) -> list[Callable[[], None]]:
         if isinstance(part, ONE_SIDED):

@@ -10,21 +10,21 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_spike.arguments import whole_number
+from lightning_spike.testing.alter import alter_gradients
 from lightning_spike.testing.batch_edit import generator_for, some_of
-from lightning_spike.testing.fault import LastingFault, Needs, Scale
-from lightning_spike.testing.gradients import alter_gradients
+from lightning_spike.testing.fault import LastingFault, Needs, Scale, optimizer_classes, param_groups
 from lightning_spike.testing.settings import SettingsFault
 
-TINY: Final = 1e-12
+GRADIENT_FACTOR: Final = 1e-12
 """Factor on gradients that makes them far smaller than Adam's usual epsilon of 1e-8."""
 
-FAR_BELOW: Final = 1e-30
-"""An epsilon that has no effect in float32 beside gradients of that size."""
+NEGLIGIBLE_EPSILON: Final = 1e-30
+"""An epsilon without effect in float32 beside gradients of that size."""
 
 
 def _need_adam(fault: LastingFault, trainer: Trainer) -> None:
-    if not any("betas" in group and "eps" in group for o in trainer.optimizers for group in o.param_groups):
-        raise fault.refuse(Needs.ADAM, [type(o).__name__ for o in trainer.optimizers])
+    found = any("betas" in group and "eps" in group for group in param_groups(trainer))
+    fault.require(found, Needs.ADAM, optimizer_classes(trainer))
 
 
 class GradientsOutgrowSecondMoment(LastingFault):
@@ -67,7 +67,7 @@ class GradientsOutgrowSecondMoment(LastingFault):
         self._factors: list[float] = []
 
         def grown(gradient: Tensor, _: int) -> Tensor:
-            """By step, so that a step that is run again finds its own; with several optimizers a batch has several."""
+            """Looks the factor up by step, so a replay finds the same; several optimizers have several per batch."""
             return gradient * self._factors[bisect_right(self._steps, trainer.global_step) - 1]
 
         alter_gradients(self, trainer, module, grown)
@@ -80,7 +80,7 @@ class GradientsOutgrowSecondMoment(LastingFault):
 
 
 class EpsilonUnderflow(SettingsFault):
-    """Adam's epsilon is lost: 1e-8 in a half-precision optimizer is 0, and then a weight that never had a gradient gets 0 / 0.
+    """Adam's epsilon is 0, as 1e-8 is in half precision; a weight that never had a gradient then gets 0 / 0.
 
     Some weights of every parameter never get a gradient, as those of a unit that is never active; with any epsilon
     their update is 0. At the batch `at` the epsilon of every group becomes 0, and their update is NaN.
@@ -142,7 +142,7 @@ class NoiseAtFullSize(SettingsFault):
 
     @override
     def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        return {"eps": FAR_BELOW} if "eps" in group else {}
+        return {"eps": NEGLIGIBLE_EPSILON} if "eps" in group else {}
 
     @override
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
@@ -152,6 +152,6 @@ class NoiseAtFullSize(SettingsFault):
         def drowned(gradient: Tensor, number: int) -> Tensor:
             generator = generator_for(self.seed + number, trainer.global_step)
             noise = torch.randn(gradient.shape, generator=generator).to(gradient)
-            return TINY * (gradient + self.strength * gradient.square().mean().sqrt() * noise)
+            return GRADIENT_FACTOR * (gradient + self.strength * gradient.square().mean().sqrt() * noise)
 
         alter_gradients(self, trainer, module, drowned)

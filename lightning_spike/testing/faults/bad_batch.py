@@ -10,7 +10,14 @@ from typing_extensions import override
 
 from lightning_spike.arguments import number
 from lightning_spike.signals.batch import BatchPart
-from lightning_spike.testing.batch_edit import generator_for, leaves_of, number_of_samples, replaced, some_of
+from lightning_spike.testing.batch_edit import (
+    generator_for,
+    leaves_of,
+    number_of_samples,
+    replaced,
+    some_of,
+    token_leaves,
+)
 from lightning_spike.testing.fault import Fault, Needs, Scale
 
 
@@ -44,11 +51,10 @@ class ExtremeValues(Fault):
 
     @override
     def before_batch(self, trainer: Trainer, module: LightningModule, batch: Any, ordinal: int) -> Any:
-        leaves = leaves_of(batch, BatchPart.INPUT, floating=True)
-        if not leaves:
-            raise self.refuse(Needs.FLOAT_INPUT, type(batch).__name__)
+        inputs = leaves_of(batch, BatchPart.INPUT, floating=True)
+        leaves = self.require(inputs, Needs.FLOAT_INPUT, type(batch).__name__)
         generator, samples = generator_for(self.seed, ordinal), number_of_samples(batch)
-        chosen = some_of(samples, self.share, generator, torch.device("cpu"))
+        chosen = some_of(samples, self.share, generator)
         return replaced(batch, {leaf.path: self._noisy(leaf.value, chosen, samples, generator) for leaf in leaves})
 
     def _noisy(self, value: Tensor, chosen: Tensor, samples: int, generator: torch.Generator) -> Tensor:
@@ -82,13 +88,9 @@ class CorruptTokens(Fault):
 
     @override
     def before_batch(self, trainer: Trainer, module: LightningModule, batch: Any, ordinal: int) -> Any:
-        inputs = leaves_of(batch, BatchPart.INPUT, floating=False)
-        if not inputs:
-            raise self.refuse(Needs.INTEGER_INPUT, type(batch).__name__)
-        shapes = {leaf.value.shape for leaf in inputs if leaf.value.dim() > 1}
-        targets = [leaf for leaf in leaves_of(batch, BatchPart.TARGET, floating=False) if leaf.value.shape in shapes]
+        tokens = self.require(token_leaves(batch), Needs.INTEGER_INPUT, type(batch).__name__)
         generator = generator_for(self.seed, ordinal)
-        return replaced(batch, {leaf.path: self._corrupt(leaf.value, generator) for leaf in [*inputs, *targets]})
+        return replaced(batch, {leaf.path: self._corrupt(leaf.value, generator) for leaf in tokens})
 
     def _corrupt(self, value: Tensor, generator: torch.Generator) -> Tensor:
         """Negative numbers (the mark of positions to ignore) stay as they are, and are never drawn."""

@@ -3,17 +3,14 @@
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_spike.testing.batch_edit import generator_for, some_of
-from lightning_spike.testing.fault import LastingFault, Needs, OneOffFault, Scale
+from lightning_spike.testing.batch_edit import add_noise, generator_for, some_items
+from lightning_spike.testing.fault import LastingFault, Needs, OneOffFault, Scale, param_groups
 from lightning_spike.testing.wrapping import wrap
-
-CPU = torch.device("cpu")
 
 
 class GradientsNotZeroed(LastingFault):
@@ -44,22 +41,17 @@ class GradientsNotZeroed(LastingFault):
 
     @override
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
-        if not module.automatic_optimization:
-            raise self.refuse(Needs.AUTOMATIC_OPTIMIZATION, type(module).__name__)
+        self.require(module.automatic_optimization, Needs.AUTOMATIC_OPTIMIZATION, type(module).__name__)
 
         def zero(call: Callable[..., Any], epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-            kept = self._chosen(optimizer) if self.is_on(trainer) else []
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            kept = some_items(parameters, self.strength, self.seed) if self.is_on(trainer) else []
             gradients = [(p, p.grad.clone()) for p in kept if p.grad is not None]
             call(epoch, batch_idx, optimizer)
             for parameter, gradient in gradients:
                 parameter.grad = gradient
 
         self.later(wrap(module, "optimizer_zero_grad", zero))
-
-    def _chosen(self, optimizer: Optimizer) -> list[nn.Parameter]:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        chosen = some_of(len(parameters), self.strength, generator_for(self.seed, 0), CPU)
-        return [parameters[k] for k in chosen.tolist()]
 
 
 class EvalModeLeftOn(LastingFault):
@@ -84,27 +76,17 @@ class EvalModeLeftOn(LastingFault):
     @override
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
         self._were_training: list[nn.Module] = []
-        self.later(self._train_again)
+        self.later(self.end)
 
     @override
-    def before_batch(self, trainer: Trainer, module: LightningModule, batch: Any, ordinal: int) -> Any:
-        if not self._were_training:
-            parts = list(module.modules())
-            chosen = some_of(len(parts), self.strength, generator_for(self.seed, 0), CPU)
-            self._were_training = [parts[k] for k in chosen.tolist() if parts[k].training]
-            for part in self._were_training:
-                part.training = False
-        return batch
+    def begin(self, trainer: Trainer, module: LightningModule) -> None:
+        chosen = some_items(list(module.modules()), self.strength, self.seed)
+        self._were_training = [part for part in chosen if part.training]
+        for part in self._were_training:
+            part.training = False
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if not self.lasts(self._begun):
-            self._train_again()
-
-    def _train_again(self) -> None:
+    def end(self) -> None:
         for part in self._were_training:
             part.training = True
         self._were_training = []
@@ -132,34 +114,22 @@ class ParametersNotOptimized(LastingFault):
     @override
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
         self._full: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
-        self.later(self._put_in_again)
-        if self.at == 0:  # as in real life: nobody ever saw them in the optimizer
-            self._take_out(trainer)
+        self.later(self.end)
+        if self.at == 0:  # never in the optimizer, as with the real bug
+            self.begin(trainer, module)
 
     @override
-    def before_batch(self, trainer: Trainer, module: LightningModule, batch: Any, ordinal: int) -> Any:
-        self._take_out(trainer)
-        return batch
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if not self.lasts(self._begun):
-            self._put_in_again()
-
-    def _take_out(self, trainer: Trainer) -> None:
+    def begin(self, trainer: Trainer, module: LightningModule) -> None:
         if self._full:
             return
-        self._full = [(group, group["params"]) for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        self._full = [(group, group["params"]) for group in param_groups(trainer)]
         parameters = [p for _, of_group in self._full for p in of_group]
-        chosen = some_of(len(parameters), self.strength, generator_for(self.seed, 0), CPU).tolist()
-        left_out = {id(parameters[k]) for k in chosen}
+        left_out = {id(p) for p in some_items(parameters, self.strength, self.seed)}
         for group, of_group in self._full:
             group["params"] = [p for p in of_group if id(p) not in left_out]
 
-    def _put_in_again(self) -> None:
+    @override
+    def end(self) -> None:
         for group, parameters in self._full:
             group["params"] = parameters
         self._full = []
@@ -186,10 +156,6 @@ class WeightsOverwritten(OneOffFault):
     STRONG: ClassVar[Mapping[str, Any]] = {"strength": 3.0}
 
     @override
-    @torch.no_grad()
     def before_batch(self, trainer: Trainer, module: LightningModule, batch: Any, ordinal: int) -> Any:
-        generator = generator_for(self.seed, ordinal)
-        for parameter in module.parameters():
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-            parameter.add_(noise * parameter.square().mean().sqrt() * self.strength)
+        add_noise(module, self.strength, generator_for(self.seed, ordinal))
         return batch

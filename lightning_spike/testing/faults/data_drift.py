@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_spike.arguments import whole_number
 from lightning_spike.signals.batch import BatchPart
-from lightning_spike.testing.batch_edit import generator_for, leaves_of, replaced
+from lightning_spike.testing.batch_edit import generator_for, leaves_of, replaced, token_leaves
 from lightning_spike.testing.fault import LastingFault, Needs, Scale
 
 
@@ -45,9 +45,8 @@ class ValueDrift(LastingFault):
 
     @override
     def before_batch(self, trainer: Trainer, module: LightningModule, batch: Any, ordinal: int) -> Any:
-        leaves = leaves_of(batch, BatchPart.INPUT, floating=True)
-        if not leaves:
-            raise self.refuse(Needs.FLOAT_INPUT, type(batch).__name__)
+        inputs = leaves_of(batch, BatchPart.INPUT, floating=True)
+        leaves = self.require(inputs, Needs.FLOAT_INPUT, type(batch).__name__)
         amount = self.strength * min((ordinal - self.at + 1) / self.ramp, 1.0)
         return replaced(batch, {leaf.path: _moved(leaf.value, amount) for leaf in leaves})
 
@@ -83,16 +82,13 @@ class TokenDrift(LastingFault):
 
     @override
     def before_batch(self, trainer: Trainer, module: LightningModule, batch: Any, ordinal: int) -> Any:
-        inputs = leaves_of(batch, BatchPart.INPUT, floating=False)
-        if not inputs:
-            raise self.refuse(Needs.INTEGER_INPUT, type(batch).__name__)
-        shapes = {leaf.value.shape for leaf in inputs if leaf.value.dim() > 1}
-        targets = [leaf for leaf in leaves_of(batch, BatchPart.TARGET, floating=False) if leaf.value.shape in shapes]
+        tokens = self.require(token_leaves(batch), Needs.INTEGER_INPUT, type(batch).__name__)
+        inputs = [leaf for leaf in tokens if leaf.part is BatchPart.INPUT]
         if self._kinds is None:
             self._kinds = torch.unique(torch.cat([leaf.value.flatten() for leaf in inputs]).clamp_min(0))
         share = self.strength * min((ordinal - self.at + 1) / self.ramp, 1.0)
         hit = torch.rand(len(inputs[0].value), generator=generator_for(self.seed, ordinal)) < share
-        return replaced(batch, {leaf.path: self._moved(leaf.value, hit, self._kinds) for leaf in [*inputs, *targets]})
+        return replaced(batch, {leaf.path: self._moved(leaf.value, hit, self._kinds) for leaf in tokens})
 
     def _moved(self, value: Tensor, hit: Tensor, kinds: Tensor) -> Tensor:
         """Tokens that did not occur in the first batch keep their meaning."""

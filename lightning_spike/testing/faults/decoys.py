@@ -1,4 +1,4 @@
-"""Harmless oddities: they happen at every step of every training, and nobody should be told that they are a cause."""
+"""Harmless oddities, as in any training, for which no cause should be diagnosed."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -10,7 +10,7 @@ from lightning_spike.signals.batch import BatchPart
 from lightning_spike.testing.batch_edit import leaves_of, replaced
 from lightning_spike.testing.fault import Fault, Needs, Scale
 from lightning_spike.testing.faults.bad_batch import CorruptTokens, ExtremeValues
-from lightning_spike.testing.held_rate import RateFault
+from lightning_spike.testing.rate_fault import RateFault
 
 
 class HarmlessScale(Fault):
@@ -31,9 +31,8 @@ class HarmlessScale(Fault):
 
     @override
     def before_batch(self, trainer: Trainer, module: LightningModule, batch: Any, ordinal: int) -> Any:
-        leaves = leaves_of(batch, BatchPart.INPUT, floating=True)
-        if not leaves:
-            raise self.refuse(Needs.FLOAT_INPUT, type(batch).__name__)
+        inputs = leaves_of(batch, BatchPart.INPUT, floating=True)
+        leaves = self.require(inputs, Needs.FLOAT_INPUT, type(batch).__name__)
         return replaced(batch, {leaf.path: leaf.value * self.strength for leaf in leaves})
 
 

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from lightning_spike.arguments import whole_number
 from lightning_spike.errors import ConfigurationError
-from lightning_spike.testing.batch_edit import generator_for
+from lightning_spike.testing.batch_edit import add_noise, generator_for
 from lightning_spike.testing.fault import LastingFault, Needs, OneOffFault, Scale
 
 
@@ -38,22 +38,19 @@ class RankDrifts(OneOffFault):
 
     @override
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.world_size <= self.rank or trainer.world_size == 1:
-            raise self.refuse(Needs.RANKS, trainer.world_size)
+        self.require(trainer.world_size > max(self.rank, 1), Needs.RANKS, trainer.world_size)
 
     @override
-    @torch.no_grad()
     def before_batch(self, trainer: Trainer, module: LightningModule, batch: Any, ordinal: int) -> Any:
         if trainer.global_rank == self.rank:
-            generator = generator_for(self.seed, ordinal)
-            for parameter in module.parameters():
-                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-                parameter.add_(noise * parameter.square().mean().sqrt() * self.strength)
+            add_noise(module, self.strength, generator_for(self.seed, ordinal))
         return batch
 
 
 class GradientsNotAveraged(LastingFault):
-    """The gradients of the ranks are not averaged: `no_sync` that covers the last micro-batch too, a module called past its DDP wrapper.
+    """The gradients of the ranks are not averaged.
+
+    Examples: `no_sync` around the last micro-batch too, a module called past its DDP wrapper.
 
     Args:
         at: The first batch without averaging: batches begun in the whole run before it, from 0.
@@ -70,8 +67,7 @@ class GradientsNotAveraged(LastingFault):
 
     @override
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.world_size == 1:
-            raise self.refuse(Needs.RANKS, trainer.world_size)
+        self.require(trainer.world_size > 1, Needs.RANKS, trainer.world_size)
         model = trainer.strategy.model
         if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
             raise ConfigurationError.of(

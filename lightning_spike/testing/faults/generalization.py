@@ -1,4 +1,4 @@
-"""Trainings that know their few samples by heart."""
+"""Trainings that memorize too few samples."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
@@ -19,14 +19,14 @@ PERIOD: Final = 10
 
 
 class _Pool:
-    """The first batches from `at` on, again and again."""
+    """Repeats the first batches from `at` on."""
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._kept: list[Any] = []
 
     def next(self, batch: Any, number: int) -> Any:
-        """The batch itself while the pool fills, then a copy of one in it, in turn; `training_step` may write into what it gets."""
+        """The batch itself while the pool fills, then a copy of each in turn: `training_step` may write to it."""
         if len(self._kept) < self._size:
             self._kept.append(_copy(batch))
             return batch

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_spike.testing.fault import Scale
-from lightning_spike.testing.layer_fault import LayerFault
-from lightning_spike.testing.layers import Layers
+from lightning_spike.testing.layers import LayerFault, Layers
 
 
 class _Gain(torch.autograd.Function):

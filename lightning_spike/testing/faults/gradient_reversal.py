@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_spike.testing.alter import alter_gradients
 from lightning_spike.testing.fault import LastingFault, Scale
-from lightning_spike.testing.gradients import alter_gradients
 
 
 class GradientsTurnRound(LastingFault):

@@ -14,7 +14,7 @@ from lightning_spike.testing.batch_edit import leaves_of, number_of_samples, rep
 from lightning_spike.testing.fault import Fault, Scale
 
 KEYS_TRIED: Final = (BatchPart.TARGET, BatchPart.INPUT)
-"""What samples are sorted by: the target's mean, and where there is no target the input's."""
+"""Parts whose mean samples are sorted by: the target, else the input."""
 
 
 class SortedStretch(Fault):
@@ -83,13 +83,8 @@ class SortedStretch(Fault):
         columns = []
         for path in paths:
             values = [leaf.value for batch in self._before for leaf in _sample_leaves(batch) if leaf.path == path]
-            if len({value.shape[1:] for value in values}) != 1:
-                raise ConfigurationError.of(
-                    "Trainer(callbacks=[SortedStretch])",
-                    expected="samples of one shape",
-                    given=sorted({tuple(value.shape[1:]) for value in values}),
-                    do="This fault cannot happen here: leave it out.",
-                )
+            shapes = sorted({tuple(value.shape[1:]) for value in values})
+            self.require(len(shapes) == 1, "samples of one shape", shapes)
             columns.append(torch.cat(values))
         size = number_of_samples(self._before[0])
         order = torch.cat([_keys(batch) for batch in self._before]).argsort(stable=True)

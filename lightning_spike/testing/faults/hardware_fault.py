@@ -1,4 +1,4 @@
-"""Errors of the machine: they are not in the code, and running the step again does not show them."""
+"""Errors of the machine, which a replay of the step does not show."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
@@ -20,7 +20,7 @@ WORDS: Final[Mapping[torch.dtype, torch.dtype]] = {
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
 }
-"""The whole numbers with as many bits."""
+"""The integer type of the same width."""
 
 
 class BitFlips(OneOffFault):

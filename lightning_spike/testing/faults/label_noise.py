@@ -38,8 +38,7 @@ class WrongLabels(Fault):
     @override
     def before_batch(self, trainer: Trainer, module: LightningModule, batch: Any, ordinal: int) -> Any:
         leaves = [leaf for leaf in leaves_of(batch, BatchPart.TARGET) if leaf.value.dim() > 0]
-        if not leaves:
-            raise self.refuse(Needs.TARGET, type(batch).__name__)
+        self.require(leaves, Needs.TARGET, type(batch).__name__)
         generator = generator_for(self.seed, ordinal)
         return replaced(batch, {leaf.path: self._wrong(leaf.value, generator) for leaf in leaves})
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_spike.arguments import whole_number
 from lightning_spike.errors import ConfigurationError
 from lightning_spike.testing.fault import LastingFault, Needs, Scale
-from lightning_spike.testing.held_rate import RateFault
+from lightning_spike.testing.rate_fault import RateFault
 
 
 class RateTooHigh(RateFault):
@@ -109,7 +109,7 @@ class RateJump(RateFault):
 
 
 class ShortWarmUp(RateFault):
-    """A warm-up that ends too soon, at a peak that a longer one would have borne.
+    """A warm-up that ends too soon, at a peak that is stable after a longer one.
 
     The planned rate is multiplied by `strength * min(k / ramp, sqrt(ramp / k))` in the k-th batch from `at` on: up in a
     line, down with the inverse square root (Vaswani et al. 2017, "Attention Is All You Need", section 5.3).
@@ -170,8 +170,7 @@ class WarmRestarts(LastingFault):
 
     @override
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
-        if not module.automatic_optimization:
-            raise self.refuse(Needs.AUTOMATIC_OPTIMIZATION, type(module).__name__)
+        self.require(module.automatic_optimization, Needs.AUTOMATIC_OPTIMIZATION, type(module).__name__)
         own = list(trainer.strategy.lr_scheduler_configs)
         rates = [
             [(group["lr"], group.get("initial_lr")) for group in optimizer.param_groups]

@@ -1,7 +1,7 @@
 """Mixed precision: a loss scale that is far too large or far too small."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -14,9 +14,8 @@ from lightning_spike.testing.fault import LastingFault, Needs, OneOffFault, Scal
 
 def _scaler(fault: OneOffFault | LastingFault, trainer: Trainer) -> GradScaler:
     plugin = trainer.precision_plugin
-    if not isinstance(plugin, MixedPrecision) or plugin.scaler is None:
-        raise fault.refuse(Needs.LOSS_SCALER, trainer.precision)
-    return plugin.scaler
+    scaler = plugin.scaler if isinstance(plugin, MixedPrecision) else None
+    return cast(GradScaler, fault.require(scaler, Needs.LOSS_SCALER, trainer.precision))
 
 
 class LossScaleJumps(OneOffFault):

@@ -6,18 +6,12 @@ from typing import Any, ClassVar
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_spike.testing.fault import LastingFault, Needs, Scale
+from lightning_spike.testing.fault import Needs, Scale, optimizer_classes, param_groups
 from lightning_spike.testing.settings import SettingsFault
 
 
-def _need_momentum(fault: LastingFault, trainer: Trainer) -> None:
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    if not any("betas" in group or group.get("momentum") for group in groups):
-        raise fault.refuse(Needs.MOMENTUM, [type(o).__name__ for o in trainer.optimizers])
-
-
 class MomentumTooHigh(SettingsFault):
-    """Momentum so high that the weights run on for hundreds of steps past where the gradient turns: 0.9 mistyped as 0.999.
+    """Momentum so high that weights move on for hundreds of steps after the gradient has turned.
 
     The momentum of SGD, or the first beta of Adam, becomes `strength`.
 
@@ -45,4 +39,5 @@ class MomentumTooHigh(SettingsFault):
     @override
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
         super().prepare(trainer, module)
-        _need_momentum(self, trainer)
+        has_momentum = any("betas" in group or group.get("momentum") for group in param_groups(trainer))
+        self.require(has_momentum, Needs.MOMENTUM, optimizer_classes(trainer))

@@ -44,9 +44,8 @@ class NonfiniteInput(Fault):
 
     @override
     def before_batch(self, trainer: Trainer, module: LightningModule, batch: Any, ordinal: int) -> Any:
-        leaves = leaves_of(batch, BatchPart.INPUT, floating=True)
-        if not leaves:
-            raise self.refuse(Needs.FLOAT_INPUT, type(batch).__name__)
+        inputs = leaves_of(batch, BatchPart.INPUT, floating=True)
+        leaves = self.require(inputs, Needs.FLOAT_INPUT, type(batch).__name__)
         return replaced(batch, {leaves[0].path: self._spoilt(leaves[0].value, generator_for(self.seed, ordinal))})
 
     def _spoilt(self, value: Tensor, generator: torch.Generator) -> Tensor:

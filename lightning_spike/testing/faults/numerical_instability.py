@@ -7,12 +7,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_spike.testing.fault import Scale
-from lightning_spike.testing.layer_fault import LayerFault
-from lightning_spike.testing.layers import Layers
+from lightning_spike.testing.layers import LayerFault, Layers
 
 
 class _AtTheHead(LayerFault):
-    """Behind the layer whose output comes last, as a rule the head."""
+    """Base of the faults after the last layer, usually the head."""
 
     @override
     def parts(self, layers: Layers) -> Sequence[nn.Module]:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_spike.testing.batch_edit import generator_for
-from lightning_spike.testing.fault import Needs, OneOffFault, Scale
+from lightning_spike.testing.fault import Needs, OneOffFault, Scale, optimizer_classes
 
 SECOND_MOMENTS: Final[Mapping[str, int]] = {
     "exp_avg_sq": 2,
@@ -60,9 +60,7 @@ class StateRescaled(OneOffFault):
 
     def _state(self, trainer: Trainer) -> list[tuple[str, Tensor]]:
         found = [pair for optimizer in trainer.optimizers for pair in _averages(optimizer)]
-        if not found:
-            raise self.refuse(Needs.MOMENTUM, [type(o).__name__ for o in trainer.optimizers])
-        return found
+        return self.require(found, Needs.MOMENTUM, optimizer_classes(trainer))
 
 
 class StateScrambled(StateRescaled):
@@ -95,7 +93,7 @@ class StateScrambled(StateRescaled):
 
 
 def _averages(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """What an optimizer remembers of past gradients, by torch's names; step counts are none of it."""
+    """The optimizer's averages of past gradients, without step counts, by torch's names."""
     for state in optimizer.state.values():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.is_floating_point() and name not in COUNTS:

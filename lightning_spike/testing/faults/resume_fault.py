@@ -1,23 +1,21 @@
 """State that is missing or starts over after a resume."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_spike.testing.batch_edit import generator_for, some_of
+from lightning_spike.testing.batch_edit import some_items
 from lightning_spike.testing.fault import Needs, OneOffFault, Scale
-
-CPU: Final = torch.device("cpu")
 
 
 class _ResumeFault(OneOffFault):
-    """Base: what is lost is taken out of the checkpoint after Lightning has read it; the file stays as it is.
+    """Base of the faults that remove state from the checkpoint after Lightning has read it; the file is unchanged.
 
-    It acts in every fit with a `ckpt_path`; `at` says where that is, for the description, and has no effect. A fit that
-    is not resumed is refused, at the batch `at`.
+    It acts in every fit with a `ckpt_path`; `at` is part of the description only. A fit that is not resumed raises at
+    the batch `at`.
     """
 
     NEEDS: ClassVar[frozenset[Needs]] = frozenset({Needs.RESUME})
@@ -35,23 +33,18 @@ class _ResumeFault(OneOffFault):
         self.lose(checkpoint)
 
     def lose(self, checkpoint: dict[str, Any]) -> None:
-        """Take out of the checkpoint what is lost."""
+        """Removes the lost state from the checkpoint."""
         raise NotImplementedError
 
     @override
     def before_batch(self, trainer: Trainer, module: LightningModule, batch: Any, ordinal: int) -> Any:
-        if not self._resumed:
-            raise self.refuse(Needs.RESUME, None)
+        self.require(self._resumed, Needs.RESUME, None)
         return batch
 
     def _some_states(self, checkpoint: dict[str, Any]) -> list[tuple[dict[Any, Any], Any]]:
-        """Of every optimizer the states of a share of its parameters: (all, key)."""
-        found = []
-        for saved in checkpoint["optimizer_states"]:
-            keys = list(saved["state"])
-            chosen = some_of(len(keys), self.strength, generator_for(self.seed, 0), CPU)
-            found += [(saved["state"], keys[k]) for k in chosen.tolist()]
-        return found
+        """For a share of each optimizer's parameters, the optimizer's states and the parameter's key."""
+        states = [saved["state"] for saved in checkpoint["optimizer_states"]]
+        return [(state, key) for state in states for key in some_items(list(state), self.strength, self.seed)]
 
 
 class ResumeLosesOptimizerState(_ResumeFault):
@@ -75,7 +68,7 @@ class ResumeLosesOptimizerState(_ResumeFault):
 
 
 class ResumeLosesMoments(_ResumeFault):
-    """A resume that restores momenta and step counts and not Adam's second moments, as from shards of which one kind is missing.
+    """A resume that restores momenta and step counts but not Adam's second moments: a missing kind of shard.
 
     v_t begins at 0 while the step count says that it is old, so that it is not corrected for that: updates are up to `1
     / sqrt(1 - beta2)`, some 30 times, too large (Kingma and Ba 2015, "Adam", section 3).
@@ -97,8 +90,7 @@ class ResumeLosesMoments(_ResumeFault):
     @override
     def lose(self, checkpoint: dict[str, Any]) -> None:
         states = [states[key] for states, key in self._some_states(checkpoint)]
-        if not any("exp_avg_sq" in state for state in states):
-            raise self.refuse(Needs.ADAM, [sorted(state) for state in states[:1]])
+        self.require(any("exp_avg_sq" in s for s in states), Needs.ADAM, [sorted(state) for state in states[:1]])
         for state in states:
             state["exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
 

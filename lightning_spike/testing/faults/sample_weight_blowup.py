@@ -46,8 +46,7 @@ class WeightsPileUp(LastingFault):
     @override
     def before_batch(self, trainer: Trainer, module: LightningModule, batch: Any, ordinal: int) -> Any:
         leaves = [leaf for leaf in leaves_of(batch, BatchPart.WEIGHT, floating=True) if leaf.value.dim() > 0]
-        if not leaves:
-            raise self.refuse(Needs.WEIGHT, type(batch).__name__)
+        self.require(leaves, Needs.WEIGHT, type(batch).__name__)
         factor = self.strength ** min((ordinal - self.at + 1) / self.ramp, 1.0)
         generator = generator_for(self.seed, ordinal)
         return replaced(batch, {leaf.path: self._grown(leaf.value, factor, generator) for leaf in leaves})

@@ -1,4 +1,4 @@
-"""Faults that no cause of the catalogue covers: the right answer is that it is unexplained."""
+"""Faults that no cause of the catalogue covers: the right diagnosis is "unexplained"."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -8,10 +8,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_spike.testing.alter import alter_loss
 from lightning_spike.testing.batch_edit import generator_for
 from lightning_spike.testing.fault import Fault, LastingFault, Needs, Scale
 from lightning_spike.testing.layers import Layers, on_output
-from lightning_spike.testing.losses import alter_loss
 
 
 class LossMultiplied(Fault):
@@ -83,23 +83,17 @@ class DropoutSurge(LastingFault):
     @override
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
         self._layers = Layers(self, module)
-        self._installed = False
 
     @override
-    def before_batch(self, trainer: Trainer, module: LightningModule, batch: Any, ordinal: int) -> Any:
-        if not self._installed:
-            self._installed = True
-            parts = self._layers.hidden()
-            if not parts:
-                raise self.refuse(Needs.HIDDEN_LAYERS, type(module).__name__)
-            for number, part in enumerate(parts):
+    def begin(self, trainer: Trainer, module: LightningModule) -> None:
+        parts = self.require(self._layers.hidden(), Needs.HIDDEN_LAYERS, type(module).__name__)
+        for number, part in enumerate(parts):
 
-                def dropped(output: Tensor, number: int = number) -> Tensor:
-                    if not (module.training and self.is_on(trainer)):
-                        return output
-                    generator = generator_for(self.seed + number, trainer.global_step)
-                    kept = torch.rand(output.shape, generator=generator) >= self.strength
-                    return output * kept.to(output) / (1 - self.strength)
+            def dropped(output: Tensor, number: int = number) -> Tensor:
+                if not (module.training and self.is_on(trainer)):
+                    return output
+                generator = generator_for(self.seed + number, trainer.global_step)
+                kept = torch.rand(output.shape, generator=generator) >= self.strength
+                return output * kept.to(output) / (1 - self.strength)
 
-                self.later(on_output(part, dropped))
-        return batch
+            self.later(on_output(part, dropped))

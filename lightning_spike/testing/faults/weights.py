@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_spike.errors import ConfigurationError
-from lightning_spike.testing.fault import Needs, OneOffFault, Scale
+from lightning_spike.testing.fault import Needs, OneOffFault, Scale, optimizer_classes, param_groups
 from lightning_spike.testing.settings import SettingsFault
 
 
@@ -78,8 +78,8 @@ class WeightsGrow(SettingsFault):
     @override
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
         super().prepare(trainer, module)
-        if not any("weight_decay" in group for o in trainer.optimizers for group in o.param_groups):
-            raise self.refuse(Needs.WEIGHT_DECAY, [type(o).__name__ for o in trainer.optimizers])
+        has_decay = any("weight_decay" in group for group in param_groups(trainer))
+        self.require(has_decay, Needs.WEIGHT_DECAY, optimizer_classes(trainer))
 
     @override
     def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:

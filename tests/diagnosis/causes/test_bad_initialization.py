@@ -87,9 +87,9 @@ def test_trouble_that_comes_when_training_had_gone_well_for_long_is_something_el
 
 
 def test_a_first_loss_far_above_that_of_guessing_is_told_with_both():
-    evidence = {e.signal: e for e in first_of(a_run()).evidence if "guessing" in e.text}["loss"]
+    evidence = {e.signal: e for e in first_of(a_run()).evidence if "guess among" in e.text}["loss"]
     assert evidence.expected == pytest.approx(math.log(10))
-    sane = {e.signal: e for e in first_of(a_run(first=2.4)).evidence if "guessing" in e.text}["loss"]
+    sane = {e.signal: e for e in first_of(a_run(first=2.4)).evidence if "guess among" in e.text}["loss"]
     assert sane.weight < 0.0 < evidence.weight
 
 

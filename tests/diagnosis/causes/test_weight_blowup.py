@@ -92,7 +92,7 @@ def test_a_decay_that_changed_is_put_back():
     told = examined(run)
     assert told.total > before + 3.0
     assert told.change == Change(setting="weight_decay", value=0.01)
-    assert told.fixes[0].startswith("Put the weight decay of AdamW back from -3 to 0.01")
+    assert told.fixes[0].startswith("Set the weight decay of AdamW back from -3 to 0.01")
 
 
 def test_a_decay_far_too_large_from_the_start_gets_a_usual_value():

@@ -8,13 +8,13 @@ import pytest
 from synthetic import Run, an_episode, moment
 
 from lightning_spike.diagnosis.observations.loss_rise import rise_after
-from lightning_spike.diagnosis.observations.rates import begins_to_climb
+from lightning_spike.diagnosis.observations.rates import start_of_climb
 from lightning_spike.diagnosis.observations.step_length import (
-    goes_on_falling,
+    keeps_falling,
     lengthened,
     long_steps,
+    oversized_first_updates,
     passed_early_peak,
-    wild_start,
 )
 from lightning_spike.diagnosis.rank import diagnose
 from lightning_spike.experiments import StepSize, StepSizeTest
@@ -105,7 +105,7 @@ def test_a_rate_that_climbs_while_the_loss_rises_is_too_high():
     run = quiet()
     run.rate = 0.01 * 1.03 ** np.clip(STEPS - 180, 0, 80)
     run.loss[230:] *= 1.6
-    climb = begins_to_climb(run.store())
+    climb = start_of_climb(run.store())
     assert climb is not None
     assert 180 < climb.ordinal < 200
     assert max(named(run), key=named(run).get) == "lr_too_high"
@@ -123,7 +123,7 @@ def test_a_rate_that_climbs_while_the_loss_rises_is_too_high():
 def test_other_courses_do_not_climb(rate):
     run = quiet()
     run.rate = rate
-    assert begins_to_climb(run.store()) is None
+    assert start_of_climb(run.store()) is None
 
 
 # -- the length of steps
@@ -183,13 +183,13 @@ def test_other_courses_have_no_early_peak(rate):
 def test_a_wild_start_is_a_short_warm_up_if_the_loss_falls_on_and_else_a_rate_too_high():
     share, norm = np.where(STEPS < 30, 0.2, 0.004), np.where(STEPS < 30, 10.0, 40.0)
     run = measured(quiet(), share, norm)
-    wild = wild_start(run.store())
+    wild = oversized_first_updates(run.store())
     assert wild is not None
     assert (wild.share, wild.after.ordinal, wild.before, wild.grown) == (pytest.approx(0.2), 21, 10.0, 40.0)
-    assert not goes_on_falling(run.store())
+    assert not keeps_falling(run.store())
     assert max(named(run), key=named(run).get) == "lr_too_high"
     run.loss *= np.exp(-STEPS / 100)
-    assert goes_on_falling(run.store())
+    assert keeps_falling(run.store())
     assert max(named(run), key=named(run).get) == "warmup_too_short"
 
 
@@ -198,9 +198,9 @@ def test_a_large_embedding_does_not_hide_what_becomes_of_the_other_layers():
     names, weights = ("embedding.weight", "head.weight", "head.bias"), ("embedding.weight", "head.weight")
     run.layers["weight_norm"] = (names, {t: [40.0, 2.0, 0.0] for t in range(0, 64, 10)})
     run.layers["update_norm"] = (names, {t: [0.4, 0.5 if t < 30 else 0.02, 0.1] for t in range(0, 64, 10)})
-    assert wild_start(run.store()) is None
+    assert oversized_first_updates(run.store()) is None
     run.layers["initial_scale"] = (weights, {0: [1.0, 1.0]})
-    wild = wild_start(run.store())
+    wild = oversized_first_updates(run.store())
     assert wild is not None
     assert (wild.share, wild.after.ordinal) == (pytest.approx((0.01 + 0.25) / 2), 21)
 
@@ -208,7 +208,7 @@ def test_a_large_embedding_does_not_hide_what_becomes_of_the_other_layers():
 def test_runs_whose_updates_were_not_measured_say_nothing():
     run = quiet()
     assert long_steps(run.store()) is None
-    assert wild_start(run.store()) is None
+    assert oversized_first_updates(run.store()) is None
     assert not lengthened(run.store(), 200)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lightning_spike.lab.experiments.control_sample_size import control_sample_size
+from lightning_spike.lab.replay.evaluate import control_sample_size
 
 EIGHT = list(range(8))
 

@@ -63,6 +63,9 @@ def test_the_shares_are_those_of_the_log_losses():
     assert parts.data_effect / parts.jump == pytest.approx(math.log(4) / math.log(32))
     assert parts.weights_effect / parts.jump == pytest.approx(math.log(8) / math.log(32))
     assert parts.interaction_effect / parts.jump == pytest.approx(0.0, abs=1e-12)
+    assert parts.data == pytest.approx(math.log(4) / math.log(32))
+    assert parts.weights == pytest.approx(math.log(8) / math.log(32))
+    assert parts.interaction == pytest.approx(0.0, abs=1e-12)
 
 
 def test_a_batch_picked_for_its_loss_is_not_blamed_for_its_luck():

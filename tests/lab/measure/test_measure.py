@@ -1,5 +1,7 @@
 """All measurements in examinations of real runs."""
 
+import json
+
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
@@ -7,8 +9,9 @@ from training_tasks import Digits, build, digits, train
 
 from lightning_spike import suite
 from lightning_spike.callbacks.counterfactual_replay import CounterfactualReplay
+from lightning_spike.codec import from_plain, to_plain
 from lightning_spike.diagnosis.judgement import first_changed_module, update_direction
-from lightning_spike.experiments import FailedMeasurement
+from lightning_spike.experiments import Experiments, FailedMeasurement
 from lightning_spike.store import TrainerStateStore
 from lightning_spike.testing.faults.bad_batch import ExtremeValues
 from lightning_spike.testing.faults.learning_rate import RateJump
@@ -29,7 +32,9 @@ def measured(tmp_path, fault, module=None):
     )
     store = TrainerStateStore.of(trainer)
     episode = next(e for e in store.episodes if e.onset.ordinal >= AT)
-    return store.experiments[episode.id]
+    found = store.experiments[episode.id]
+    assert repr(from_plain(Experiments, json.loads(json.dumps(to_plain(found))))) == repr(found)
+    return found
 
 
 MEASUREMENTS = {"modules", "update", "precision", "modes", "loss_scale", "samples"}

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from lightning_spike.diagnosis.judgement import mode_gap_change
-from lightning_spike.lab.measure.modes import measure_modes
+from lightning_spike.lab.measure.measure import measure_modes
 from lightning_spike.record.state_copy import copy_module
 from lightning_spike.sandbox.isolation import isolated
 
@@ -51,6 +51,7 @@ def test_as_ever():
 def test_where_modes_make_no_difference_nothing_more_is_asked():
     found, passes, _, _ = measured(Plain())
     assert passes == 2
+    assert found.train == found.eval
     assert found.usual_eval is None
 
 

@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.nn import functional
 
-from lightning_spike.lab.measure.precision import measure_loss_scale, measure_precision
+from lightning_spike.lab.measure.measure import measure_loss_scale, measure_precision
 from lightning_spike.record.state_copy import copy_module
 from lightning_spike.sandbox.isolation import isolated
 
@@ -53,6 +53,7 @@ def test_both_losses_are_those_of_torch():
         low = functional.cross_entropy(module.net(x), y).item()
     assert found.low == pytest.approx(low, rel=1e-6)
     assert found.low != found.float32
+    assert found.low == pytest.approx(found.float32, rel=0.05)
 
 
 def test_a_loss_that_low_precision_makes():
@@ -68,7 +69,7 @@ def scaled_to(scale):
     return trainer
 
 
-@pytest.mark.parametrize(("before", "now"), [(1024.0, 256.0), (1024.0, 1024.0), (4.0, 0.25)])
+@pytest.mark.parametrize(("before", "now"), [(1024.0, 256.0), (1024.0, 1024.0), (512.0, 1024.0), (4.0, 0.25)])
 def test_the_loss_scale_is_the_scalers(before, now):
     found = measure_loss_scale(scaled_to(now), {"scale": torch.tensor(before)})
     assert (found.before, found.now) == (before, now)

@@ -7,7 +7,7 @@ from lab.attached import attached
 from lab.shapes import CLASSES, FEATURES, NormAndDropout, Plain
 from torch.nn import functional
 
-from lightning_spike.lab.replay.evaluate import HIGHEST, log_scale, losses_under
+from lightning_spike.lab.replay.evaluate import MAX_LOSS, log_scale, losses_under
 from lightning_spike.record.batch_ring import RingEntry
 from lightning_spike.record.state_copy import copy_module
 from lightning_spike.records import Moment
@@ -61,7 +61,7 @@ def test_every_batch_meets_the_same_dropout_and_leaves_nothing_to_the_next():
 
 def test_logarithms_where_all_are_positive_and_the_highest_for_what_is_not_finite():
     losses = np.array([1.0, np.e, np.nan, np.inf, 1e9])
-    assert log_scale(losses)(losses) == pytest.approx([0.0, 1.0, *[np.log(HIGHEST)] * 3])
+    assert log_scale(losses)(losses) == pytest.approx([0.0, 1.0, *[np.log(MAX_LOSS)] * 3])
     signed = np.array([-1.0, 2.0])
     assert log_scale(signed, losses)(signed).tolist() == [-1.0, 2.0]
 

@@ -1,4 +1,4 @@
-"""`RateFault`: a learning rate that is not the planned one, for the updates of some batches, and leaves the plan as it is."""
+"""`RateFault`: multiplies the learning rate of some updates and leaves the schedule unchanged."""
 
 import functools
 from abc import abstractmethod
@@ -12,26 +12,25 @@ from typing_extensions import override
 from lightning_spike.testing.fault import LastingFault
 
 _PLANNED: Final[WeakKeyDictionary[Optimizer, list[Any]]] = WeakKeyDictionary()
-"""The planned rates of the optimizers that have another one now, shared by all faults of a run, so that several
-multiply and the first to end restores."""
+"""Planned rates of optimizers with a changed one, shared by the faults of a run: several factors multiply."""
 
 
 class RateFault(LastingFault):
     """Base of the faults that multiply the learning rate of every parameter group.
 
-    The factor is on before any callback sees the batch, and off as soon as the optimizer has stepped, before a
-    scheduler reads the rate. So the rate that an update uses is the planned one times the factor, whatever plan there
-    is, and recursive schedulers do not take the factor up.
+    The factor is applied before any callback sees the batch and removed right after the optimizer's step, before a
+    scheduler reads the rate. So each update uses the scheduled rate times the factor, with any schedule, and recursive
+    schedulers do not accumulate the factor.
     """
 
     @abstractmethod
     def factor(self, ordinal: int) -> float:
-        """What the planned rate is multiplied by, in this batch."""
+        """The factor on the planned rate in this batch."""
 
     @override
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
         for optimizer in trainer.optimizers:
-            self.later(optimizer.register_step_post_hook(self._after_step).remove)
+            self.later(optimizer.register_step_post_hook(lambda stepped, *_: _restore(stepped)).remove)
             self.later(functools.partial(_restore, optimizer))
 
     @override
@@ -50,10 +49,6 @@ class RateFault(LastingFault):
         for optimizer in trainer.optimizers:
             _restore(optimizer)  # where it has not stepped: accumulation, an overflow
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        del args, kwargs
-        _restore(optimizer)
 
 
 def _restore(optimizer: Optimizer) -> None:
