@@ -1,11 +1,10 @@
-"""What the lab measured about one episode: frozen records of plain numbers, no torch, no sentence and no judgement.
+"""The lab's measurements of one episode: frozen records of plain numbers, without torch, sentences or judgement.
 
-The lab fills one `Experiments` for each examined episode; the store keeps it, report.json holds it (`codec`), and
-`diagnosis` reads it: what a number means is decided in `diagnosis.judgement`, how it is said in `diagnosis.sentences`.
-So a report can be ranked again by a later version.
+The lab fills one `Experiments` for each examined episode. The store keeps it, report.json holds it (`codec`), and
+`diagnosis` reads it: `diagnosis.judgement` decides what a number means, `diagnosis.sentences` puts it into words. So a
+later version can rank an old report again.
 
-A loss difference is a difference of log losses where all losses are positive, else of the losses themselves ("loss
-units" below).
+A loss difference is a difference of log losses where all losses are positive, else of the losses ("loss units" below).
 """
 
 import dataclasses
@@ -22,12 +21,12 @@ WriteKind = Literal["weights", "optimizer"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """The run from the last healthy snapshot to the onset, repeated with the recorded batches, settings and random states."""
+    """The run from the last healthy snapshot to the onset, repeated with the recorded batches, settings and seeds."""
 
     batches: int
     """From the snapshot to the onset."""
     recorded: float
-    """Loss of the batch in question in the training."""
+    """Loss of the suspect batch in the training."""
     replayed: float | None
     """The same loss in the replay; `None` where the replay did not reach it."""
     differs_at: int | None
@@ -43,7 +42,7 @@ class Replay:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """Old and new weights, each on the batch in question and on control batches: what of the jump is due to which.
+    """The split of the jump into batch and weights: old and new weights, on the suspect batch and on control batches.
 
     The four means are Y00 (controls, old weights), Y01 (batch, old), Y10 (controls, new) and Y11 (batch, new); "old"
     are the snapshot's weights, "new" those at the onset. All effects are in loss units.
@@ -52,52 +51,51 @@ class Split:
     jump: float
     """Y11 - Y00, plus `computation_effect`."""
     data_effect: float
-    """Y01 - Y00, less two standard deviations of the batches (the batch was selected for its high loss: winner's
-    curse), at least 0."""
+    """Y01 - Y00 minus two standard deviations of the batches, because the batch was selected for its high loss
+    (winner's curse); at least 0."""
     weights_effect: float
     """Y10 - Y00."""
     interaction_effect: float
-    """What only both together make: the rest of the jump, selection not corrected."""
+    """The rest of the jump, which needs both; not corrected for selection."""
     computation_effect: float
-    """Rise of the controls under the old weights over the losses that the training recorded for them: the same inputs
-    give a higher loss now."""
+    """Loss of the controls under the old weights minus the loss that the training recorded for them."""
     weights_error: float
     """Standard error of `weights_effect`, from control batch to control batch."""
     excess: float
-    """How far the batch lies above the controls under the new weights."""
+    """Loss of the batch minus that of the controls, under the new weights."""
     noise: float
-    """Standard deviation of the jump if nothing but the ordinary scatter of batches were at work."""
+    """Standard deviation of the jump from the ordinary scatter of batches alone."""
     controls: int
     """Control batches."""
     batch_loss: tuple[float, float]
-    """Of the batch in question, under old and new weights."""
+    """Loss of the suspect batch, under old and new weights."""
     control_loss: tuple[float, float]
-    """Median of the controls, under old and new weights."""
+    """Median loss of the controls, under old and new weights."""
     recorded_control_loss: float | None = None
     """Median that the training recorded for the controls; `None` where that is not known."""
     new_weights_are_later: bool = False
-    """The new weights are those of some updates after the onset, for want of an exact replay."""
+    """Without an exact replay, the new weights are those of some updates after the onset."""
 
     @property
     def data(self) -> float:
-        """Share of the jump, in [0, 1], that the batch makes under the old weights already."""
+        """Share of the jump, in [0, 1], that the batch has under the old weights too."""
         return self._share(self.data_effect)
 
     @property
     def weights(self) -> float:
-        """Share of the jump, in [0, 1], by which the control batches are worse under the new weights too."""
+        """Share of the jump, in [0, 1], that the control batches have under the new weights too."""
         return self._share(self.weights_effect)
 
     @property
     def interaction(self) -> float:
-        """Share of the jump, in [-1, 1], that only batch and weights together make."""
+        """Share of the jump, in [-1, 1], that needs both batch and weights."""
         if self.jump == 0:
             return 0.0
         return math.copysign(min(abs(self.interaction_effect / self.jump), 1.0), self.interaction_effect)
 
     @property
     def computation(self) -> float:
-        """Share of the jump, in [0, 1], that is there with control batches under the old weights."""
+        """Share of the jump, in [0, 1], that control batches have under the old weights."""
         return self._share(self.computation_effect)
 
     @property
@@ -136,10 +134,7 @@ class FirstNonFinite:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepSize:
-    """Updates against the first-order promise of their gradients (science.md 2.3).
-
-    Does each step do what its gradient says?
-    """
+    """The step-size test: measured loss changes against the first-order promise of the gradients (science.md 2.3)."""
 
     rho: float
     """Median over the updates of the change of the batch's own loss over `g . u`, the promised change: 1 for a step
@@ -153,8 +148,8 @@ class StepSize:
     """Share of the updates that went down the gradient of their own batch and so far that its loss rose."""
     updates: int
     source: Literal["replay", "present", "earlier"] = "replay"
-    """Where the updates are from: the replay up to the onset, the newest batches repeated on the present weights, or
-    such a test before the episode."""
+    """Origin of the updates: the replay up to the onset, the newest batches on the present weights, or an earlier such
+    test."""
     at_step: int | None = None
     """`global_step` at which an earlier test was made; `None` for the other sources."""
 
@@ -169,7 +164,7 @@ class StepSizeTest:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Cooldown:
-    """The batch against control batches before and after the last updates were repeated with a tenth of the learning rate."""
+    """The cooldown test: the batch against control batches before and after updates with a tenth of the rate."""
 
     before: float
     """Excess of the batch over the controls under the weights at the onset, in loss units."""
@@ -201,7 +196,7 @@ class FactorShare:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Attribution:
-    """The damage of an update, or of a few in a row, shared out among the factors that were not at their baseline.
+    """The damage of one or a few updates, split among the factors that were not at their baseline.
 
     Shares and `intrinsic` add up to 1.
     """
@@ -215,7 +210,7 @@ class Attribution:
     shares: tuple[FactorShare, ...]
     """Largest first."""
     finer: tuple[FactorShare, ...]
-    """What the largest of them, or the remainder, is made of: a factorial of its own, of the same damage."""
+    """Parts of the largest of them, or of the remainder, from a factorial of the same damage."""
     odd_batch: bool
     """The update's own batch lay more than two standard deviations above ordinary batches before the update."""
     intrinsic: float
@@ -226,7 +221,7 @@ class Attribution:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Remedy:
-    """One safer setting at the damaging update, and how much of the damage it takes away.
+    """A safer setting at the damaging update, and the share of the damage that it takes away.
 
     A remedy is no evidence of the cause.
     """
@@ -268,17 +263,13 @@ class OutsideWrite:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class OutsideChange:
-    """Something that the replay does not carry made the loss jump.
-
-    The replay gives a healthy loss where the training did not.
-    """
+    """A change from outside the training step: the replay has a healthy loss where the training did not."""
 
     ordinal: int | None
     """First batch whose loss differs."""
     step: int | None
     kind: ChangeKind | None
-    """What was changed, as far as the experiment found it; `"result"`: weights, batch and random state were the same
-    and the result differs."""
+    """What was changed, if known; `"result"`: weights, batch and random state were the same, but the result differs."""
     writes: tuple[OutsideWrite, ...] = ()
     """Writes that were seen just before."""
     different: tuple[TensorDifference, ...] = ()
@@ -287,29 +278,29 @@ class OutsideChange:
     """For `"modes"`: the outermost modules in eval mode from the change on, `("",)` for the whole module; `None` for
     another kind."""
     loss_with_change: float | None = None
-    """Loss of the batch in a replay with nothing but this change put in."""
+    """Loss of the batch in a replay with only this change."""
     repaired: float | None = None
-    """Share of the jump, in [0, 1], that is gone in the replay, which has everything but the change."""
+    """Share of the jump, in [0, 1], that disappears in a replay without the change."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SampleExchange:
-    """The batch with the samples that stand out replaced by ordinary ones."""
+    """The batch with its outlier samples replaced by ordinary ones."""
 
     positions: tuple[int, ...]
     samples: int
     """In the batch."""
     loss: float
-    """Of the batch as it was."""
+    """Loss of the batch as recorded."""
     without: float
-    """With the others in it."""
+    """Loss with the ordinary samples."""
     left: float
     """Share of the batch's excess over ordinary batches that is left, in [0, 1]."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SampleOrder:
-    """The last stretch of batches trained on again with the same samples in another order."""
+    """The last stretch of batches, trained on again with the samples in another order."""
 
     batches: int
     usual: float
@@ -339,7 +330,7 @@ class ModuleActivity:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleChange:
-    """One module on the batch in question under the weights at the onset, beside an ordinary batch under the snapshot's."""
+    """One module: the suspect batch with the weights at the onset, against an ordinary batch with the snapshot's."""
 
     module: str
     kind: str
@@ -360,7 +351,7 @@ class ModuleMeasurement:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateMeasurement:
-    """One update; `None` for what an optimizer without such a state, or too few updates before, leave open."""
+    """One update; `None` where the optimizer has no such state or there were too few updates before."""
 
     ordinal: int
     """The batch that closed it."""
@@ -378,7 +369,7 @@ class UpdateMeasurement:
     length: float
     """L2 norm of the change of the parameters."""
     relative_length: float
-    """That over the norm of the parameters."""
+    """`length` over the norm of the parameters."""
     length_usual: float | None
     """Median length of the updates before."""
     promised: float
@@ -434,7 +425,7 @@ class LossScaleMeasurement:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SampleMeasurement:
-    """The samples of the batch in question one by one, under healthy weights, beside those of an ordinary batch."""
+    """The samples of the suspect batch one by one, under healthy weights, and those of an ordinary batch."""
 
     losses: tuple[float, ...]
     """By position in the batch."""
@@ -462,7 +453,7 @@ class FailedMeasurement:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What the examination took."""
+    """The cost of the examination."""
 
     steps: int
     """Runs of `training_step`."""
@@ -471,19 +462,19 @@ class Cost:
     worth: float
     """In training steps of this run, by time."""
     left_out: tuple[str, ...] = ()
-    """Questions that no longer fitted into the allowance."""
+    """Experiments that did not fit into the budget."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Experiments:
-    """Everything that was measured about one episode; `None` for what was not asked or could not be told."""
+    """All measurements of one episode; `None` for what was not measured."""
 
     episode: int
     """Its id."""
     not_run: str | None = None
     """Why the episode was not examined; `None` where it was."""
     failure: str | None = None
-    """Why the onset could not be replayed where other experiments took the place of a replay."""
+    """Why the onset could not be replayed, where other experiments were made instead."""
     rank: int | None = None
     """The rank whose batch was examined; `None` on a single one."""
     world_size: int = 1
@@ -509,7 +500,7 @@ class Experiments:
 
 
 def joined(first: Experiments, second: Experiments) -> Experiments:
-    """All that either holds about the same episode; where both hold a field the second's counts, failures add up."""
+    """Merge two records of the same episode: fields of the second win, failed measurements add up."""
     defaults = Experiments(episode=first.episode)
     new = {
         field.name: getattr(second, field.name)

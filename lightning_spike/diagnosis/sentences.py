@@ -210,7 +210,7 @@ def split(split: Split, verdict: SplitVerdict) -> str:
 
 def _four_losses(split: Split) -> str:
     (batch_old, batch_new), (old, new) = (map(number, pair) for pair in (split.batch_loss, split.control_loss))
-    controls = _controls(split)
+    controls = _count(split.controls, "control batch")
     if split.new_weights_are_later:
         return (
             f"This batch: loss {batch_old} under the snapshot's weights, {batch_new} in the training. "
@@ -225,16 +225,9 @@ def _four_losses(split: Split) -> str:
 def _control_losses(split: Split) -> str:
     known = split.recorded_control_loss
     recorded = "" if known is None else f"; the training recorded {number(known)}"
-    loss = number(split.control_loss[0])
-    return f"Under the snapshot's weights {_controls(split)} now {_have(split)} loss {loss}{_median(split)}{recorded}."
-
-
-def _controls(split: Split) -> str:
-    return _count(split.controls, "control batch")
-
-
-def _have(split: Split) -> str:
-    return "has" if split.controls == 1 else "have"
+    controls, have = _count(split.controls, "control batch"), "has" if split.controls == 1 else "have"
+    loss = f"{number(split.control_loss[0])}{_median(split)}"
+    return f"Under the snapshot's weights {controls} now {have} loss {loss}{recorded}."
 
 
 def _median(split: Split) -> str:
@@ -247,7 +240,8 @@ def _median(split: Split) -> str:
 def first_nonfinite(found: FirstNonFinite) -> str:
     """Where the first NaN or Inf appears."""
     if found.phase == "input":
-        return _nonfinite_input(found)
+        values = "NaN or Inf values" if found.count is None else _count(found.count, "NaN or Inf value")
+        return f"The batch itself contains {values}{f' in {found.operation}' if found.operation else ''}."
     where = f"module '{found.module}'" if found.module else "training_step"
     at = f", operation '{found.operation}'" if found.operation else ""
     text = {
@@ -256,11 +250,6 @@ def first_nonfinite(found: FirstNonFinite) -> str:
         "backward": f"The loss is finite; the first NaN or Inf appears in the backward pass, in {where}{at}.",
     }[found.phase]
     return text if found.with_healthy_weights else f"{text} With the snapshot's weights the same batch stays finite."
-
-
-def _nonfinite_input(found: FirstNonFinite) -> str:
-    values = "NaN or Inf values" if found.count is None else _count(found.count, "NaN or Inf value")
-    return f"The batch itself contains {values}{f' in {found.operation}' if found.operation else ''}."
 
 
 def outside_change(change: OutsideChange) -> str:
@@ -297,12 +286,9 @@ def _written(writes: Sequence[OutsideWrite]) -> str:
 
 
 def _differing(different: Sequence[TensorDifference]) -> str:
-    words = [f"'{tensor.name}' {_relative(tensor.relative)}" for tensor in different[:MAX_NAMES]]
+    largest = [(t.name, t.relative) for t in different[:MAX_NAMES]]
+    words = [f"'{name}' {number(size) if math.isfinite(size) else '(no finite ratio)'}" for name, size in largest]
     return f"Largest relative differences between training and replay: {listed(words)}." if words else ""
-
-
-def _relative(difference: float) -> str:
-    return number(difference) if math.isfinite(difference) else "(no finite ratio)"
 
 
 # -- step size and cooldown -------------------------------------------------------------------------------------------
@@ -318,17 +304,11 @@ def step_size(steps: StepSize) -> str:
     if steps.updates < 1 or not math.isfinite(steps.worsened):
         return f"{test}: no update could be tested."
     worsened, whose = round(steps.worsened * steps.updates), "its" if steps.updates == 1 else "their"
-    return _joined(
-        [
-            f"{test}: {_steps_are(steps)}.",
-            f"{worsened:,} of {_count(steps.updates, 'update')} raised the loss of {whose} own batch{_healthy()}.",
-            _kept_promise(steps.rho),
-        ]
-    )
-
-
-def _healthy() -> str:
-    return f" (healthy runs: {percent(judgement.WORSENED_IF_HEALTHY)})"
+    healthy, share = percent(judgement.WORSENED_IF_HEALTHY), f"{worsened:,} of {_count(steps.updates, 'update')}"
+    raised = f"{share} raised the loss of {whose} own batch (healthy runs: {healthy})."
+    promised = f"The median loss change is {number(steps.rho)} times what the gradient promised"
+    rho = f"{promised} (healthy runs: {HEALTHY_RHO})." if math.isfinite(steps.rho) else ""
+    return _joined([f"{test}: {_steps_are(steps)}.", raised, rho])
 
 
 def _steps_are(steps: StepSize) -> str:
@@ -340,23 +320,15 @@ def _steps_are(steps: StepSize) -> str:
     return "whether the steps are too long is undecided"
 
 
-def _kept_promise(rho: float) -> str:
-    if not math.isfinite(rho):
-        return ""
-    return f"The median loss change is {number(rho)} times what the gradient promised (healthy runs: {HEALTHY_RHO})."
-
-
 def cooldown(cooldown: Cooldown) -> str:
-    """Whether the batch still stands out after updates with a tenth of the learning rate."""
+    """Whether the batch is still an outlier after updates with a tenth of the learning rate."""
     if cooldown.before <= 0:
         return "Cooldown test: the batch has no excess loss over control batches."
     if not math.isfinite(cooldown.left):
         return "Cooldown test: no finite loss, so it decides nothing."
-    itself, weights = (
-        "the batch itself is abnormal",
-        "the weights cause the excess loss, because the steps are too long",
-    )
-    cause = itself if cooldown.left >= judgement.COOLED_DOWN_LEFT else weights
+    cause = "the weights cause the excess loss, because the steps are too long"
+    if cooldown.left >= judgement.CONFIRMING_SHARE:
+        cause = "the batch itself is abnormal"
     return (
         f"Cooldown test: {cause}. After {_count(cooldown.steps, 'update')} with a tenth of the learning rate, "
         f"{percent(cooldown.left)} of the batch's excess loss remains."
@@ -378,10 +350,11 @@ def attribution(found: Attribution, *, in_logs: bool = True) -> str:
         which = f"the {found.updates:,} updates from step {found.step:,} on"
     if found.damage <= 0:
         return f"Replay: {which} did not raise the loss on control batches."
-    parts = [f"Replay: {which} {_raised(found.damage, in_logs=in_logs)}.", *_factors(found), _no_effect(found)]
-    if not found.odd_batch:
-        parts.append(_ordinary_batch(found.updates))
-    return _joined(parts)
+    ordinary = "The batch of this update had an ordinary loss before it."
+    if found.updates > 1:
+        ordinary = "The batches of these updates had ordinary losses before them."
+    raised = f"Replay: {which} {_raised(found.damage, in_logs=in_logs)}."
+    return _joined([raised, *_factors(found), _no_effect(found), "" if found.odd_batch else ordinary])
 
 
 def _raised(damage: float, *, in_logs: bool) -> str:
@@ -401,7 +374,9 @@ def _factors(found: Attribution) -> Iterator[str]:
     if not effective:
         yield "No tested factor explains the increase."
     elif len(effective) == 1 and effective[0].share >= 1.0 - judgement.REFUTING_SHARE:
-        yield f"{_at_baseline(effective[0])} the increase disappears ({_share(effective[0])})."
+        part = effective[0]
+        at_baseline = FACTORS[part.factor][1] if part.factor in FACTORS else f"With the usual {_factor(part.factor)}"
+        yield f"{at_baseline} the increase disappears ({_with_error(part.share, part.error)})."
     else:
         yield f"The increase is due to {_due_to(effective)}."
     yield from (
@@ -419,16 +394,9 @@ def _effective(shares: Sequence[FactorShare]) -> list[FactorShare]:
     return [part for part in shares if math.isfinite(part.share) and judgement.share_level(part.share) != "refutes"]
 
 
-def _at_baseline(part: FactorShare) -> str:
-    return FACTORS[part.factor][1] if part.factor in FACTORS else f"With the usual {_factor(part.factor)}"
-
-
 def _due_to(shares: Sequence[FactorShare]) -> str:
-    return _first([f"the {_factor(part.factor)} ({_share(part)})" for part in shares], MAX_NAMES)
-
-
-def _share(part: FactorShare) -> str:
-    return _with_error(part.share, part.error)
+    words = [f"the {_factor(part.factor)} ({_with_error(part.share, part.error)})" for part in shares]
+    return _first(words, MAX_NAMES)
 
 
 def _factor(name: str) -> str:
@@ -443,16 +411,10 @@ def _no_effect(found: Attribution) -> str:
     return f"{lead}: {', '.join(names)}: no effect." if names else ""
 
 
-def _ordinary_batch(updates: int) -> str:
-    one = "The batch of this update had an ordinary loss before it."
-    return one if updates == 1 else "The batches of these updates had ordinary losses before them."
-
-
 def shares(shares: Mapping[Group, float]) -> str:
     """What the jump is due to, the largest share first."""
-    large = sorted(
-        ((share, group) for group, share in shares.items() if share > judgement.REFUTING_SHARE), reverse=True
-    )
+    by_size = sorted(((share, group) for group, share in shares.items()), reverse=True)
+    large = [(share, group) for share, group in by_size if share > judgement.REFUTING_SHARE]
     if not large:
         return "The experiments do not show what the jump is due to."
     return f"The jump is due to {listed([f'{GROUPS[group]} ({percent(s)})' for s, group in large[:MAX_NAMES]])}."
@@ -462,7 +424,7 @@ def remedies(tried: Sequence[Remedy]) -> str:
     """What would have helped; it says nothing about the cause."""
     if not tried:
         return ""
-    helped = [remedy for remedy in tried if remedy.repaired >= judgement.HELPING_SHARE]
+    helped = [remedy for remedy in tried if remedy.repaired >= judgement.SUPPORTING_SHARE]
     if not helped:
         return "No tested remedy would have helped at this update."
     words = [f"{_remedy(remedy)} (−{_whole_percent(min(remedy.repaired, 1.0))})" for remedy in helped]
@@ -488,7 +450,7 @@ def sample_exchange(found: SampleExchange) -> str:
     gone, one = 1.0 - found.left, len(found.positions) == 1
     positions = f"position{'s' * (not one)} {_first([f'{k:,}' for k in found.positions], MAX_POSITIONS)}"
     lead = f"{_count(len(found.positions), 'outlier sample')} of {found.samples:,}"
-    if gone >= judgement.FEW_SAMPLES_SHARE:
+    if gone >= judgement.CONFIRMING_SHARE:
         lead = f"{lead} {'causes' if one else 'cause'} the batch's high loss"
     else:
         lead = f"{lead} alone {'does' if one else 'do'} not cause the batch's high loss"

@@ -152,7 +152,7 @@ def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
     names = "" if found is None else named(found, "")
     where = f"{when} in {names}" if names else when
     find = (
-        f"Find what writes into `optimizer.state`{where}: a callback, a hook, code that restores or rescales the state. "
+        f"Find what writes into `optimizer.state`{where}: a callback, a hook, code that restores or rescales it. "
         "A loaded state must have the same order of parameters and the same units."
     )
     return Fix(back, Change(setting="optimizer_state", value=step)), Fix(find)

@@ -31,8 +31,8 @@ LATE_BATCHES: Final = 400
 """Batches up to which it may: a second moment with beta2 = 0.999 needs a thousand to settle, a schedule that lags does
 so for good; engineering choice."""
 WHOLE: Final = (
-    "Resume with `trainer.fit(module, ckpt_path=...)` from a checkpoint saved without `save_weights_only=True`. Look at "
-    "every `on_load_checkpoint` and `load_state_dict` of module and callbacks for what they leave out."
+    "Resume with `trainer.fit(module, ckpt_path=...)` from a checkpoint saved without `save_weights_only=True`. Look "
+    "at every `on_load_checkpoint` and `load_state_dict` of module and callbacks for what they leave out."
 )
 
 
