@@ -70,17 +70,10 @@ class AnomalyRollback(SpikeCallback):
             "AnomalyRollback(patience)", patience, at_least=1, do="Use 30 to give a spike 30 batches to come back."
         )
         self.max_rollbacks = whole_number(
-            "AnomalyRollback(max_rollbacks)",
-            max_rollbacks,
-            at_least=1,
-            do="Leave the callback out for no rollbacks at all.",
+            "AnomalyRollback(max_rollbacks)", max_rollbacks, at_least=1, do="Leave the callback out for no rollbacks."
         )
         self.lr_scale = number(
-            "AnomalyRollback(lr_scale)",
-            lr_scale,
-            above=0.0,
-            at_most=1.0,
-            do="Use 0.5 to halve the rate at each rollback.",
+            "AnomalyRollback(lr_scale)", lr_scale, above=0.0, at_most=1.0, do="Use 0.5 to halve the rate each time."
         )
         self.reset_optimizer = switch(
             "AnomalyRollback(reset_optimizer)", reset_optimizer, do="Use True to drop momentum and second moments."

@@ -171,13 +171,17 @@ def build_report(
         rates=tuple(c for s in store.history.signals if s.startswith("lr-") and (c := _curve(store, s)) is not None),
         grad_norm=_curve(store, "grad_norm"),
         validation=tuple(_validation_curves(store)),
-        recorded=Recorded(
-            facts=store.facts,
-            findings=tuple(sorted(store.findings, key=_place_of)),
-            experiments=tuple(store.experiments.values()),
-            step_size_tests=tuple(store.step_size_tests),
-            remarks=tuple(store.remarks),
-        ),
+        recorded=_recorded(store),
+    )
+
+
+def _recorded(store: TrainerStateStore) -> Recorded:
+    return Recorded(
+        facts=store.facts,
+        findings=tuple(sorted(store.findings, key=_place_of)),
+        experiments=tuple(store.experiments.values()),
+        step_size_tests=tuple(store.step_size_tests),
+        remarks=tuple(store.remarks),
     )
 
 

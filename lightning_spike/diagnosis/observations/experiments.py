@@ -20,9 +20,6 @@ make outputs larger by single factors; engineering choice."""
 WILD_SCATTER: Final = math.log(1e4)
 """Scatter of the control batches' log losses from which values blow up in some of them: in ordinary training it is
 below 1; engineering choice."""
-SELECTION_ERRORS: Final = 2.0
-"""Standard deviations that the split subtracts from a batch's effect, because the batch was selected for its high loss
-(winner's curse); engineering choice, as in `lab`."""
 CHANCE_SLACK: Final = 0.3
 """Standard deviations by which a batch may exceed the expected maximum and still be chance; engineering choice."""
 
@@ -78,7 +75,7 @@ def chance_maximum(view: EpisodeView) -> Observation | None:
     split = view.experiments.split
     if split is None or view.split is not SplitVerdict.DATA or not view.transient or not split.noise > 0.0:
         return None
-    far = split.data * split.jump / split.noise + SELECTION_ERRORS
+    far = split.data * split.jump / split.noise + judgement.SELECTION_ERRORS
     highest = math.sqrt(2.0 * math.log(max(view.onset, 2)))
     if far >= highest + CHANCE_SLACK:
         return None

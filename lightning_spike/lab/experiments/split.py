@@ -7,16 +7,12 @@ from typing import Final
 import numpy as np
 from torch import Tensor
 
+from lightning_spike.diagnosis.judgement import BELIEVED_ERRORS, SELECTION_ERRORS
 from lightning_spike.experiments import Split
 from lightning_spike.lab.replay.evaluate import Numbers, log_scale, losses_under
 from lightning_spike.record.batch_ring import RingEntry
 from lightning_spike.sandbox.isolation import Sandbox
 
-SELECTION_ERRORS: Final = 2.0
-"""Standard deviations of the batches' noise that are taken off the batch's effect: it was selected for its high loss
-(winner's curse, science.md 2b.6)."""
-BELIEVED_ERRORS: Final = 3.0
-"""Standard errors from which a rise of the control batches is no scatter (3 sigma)."""
 MIN_KNOWN_LOSSES: Final = 2
 """Control batches with a recorded loss without which a changed computation is not looked for; engineering choice."""
 RISEN_SHARE: Final = 0.75
