@@ -173,7 +173,7 @@ class CounterfactualReplay(SpikeCallback):
                 self._request(requests)
         except RankUnreachable as gone:
             self._refusal, self._requests, self._ranks = str(gone), None, SINGLE_RANK
-            self.flight.store.note(f"No more moments are run again: {gone}.")
+            self.flight.store.note(f"No more episodes are replayed: {gone}.")
 
     def _request(self, requests: ExaminationRequests) -> None:
         due = [*self._waiting.values(), *self._outgrown.values()]

@@ -7,10 +7,11 @@ the upper half-width of the noise; the limits follow from the tail that the seri
 
 import math
 from collections import deque
+from math import log1p
 from typing import Final
 
 from lightning_spike.detectors.resumable import Resumable
-from lightning_spike.rolling import LazyWindow, SortedWindow, median, quantile
+from lightning_spike.rolling import LazyWindow, SortedWindow, quantile
 
 LEVEL_WINDOW: Final = 32
 """Accepted values whose median is the present level; it adds 2.4 % to the noise; engineering choice."""
@@ -125,6 +126,7 @@ DEPENDENCE_FACTOR: Final = 0.5
 """Widens the limit where neighbours are alike: the scale then rests on few independent values; engineering choice."""
 MAX_VALUE: Final = 1e300
 """Values are cut here, so that differences stay finite; engineering choice."""
+MAX_SCALED: Final = math.log(MAX_VALUE)
 
 
 def _cut(value: float) -> float:
@@ -257,11 +259,14 @@ class Baseline(Resumable):
         """
         if self._scale == math.inf:
             return 0.0
-        return self._scaled(_cut(value) - self._level) / (self._scale * noise)
+        if not -MAX_VALUE <= value <= MAX_VALUE:
+            value = _cut(value)
+        return self._scaled(value - self._level) / (self._scale * noise)
 
     def push(self, value: float, noise: float = 1.0) -> None:
         """Accept a finite value as healthy."""
-        value = _cut(value)
+        if not -MAX_VALUE <= value <= MAX_VALUE:
+            value = _cut(value)
         if value < 0.0 and not self._linear:
             self._go_linear()
         if len(self._centre.ordered) >= MIN_VALUES:
@@ -290,7 +295,8 @@ class Baseline(Resumable):
         right.append(value)
         if len(right) < SIDE_WINDOW:
             return
-        rights.append(median(right))
+        ordered = sorted(right)  # inlined median, as this runs for every batch
+        rights.append(0.5 * ordered[SIDE_WINDOW // 2 - 1] + 0.5 * ordered[SIDE_WINDOW // 2])
         if len(rights) < SIDE_WINDOW + 2:
             return
         residual = self._scaled(learnt - 0.5 * (rights[0] + rights[-1])) / self._waiting[0]
@@ -325,8 +331,9 @@ class Baseline(Resumable):
         if self._linear:
             return difference
         relative = difference / self._unit
-        size = math.log1p(min(abs(relative), MAX_VALUE))
-        return size if relative >= 0.0 else -size
+        if relative >= 0.0:
+            return log1p(relative) if relative < MAX_VALUE else MAX_SCALED
+        return -log1p(-relative) if relative > -MAX_VALUE else -MAX_SCALED
 
     def _unscaled(self, residual: float) -> float:
         """The difference that `_scaled` maps to this residual on the logarithmic scale."""
@@ -407,4 +414,4 @@ class Baseline(Resumable):
         residual = max(0.0, residual)
         if self._linear:
             return factor * residual / self._scale
-        return math.log1p(factor * math.expm1(min(residual, 600.0))) / self._scale
+        return log1p(factor * math.expm1(min(residual, 600.0))) / self._scale

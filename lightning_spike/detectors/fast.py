@@ -101,7 +101,7 @@ class FastDetector(Resumable):
         """Accept a loss with this score as healthy."""
         self.baseline.push(value, noise)
         self._before = score
-        self._run.append(max(-RUN_CLIP, min(RUN_CLIP, score)))
+        self._run.append(score if -RUN_CLIP < score < RUN_CLIP else math.copysign(RUN_CLIP, score))
         if self._seen < START_LOSSES:
             self._lowest, self._highest = min(self._lowest, value), max(self._highest, value)
             self._seen += 1

@@ -80,7 +80,8 @@ class SeriesTracker(Resumable):
         if not math.isfinite(value):
             self._history.append((at, value, MAX_SEVERITY))
             return [self._abnormal(at, value, MAX_SEVERITY, 1)]
-        value = max(-MAX_LOSS, min(MAX_LOSS, value))
+        if not -MAX_LOSS <= value <= MAX_LOSS:
+            value = math.copysign(MAX_LOSS, value)
         score = self.fast.baseline.score(value, noise)
         self._history.append((at, value, score))
         draft = self.draft

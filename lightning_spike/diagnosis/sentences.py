@@ -463,17 +463,14 @@ def sample_exchange(found: SampleExchange) -> str:
 
 def sample_order(found: SampleOrder) -> str:
     """Whether the order of the samples causes the high losses."""
-    order, anyway = "The order of the samples causes the high losses", "The samples cause the high losses in any order"
-    lead = order if found.left <= judgement.ORDER_LEFT else anyway
-    gone = _excess_gone(1.0 - found.left)
+    lead = "The samples cause the high losses in any order"
+    if found.left <= judgement.ORDER_LEFT:
+        lead = "The order of the samples causes the high losses"
+    before = f" (before: {number(found.usual)})" if math.isfinite(found.usual) else ""
     return (
         f"{lead}. With the samples of the last {_count(found.batches, 'batch')} reshuffled, the mean loss is "
-        f"{number(found.shuffled)} instead of {number(found.loss)}{_before(found.usual)}{gone}."
+        f"{number(found.shuffled)} instead of {number(found.loss)}{before}{_excess_gone(1.0 - found.left)}."
     )
-
-
-def _before(usual: float) -> str:
-    return f" (before: {number(usual)})" if math.isfinite(usual) else ""
 
 
 def _excess_gone(share: float) -> str:

@@ -88,7 +88,7 @@ def live_scene(
 
     Raises:
         OnsetGone: The batch of the onset or a snapshot from before it is not held, on one of the ranks.
-        CannotReplay: Something else that a re-run needs is not there; the message says what.
+        CannotReplay: Something else that a replay needs is not there; the message says what.
     """
     onset = episode.onset.ordinal
     everybody = ranks.gather(_held(batch, onset, witnesses))

@@ -7,7 +7,7 @@ unknown ones:
   nothing was raised);
 - on an episode `signal`, `noticed_step`, `recovery` (`whole | part | never | open`), `period` (batches between like
   episodes, or null), `severity` (robust standard deviations above the usual noise, at most 99), `not_replayed` (why it
-  could not be run again, or null) and `moments`, which says of `onset`, `noticed`, `peak` and `end` (null: never
+  could not be replayed, or null) and `moments`, which says of `onset`, `noticed`, `peak` and `end` (null: never
   recovered) the `ordinal` (batches begun in the run before it), `step`, `epoch` and `batch_idx`;
 - on a piece of evidence `weight`, the natural log of the likelihood ratio that it gives the cause, and `observation`
   and `level`, under which that weight stands in `diagnosis/weights.json`;

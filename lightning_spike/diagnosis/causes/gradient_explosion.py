@@ -29,6 +29,7 @@ from lightning_spike.diagnosis.observations.experiments import split_of_jump
 from lightning_spike.diagnosis.observations.gradient_in_state import EXPLODED_FACTOR, exploded_gradient_in_state
 from lightning_spike.diagnosis.observations.rates import steady_rate
 from lightning_spike.diagnosis.observations.shared_evidence import (
+    LARGE_GRADIENT_FACTOR,
     batch_values,
     before_rise,
     early_gradient,
@@ -39,10 +40,12 @@ from lightning_spike.diagnosis.observations.shared_evidence import (
 from lightning_spike.diagnosis.view import EpisodeView, Excess
 from lightning_spike.records import Change, Family
 
-LARGE_FACTOR: Final = 3.0
-"""Multiple of its usual norm from which a gradient is large, as an outlier in the batch may cause;
-engineering choice."""
-FACTORS: Final = ((100.0, "100-fold"), (50.0, "50-fold"), (EXPLODED_FACTOR, "10-fold"), (LARGE_FACTOR, "3-fold"))
+FACTORS: Final = (
+    (100.0, "100-fold"),
+    (50.0, "50-fold"),
+    (EXPLODED_FACTOR, "10-fold"),
+    (LARGE_GRADIENT_FACTOR, "3-fold"),
+)
 """Multiples of the usual norm, by level."""
 ADAPTIVE: Final = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad")
 """Optimizers whose step a single large gradient lengthens at most about three times (Kingma & Ba 2015)."""

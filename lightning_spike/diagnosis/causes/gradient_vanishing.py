@@ -20,7 +20,7 @@ from lightning_spike.diagnosis import sentences
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Fix
 from lightning_spike.diagnosis.observation import Observation, first_of, observer, only_if
 from lightning_spike.diagnosis.observations.experiments import gradient_fall
-from lightning_spike.diagnosis.observations.shared_evidence import gradient_vanished_before
+from lightning_spike.diagnosis.observations.shared_evidence import FAR_VANISHED_FACTOR, gradient_vanished_before
 from lightning_spike.diagnosis.observations.upstream import UPSTREAM
 from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import Change, EpisodeKind, Family, Finding
@@ -33,8 +33,6 @@ NOT_VANISHED: Final = 0.5
 STEEP_FALL: Final = 100.0
 """Factor by which the gradient falls off more between two modules from which layers in between block it;
 engineering choice."""
-FAR_FALL: Final = 1000.0
-"""Factor on a norm's fall from which a layer learns nothing (AUTOTRAINER's ratio of the first layer and the last)."""
 
 
 @observer("steep", signal="lab/modules")
@@ -58,7 +56,7 @@ def _fallen_norms(view: EpisodeView) -> Observation | None:
         is_recorded = any(name.split("/")[0] == "grad_norm" for name in view.store.layers)
         return Observation("No layer has lost its gradient.", level="none") if is_recorded else None
     factor, now, before = _factor(found), found.number("now"), found.number("before")
-    level = "far" if factor is not None and factor >= FAR_FALL else "fallen"
+    level = "far" if factor is not None and factor >= FAR_VANISHED_FACTOR else "fallen"
     return Observation(found.text, level=level, step=found.at.step, observed=now, expected=before)
 
 

@@ -40,6 +40,7 @@ from lightning_spike.diagnosis.observations.rates import (
     tolerated_later,
 )
 from lightning_spike.diagnosis.observations.shared_evidence import (
+    LARGE_GRADIENT_FACTOR,
     batch_values,
     finite,
     gradient_in_range,
@@ -72,8 +73,6 @@ MIN_LOSSES: Final = 64
 """Losses without which no trend is judged, four quarters of 16; engineering choice."""
 MANY_EPISODES: Final = 3
 """Episodes in a run from which they are no accident; engineering choice."""
-SMALL_GRADIENT_FACTOR: Final = 3.0
-"""Multiple of its usual norm up to which a gradient had not begun to grow; engineering choice."""
 MIN_GROWTH_BATCHES: Final = 3
 """Batches over which a rise must go on to be growth; engineering choice."""
 
@@ -218,7 +217,7 @@ def _gradient_growth(view: EpisodeView) -> Observation | None:
         return None if view.transient or view.sudden or not steady_rate(view) else gradient_in_range(view)
     first, lead = above[0], max(above, key=lambda e: e.ratio)
     before = view.excess("grad_norm", first.ordinal - 1)
-    if lead.ratio < EXPLODED_FACTOR or before is None or before.ratio >= SMALL_GRADIENT_FACTOR or view.onset < REACH:
+    if lead.ratio < EXPLODED_FACTOR or before is None or before.ratio >= LARGE_GRADIENT_FACTOR or view.onset < REACH:
         return None
     rise = f"from {before.observed:.3g} to {first.observed:.3g} in one step before the loss rose"
     level = next((name for factor, name in EXPLOSIONS if first.ratio >= factor), "10-fold at once")

@@ -27,7 +27,13 @@ from lightning_spike.diagnosis.observation import Observation, first_of, observe
 from lightning_spike.diagnosis.observations.experiments import finer_shares, split_of_jump
 from lightning_spike.diagnosis.observations.outside import earlier
 from lightning_spike.diagnosis.observations.rates import steady_rate
-from lightning_spike.diagnosis.observations.shared_evidence import batch_values, early_gradient, finite, transient_loss
+from lightning_spike.diagnosis.observations.shared_evidence import (
+    LARGE_GRADIENT_FACTOR,
+    batch_values,
+    early_gradient,
+    finite,
+    transient_loss,
+)
 from lightning_spike.diagnosis.view import EpisodeView
 from lightning_spike.records import Change, Family, Finding
 
@@ -37,8 +43,6 @@ ABOVE_USUAL: Final = 2.0
 """Factor over the run's own RMS_t from which it is high: healthy small nets have 1 to 2; engineering choice."""
 RARE_SHARE: Final = 0.05
 """Share of the healthy looks above 2.3 up to which one is rare: one look in twenty; engineering choice."""
-GREW_FACTOR: Final = 3.0
-"""Factor on the gradient norm from which it has grown; engineering choice."""
 GROWTH_BATCHES: Final = 40
 """Batches over which growth is measured: four looks of the monitor; engineering choice."""
 SHORTER: Final = (0.99, 0.95, 0.9)
@@ -89,7 +93,7 @@ def gradient_growth(view: EpisodeView) -> Observation | None:
     lead = early_gradient(view)
     if lead is None:
         return Observation("The gradients had not grown before.", level="not grown")
-    if lead.ratio < GREW_FACTOR or not math.isfinite(lead.ratio):
+    if lead.ratio < LARGE_GRADIENT_FACTOR or not math.isfinite(lead.ratio):
         return None
     text = f"The gradient norm had grown to {lead.observed:.3g} (usually {lead.expected:.3g})."
     return Observation(text, level="grown", observed=lead.observed, expected=lead.expected)

@@ -142,13 +142,11 @@ def shown_after_event(store: TrainerStateStore, *kinds: str) -> Shown | None:
 
 
 def _is_new_height(store: TrainerStateStore, ordinal: int) -> bool:
-    history = store.history
-    for signal in (s for s in history.signals if s.startswith("lr-")):
-        before, after = history.before(signal, ordinal, len(history)), history.between(signal, ordinal, ordinal + GUARD)
-        after = after[np.isfinite(after)]
-        if before.size and after.size and after.max() > CLIMBING_FACTOR * before.max():
-            return True
-    return False
+    history, signals = store.history, [s for s in store.history.signals if s.startswith("lr-")]
+    earlier = (history.before(signal, ordinal, len(history)) for signal in signals)
+    later = (history.between(signal, ordinal, ordinal + GUARD) for signal in signals)
+    pairs = ((before, after[np.isfinite(after)]) for before, after in zip(earlier, later, strict=True))
+    return any(before.size and after.size and after.max() > CLIMBING_FACTOR * before.max() for before, after in pairs)
 
 
 def rate_event(view: EpisodeView, kinds: tuple[str, ...]) -> RateEvent | None:

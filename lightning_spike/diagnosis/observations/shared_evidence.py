@@ -15,6 +15,9 @@ VANISHED_FACTOR: Final = 30.0
 engineering choice."""
 FAR_VANISHED_FACTOR: Final = 1000.0
 """The same factor in a run whose norms are too unsteady for a range (AUTOTRAINER's ratio)."""
+LARGE_GRADIENT_FACTOR: Final = 3.0
+"""Multiple of its usual norm from which a gradient is large, as an outlier in the batch may cause;
+engineering choice."""
 CLEARLY_ODD: Final = 2.0
 """Factor between a batch's value and its usual one from which the batch is odd: harmless augmentation stays below
 (decoys of ×1.5, science.md 2b.6)."""

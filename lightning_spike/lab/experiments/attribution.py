@@ -61,7 +61,7 @@ def recent_baselines(scene: Scene, replay: Reproduction, leg: int, controls: Seq
 
     Args:
         scene: The episode.
-        replay: Its re-run.
+        replay: Its replay.
         leg: The place of the update in `replay.updates_replayed`.
         controls: Ordinary batches, the most ordinary first.
     """

@@ -59,7 +59,7 @@ def damage_on_the_way(
 
     Args:
         sandbox: Inside `isolated`.
-        replay: The re-run.
+        replay: The replay.
         controls: Ordinary batches, better such as were trained on before the first state.
         like: Whose random state all are given.
     """

@@ -1,6 +1,6 @@
 """Finds an outside change and the batch before which it was made.
 
-The training's own states, rewound back until they meet those of the re-run.
+The training's own states, rewound back until they meet those of the replay.
 """
 
 import dataclasses
@@ -46,10 +46,10 @@ ROUNDING_TOLERANCE: Final = 1e-5
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LocatedChange:
-    """A change that explains how the run differs from its re-run."""
+    """A change that explains how the run differs from its replay."""
 
     kind: ChangeKind
-    """What was changed; `"result"` where batch, random state and weights were those of the re-run and the loss came out
+    """What was changed; `"result"` where batch, random state and weights were those of the replay and the loss came out
     another all the same. A momentum by itself cannot be told from the gradient that was added to it, unless it is its
     old self times a number."""
     ordinal: int
@@ -58,7 +58,7 @@ class LocatedChange:
     different: tuple[TensorDifference, ...]
     """The tensors that it changed, the most first."""
     loss: float | None
-    """Of the struck batch, in a re-run with nothing but this change put in; `None` for a result: there is nothing to
+    """Of the struck batch, in a replay with nothing but this change put in; `None` for a result: there is nothing to
     put in."""
 
 
@@ -75,15 +75,15 @@ def change_from_outside(
 
     A write between two updates into the weights leaves the optimizer's state as it is until the next update, and one
     into the state leaves the weights; so the kind that differs alone is the one that was written into, seen or not
-    (writes through `.data` are not). The change is then put into the re-run by itself: only where that brings the jump
+    (writes through `.data` are not). The change is then put into the replay by itself: only where that brings the jump
     back is it believed. Costs a training step for each update undone, some four, and the way to the struck batch.
 
     Args:
         scene: The episode.
-        replay: Its re-run, which differs.
+        replay: Its replay, which differs.
         sandbox: Inside `isolated(..., with_optimizers=True)`.
         live: The state at present.
-        caught_up: The re-run taken on to the present.
+        caught_up: The replay taken on to the present.
         updates: Those from the struck batch's on to the present, in order.
 
     Returns:
@@ -142,7 +142,7 @@ def _confirmed(
     *,
     of: Mapping[str, bool],
 ) -> LocatedChange | None:
-    """The re-run with what is not alike as the training had it; all else as it is."""
+    """The replay with what is not alike as the training had it; all else as it is."""
     if of["weights"] and healthy.at.ordinal == replay.differs_at == replay.reached:
         return LocatedChange(kind="result", ordinal=replay.reached, different=(), loss=None)
     if all(of.values()):
@@ -176,7 +176,7 @@ def _explains(loss: float, recorded: float, replayed: float) -> bool:
 
 
 def _kind_of_state(healthy: TrainState, actual: TrainState) -> ChangeKind:
-    """Undoing the update took out the gradient that the re-run has.
+    """Undoing the update took out the gradient that the replay has.
 
     Had the training another one, that is left in the averages.
     """
@@ -210,9 +210,9 @@ def _before(replay: Reproduction, state: TrainState) -> TrainState | None:
 def _is_longer_step(sandbox: Sandbox, before: TrainState, healthy: TrainState, actual: TrainState) -> bool:
     """Whether the weights are where the last update's own step leads, only farther.
 
-    In each element that moved by more than twice as much the direction is the re-run's.
+    In each element that moved by more than twice as much the direction is the replay's.
 
-    That is what second moments do that were too small, with a momentum as in the re-run: they are all that an element's
+    That is what second moments do that were too small, with a momentum as in the replay: they are all that an element's
     step of Adam is divided by, and a large gradient afterwards drowns them, so that they cannot be had by undoing it.
     Somebody who writes into weights goes either way.
     """

@@ -52,7 +52,7 @@ def reorder(
     Args:
         scene: The episode.
         sandbox: Inside `isolated(..., with_optimizers=True)`.
-        updates_replayed: The kept updates of the re-run, up to the struck batch.
+        updates_replayed: The kept updates of the replay, up to the struck batch.
         updates: Those from the struck batch's on to the present.
 
     Returns:

@@ -44,11 +44,11 @@ class Moments:
 def measure_update(sandbox: Sandbox, replay: Reproduction, leg: int) -> UpdateMeasurement:
     """Measure one of the kept updates beside those before it.
 
-    One forward pass for each of its batches, all else is kept from the re-run.
+    One forward pass for each of its batches, all else is kept from the replay.
 
     Args:
         sandbox: Inside `isolated(..., with_optimizers=True)`.
-        replay: The re-run.
+        replay: The replay.
         leg: The place of the update in `replay.updates_replayed`.
     """
     here, first = replay.updates_replayed[leg], max(leg - RECENT_UPDATES, 0)

@@ -33,7 +33,7 @@ MIN_LEGS: Final = 2
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ReplayedUpdate:
-    """One update of the re-run, and the state before it."""
+    """One update of the replay, and the state before it."""
 
     before: TrainState
     update: Update
@@ -56,7 +56,7 @@ class Reproduction:
     """Ordinal of the first batch, `reached` included, whose loss came out differently from the recorded one; `None`
     where all agree."""
     replayed: float
-    """The loss of the batch `reached` in the re-run."""
+    """The loss of the batch `reached` in the replay."""
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ def go_on(
     settings: Mapping[int, Sequence[Settings]],
     recorded: Mapping[int, float],
 ) -> Reproduction | None:
-    """Take a re-run further, from its last update on; `None` where it has none, or went another way than the training.
+    """Take a replay further, from its last update on; `None` where it has none, or went another way than the training.
 
     As `reproduce`, with the same start.
 
@@ -180,7 +180,7 @@ def _why_not(start: TrainState, entries: Sequence[RingEntry]) -> str | None:
 
 def _check_together(sandbox: Sandbox, why_not: str | None) -> None:
     """A rank that cannot takes the others with it: they would wait for its gradients for ever."""
-    if sandbox.ranks.any("what keeps from a re-run", mine=why_not is not None):
+    if sandbox.ranks.any("what keeps from a replay", mine=why_not is not None):
         raise CannotReplay(why_not or "another rank cannot run the moment again")
 
 

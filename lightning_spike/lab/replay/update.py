@@ -158,7 +158,7 @@ class _Listener(Callback):
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.gradients |= {self._names[p]: p.grad.detach().clone() for p in parameters if p in self._names}
         if not self._settings:
-            msg = "an optimizer steps more often in the re-run than it did in the training"
+            msg = "an optimizer steps more often in the replay than it did in the training"
             raise CannotReplay(msg)
         settings = self._settings.pop(0)
         _set_clip(trainer, settings)
