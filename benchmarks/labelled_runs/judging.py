@@ -196,7 +196,7 @@ def calibration_error(said: Iterable[tuple[float, bool]], bins: int = 10) -> flo
 
 
 def brier(judged: Sequence[Judged]) -> float:
-    """Brier score (Brier 1950): mean over the runs of the summed squared errors of all answers, 0 at best, 2 at worst."""
+    """Brier score (Brier 1950): mean over the runs of the summed squared errors of all answers; 0 is best, 2 worst."""
     if not judged:
         return math.nan
     total = 0.0
