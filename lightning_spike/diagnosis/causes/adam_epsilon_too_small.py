@@ -36,7 +36,7 @@ from lightning_spike.records import Change, EpisodeKind, Family
 USUAL_EPSILON: Final = 1e-8
 """Adam's own epsilon in every library (Kingma & Ba 2015)."""
 ADVISED: Final = (1e-6, 1e-5)
-"""What to use instead (mission.md: 1e-6 … 1e-5), the second where gradients are only noise."""
+"""What to use instead (1e-6 to 1e-5; engineering choice), the second where gradients are only noise."""
 LOWERED_FACTOR: Final = 0.01
 """Factor on epsilon below which it was lowered, and not merely tuned; engineering choice."""
 USELESS_EPSILON: Final = 1e-12
@@ -95,7 +95,7 @@ def update_size(view: EpisodeView) -> Observation | None:
     if not rms[1] >= HUGE_RMS and math.isfinite(rms[1]):
         return None
     norm = f"{faded.observed:.3g} (usually {faded.expected:.3g})"
-    text = f"The gradient norm was {norm}, yet the update was ×{rms[1]:.3g} what second moments and epsilon allow."
+    text = f"The gradient norm was {norm}, yet the update was {sentences.times(rms[1])} what second moments and epsilon allow."
     return Observation(text, observed=finite(rms[1]), expected=1.0)
 
 

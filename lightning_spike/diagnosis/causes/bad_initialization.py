@@ -20,6 +20,7 @@ from typing import Final
 
 import numpy as np
 
+from lightning_spike.diagnosis import sentences
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Fix
 from lightning_spike.diagnosis.observation import Observation, observer
 from lightning_spike.diagnosis.observations.layers import layer_table
@@ -132,7 +133,7 @@ def _summary(view: EpisodeView) -> str:
     began = f"; the loss began at {first[0]:.3g}" if first.size and math.isfinite(first[0]) else ""
     what = "small" if found.detail.get("direction") == "small" else "large"
     return (
-        f"{many} were far too {what} from the start, {worst.name} most: ×{worst.scale:.3g} of 1 / sqrt(fan-in), "
+        f"{many} were far too {what} from the start, {worst.name} most: {sentences.times(worst.scale)} of 1 / sqrt(fan-in), "
         f"usually {USUAL_SCALE:g} to 1.4{began}."
     )
 
@@ -142,7 +143,7 @@ def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
     if worst is None:
         return (Fix("Initialise the layers as torch does by default: layer.reset_parameters()."),)
     factor = float(f"{USUAL_SCALE / worst.scale:.2g}") if worst.scale > 0.0 else 1.0
-    scale = f"×{worst.scale:.3g} of 1 / sqrt(fan-in), torch's {USUAL_SCALE:g}"
+    scale = f"{sentences.times(worst.scale)} of 1 / sqrt(fan-in), torch's {USUAL_SCALE:g}"
     text = (
         f"Initialise {worst.name} as torch does by default (layer.reset_parameters()), or multiply its first values by "
         f"{factor:g}: they are {scale}. The same for the others."

@@ -267,8 +267,9 @@ CAUSE: Final = Cause(
     fixes=_fixes,
     applies_to=LOSS_ROSE | {EpisodeKind.STALL, EpisodeKind.OVERFIT},
     explains=frozenset({
-        "gradient_vanishing", "warmup_too_short", "activation_saturation", "weight_blowup", "bad_initialization",
-        "stale_second_moment", "adam_epsilon_too_small", "momentum_reversal", "post_overfit_oscillation",
+        "gradient_reversal", "gradient_vanishing", "warmup_too_short", "activation_saturation", "weight_blowup",
+        "bad_initialization", "stale_second_moment", "adam_epsilon_too_small", "momentum_reversal",
+        "post_overfit_oscillation",
     }),
     sufficient_findings=frozenset({
         ("optimizer", "not_zeroed"), ("optimizer", "not_optimized"), ("optimizer", "no_gradient"),

@@ -61,7 +61,7 @@ def gradient_before(view: EpisodeView) -> Observation | None:
     level, when = "with the loss", ", in the batch whose loss jumped"
     if lead is not None:
         level, when = _level(excess.ratio), before_rise(view.onset - excess.ordinal)
-    size = f"×{excess.ratio:.3g} its" if math.isfinite(excess.ratio) else "not finite, against a"
+    size = f"{sentences.times(excess.ratio)} its" if math.isfinite(excess.ratio) else "not finite, against a"
     text = f"The gradient norm was {size} usual {excess.expected:.3g}{when}."
     return Observation(text, level=level, observed=finite(excess.observed), expected=excess.expected)
 
@@ -147,7 +147,7 @@ def _grown_most(view: EpisodeView) -> tuple[str, float] | None:
 
 def _summary(view: EpisodeView) -> str:
     lead, layer = early_gradient(view), _grown_most(view)
-    most = "" if layer is None else f", most in {layer[0]} (×{layer[1]:.3g})"
+    most = "" if layer is None else f", most in {layer[0]} ({sentences.times(layer[1])})"
     excess = lead if lead is not None else view.excess("grad_norm", view.onset)
     if excess is None:
         return f"The gradients exploded at step {view.step}, and {view.loss_text}."
@@ -160,7 +160,7 @@ def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
     clip = clip_fix(view) or (Fix(text, Change(setting="gradient_clip_val", value=clip_value(view) or 1.0)),)
     if layer is None:
         return clip
-    look = f"Look at {layer[0]}, whose gradient grew ×{layer[1]:.3g}: its initial scale, a norm layer before it."
+    look = f"Look at {layer[0]}, whose gradient grew {sentences.times(layer[1])}: its initial scale, a norm layer before it."
     return (*clip, Fix(look))
 
 

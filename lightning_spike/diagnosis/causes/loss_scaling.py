@@ -7,7 +7,7 @@ damage.
 Against it: a run without a gradient scaler (float32, bfloat16); none of the above. Skipped updates while the loss
 itself is not finite are a symptom.
 
-Thresholds: one skipped update in 2,000 is usual (science.md 2.4); torch's scaler moves by factors of 2.
+Thresholds: one skipped update in 2,000 is usual (science.md 2.2); torch's scaler moves by factors of 2.
 
 To do: the scale from before as `init_scale`, the scaler's own growth; else bfloat16, which needs none.
 """

@@ -171,7 +171,7 @@ def trend_before(view: EpisodeView) -> Observation | None:
     calm, recent = float(np.median(bends[:-quarter])), float(np.median(bends[-quarter:]))
     levels = [float(np.median(losses[k : k + quarter])) for k in range(0, losses.size - quarter + 1, quarter)]
     if calm > 0.0 and recent / calm >= NOISE_GROWTH and levels[-1] >= LEVEL_FELL * levels[0]:
-        text = f"The noise of the loss had grown ×{recent / calm:.2g} before the onset."
+        text = f"The noise of the loss had grown {sentences.times(recent / calm)} before the onset."
         return Observation(text, level="noise grew", observed=recent, expected=calm)
     best = min(levels[:-1])
     if not (min(levels) > 0.0 and levels[-1] >= LEVEL_ROSE * best):

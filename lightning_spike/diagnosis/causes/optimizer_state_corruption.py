@@ -102,7 +102,7 @@ def update_after(view: EpisodeView) -> Observation | None:
     size = view.worst("update_norm", found.at.ordinal, view.onset)
     if size is None or not size.above:
         return None
-    text = f"After it an update was ×{size.ratio:.3g} as long as usual."
+    text = f"After it an update was {sentences.times(size.ratio)} as long as usual."
     return Observation(text, observed=size.observed, expected=size.expected)
 
 

@@ -21,6 +21,7 @@ from typing import Final
 
 import numpy as np
 
+from lightning_spike.diagnosis import sentences
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Fix
 from lightning_spike.diagnosis.constants import GUARD
 from lightning_spike.diagnosis.observation import Observation, observer
@@ -103,12 +104,12 @@ def altered_batches(view: EpisodeView) -> Observation | None:
     if found is None or found.known is None:
         return None
     if found.altered is None:
-        text = f"The repeated batches have ×{found.known:.2g} their earlier loss."
+        text = f"The repeated batches have {sentences.times(found.known)} their earlier loss."
         is_high, level = found.known >= MIN_SWING, "repeated batches are high"
         return Observation(text, level=level, observed=found.known, expected=1.0) if is_high else None
     apart = found.altered >= APART_FACTOR * found.known
     level = "altered batches are high" if apart else "repeated batches are high"
-    text = f"Since then repeated batches have ×{found.known:.2g} the earlier loss, others ×{found.altered:.2g}."
+    text = f"Since then repeated batches have {sentences.times(found.known)} the earlier loss, others {sentences.times(found.altered)}."
     return Observation(text, level=level, observed=found.altered, expected=found.known)
 
 

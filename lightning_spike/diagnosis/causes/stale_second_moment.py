@@ -46,7 +46,7 @@ RARE_SHARE: Final = 0.05
 GROWTH_BATCHES: Final = 40
 """Batches over which growth is measured: four looks of the monitor; engineering choice."""
 SHORTER: Final = (0.99, 0.95, 0.9)
-"""Second betas to choose from (mission.md: 0.99 or 0.95); the lower, the faster gradients may grow."""
+"""Second betas to choose from (0.99 or 0.95; engineering choice); the lower, the faster gradients may grow."""
 
 
 has_second_moment = premise(

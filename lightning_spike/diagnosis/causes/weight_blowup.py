@@ -61,7 +61,7 @@ def weight_norm(view: EpisodeView) -> Observation | None:
     what = "grew" if growth.rate >= 0.0 else "shrank"
     text = (
         f"The norm of all weights {what} from {before:.3g} (step {view.step_of(growth.first)}) to "
-        f"{after:.3g} (step {view.step_of(growth.last)}), ×{math.exp(growth.rate):.3g} with every update."
+        f"{after:.3g} (step {view.step_of(growth.last)}), {sentences.times(math.exp(growth.rate))} with every update."
     )
     return Observation(text, level=_growth_level(view, growth), observed=after, expected=before)
 
@@ -80,7 +80,7 @@ def updates(view: EpisodeView) -> Observation | None:
     if share is None or ACROSS_SHARE < share < ALONG_SHARE:
         return None
     if share > BEYOND_SHARE:
-        text = f"The weights changed ×{share:.3g} as fast as the updates account for."
+        text = f"The weights changed {sentences.times(share)} as fast as the updates account for."
         return Observation(text, level="not by updates", observed=share)
     level = "along the weights" if share >= ALONG_SHARE else "across the weights"
     text = f"{100.0 * min(share, 1.0):.0f} % of the updates' length goes into the size of the weights."
@@ -106,7 +106,7 @@ def weights_at_jump(view: EpisodeView) -> Observation | None:
     if growth is None or growth.rate == 0.0 or view.sudden is not True:
         return None
     factor = growth.factor_by(view.onset)
-    text = f"When the loss jumped, the norm of all weights was at most ×{factor:.3g} its earlier value."
+    text = f"When the loss jumped, the norm of all weights was at most {sentences.times(factor)} its earlier value."
     return Observation(text, observed=factor, expected=1.0) if factor < UNCHANGED_FACTOR else None
 
 
@@ -154,7 +154,7 @@ def _summary(view: EpisodeView) -> str:
     if most is not None:
         where = f" (most in {most.name}: largest value {most.observed:.3g}, usually {most.expected:.3g})"
     weights = f"From step {view.step_of(growth.first)} on the weights were {each}"
-    return f"{weights}, to ×{growth.factor:.3g} their size{where}, and {view.loss_text}."
+    return f"{weights}, to {sentences.times(growth.factor)} their size{where}, and {view.loss_text}."
 
 
 def _fixes(view: EpisodeView) -> tuple[Fix, ...]:

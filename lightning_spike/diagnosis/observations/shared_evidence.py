@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Final
 
+from lightning_spike.diagnosis import sentences
 from lightning_spike.diagnosis.constants import GUARD, NEAR
 from lightning_spike.diagnosis.judgement import SplitVerdict
 from lightning_spike.diagnosis.observation import Observation, observer
@@ -42,7 +43,7 @@ def before_rise(lag: int) -> str:
 
 def rate_text(event: RateEvent) -> str:
     """What the rate did, and how soon the loss rose."""
-    factor = "" if event.factor is None else f" (×{event.factor:.3g})"
+    factor = "" if event.factor is None else f" ({sentences.times(event.factor)})"
     return f"{event.text}{factor}{before_rise(event.lag)}"
 
 

@@ -40,9 +40,7 @@ def gradient_upstream(view: EpisodeView) -> Observation | None:
     lead = early_gradient(view)
     if lead is None:
         return None
-    text = (
-        f"Before, the gradient norm was ×{lead.ratio:.3g} its usual {lead.expected:.3g}: such a step damages weights."
-    )
+    text = f"Before, the gradient norm was {sentences.times(lead.ratio)} its usual {lead.expected:.3g}: such a step damages weights."
     return Observation(text, expected=lead.expected)
 
 
@@ -51,7 +49,7 @@ def _long_update(view: EpisodeView) -> Observation | None:
     size = view.worst("update_norm", view.onset - 2 * NEAR, view.onset - 1)
     if size is None or not size.above:
         return None
-    return Observation(f"An update before was ×{size.ratio:.3g} as long as usual.", expected=size.expected)
+    return Observation(f"An update before was {sentences.times(size.ratio)} as long as usual.", expected=size.expected)
 
 
 @observer("oversized first updates", signal="update_norm")

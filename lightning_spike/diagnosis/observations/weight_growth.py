@@ -19,7 +19,7 @@ FASTER_THAN_HEALTHY: Final = 5.0
 """Multiple of the healthy growth rate from which growth is unusual; engineering choice."""
 MIN_RATE: Final = 2e-3
 """Smallest log growth per update that counts: training itself moves weights by up to a thousandth of their size
-(science.md 2)."""
+(science.md 2.2)."""
 STEADY_FACTOR: Final = 2.0
 """Factor by which single growth rates may differ from the median rate of a steady growth; engineering choice."""
 STEADY_SHARE: Final = 0.7
