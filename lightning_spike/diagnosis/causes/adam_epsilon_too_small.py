@@ -95,7 +95,8 @@ def update_size(view: EpisodeView) -> Observation | None:
     if not rms[1] >= HUGE_RMS and math.isfinite(rms[1]):
         return None
     norm = f"{faded.observed:.3g} (usually {faded.expected:.3g})"
-    text = f"The gradient norm was {norm}, yet the update was {sentences.times(rms[1])} what second moments and epsilon allow."
+    size = sentences.times(rms[1])
+    text = f"The gradient norm was {norm}, yet the update was {size} what second moments and epsilon allow."
     return Observation(text, observed=finite(rms[1]), expected=1.0)
 
 

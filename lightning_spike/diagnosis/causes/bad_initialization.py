@@ -133,7 +133,8 @@ def _summary(view: EpisodeView) -> str:
     began = f"; the loss began at {first[0]:.3g}" if first.size and math.isfinite(first[0]) else ""
     what = "small" if found.detail.get("direction") == "small" else "large"
     return (
-        f"{many} were far too {what} from the start, {worst.name} most: {sentences.times(worst.scale)} of 1 / sqrt(fan-in), "
+        f"{many} were far too {what} from the start, {worst.name} most: "
+        f"{sentences.times(worst.scale)} of 1 / sqrt(fan-in), "
         f"usually {USUAL_SCALE:g} to 1.4{began}."
     )
 

@@ -160,7 +160,8 @@ def _fixes(view: EpisodeView) -> tuple[Fix, ...]:
     clip = clip_fix(view) or (Fix(text, Change(setting="gradient_clip_val", value=clip_value(view) or 1.0)),)
     if layer is None:
         return clip
-    look = f"Look at {layer[0]}, whose gradient grew {sentences.times(layer[1])}: its initial scale, a norm layer before it."
+    growth = sentences.times(layer[1])
+    look = f"Look at {layer[0]}, whose gradient grew {growth}: its initial scale, a norm layer before it."
     return (*clip, Fix(look))
 
 

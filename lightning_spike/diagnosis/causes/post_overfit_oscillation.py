@@ -109,7 +109,8 @@ def altered_batches(view: EpisodeView) -> Observation | None:
         return Observation(text, level=level, observed=found.known, expected=1.0) if is_high else None
     apart = found.altered >= APART_FACTOR * found.known
     level = "altered batches are high" if apart else "repeated batches are high"
-    text = f"Since then repeated batches have {sentences.times(found.known)} the earlier loss, others {sentences.times(found.altered)}."
+    known, altered = sentences.times(found.known), sentences.times(found.altered)
+    text = f"Since then repeated batches have {known} the earlier loss, others {altered}."
     return Observation(text, level=level, observed=found.altered, expected=found.known)
 
 

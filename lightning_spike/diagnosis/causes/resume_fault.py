@@ -26,7 +26,7 @@ STATE: Final = "optimizer_state"
 SCHEDULE: Final = "schedule"
 LOST: Final = {STATE: "the optimizer's state", SCHEDULE: "the schedule"}
 SOON_BATCHES: Final = 64
-"""Batches after a resume in which the loss shows what was lost: users report spikes within 50 steps (science.md 2.2)."""
+"""Batches after a resume in which the loss shows what was lost: spikes come within 50 steps (science.md 2.2)."""
 LATE_BATCHES: Final = 400
 """Batches up to which it may: a second moment with beta2 = 0.999 needs a thousand to settle, a schedule that lags does
 so for good; engineering choice."""

@@ -40,7 +40,8 @@ def gradient_upstream(view: EpisodeView) -> Observation | None:
     lead = early_gradient(view)
     if lead is None:
         return None
-    text = f"Before, the gradient norm was {sentences.times(lead.ratio)} its usual {lead.expected:.3g}: such a step damages weights."
+    size = sentences.times(lead.ratio)
+    text = f"Before, the gradient norm was {size} its usual {lead.expected:.3g}: such a step damages weights."
     return Observation(text, expected=lead.expected)
 
 
