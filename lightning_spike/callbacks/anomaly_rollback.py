@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_spike.actions.lr_cut import LearningRateCut
+from lightning_spike.actions.restore import restore
 from lightning_spike.actions.rollback_policy import RollbackPolicy, RollbackRequest
 from lightning_spike.actions.stop import decide_together
 from lightning_spike.arguments import number, switch, whole_number
@@ -17,7 +18,6 @@ from lightning_spike.errors import ConfigurationError
 from lightning_spike.flight.warn import warn
 from lightning_spike.record.participant import TrainingBatch
 from lightning_spike.record.recorder import Arrival
-from lightning_spike.record.running_means import clean_running_means, reset_poisoned_metrics
 from lightning_spike.record.snapshot import NEAR_SLOTS, Snapshot, Snapshots, refuses_snapshots
 from lightning_spike.records import Action, Episode
 
@@ -165,25 +165,15 @@ class AnomalyRollback(SpikeCallback):
                 f"AnomalyRollback wanted to go back at step {batch.at.step} ({request.reason}) and could not: {why}"
             )
             return
-        cleaned = self._restore(batch, snapshot)
+        same_epoch = snapshot.at.epoch == batch.at.epoch
+        cleaned = restore(
+            snapshot, batch.trainer, batch.module, same_epoch=same_epoch, reset_optimizer=self.reset_optimizer
+        )
+        self._snapshots.rewound(snapshot)
         self._policy.rolled_back(batch.at.ordinal)
         self._cut.factor *= self.lr_scale
         self._cut.install(batch.trainer.optimizers)
         self._report_rollback(batch, snapshot, request, cleaned)
-
-    def _restore(self, batch: TrainingBatch, snapshot: Snapshot) -> list[str]:
-        trainer, module = batch.trainer, batch.module
-        snapshot.load_into(trainer, module)
-        if self.reset_optimizer:
-            for optimizer in trainer.optimizers:
-                optimizer.state.clear()
-        module.zero_grad(set_to_none=True)
-        self._snapshots.rewound(snapshot)
-        same_epoch = snapshot.at.epoch == batch.at.epoch
-        return [
-            *clean_running_means(trainer, snapshot.means if same_epoch else None),
-            *reset_poisoned_metrics(module),
-        ]
 
     def _common_snapshot(self, trainer: Trainer, onset: int) -> Snapshot | None:
         """The newest snapshot from before the onset that all ranks hold and verified; a collective call."""

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lightning_spike.diagnosis.batch_ranges import GUARD, REFERENCE
 from lightning_spike.diagnosis.cause import Fix
-from lightning_spike.diagnosis.constants import GUARD, REFERENCE
 from lightning_spike.diagnosis.judgement import CONFIRMING_SHARE
 from lightning_spike.diagnosis.observations.rates import CLIMBED_FACTOR, climbed
 from lightning_spike.diagnosis.observations.step_length import LONG_STEP_SHARE, MAX_STEP_SHARE, update_shares

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
 
+from lightning_spike.diagnosis.batch_ranges import AFTERSHOCK
 from lightning_spike.diagnosis.catalogue import catalogue
 from lightning_spike.diagnosis.cause import Cause
-from lightning_spike.diagnosis.constants import AFTERSHOCK
 from lightning_spike.diagnosis.examine import by_weight, examine, examine_all
 from lightning_spike.diagnosis.observations.loss_rise import Rise, Shown
 from lightning_spike.diagnosis.view import EpisodeView

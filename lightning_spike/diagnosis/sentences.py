@@ -77,6 +77,15 @@ GROUPS: Final[Mapping[Group, str]] = {
     Group.OUTSIDE: "a change outside the training step",
     Group.COMPUTATION: "a changed computation",
 }
+CAUSED_BY: Final[Mapping[SplitVerdict, str]] = {
+    SplitVerdict.DATA: "the batch",
+    SplitVerdict.WEIGHTS: "the weights",
+    SplitVerdict.BOTH: "batch and weights together",
+    SplitVerdict.NOISE: "nothing: the loss is within its ordinary scatter",
+    SplitVerdict.NOT_REPRODUCED: "something outside the training step",
+    SplitVerdict.COMPUTATION: "a changed computation",
+}
+"""Words for the cause of a loss jump."""
 VERDICTS: Final[Mapping[SplitVerdict, str]] = {
     SplitVerdict.DATA: "the batch itself causes the jump, not the weights",
     SplitVerdict.WEIGHTS: "the weights cause the jump, whatever the batch",

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from lightning_spike.detectors.baseline import Baseline
 from lightning_spike.diagnosis import judgement
-from lightning_spike.diagnosis.constants import AFTERSHOCK, GUARD, MIN_ODD_RATIO, NEAR, REFERENCE
+from lightning_spike.diagnosis.batch_ranges import AFTERSHOCK, GUARD, MIN_ODD_RATIO, NEAR, REFERENCE
 from lightning_spike.diagnosis.judgement import Group, SplitVerdict
 from lightning_spike.experiments import Experiments
 from lightning_spike.records import Action, Episode, EpisodeKind, Finding, Recovery, RunFacts, number

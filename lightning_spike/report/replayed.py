@@ -24,7 +24,7 @@ from rich.text import Text
 
 from lightning_spike.codec import to_plain
 from lightning_spike.diagnosis import sentences
-from lightning_spike.diagnosis.judgement import SplitVerdict, split_verdict
+from lightning_spike.diagnosis.judgement import split_verdict
 from lightning_spike.experiments import Experiments
 from lightning_spike.files import write_whole
 from lightning_spike.records import Episode
@@ -33,15 +33,6 @@ from lightning_spike.report.terminal import MAX_WIDTH, hanging, print_lines, tit
 from lightning_spike.report.wording import count, duration, loss_words
 
 SCHEMA_VERSION: Final = 2
-CAUSED_BY: Final = {
-    SplitVerdict.DATA: "the batch",
-    SplitVerdict.WEIGHTS: "the weights",
-    SplitVerdict.BOTH: "batch and weights together",
-    SplitVerdict.NOISE: "nothing: the loss is within its ordinary scatter",
-    SplitVerdict.NOT_REPRODUCED: "something outside the training step",
-    SplitVerdict.COMPUTATION: "a changed computation",
-}
-"""Words for the cause of a loss jump."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -105,7 +96,7 @@ def _scene(scene: Replayed, device: str) -> Iterator[RenderableType]:
         took = f"{sentences.replay(found.replay)} It took {duration(scene.seconds)} on {device}."
         yield hanging("   ", Text(took, style="dim"))
     if verdict is not None:
-        yield hanging("   ", Text.assemble("what made the loss jump: ", (CAUSED_BY[verdict], "bold green")))
+        yield hanging("   ", Text.assemble("what made the loss jump: ", (sentences.CAUSED_BY[verdict], "bold green")))
     said = None if found.replay is None else sentences.replay(found.replay)
     yield from (hanging("   • ", Text(sentence)) for sentence in sentences.about(found) if sentence != said)
 

@@ -1,5 +1,7 @@
 """Signals: pure functions from torch to 0-dim tensors or plain numbers, without device reads or random draws.
 
+They are recorded by the monitors in `callbacks/` and the participants in `record/`.
+
 | series | meaning | read in |
 | --- | --- | --- |
 | `loss` | training loss of the batch, undivided | `on_train_batch_end` |

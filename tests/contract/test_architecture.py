@@ -20,7 +20,7 @@ PACKAGES = {
     "ranks": set(),
     "sandbox": {"signals", "record", "ranks"},
     "samples": {"signals", "record", "sandbox"},
-    "actions": {"signals", "samples"},
+    "actions": {"signals", "record", "samples"},
     "lab": {"signals", "diagnosis", "record", "flight", "ranks", "sandbox", "samples", "actions"},
     "report": {"diagnosis"},
     "callbacks": {

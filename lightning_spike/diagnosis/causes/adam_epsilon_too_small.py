@@ -18,8 +18,8 @@ import math
 from typing import Final
 
 from lightning_spike.diagnosis import judgement, sentences
+from lightning_spike.diagnosis.batch_ranges import GUARD, REACH
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Fix
-from lightning_spike.diagnosis.constants import GUARD, REACH
 from lightning_spike.diagnosis.judgement import Group
 from lightning_spike.diagnosis.observation import Observation, first_of, observer, only_if, premise
 from lightning_spike.diagnosis.observations.experiments import split_of_jump

@@ -20,8 +20,8 @@ from collections.abc import Callable
 from typing import Final
 
 from lightning_spike.diagnosis import sentences
+from lightning_spike.diagnosis.batch_ranges import REACH
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Fix
-from lightning_spike.diagnosis.constants import REACH
 from lightning_spike.diagnosis.judgement import Group
 from lightning_spike.diagnosis.observation import Observation, Observer, observer
 from lightning_spike.diagnosis.observations.experiments import split_of_jump

@@ -20,8 +20,8 @@ from typing import Final
 import numpy as np
 
 from lightning_spike.detectors.stagnation import stagnates
+from lightning_spike.diagnosis.batch_ranges import GUARD, NEAR
 from lightning_spike.diagnosis.cause import Cause, Fix
-from lightning_spike.diagnosis.constants import GUARD, NEAR
 from lightning_spike.diagnosis.judgement import Group
 from lightning_spike.diagnosis.observation import Observation, first_of, observer
 from lightning_spike.diagnosis.observations.batch_parts import input_known

@@ -15,8 +15,8 @@ To do: shuffle, with a buffer longer than the stretch; where the order is wanted
 from typing import Final
 
 from lightning_spike.diagnosis import judgement, sentences
+from lightning_spike.diagnosis.batch_ranges import GUARD
 from lightning_spike.diagnosis.cause import Cause, Fix
-from lightning_spike.diagnosis.constants import GUARD
 from lightning_spike.diagnosis.observation import Observation, observer
 from lightning_spike.diagnosis.observations.batch_parts import class_leaves
 from lightning_spike.diagnosis.observations.reference_range import reference_range

@@ -19,8 +19,8 @@ from typing import Final
 import numpy as np
 
 from lightning_spike.diagnosis import judgement, sentences
+from lightning_spike.diagnosis.batch_ranges import NEAR
 from lightning_spike.diagnosis.cause import Cause, Fix
-from lightning_spike.diagnosis.constants import NEAR
 from lightning_spike.diagnosis.judgement import SplitVerdict
 from lightning_spike.diagnosis.observation import Observation, observer
 from lightning_spike.diagnosis.observations.outside import WHOLE_TENSOR_SHARE, changed_weights, earlier, last_write

@@ -17,8 +17,8 @@ import math
 from typing import Final
 
 from lightning_spike.diagnosis import judgement, sentences
+from lightning_spike.diagnosis.batch_ranges import REFERENCE
 from lightning_spike.diagnosis.cause import Cause, Fix
-from lightning_spike.diagnosis.constants import REFERENCE
 from lightning_spike.diagnosis.fixes import dataset_fix, sample_words
 from lightning_spike.diagnosis.judgement import Group, SplitVerdict
 from lightning_spike.diagnosis.observation import Observation, first_of, observer, only_if, premise

@@ -16,8 +16,8 @@ from typing import Final
 
 import numpy as np
 
+from lightning_spike.diagnosis.batch_ranges import GUARD, NEAR, REACH, REFERENCE
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Fix
-from lightning_spike.diagnosis.constants import GUARD, NEAR, REACH, REFERENCE
 from lightning_spike.diagnosis.judgement import Group
 from lightning_spike.diagnosis.observation import Observation, Observer, observer
 from lightning_spike.diagnosis.observations.experiments import split_of_jump

@@ -15,8 +15,8 @@ what a resume restored.
 
 from typing import Final
 
+from lightning_spike.diagnosis.batch_ranges import NEAR
 from lightning_spike.diagnosis.cause import Cause, Fix
-from lightning_spike.diagnosis.constants import NEAR
 from lightning_spike.diagnosis.judgement import Group
 from lightning_spike.diagnosis.observation import Observation, observer, premise
 from lightning_spike.diagnosis.observations.experiments import split_of_jump

@@ -21,8 +21,8 @@ from typing import Final
 import numpy as np
 
 from lightning_spike.diagnosis import sentences
+from lightning_spike.diagnosis.batch_ranges import REACH
 from lightning_spike.diagnosis.cause import Cause, Fix
-from lightning_spike.diagnosis.constants import REACH
 from lightning_spike.diagnosis.fixes import clip_fix, lower_peak
 from lightning_spike.diagnosis.judgement import Group
 from lightning_spike.diagnosis.observation import Observation, first_of, observer

@@ -19,8 +19,8 @@ from typing import Final
 import numpy as np
 
 from lightning_spike.diagnosis import judgement, sentences
+from lightning_spike.diagnosis.batch_ranges import NEAR, REACH, REFERENCE
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Fix
-from lightning_spike.diagnosis.constants import NEAR, REACH, REFERENCE
 from lightning_spike.diagnosis.judgement import Group
 from lightning_spike.diagnosis.observation import Observation, first_of, observer, only_if, premise
 from lightning_spike.diagnosis.observations.experiments import finer_shares, split_of_jump

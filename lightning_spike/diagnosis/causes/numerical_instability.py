@@ -19,8 +19,8 @@ import math
 from typing import Final
 
 from lightning_spike.diagnosis import judgement, sentences
+from lightning_spike.diagnosis.batch_ranges import GUARD, NEAR
 from lightning_spike.diagnosis.cause import Cause, Fix
-from lightning_spike.diagnosis.constants import GUARD, NEAR
 from lightning_spike.diagnosis.judgement import SplitVerdict
 from lightning_spike.diagnosis.observation import Observation, first_of, observer, only_if
 from lightning_spike.diagnosis.observations.experiments import blown_up, split_of_jump, wild_scatter

@@ -20,8 +20,8 @@ the tensors and the steps between are named.
 from typing import Final
 
 from lightning_spike.diagnosis import judgement, sentences
+from lightning_spike.diagnosis.batch_ranges import GUARD, REACH
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Fix
-from lightning_spike.diagnosis.constants import GUARD, REACH
 from lightning_spike.diagnosis.judgement import Group
 from lightning_spike.diagnosis.observation import Observation, observer
 from lightning_spike.diagnosis.observations.experiments import split_of_jump

@@ -22,8 +22,8 @@ from typing import Final
 import numpy as np
 
 from lightning_spike.diagnosis import sentences
+from lightning_spike.diagnosis.batch_ranges import GUARD
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Fix
-from lightning_spike.diagnosis.constants import GUARD
 from lightning_spike.diagnosis.observation import Observation, observer
 from lightning_spike.diagnosis.observations.repeats import repeats
 from lightning_spike.diagnosis.observations.upstream import rate_upstream

@@ -14,8 +14,8 @@ To do: restore what is missing: hand the whole checkpoint to `fit(ckpt_path=...)
 
 from typing import Final
 
+from lightning_spike.diagnosis.batch_ranges import GUARD, REACH
 from lightning_spike.diagnosis.cause import LOSS_ROSE, Cause, Fix
-from lightning_spike.diagnosis.constants import GUARD, REACH
 from lightning_spike.diagnosis.observation import Observation, Observer, observer, premise
 from lightning_spike.diagnosis.observations.outside import is_watched
 from lightning_spike.diagnosis.observations.shared_evidence import batches

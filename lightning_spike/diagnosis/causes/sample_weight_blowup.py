@@ -14,8 +14,8 @@ To do: cap the weights at what they were while training went well; normalise the
 import math
 from typing import Final
 
+from lightning_spike.diagnosis.batch_ranges import GUARD
 from lightning_spike.diagnosis.cause import Cause, Fix
-from lightning_spike.diagnosis.constants import GUARD
 from lightning_spike.diagnosis.fixes import clip_fix
 from lightning_spike.diagnosis.observation import Observation, observer, premise
 from lightning_spike.diagnosis.observations.reference_range import (

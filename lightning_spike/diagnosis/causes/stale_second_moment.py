@@ -19,8 +19,8 @@ from typing import Final
 import numpy as np
 
 from lightning_spike.diagnosis import judgement, sentences
+from lightning_spike.diagnosis.batch_ranges import REACH, REFERENCE
 from lightning_spike.diagnosis.cause import Cause, Fix
-from lightning_spike.diagnosis.constants import REACH, REFERENCE
 from lightning_spike.diagnosis.fixes import clip_fix
 from lightning_spike.diagnosis.judgement import Group
 from lightning_spike.diagnosis.observation import Observation, first_of, observer, premise

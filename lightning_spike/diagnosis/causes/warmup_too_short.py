@@ -18,8 +18,8 @@ from typing import Final
 
 import numpy as np
 
+from lightning_spike.diagnosis.batch_ranges import NEAR
 from lightning_spike.diagnosis.cause import Cause, Fix
-from lightning_spike.diagnosis.constants import NEAR
 from lightning_spike.diagnosis.fixes import clip_fix, highest_sound_rate, warmup_steps
 from lightning_spike.diagnosis.judgement import Group
 from lightning_spike.diagnosis.observation import Observation, observer

@@ -5,7 +5,7 @@ from typing import Final
 
 import numpy as np
 
-from lightning_spike.diagnosis.constants import GUARD
+from lightning_spike.diagnosis.batch_ranges import GUARD
 from lightning_spike.diagnosis.observations.layers import layer_table, usual_of
 from lightning_spike.diagnosis.view import EpisodeView
 

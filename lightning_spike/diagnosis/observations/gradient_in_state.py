@@ -3,7 +3,7 @@
 import math
 from typing import Final
 
-from lightning_spike.diagnosis.constants import GUARD
+from lightning_spike.diagnosis.batch_ranges import GUARD
 from lightning_spike.diagnosis.judgement import CONFIRMING_SHARE, Group
 from lightning_spike.diagnosis.view import EpisodeView, Excess
 

@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 
-from lightning_spike.diagnosis.constants import GUARD, NEAR, REACH
+from lightning_spike.diagnosis.batch_ranges import GUARD, NEAR, REACH
 from lightning_spike.diagnosis.observations.loss_rise import Shown, rise_after
 from lightning_spike.diagnosis.observations.step_length import lengthened
 from lightning_spike.diagnosis.view import EpisodeView

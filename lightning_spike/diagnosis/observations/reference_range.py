@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from lightning_spike.diagnosis.constants import GUARD, REFERENCE
+from lightning_spike.diagnosis.batch_ranges import GUARD, REFERENCE
 from lightning_spike.diagnosis.view import EpisodeView
 
 RECENT_BATCHES: Final = 48

@@ -1,6 +1,6 @@
 """Whether the batches around an episode are one-sided: their targets less mixed than in any earlier batch."""
 
-from lightning_spike.diagnosis.constants import GUARD
+from lightning_spike.diagnosis.batch_ranges import GUARD
 from lightning_spike.diagnosis.observation import Observation, observer
 from lightning_spike.diagnosis.observations.batch_parts import class_leaves
 from lightning_spike.diagnosis.observations.reference_range import (

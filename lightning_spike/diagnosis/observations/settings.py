@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Final
 
-from lightning_spike.diagnosis.constants import NEAR, REACH
+from lightning_spike.diagnosis.batch_ranges import NEAR, REACH
 from lightning_spike.diagnosis.observation import Observation
 from lightning_spike.diagnosis.observations.outside import last_possible
 from lightning_spike.diagnosis.observations.shared_evidence import before_rise

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from lightning_spike.diagnosis import sentences
-from lightning_spike.diagnosis.constants import GUARD, NEAR
+from lightning_spike.diagnosis.batch_ranges import GUARD, NEAR
 from lightning_spike.diagnosis.judgement import SplitVerdict
 from lightning_spike.diagnosis.observation import Observation, observer
 from lightning_spike.diagnosis.observations.rates import RateEvent, event_level, steady_rate

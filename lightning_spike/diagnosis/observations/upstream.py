@@ -3,7 +3,7 @@
 from typing import Final
 
 from lightning_spike.diagnosis import sentences
-from lightning_spike.diagnosis.constants import NEAR
+from lightning_spike.diagnosis.batch_ranges import NEAR
 from lightning_spike.diagnosis.observation import Observation, Observer, first_of, observer
 from lightning_spike.diagnosis.observations.experiments import step_size_test
 from lightning_spike.diagnosis.observations.rates import JUMPS, SCHEDULED, climbed, rate_event

@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from lightning_spike.diagnosis.constants import GUARD
+from lightning_spike.diagnosis.batch_ranges import GUARD
 from lightning_spike.diagnosis.view import EpisodeView
 
 BATCHES_BEFORE: Final = 128
