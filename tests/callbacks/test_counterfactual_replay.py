@@ -251,7 +251,8 @@ def test_what_cannot_be_run_again_is_said_and_left_alone(tmp_path):
     assert examined(trainer) == []
 
 
-def test_some_seconds_are_free_so_that_short_runs_get_their_answers(tmp_path):
+def test_some_seconds_are_free_so_that_short_runs_get_their_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(counterfactual_replay, "FREE_SECONDS", 600.0)  # as long as a busy machine may need
     faults = [At(k, start=nan_in_image, end=no_gradients) for k in (EARLY, EARLY + 30)]
     trainer = run(tmp_path, *faults, epochs=4, budget=1e-6)
     assert len(examined(trainer)) == 2
@@ -292,7 +293,8 @@ class Across(Digits):
 
 
 @pytest.mark.parametrize(("rate", "too_long"), [(1.0, True), (0.02, False)])
-def test_steps_too_long_are_told_of_a_run_that_never_had_an_episode(rate, too_long, tmp_path):
+def test_steps_too_long_are_told_of_a_run_that_never_had_an_episode(rate, too_long, tmp_path, monkeypatch):
+    monkeypatch.setattr(counterfactual_replay, "FREE_SECONDS", 600.0)
     trainer = run(tmp_path, make=lambda: Across(rate), epochs=4)
     assert not TrainerStateStore.of(trainer).episodes
     tests = TrainerStateStore.of(trainer).step_size_tests
