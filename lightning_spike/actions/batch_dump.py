@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -215,24 +215,34 @@ def _on_host(tensor: Tensor) -> Tensor:
 
 
 def _decode(node: Node, tensors: Mapping[str, Tensor]) -> Any:
-    decoders: dict[str, Callable[[], Any]] = {
-        "value": lambda: node["value"],
-        "float": lambda: float(node["value"]),
-        "bytes": lambda: base64.b64decode(node["base64"]),
-        "list": lambda: [_decode(item, tensors) for item in node["items"]],
-        "tuple": lambda: tuple(_decode(item, tensors) for item in node["items"]),
-        "dict": lambda: {_decode(key, tensors): _decode(item, tensors) for key, item in node["items"]},
-        "repr": lambda: Unreadable(class_name=node["class"], repr=node["repr"]),
-        "tensor": lambda: _stored(node, tensors),
-        "array": lambda: _stored(node, tensors).numpy(),
-        "scalar": lambda: _stored(node, tensors).numpy()[()],
-    }
-    return decoders[node["kind"]]()
+    value: Any
+    match node["kind"]:
+        case "value":
+            value = node["value"]
+        case "float":
+            value = float(node["value"])
+        case "bytes":
+            value = base64.b64decode(node["base64"])
+        case "list":
+            value = [_decode(item, tensors) for item in node["items"]]
+        case "tuple":
+            value = tuple(_decode(item, tensors) for item in node["items"])
+        case "dict":
+            value = {_decode(key, tensors): _decode(item, tensors) for key, item in node["items"]}
+        case "repr":
+            value = Unreadable(class_name=node["class"], repr=node["repr"])
+        case _:
+            value = _decode_tensor(node, tensors)
+    return value
 
 
-def _stored(node: Node, tensors: Mapping[str, Tensor]) -> Tensor:
-    tensor = tensors[node["key"]]
-    return torch.view_as_complex(tensor) if node["complex"] else tensor
+def _decode_tensor(node: Node, tensors: Mapping[str, Tensor]) -> Any:
+    """A tensor, an array or its scalar."""
+    stored = tensors[node["key"]]
+    value = torch.view_as_complex(stored) if node["complex"] else stored
+    if node["kind"] == "tensor":
+        return value
+    return value.numpy() if node["kind"] == "array" else value.numpy()[()]
 
 
 def _class(value: object) -> str:

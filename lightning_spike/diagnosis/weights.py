@@ -1,10 +1,10 @@
 """The fitted model: the weight of each level of an observation for each cause, and the numbers beside the weights.
 
-`weights.json` beside this module is written by `python benchmarks/diagnosis.py --fit FILE`. It holds every weight
-twice, as set by hand and as fitted (shrunk towards the hand-set value), the temper, the share of "unexplained" and an
-offset for each cause. Hand-set weights are natural logs of likelihood ratios: 0.7 for twice as common under the cause,
-1.6 for five times, 3.0 to 3.9 for the twenty to fifty times of a replay (science.md 3.3), 4.6 for a hundred times,
-where the cause itself was seen.
+`weights.json` beside this module has the form that `python benchmarks/diagnosis.py --fit FILE` writes; `made_by` in it
+says how its numbers were made. It holds every weight twice, as set by hand and as fitted (shrunk towards the hand-set
+value), the temper, the share of "unexplained" and an offset for each cause. Hand-set weights are natural logs of
+likelihood ratios: 0.7 for twice as common under the cause, 1.6 for five times, 3.0 to 3.9 for the twenty to fifty times
+of a replay (science.md 3.3), 4.6 for a hundred times, where the cause itself was seen.
 """
 
 import dataclasses

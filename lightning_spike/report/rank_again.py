@@ -76,10 +76,7 @@ def _append_series(store: TrainerStateStore, signals: Signals) -> dict[int, Mome
         name: signals.series[name].astype(np.int64).tolist() for name in ("ordinal", "step", "epoch", "batch_idx")
     }
     columns = {name: column for name, column in signals.series.items() if name not in places}
-    present = {
-        name: ~np.isnan(c) | np.isin(signals.series["ordinal"], signals.nan.get(name, ()))
-        for name, c in columns.items()
-    }
+    present = {name: signals.present(name) for name in columns}
     moments: dict[int, Moment] = {}
     for row, (ordinal, step, epoch, batch_idx) in enumerate(zip(*places.values(), strict=True)):
         at = moments[ordinal] = Moment(ordinal=ordinal, step=step, epoch=epoch, batch_idx=batch_idx)

@@ -181,7 +181,7 @@ def _curve(signals: Signals | None, name: str) -> Curve | None:
     if signals is None or name not in signals.series:
         return None
     ordinals, values = signals.series["ordinal"], signals.series[name].astype(np.float64)
-    held = ~np.isnan(values) | np.isin(ordinals, signals.nan.get(name, ()))
+    held = signals.present(name)
     if not held.any():
         return None
     steps = signals.series["step"][held].astype(np.int64)

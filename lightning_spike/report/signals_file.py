@@ -65,6 +65,12 @@ class Signals:
     validation: Mapping[str, Array]
     """Columns of equal length, one row a validation."""
 
+    def present(self, name: str) -> npt.NDArray[np.bool_]:
+        """The rows in which a signal had a value, be it NaN; shape as its column."""
+        was_nan = np.isin(self.series["ordinal"], self.nan.get(name, ()))
+        held: npt.NDArray[np.bool_] = ~np.isnan(self.series[name].astype(np.float64)) | was_nan
+        return held
+
 
 def write_signals(store: TrainerStateStore, folder: Path) -> Path:
     """Writes all recorded series atomically; an older folder is replaced.

@@ -10,24 +10,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from other_package import CAUSE
 
 ROOT = Path(__file__).parents[2]
 
-CAUSE = """
-    from lightning_spike.diagnosis.cause import Cause, Fix
-    from lightning_spike.diagnosis.observation import Observation, observer
-    from lightning_spike.records import Family
-
-    @observer("full")
-    def phase(view):
-        return Observation(level="full", text="The moon was full.", signal="moon", step=view.step)
-
-    MOON = Cause(
-        id="full_moon", family=Family.ENVIRONMENT, title="A full moon", meaning="the moon shines on the loss",
-        observations=(phase,), summary=lambda view: "It was the moon.", fixes=lambda view: (Fix("Wait 14 days."),),
-        weights={"phase": {"full": 30.0}}, explains=frozenset({"bad_batch"}),
-    )
-"""
 FAULT = """
     from lightning_spike.testing import ExtremeValues
 

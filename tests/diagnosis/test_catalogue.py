@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from other_package import CAUSE as MOON
 from rich.console import Console
 from synthetic import Run, an_episode
 
@@ -21,21 +22,6 @@ from lightning_spike.report.model import build_report
 from lightning_spike.report.terminal import TerminalReport
 
 README = Path(__file__).parents[2] / "README.md"
-MOON = """
-    from lightning_spike.diagnosis.cause import Cause, Fix
-    from lightning_spike.diagnosis.observation import Observation, observer
-    from lightning_spike.records import Family
-
-    @observer("full")
-    def phase(view):
-        return Observation(level="full", text="The moon was full.", signal="moon", step=view.step)
-
-    MOON = Cause(
-        id="full_moon", family=Family.ENVIRONMENT, title="A full moon", meaning="the moon shines on the loss",
-        observations=(phase,), summary=lambda view: "It was the moon.", fixes=lambda view: (Fix("Wait 14 days."),),
-        weights={"phase": {"full": 6.0}},
-    )
-"""
 
 
 @pytest.fixture
